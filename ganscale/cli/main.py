@@ -1,0 +1,41 @@
+"""`ganscale COMMAND`: the parser, and the one place that turns errors into sentences."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from ganscale import __version__
+from ganscale.cli import config, sample, train
+from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code is one of those in `ganscale.errors`."""
+    parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
+    parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (train, sample, config):
+        module.add_parser(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except UserError as error:
+        _say(f"error: {error}")
+        return EXIT_USER_ERROR
+    except NonFiniteError as error:
+        _say(f"error: {error}")
+        return EXIT_FAILED
+    except BrokenPipeError:  # `ganscale ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _say(message: str) -> None:
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}{message}", file=sys.stderr, flush=True)
+
+
+def entry_point() -> None:
+    """What the console command calls."""
+    sys.exit(main())

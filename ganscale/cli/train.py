@@ -1,0 +1,27 @@
+"""`ganscale train CONFIG... key=value...`: starts a run, or continues it."""
+
+import argparse
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "train",
+        help="start a run, or continue it by the same command",
+        description="Trains as the config files and overrides say. The same command, given again, "
+        "continues the run from its newest checkpoint.",
+    )
+    parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ganscale.config import resolve
+    from ganscale.runtime import Runtime
+    from ganscale.training.trainer import Trainer
+
+    resolved = resolve(arguments.settings)
+    runtime = Runtime.start(resolved.config.runtime.timeout_seconds)
+    try:
+        return Trainer(resolved, runtime).run()
+    finally:
+        runtime.close()

@@ -1,0 +1,197 @@
+"""Where the images of a new data set come from: a folder, a zip, a tar, or the package itself."""
+
+import hashlib
+import io
+import os
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ganscale.data import bundled
+from ganscale.data.decoding import DecodeError
+from ganscale.data.indexing import IMAGE_EXTENSIONS, tar_members
+from ganscale.errors import UserError
+
+_BUNDLED = "bundled:"
+
+
+class Image(NamedTuple):
+    """One image file of a source.
+
+    name: unique within the source, with / between folders, the same on every machine
+    size: bytes of the file
+    position: its first byte in a tar, its index in a bundled set; else 0
+    label: its class, -1 for none
+    """
+
+    name: str
+    size: int
+    position: int
+    label: int = -1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images to be read by `reader`.
+
+    kind: folder, zip, tar or bundled
+    path: the folder, the archive, or the bundled set's name
+    images: sorted by name
+    class_names: empty for unlabelled images
+    ignored: how many files are no images, by extension
+    """
+
+    kind: str
+    path: str
+    images: list[Image]
+    class_names: list[str]
+    ignored: dict[str, int]
+
+    def digest(self) -> str:
+        """SHA-256 of names, sizes and labels: has the source changed since?"""
+        digest = hashlib.sha256()
+        for image in self.images:
+            digest.update(repr((image.name, image.size, image.label)).encode())
+        return digest.hexdigest()
+
+
+def list_images(source: str, classes: str = "none") -> Source:
+    """All images of `source`: `bundled:NAME`, or the path of a folder, a .zip or a .tar.
+
+    With `classes` "folder", the class of an image is the first folder of its name in which the
+    images differ: `photos/cat/1.jpg` and `photos/dog/2.jpg` are of the classes cat and dog. Bundled
+    images always have their classes. Raises UserError for a source that is not there or no archive,
+    one without images, and images outside of class folders.
+    """
+    if source.startswith(_BUNDLED):
+        name = source.removeprefix(_BUNDLED)
+        labels = bundled.load(name).labels
+        size = len(_read_bundled(name, 0))
+        images = [Image(f"{i:06d}", size, i, int(label)) for i, label in enumerate(labels)]
+        return Source("bundled", name, images, bundled.load(name).class_names, {})
+    path = Path(source)
+    if path.is_dir():
+        kind, files = "folder", _walk(path)
+    elif not path.exists():
+        raise UserError(f"no folder, zip or tar at {path}")
+    elif zipfile.is_zipfile(path):
+        kind, files = "zip", _list_zip(path)
+    elif tarfile.is_tarfile(path):
+        kind, files = "tar", _list_tar(path)
+    else:
+        raise UserError(f"{path} is no folder, zip or uncompressed tar of images")
+    images, ignored = _only_images(files)
+    if not images:
+        raise UserError(f"no images in {source} (looked for: {', '.join(IMAGE_EXTENSIONS)})")
+    class_names: list[str] = []
+    if classes == "folder":
+        images, class_names = _with_folder_classes(images, source)
+    return Source(kind, str(path), images, class_names, ignored)
+
+
+@lru_cache(maxsize=1)
+def reader(kind: str, path: str) -> Callable[[Image], bytes]:
+    """A function from an image of that source to the bytes of its file.
+
+    It raises DecodeError for a member that its archive cannot give, and OSError. Kept for the next
+    call, since opening a large zip takes seconds.
+    """
+    if kind == "bundled":
+        return lambda image: _read_bundled(path, image.position)
+    if kind == "folder":
+        return lambda image: Path(path, image.name).read_bytes()
+    if kind == "tar":
+        return lambda image: _read_at(Path(path), image.size, image.position)
+    archive = zipfile.ZipFile(path)
+
+    def read_member(image: Image) -> bytes:
+        try:
+            return archive.read(image.name)
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise DecodeError(f"cannot be unpacked: {error}") from error
+
+    return read_member
+
+
+def _read_at(path: Path, size: int, position: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(position)
+        return file.read(size)
+
+
+def _read_bundled(name: str, index: int) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, _bundled_images(name)[index])
+    return stream.getvalue()
+
+
+@lru_cache(maxsize=1)
+def _bundled_images(name: str) -> np.ndarray:
+    return bundled.load(name).images
+
+
+def _walk(root: Path) -> Iterator[Image]:
+    for folder, subfolders, files in os.walk(root):
+        for name in files:
+            path = Path(folder, name)
+            yield Image(path.relative_to(root).as_posix(), path.stat().st_size, 0)
+        for name in subfolders:
+            if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
+                raise UserError(f"{Path(folder, name)} is a linked folder; give its target instead")
+
+
+def _list_zip(path: Path) -> Iterator[Image]:
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if not member.is_dir():
+                yield Image(member.filename, member.file_size, 0)
+
+
+def _list_tar(path: Path) -> Iterator[Image]:
+    with path.open("rb") as file:
+        for member in tar_members(path, file):
+            yield Image(member.name, member.size, member.offset_data)
+
+
+def _only_images(files: Iterable[Image]) -> tuple[list[Image], dict[str, int]]:
+    """The images sorted by name, and how many other files there are, by extension."""
+    images: list[Image] = []
+    ignored: Counter[str] = Counter()
+    for file in files:
+        parts = file.name.split("/")
+        extension = parts[-1].rpartition(".")[2].lower() if "." in parts[-1] else "(none)"
+        if any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in parts):
+            ignored["(hidden)"] += 1
+        elif extension in IMAGE_EXTENSIONS:
+            images.append(file)
+        else:
+            ignored[extension] += 1
+    return sorted(images), dict(sorted(ignored.items()))
+
+
+def _with_folder_classes(images: list[Image], source: str) -> tuple[list[Image], list[str]]:
+    folders = [image.name.split("/")[:-1] for image in images]
+    # All lists lie between the smallest and the largest: what these share, all share.
+    pairs = zip(min(folders), max(folders), strict=False)
+    depth = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    for image, parts in zip(images, folders, strict=True):
+        if len(parts) <= depth:
+            raise UserError(
+                f"{source}: the image {image.name} lies in no class folder; for "
+                "`--classes folder`, each class is a folder beside the others"
+            )
+    class_names = sorted({parts[depth] for parts in folders})
+    labels = {name: label for label, name in enumerate(class_names)}
+    return [
+        image._replace(label=labels[parts[depth]])
+        for image, parts in zip(images, folders, strict=True)
+    ], class_names

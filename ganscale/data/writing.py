@@ -1,0 +1,290 @@
+"""Makes a data set: images of a source, shuffled, encoded, and cut into shards.
+
+The shards are a function of the source's images and the options alone: any number of processes, and
+any number of interruptions, give the same bytes (with the same version of Pillow). What was asked
+for and which shards are finished stands in `writing.jsonl` beside them, so the same command, run
+again, goes on where it was stopped.
+"""
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from ganscale.data import sources
+from ganscale.data.decoding import DecodeError
+from ganscale.data.encoding import Encoding
+from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest, build_manifest, replacing
+from ganscale.data.sources import Image, Source
+from ganscale.errors import UserError
+
+DEFAULT_SHARD_BYTES = 128 << 20
+JOURNAL_NAME = "writing.jsonl"
+
+_PROBED_IMAGES = 64
+_MAX_FILE_BYTES = 1 << 30  # a zip of some kilobytes can hold a "file" of many gigabytes
+_TAR_OVERHEAD_BYTES = 1024  # a sample's member headers, and its padding to whole blocks of 512
+_NAMED_BROKEN = 5
+
+
+class Report(NamedTuple):
+    """What `write_shards` did.
+
+    kept_shards: finished by an earlier run of the same command
+    broken: (name, reason) of the images that could not be decoded and were left out
+    ignored: how many files of the source were no images, by extension
+    """
+
+    manifest: Manifest
+    kept_shards: int
+    broken: list[tuple[str, str]]
+    ignored: dict[str, int]
+
+
+class _ShardTask(NamedTuple):
+    path: Path
+    kind: str
+    source_path: str
+    first_key: int
+    images: list[Image]
+    encoding: Encoding
+
+
+class _Finished(NamedTuple):
+    """A line of the journal: a shard that is complete, and what was left out of it."""
+
+    shard: str
+    bytes: int
+    broken: list[tuple[str, str]]
+
+
+def write_shards(
+    source: str,
+    output: Path | str,
+    *,
+    resolution: int | None = None,
+    channels: int | None = None,
+    image_format: str | None = None,
+    quality: int | None = None,
+    classes: str = "none",
+    shard_samples: int | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    seed: int = 0,
+    workers: int = 1,
+    max_broken: float = 0.01,
+) -> Report:
+    """Writes the images of `source` (see `sources.list_images`) as shards into the folder `output`.
+
+    resolution, channels, image_format, quality: see Encoding. By default files are kept as they are
+        if no resolution is asked for, else PNG; channels are 3, or the bundled set's own
+    classes: "folder" or "none", see `sources.list_images`
+    shard_samples: images a shard; by default so many that a shard has about `shard_bytes` bytes,
+        judged by encoding 64 of them
+    seed: of the order of the images. They are shuffled before they are cut into shards, since a
+        training run shuffles only within windows of neighbours: with a class a shard, a batch would
+        hold few classes
+    workers: processes, each with a shard at a time; they do not change the result
+    max_broken: share of images that may be broken before that is an error
+
+    Raises UserError.
+    """
+    listing = sources.list_images(source, classes)
+    encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
+    order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
+    if shard_samples is None:
+        shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
+    root = Path(output)
+    root.mkdir(parents=True, exist_ok=True)
+    command = {
+        **asdict(encoding),
+        "shard_samples": shard_samples,
+        "seed": seed,
+        "classes": listing.class_names,
+        "images": len(order),
+        "source": listing.digest(),
+    }
+    finished = _open_journal(root, command)
+    tasks = [
+        _ShardTask(
+            root / f"shard-{first // shard_samples:06d}.tar",
+            listing.kind,
+            listing.path,
+            first,
+            order[first : first + shard_samples],
+            encoding,
+        )
+        for first in range(0, len(order), shard_samples)
+    ]
+    todo = [task for task in tasks if task.path.name not in finished]
+    broken = [image for shard in finished.values() for image in shard.broken]
+    if not todo and (root / JSON_NAME).exists():
+        return Report(Manifest.load(root), len(tasks), sorted(broken), listing.ignored)
+    (root / JSON_NAME).unlink(missing_ok=True)  # until all is written, this is no data set
+    progress = tqdm(total=len(order), unit=" images", disable=None)  # None: on a terminal only
+    with progress, (root / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
+        progress.update(len(order) - sum(len(task.images) for task in todo))
+        for task, shard in _write_all(todo, workers):
+            journal.write(json.dumps(shard) + "\n")
+            journal.flush()
+            progress.update(len(task.images))
+            broken += shard.broken
+            if len(broken) > max_broken * len(order):
+                raise UserError(
+                    f"{len(broken)} of {len(order)} images are broken, more than the allowed share "
+                    f"of {max_broken:g} (--max-broken): {describe_broken(broken)}"
+                )
+    if len(broken) == len(order):
+        raise UserError(f"no image of {source} can be decoded: {describe_broken(broken)}")
+    if listing.class_names:
+        with replacing(root / CLASSES_NAME) as file:
+            file.write((json.dumps(listing.class_names) + "\n").encode())
+    manifest = build_manifest(root, workers)
+    return Report(manifest, len(tasks) - len(todo), sorted(broken), listing.ignored)
+
+
+def describe_broken(broken: list[tuple[str, str]]) -> str:
+    """The first few broken images with their reasons, for a message."""
+    named = [f"{name} {reason}" for name, reason in sorted(broken)[:_NAMED_BROKEN]]
+    more = len(broken) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more else "")
+
+
+def _choose_encoding(
+    source: Source,
+    resolution: int | None,
+    channels: int | None,
+    image_format: str | None,
+    quality: int | None,
+) -> Encoding:
+    is_bundled = source.kind == "bundled"
+    if image_format is None:
+        is_kept = resolution is None and channels is None and not is_bundled
+        image_format = "keep" if is_kept else "png"
+    if image_format == "keep" and (resolution is not None or channels is not None):
+        raise UserError("the format keep stores files as they are: no resolution, no channels")
+    if channels is None:
+        channels = 1 if is_bundled and source.path == "mnist" else 3
+    return Encoding(resolution, channels, image_format, quality)
+
+
+def _shuffle_key(seed: int, name: str) -> bytes:
+    # A hash, not a generator: the same order with every version of NumPy, and an image added later
+    # leaves the others in their order.
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+
+
+def _estimate_shard_samples(
+    source: Source, order: list[Image], encoding: Encoding, shard_bytes: int
+) -> int:
+    read = sources.reader(source.kind, source.path)
+    sizes = []
+    reason = ""
+    for image in order[:_PROBED_IMAGES]:
+        try:
+            sizes.append(len(_encode(read, image, encoding)[1]) + _TAR_OVERHEAD_BYTES)
+        except DecodeError as error:
+            reason = f"{image.name} {error}"
+    if not sizes:
+        raise UserError(f"none of {_PROBED_IMAGES} images can be decoded, the last: {reason}")
+    return max(1, shard_bytes * len(sizes) // sum(sizes))
+
+
+def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished]:
+    """The finished shards of an earlier run of the same command; begins a journal if it is the
+    first. Raises UserError if the folder holds other shards."""
+    path = root / JOURNAL_NAME
+    if not path.exists():
+        if any(root.glob("*.tar")):
+            raise UserError(f"{root} holds shards already; write into another folder")
+        with replacing(path) as file:
+            file.write((json.dumps(command) + "\n").encode())
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    earlier = json.loads(lines[0])
+    changed = [name for name in command if command[name] != earlier.get(name)]
+    if changed:
+        raise UserError(
+            f"{root} holds the shards of another `ganscale shards write`, with other "
+            f"{', '.join(changed)}; write into another folder, or delete it first"
+        )
+    finished = {}
+    for line in lines[1:]:
+        if not line.endswith("\n"):
+            break  # the machine stopped while writing it; the shard is made again
+        name, size, broken = json.loads(line)
+        shard = _Finished(name, size, [(image, reason) for image, reason in broken])
+        # A shard without a single good image has no file.
+        is_there = (root / name).exists() and (root / name).stat().st_size == size
+        if is_there or size == 0:
+            finished[name] = shard
+        else:
+            finished.pop(name, None)
+    if lines[1:] and not lines[-1].endswith("\n"):
+        with replacing(path) as file:
+            file.write("".join(lines[:-1]).encode())
+    return finished
+
+
+def _write_all(tasks: list[_ShardTask], workers: int) -> Iterator[tuple[_ShardTask, _Finished]]:
+    """Every task with its result, as they are finished."""
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            yield task, _write_shard(task)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=spawn)
+    try:
+        futures = {pool.submit(_write_shard, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a writing process was killed, perhaps for its memory; fewer --workers need less, and "
+            "the same command goes on from here"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_shard(task: _ShardTask) -> _Finished:
+    # Here, since webdataset imports torch, which takes seconds that reading no shard needs.
+    from webdataset.writer import TarWriter
+
+    read = sources.reader(task.kind, task.source_path)
+    broken = []
+    with (
+        replacing(task.path) as file,
+        TarWriter(file, encoder=False, mtime=0, user="ganscale", group="ganscale") as tar,
+    ):
+        for position, image in enumerate(task.images, task.first_key):
+            try:
+                extension, data = _encode(read, image, task.encoding)
+            except DecodeError as error:
+                broken.append((image.name, str(error)))
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"cannot read the image {image.name}: {error}; the same command goes on "
+                    "from here"
+                ) from error
+            sample = {"__key__": f"{position:09d}", extension: data}
+            if image.label >= 0:
+                sample["cls"] = str(image.label).encode()
+            tar.write(sample)
+    if len(broken) == len(task.images):
+        task.path.unlink()
+        return _Finished(task.path.name, 0, broken)
+    return _Finished(task.path.name, task.path.stat().st_size, broken)
+
+
+def _encode(read: Callable[[Image], bytes], image: Image, encoding: Encoding) -> tuple[str, bytes]:
+    if image.size > _MAX_FILE_BYTES:
+        raise DecodeError(f"has {image.size:,} bytes, more than the limit of {_MAX_FILE_BYTES:,}")
+    return encoding.encode(read(image))

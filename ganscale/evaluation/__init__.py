@@ -1,0 +1,1 @@
+"""What a generator makes: samples, and (in time) how good they are."""

@@ -1,0 +1,72 @@
+"""Images from a generator as a function of (seed, position)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from ganscale.data.preprocess import to_bytes
+from ganscale.randomness import normal
+
+CHUNK = 16
+"""Images that pass the network at once, always: kernels may round differently for another batch
+size, and then the same seed would not give the same bytes."""
+
+
+def sample_latents(seed: int, first: int, count: int, latent_dim: int) -> Float[Tensor, "count d"]:
+    """The standard normal latents of positions [first, first + count)."""
+    return normal(seed, "samples", torch.arange(first, first + count), latent_dim)
+
+
+def sample_labels(first: int, count: int, num_classes: int) -> Int64[Tensor, " count"] | None:
+    """The classes in turn, None without classes."""
+    return torch.arange(first, first + count) % num_classes if num_classes else None
+
+
+def interpolated_latents(
+    seed: int, rows: int, columns: int, latent_dim: int
+) -> Float[Tensor, "rows*columns d"]:
+    """Each row walks in `columns` steps between two latents of its own.
+
+    Along the great circle (White 2016, "Sampling generative networks", arXiv:1609.04468, section
+    2.1): a straight line passes lengths that a normal latent almost never has.
+    """
+    ends = sample_latents(seed, 0, 2 * rows, latent_dim).view(rows, 2, 1, latent_dim)
+    start, stop = ends[:, 0], ends[:, 1]
+    cosine = torch.nn.functional.cosine_similarity(start, stop, dim=-1).clamp(-1, 1)
+    angle = torch.acos(cosine).view(rows, 1, 1).clamp_min(1e-6)
+    share = torch.linspace(0, 1, columns).view(1, columns, 1)
+    walk = torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * stop
+    return (walk / torch.sin(angle)).reshape(rows * columns, latent_dim)
+
+
+@torch.no_grad()
+def generate(
+    generator: nn.Module, latents: Float[Tensor, "count d"], labels: Tensor | None = None
+) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
+    """The images of `latents`, on the host, at most CHUNK at a time; in evaluation mode."""
+    device = next(generator.parameters()).device
+    was_training = generator.training
+    generator.eval()
+    try:
+        for start in range(0, len(latents), CHUNK):
+            chunk = _padded(latents[start : start + CHUNK]).to(device)
+            classes = None if labels is None else _padded(labels[start : start + CHUNK]).to(device)
+            images = generator(chunk) if classes is None else generator(chunk, classes)
+            yield to_bytes(images)[: len(latents) - start].cpu()
+    finally:
+        generator.train(was_training)
+
+
+def generate_array(
+    generator: nn.Module, latents: Float[Tensor, "count d"], labels: Tensor | None = None
+) -> np.ndarray:
+    """All of `generate` in one (count, height, width, channels) uint8 array."""
+    return torch.cat(list(generate(generator, latents, labels))).numpy()
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """`rows` with its last row repeated up to CHUNK."""
+    return torch.cat([rows, rows[-1:].expand(CHUNK - len(rows), *rows.shape[1:])])

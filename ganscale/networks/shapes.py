@@ -1,0 +1,47 @@
+"""Checks of what a config says about a network's size, and the rule that makes it wider as the
+images get smaller."""
+
+from ganscale.errors import UserError
+
+RESOLUTIONS = (16, 32, 64, 128, 256)
+
+
+def image_shape(sample_shape: tuple[int, ...], network: str) -> tuple[int, int]:
+    """Channels and resolution of a `(channels, height, width)` sample shape.
+
+    Raises UserError unless the image is square with a side in `RESOLUTIONS`.
+    """
+    if len(sample_shape) != 3:
+        raise UserError(
+            f"{network} is for images of shape (channels, height, width), not for samples of shape "
+            f"{tuple(sample_shape)}: use mlp"
+        )
+    channels, height, width = sample_shape
+    if height != width or height not in RESOLUTIONS:
+        nearest = sorted(RESOLUTIONS, key=lambda valid: abs(valid - max(height, width)))[:2]
+        raise UserError(
+            f"{network} has no layers for {height}x{width} images: resize them to "
+            + " or ".join(f"{side}x{side}" for side in sorted(nearest))
+        )
+    return channels, height
+
+
+def require_positive(network: str, **sizes: object) -> None:
+    """Raises UserError for a size that is not a whole number above zero."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"{name} of {network} must be a whole number above 0, not {size!r}")
+
+
+def require_unconditional(num_classes: int, network: str) -> None:
+    """Raises UserError when a network that has no use for labels is asked to use them."""
+    if num_classes > 0:
+        raise UserError(
+            f"{network} cannot use the labels of {num_classes} classes: use resnet, or train "
+            "without labels"
+        )
+
+
+def doubling_widths(width: int, max_width: int, stages: int) -> list[int]:
+    """Channels of each stage from the highest resolution down: doubled per halving, then capped."""
+    return [min(width * 2**stage, max_width) for stage in range(stages)]

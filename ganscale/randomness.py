@@ -1,0 +1,102 @@
+"""Random numbers as a pure function of (seed, purpose, position).
+
+There is no generator object and no state to save: the number drawn for a position is the same on
+every rank, for every batch size and after every restart. Position counts images (slots of the
+global batch since the start of the run), so a rank draws exactly its own slice.
+
+The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
+1, 2, 3", SC 2011), a counter-based generator: integer arithmetic only, so they are equal on every
+device. The four counter words are position (64 bits), column block and purpose; the key is the
+seed.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+def purpose_id(purpose: str) -> int:
+    """The 32-bit number that stands for `purpose`, so that two purposes never share draws."""
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A 63-bit seed for generators that are not ours (weight initialisation)."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Tensor, "4 *shape"]:
+    """Four random 32-bit words (as int64) for each counter of four 32-bit words.
+
+    int64 products wrap around, and only their bits are used: the low word by mask, the high word
+    by shift and mask, which also removes the sign that the shift drags in.
+    """
+    words = [*counter.unbind(0)]
+    key_0, key_1 = key
+    for _ in range(10):
+        product_0, product_1 = words[0] * _MULTIPLIER_0, words[2] * _MULTIPLIER_1
+        words = [
+            ((product_1 >> 32) & _WORD) ^ words[1] ^ key_0,
+            product_1 & _WORD,
+            ((product_0 >> 32) & _WORD) ^ words[3] ^ key_1,
+            product_0 & _WORD,
+        ]
+        key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
+    return torch.stack(words)
+
+
+def random_words(
+    seed: int, purpose: str, positions: Int64[Tensor, " batch"], columns: int
+) -> Int64[Tensor, "batch columns"]:
+    """`columns` random 32-bit words (0 <= word < 2**32, as int64) for each position."""
+    blocks = -(-columns // 4)
+    rows = positions[:, None].expand(-1, blocks)
+    block = torch.arange(blocks, device=positions.device).expand(len(positions), -1)
+    counter = torch.stack(
+        [rows & _WORD, (rows >> 32) & _WORD, block, torch.full_like(block, purpose_id(purpose))]
+    )
+    words = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    return words.permute(1, 2, 0).reshape(len(positions), 4 * blocks)[:, :columns]
+
+
+def uniform(
+    seed: int, purpose: str, positions: Int64[Tensor, " batch"], columns: int = 1
+) -> Float[Tensor, "batch columns"]:
+    """float32 in [0, 1), 24 random bits each."""
+    return (random_words(seed, purpose, positions, columns) >> 8).float() * 2**-24
+
+
+def normal(
+    seed: int, purpose: str, positions: Int64[Tensor, " batch"], columns: int
+) -> Float[Tensor, "batch columns"]:
+    """Standard normal float32 by the Box-Muller transform of two 24-bit uniforms.
+
+    The bits are equal everywhere; the logarithm and cosine may differ between kinds of device by
+    a unit in the last place.
+    """
+    pairs = -(-columns // 2)
+    words = random_words(seed, purpose, positions, 2 * pairs) >> 8
+    radius = torch.sqrt(-2.0 * torch.log((words[:, :pairs].float() + 0.5) * 2**-24))
+    angle = words[:, pairs:].float() * (2 * math.pi * 2**-24)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :columns]
+
+
+def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: int) -> np.ndarray:
+    """A permutation of range(length), (length,) int64, the same on every machine.
+
+    `stream` tells apart the permutations of one purpose (epoch, lane, window). Made by sorting
+    Philox4x64 words rather than by `Generator.permutation`, whose stream numpy may change between
+    versions.
+    """
+    key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=[0, *stream])
+    return np.argsort(bits.random_raw(length), kind="stable")

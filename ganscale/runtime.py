@@ -1,0 +1,172 @@
+"""Where the run is: device, ranks and collectives. The sole place that knows Accelerate and
+torch.distributed; everything else asks this module, and reads the same on one rank and on many.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor, nn
+
+from ganscale.errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """The number of ranks of this run; 1 where no process group exists."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all ranks, differentiable (twice, too).
+
+    Its backward sums the incoming gradients over the ranks, so a loss that is averaged over the
+    ranks, as DDP averages gradients, is differentiated exactly.
+    """
+    if world_size() == 1:
+        return tensor
+    return funcol.all_reduce(tensor, "sum", dist.group.WORLD)  # type: ignore[arg-type]
+
+
+@dataclass
+class Runtime:
+    """One rank's view of the run."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    _accelerator: Any
+    _control_group: Any  # gloo: flags and paths travel beside the gradients, never on the device
+
+    @classmethod
+    def start(cls, timeout_seconds: float = 600.0) -> "Runtime":
+        """Joins the process group that the launcher announced, or starts alone.
+
+        Raises UserError when the world is not the one the launcher promised: then every process
+        would train alone and exit successfully.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+        @dataclass
+        class DDPSettings(DistributedDataParallelKwargs):
+            """With a setting that torch has and Accelerate does not name."""
+
+            forward_sync_buffers: bool = True
+
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",  # the config's, not the launcher's: see `autocast`
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+                # Made equal once, buffers stay equal, because every rank computes them from the
+                # same numbers: broadcasting them at each forward would only cost.
+                DDPSettings(gradient_as_bucket_view=True, forward_sync_buffers=False),
+            ],
+        )
+        promised = int(os.environ.get("WORLD_SIZE", "1"))
+        if accelerator.num_processes != promised:
+            raise UserError(
+                f"the launcher promised {promised} ranks, but this process joined a world of "
+                f"{accelerator.num_processes}: use one of the config files in launch/ "
+                "(on CPU, launch/cpu.yaml)"
+            )
+        if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise UserError(
+                f"{accelerator.distributed_type.value} is not supported: a gradient penalty needs "
+                "double backward through whole parameters; launch with plain data parallelism "
+                "(launch/one_machine.yaml)"
+            )
+        group = None
+        if accelerator.num_processes > 1:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        return cls(
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            _accelerator=accelerator,
+            _control_group=group,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Moves `module` to the device and, on several ranks, wraps it in DDP."""
+        return self._accelerator.prepare_model(module)
+
+    def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """Inside, backward leaves this rank's gradients unsynchronized (accumulation)."""
+        return self._accelerator.no_sync(wrapped)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a small detached tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    def start_vote(self, flag: int) -> Callable[[], int]:
+        """Begins to agree on the largest `flag` of any rank; the returned function waits for it.
+
+        It runs on the host beside the step, so it neither waits for the device nor holds it up.
+        """
+        if self.world_size == 1:
+            return lambda: flag
+        vote = torch.tensor([flag])
+        work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control_group, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(vote)
+
+        return result
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make()` returns on rank 0, on every rank; its UserError is raised on every rank."""
+        if self.world_size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self._control_group)
+        if outcome[1] is not None:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small `value`, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control_group)
+        return values
+
+    def close(self) -> None:
+        """Leaves the process group; safe to call twice."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The mixed precision of the config ("float32" or "bfloat16") for the enclosed forward.
+
+    Ours rather than Accelerate's, because it patches `forward` from outside: the penalty, inside,
+    has to stay in float32, and the unwrapped networks have to run in the same precision.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32, or in float64 where it is that already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,168 @@
+"""Every setting of a run: its default, its unit and its limits.
+
+The dataclasses are the schema that `ganscale.config` holds files and overrides against. A field
+without a default has to be given. Counts of images accept `50k` and `2M` (thousands, millions).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def number(
+    default: Any,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field whose value must lie in the stated range."""
+    limits = {"at_least": at_least, "above": above, "below": below}
+    return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
+
+
+def choice(default: Any, *choices: str) -> Any:
+    """A field that takes one of a few words."""
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass
+class RunConfig:
+    name: str = MISSING  # the run folder is FOLDER/NAME; the first config file's name by default
+    folder: str = "runs"
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING  # folder of WebDataset shards with their manifest
+    resolution: int = number(MISSING, at_least=1)  # pixels; larger images are reduced and cropped
+    channels: int = number(3, at_least=1)  # 1 (grey) or 3 (RGB)
+    flip: bool = False  # mirror half of the images left to right
+    workers: int = number(2, at_least=0)  # decoding threads per rank; 0 decodes in the main thread
+    lanes: int = number(64, at_least=1)  # interleaved sequences that make up the data order
+    block_samples: int = number(256, at_least=1)  # consecutive samples that are read together
+    window_blocks: int = number(8, at_least=1)  # blocks of a lane within which samples are shuffled
+    broken_limit: float = number(0.01, at_least=0, below=1)  # share of unreadable samples to bear
+
+
+@dataclass
+class GeneratorConfig:
+    target: str = MISSING  # mlp, dcgan, resnet, or package.module:Class
+    latent_dim: int = number(128, at_least=1)
+    options: dict[str, Any] = field(default_factory=dict)  # the network's own keyword arguments
+
+
+@dataclass
+class CriticConfig:
+    target: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LossConfig:
+    name: str = MISSING
+    options: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class PenaltyConfig:
+    weight: float = number(MISSING, at_least=0)
+
+
+@dataclass
+class ClipConfig:
+    value: float = number(MISSING, above=0)  # weights stay in [-value, value]
+    scope: str = choice("weights", "weights", "all")  # weights: tensors of 2 and more dimensions
+
+
+@dataclass
+class ObjectiveConfig:
+    loss: LossConfig = field(default_factory=LossConfig)
+    penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
+    clip: ClipConfig | None = None
+    n_critic: int = number(1, at_least=1)  # critic steps to one generator step
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = choice("adam", "adam", "rmsprop", "sgd")
+    learning_rate: float = number(MISSING, at_least=0)
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam
+    alpha: float = number(0.99, at_least=0, below=1)  # rmsprop: smoothing of squared gradients
+    momentum: float = number(0.0, at_least=0, below=1)  # rmsprop and sgd
+    eps: float = number(1e-8, above=0)
+    weight_decay: float = number(0.0, at_least=0)
+
+
+@dataclass
+class OptimizersConfig:
+    critic: OptimizerConfig = field(default_factory=OptimizerConfig)
+    generator: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass
+class TrainingConfig:
+    total_images: int = number(MISSING, at_least=1)  # real images shown to the critic in all
+    global_batch_size: int = number(64, at_least=1)  # images per critic step over all ranks
+    accumulate: int = number(1, at_least=1)  # micro-batches per step and rank
+    precision: str = choice("float32", "float32", "bfloat16")  # bfloat16: autocast, weights float32
+    conditional: bool = False  # networks see the class labels of the data
+    schedule: str = choice("constant", "constant", "linear", "cosine")  # of both learning rates
+    warmup_images: int = number(0, at_least=0)  # the rates rise linearly over these
+    gradient_clip: float = number(0.0, at_least=0)  # largest global gradient norm; 0: no limit
+    memory_format: str = choice("channels_last", "channels_last", "contiguous")
+
+
+@dataclass
+class AverageConfig:
+    half_life_images: int = number(10_000, at_least=0)  # of the averaged generator; 0: no memory
+    ramp_up: float = number(0.05, at_least=0)  # half-life at most this share of the images seen
+
+
+@dataclass
+class LogConfig:
+    every_images: int = number(6_400, at_least=1)
+    wandb: str = choice("auto", "auto", "online", "offline", "disabled")
+    project: str = "ganscale"
+
+
+@dataclass
+class SamplesConfig:
+    every_images: int = number(50_000, at_least=1)
+    count: int = number(64, at_least=1)
+
+
+@dataclass
+class CheckpointConfig:
+    every_images: int = number(100_000, at_least=1)
+    keep_last: int = number(3, at_least=1)
+    keep_every_images: int = number(0, at_least=0)  # checkpoints at its multiples stay; 0: none
+
+
+@dataclass
+class ResumeConfig:
+    allow: list[str] = field(default_factory=list)  # settings that may differ from the stored run
+
+
+@dataclass
+class RuntimeConfig:
+    timeout_seconds: float = number(600.0, above=0)  # a collective that takes longer ends the run
+
+
+@dataclass
+class Config:
+    seed: int = number(0, at_least=0)
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizersConfig = field(default_factory=OptimizersConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

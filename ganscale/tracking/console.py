@@ -1,0 +1,116 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines in a log."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+_SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
+
+
+class Console:
+    """Shows the progress of a run, and keeps it with date and time in `log.txt`."""
+
+    def __init__(
+        self, total_images: int, log_path: Path, *, is_terminal: bool | None = None
+    ) -> None:
+        """`is_terminal` defaults to whether stderr, where the bar is drawn, is one."""
+        self._total_images = total_images
+        self._log_path = log_path
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty() if is_terminal is None else is_terminal:
+            # Rate and time left are the run's own: the bar's start at zero after a resume.
+            self._bar = tqdm(
+                total=total_images,
+                unit="img",
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}",
+            )
+
+    def update(
+        self, images_seen: int, images_per_second: float, row: Mapping[str, float | int | str]
+    ) -> None:
+        """Shows one logging interval; `row` gives `loss/critic` and `loss/generator`."""
+        parts = [f"{label} {row[name]:.4f}" for label, name in _SHOWN_LOSSES.items() if name in row]
+        parts.append(f"{images_per_second:,.0f} img/s")
+        parts.append(f"{self._time_left(images_seen, images_per_second)} left")
+        progress = ", ".join(parts)
+        line = f"{images_seen:,} of {self._total_images:,} images, {progress}"
+        if self._bar is None:
+            _print_above_bar(line)
+        else:
+            self._bar.n = images_seen
+            self._bar.set_postfix_str(progress)
+        _append_line(self._log_path, line)
+
+    def message(self, text: str) -> None:
+        """Shows `text` above the bar, and keeps it in the log file."""
+        _print_above_bar(text)
+        _append_line(self._log_path, text)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_left(self, images_seen: int, images_per_second: float) -> str:
+        if not images_per_second > 0:
+            return "unknown time"
+        seconds = max(self._total_images - images_seen, 0) / images_per_second
+        return str(timedelta(seconds=round(seconds)))
+
+
+def setup_logging(log_path: Path, rank: int) -> None:
+    """Sends the `ganscale` logger to console and log file on rank 0, warnings to stderr elsewhere.
+
+    Called again, it replaces what it set up before.
+    """
+    ganscale_logger = logging.getLogger("ganscale")
+    ganscale_logger.propagate = False
+    ganscale_logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if rank == 0:
+        handler = _ConsoleAndFile(log_path)
+        handler.setFormatter(_LevelFormatter())
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter(f"rank {rank}: %(levelname)s: %(message)s"))
+    ganscale_logger.handlers[:] = [handler]
+
+
+class _LevelFormatter(logging.Formatter):
+    """The bare message, with its level in front from a warning upwards."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
+
+
+class _ConsoleAndFile(logging.Handler):
+    def __init__(self, log_path: Path) -> None:
+        super().__init__()
+        self._log_path = log_path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        _print_above_bar(text)
+        _append_line(self._log_path, text)
+
+
+# A job's stdout is often a file on the disk that holds the run. When that is full, a line is given
+# up: the rows are in the record, and training matters more.
+
+
+def _print_above_bar(text: str) -> None:
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _append_line(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")

@@ -1,0 +1,131 @@
+"""Checkpoints that are whole or absent: written aside, flushed, described by checksums, renamed.
+
+A checkpoint is a folder `images-000123456` of safetensors files, `state.json` (plain numbers) and
+`checksums.json`. Nothing in it is ever unpickled.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_CHECKSUMS = "checksums.json"
+_STATE = "state.json"
+_UNFINISHED = ".unfinished-"
+
+
+def save_checkpoint(
+    root: Path,
+    images_seen: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Writes `<name>.safetensors` for each of `files`, and `state`; returns the folder.
+
+    Raises OSError where the disk does not take it; no older checkpoint is touched then.
+    """
+    folder = root / f"images-{images_seen:09d}"
+    unfinished = root / f"{_UNFINISHED}{folder.name}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            # Contiguous copies: safetensors knows neither channels-last strides nor tied weights.
+            owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+            _write(unfinished / f"{name}.safetensors", lambda path, t=owned: save_file(t, path))
+        _write_json(unfinished / _STATE, state)
+        checksums = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
+        _write_json(unfinished / _CHECKSUMS, checksums)
+        _flush(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+        _flush(root)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint whose files are all as they were written.
+
+    A damaged one is set aside as `damaged-images-...` and named in the log.
+    """
+    for folder in reversed(_oldest_first(root)):
+        if (reason := damage(folder)) is None:
+            return folder
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        logger.warning("checkpoint %s is damaged (%s): set aside as %s", folder, reason, aside.name)
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        checksums = json.loads((folder / _CHECKSUMS).read_text())
+        for name, described in checksums.items():
+            if _described(folder / name) != described:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of one file, on the CPU."""
+    return load_file(folder / f"{name}.safetensors")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _STATE).read_text())
+
+
+def prune_checkpoints(root: Path, keep_last: int, keep_every_images: int) -> None:
+    """Deletes all but the newest `keep_last` and those at multiples of `keep_every_images`."""
+    for folder in _oldest_first(root)[:-keep_last]:
+        if keep_every_images == 0 or _images_seen(folder) % keep_every_images:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _images_seen(folder: Path) -> int:
+    return int(folder.name.removeprefix("images-"))
+
+
+def _oldest_first(root: Path) -> list[Path]:
+    return sorted(root.glob("images-*"), key=_images_seen)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write(path, lambda target: target.write_text(json.dumps(content, indent=1)))
+
+
+def _write(path: Path, write: Any) -> None:
+    write(path)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

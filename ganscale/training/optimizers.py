@@ -1,0 +1,55 @@
+"""Optimizers by name, and the learning rate as a function of the images seen."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ganscale.schema import OptimizerConfig, TrainingConfig
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """Adam and SGD are fused: one kernel for all parameters, which can also skip itself on the
+    device (see Tripwire). torch has no fused RMSprop."""
+    if config.name == "adam":
+        return torch.optim.Adam(
+            parameters,
+            lr=config.learning_rate,
+            betas=(config.betas[0], config.betas[1]),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters,
+            lr=config.learning_rate,
+            alpha=config.alpha,
+            eps=config.eps,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def rate_factor(config: TrainingConfig, images_seen: int) -> float:
+    """What both learning rates are multiplied with: warm-up, then the schedule to the end."""
+    if images_seen < config.warmup_images:
+        return images_seen / config.warmup_images
+    span = config.total_images - config.warmup_images
+    done = min(1.0, (images_seen - config.warmup_images) / span) if span > 0 else 1.0
+    if config.schedule == "linear":
+        return 1 - done
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0

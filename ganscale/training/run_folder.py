@@ -1,0 +1,101 @@
+"""The folder `runs/NAME`: what stands in it, and whether a run may start or continue there."""
+
+import fcntl
+import json
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ganscale.config import Resolved, curve_changes, load_stored
+from ganscale.errors import UserError
+from ganscale.training.checkpoint import newest_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    def samples(self, images_seen: int) -> Path:
+        return self.path / "samples" / f"images-{images_seen:09d}.png"
+
+    def open(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
+        """Creates the folder or continues in it: (run id, newest whole checkpoint). Rank 0 only.
+
+        Raises UserError when another process trains there, or when the stored run differs in a
+        way that would break its curve.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
+        if not self.identity.exists():
+            identity = {"id": secrets.token_hex(4), "fingerprint": fingerprint}
+            write_text(self.config, resolved.to_yaml())
+            write_text(self.identity, json.dumps(identity))
+            return identity["id"], None
+        identity = json.loads(self.identity.read_text())
+        changes = curve_changes(load_stored(self.config), resolved.config)
+        allowed = resolved.config.resume.allow
+        if identity["fingerprint"] != fingerprint and "data" not in allowed:
+            changes.append("data: the shards are others than this run was trained on")
+        if changes:
+            keys = ",".join(change.split(":")[0] for change in changes)
+            raise UserError(
+                f"{self.path} holds a run with other settings ({'; '.join(changes)}): choose "
+                f"another run.name, or continue it with resume.allow=[{keys}]"
+            )
+        write_text(self.config, resolved.to_yaml())
+        write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
+        return identity["id"], newest_checkpoint(self.checkpoints)
+
+    def _lock(self) -> None:
+        """Held until the process ends, however it ends."""
+        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.path}") from None
+        except OSError as error:  # a file system without locks
+            logger.warning(
+                "%s cannot be locked (%s): start one run there at a time", self.path, error
+            )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file at once: readers see the old or the new one."""
+    temporary = path.with_name(f".{path.name}.new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    write_text(path, json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,163 @@
+"""What a run is at one moment: networks, optimizers, average and counters; no random state."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ganscale.errors import UserError
+from ganscale.networks.build import build_critic, build_generator
+from ganscale.objectives.objective import Objective, refuse_batch_statistics
+from ganscale.randomness import derived_seed
+from ganscale.runtime import Runtime
+from ganscale.schema import Config
+from ganscale.training.checkpoint import load_state, load_tensors
+from ganscale.training.ema import average_of
+from ganscale.training.meters import MeterSums
+from ganscale.training.player import Player, Tripwire, load_optimizer_tensors, optimizer_tensors
+from ganscale.training.step import CriticStep, GeneratorStep
+
+
+class TrainingState:
+    """Everything that a checkpoint holds, ready to train."""
+
+    def __init__(
+        self, config: Config, objective: Objective, runtime: Runtime, num_classes: int
+    ) -> None:
+        """Builds the networks from the seed, the same on every rank. Raises UserError for networks
+        that cannot be built, do not fit the data or do not fit each other."""
+        with seeded(config.seed, "initial weights"):
+            self.generator = build_generator_of(config, num_classes)
+            self.critic = build_critic(
+                config.critic.target,
+                config.critic.options,
+                sample_shape=sample_shape(config),
+                num_classes=num_classes,
+            )
+        refuse_batch_statistics(self.critic)
+        _check_shapes(self.generator, self.critic, config, num_classes)
+        if config.training.memory_format == "channels_last":
+            self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        self.tripwire = Tripwire(runtime.device)
+        precision = config.training.precision
+        self.critic_player = Player(
+            "critic",
+            CriticStep(self.critic, objective, precision),
+            self.critic,
+            config.optimizer.critic,
+            config.training,
+            runtime,
+            self.tripwire,
+        )
+        self.generator_player = Player(
+            "generator",
+            GeneratorStep(self.generator, self.critic, objective, precision),
+            self.generator,
+            config.optimizer.generator,
+            config.training,
+            runtime,
+            self.tripwire,
+        )
+        self.average = average_of(self.generator)
+        self.num_classes = num_classes
+        self.meters = MeterSums(runtime)
+        self.images_seen = 0
+        self.steps = 0  # generator updates
+        self.seconds = 0.0  # of training, over all sessions of the run
+        self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
+
+    def files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a checkpoint by file."""
+        return {
+            "generator": self.generator.state_dict(),
+            "critic": self.critic.state_dict(),
+            "average": self.average.state_dict(),
+            "generator_optimizer": optimizer_tensors(self.generator_player.optimizer),
+            "critic_optimizer": optimizer_tensors(self.critic_player.optimizer),
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The plain numbers of a checkpoint. On every rank: it sums the meters over the ranks."""
+        return {
+            "images_seen": self.images_seen,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "sessions": self.sessions,
+            "meters": self.meters.state(),
+        }
+
+    def load(self, folder: Path) -> None:
+        """Takes everything from a checkpoint that was verified."""
+        for name in ("generator", "critic", "average"):
+            getattr(self, name).load_state_dict(load_tensors(folder, name))
+        for player, name in ((self.generator_player, "generator"), (self.critic_player, "critic")):
+            load_optimizer_tensors(player.optimizer, load_tensors(folder, f"{name}_optimizer"))
+        numbers = load_state(folder)
+        self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
+        self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
+        self.meters.load_state(numbers["meters"])
+
+    def is_finite(self) -> bool:
+        """Whether all weights and buffers are numbers."""
+        tensors = [
+            t for f in ("generator", "critic") for t in getattr(self, f).state_dict().values()
+        ]
+        return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def sample_shape(config: Config) -> tuple[int, int, int]:
+    return (config.data.channels, config.data.resolution, config.data.resolution)
+
+
+def build_generator_of(config: Config, num_classes: int) -> nn.Module:
+    return build_generator(
+        config.generator.target,
+        config.generator.options,
+        latent_dim=config.generator.latent_dim,
+        sample_shape=sample_shape(config),
+        num_classes=num_classes,
+    )
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """torch's own generator as a function of (seed, purpose), put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, purpose))
+        yield
+
+
+@torch.no_grad()
+def _check_shapes(
+    generator: nn.Module, critic: nn.Module, config: Config, num_classes: int
+) -> None:
+    """One forward of two samples: a network of the user's own may fit neither data nor partner."""
+    labels = (torch.zeros(2, dtype=torch.int64),) if num_classes else ()
+    was_training = generator.training
+    generator.eval()
+    try:
+        with seeded(config.seed, "shapes"):
+            images = generator(torch.randn(2, config.generator.latent_dim), *labels)
+        if tuple(images.shape) != (2, *sample_shape(config)):
+            raise UserError(
+                f"generator {config.generator.target} makes samples of shape "
+                f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
+            )
+        logits = critic(images, *labels)
+        if logits.ndim == 0 or len(logits) != 2:
+            raise UserError(
+                f"critic {config.critic.target} returns {tuple(logits.shape)} for a batch of 2: "
+                "the first dimension must be the batch"
+            )
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"generator {config.generator.target} and critic {config.critic.target} do not run "
+            f"together on {sample_shape(config)}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        generator.train(was_training)

@@ -1,0 +1,258 @@
+"""The training loop, section by section: data and critic, generator, average, meters, samples,
+checkpoint, stop. Time is counted in images that the critic has seen."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ganscale.config import Resolved
+from ganscale.data.loader import Batch, Loader
+from ganscale.data.manifest import Manifest, check_shards
+from ganscale.data.preprocess import random_flip, to_network_range
+from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, NonFiniteError, UserError
+from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
+from ganscale.objectives.objective import build_objective
+from ganscale.randomness import normal, uniform
+from ganscale.runtime import Runtime, autocast
+from ganscale.tracking.console import setup_logging
+from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
+from ganscale.training.ema import decay, update_average
+from ganscale.training.reports import Reports
+from ganscale.training.run_folder import RunFolder
+from ganscale.training.signals import StopRequest
+from ganscale.training.state import TrainingState
+from ganscale.training.step import make
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """This rank's share of a global batch, as the networks take it."""
+
+    images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
+    labels: Int64[Tensor, " batch"] | None  # None in unconditional training
+    slots: Int64[Tensor, " batch"]
+
+
+class Trainer:
+    """One session of a run: from its newest checkpoint, or the start, to its end or a stop."""
+
+    def __init__(self, resolved: Resolved, runtime: Runtime) -> None:
+        """Raises UserError for whatever can be known to be wrong before the first step."""
+        self.config = config = resolved.config
+        self.runtime = runtime
+        _check_batch(config.training.global_batch_size, config.training.accumulate, runtime)
+        self.objective = build_objective(config.objective)
+        self.manifest = Manifest.load(config.data.path)
+        runtime.from_main(lambda: check_shards(self.manifest))
+        num_classes = _class_count(self.manifest) if config.training.conditional else 0
+        self.state = TrainingState(config, self.objective, runtime, num_classes)
+
+        self.folder = RunFolder(Path(config.run.folder) / config.run.name)
+        self.run_id, checkpoint = runtime.from_main(
+            lambda: self.folder.open(resolved, self.manifest.fingerprint)
+        )
+        setup_logging(self.folder.log, runtime.rank)
+        if checkpoint is not None:
+            self.state.load(checkpoint)
+        self.resumed_at = None if checkpoint is None else self.state.images_seen
+        self.clipped = []
+        if self.objective.clip is not None:
+            self.clipped = clipped_parameters(self.state.critic, self.objective.clip.scope)
+
+    def run(self) -> int:
+        """Trains to the end or to a request to stop; the exit code says which."""
+        state, config = self.state, self.config
+        if state.images_seen >= config.training.total_images:
+            logger.info("the run in %s is finished already", self.folder.path)
+            return EXIT_DONE
+        state.sessions.append(
+            {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
+        )
+        loader = Loader(
+            self.manifest,
+            config.data,
+            seed=config.seed,
+            global_batch_size=config.training.global_batch_size,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            images_seen=state.images_seen,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+        reports = Reports(
+            config, self.folder, self.run_id, self.resumed_at, self.runtime, state, loader
+        )
+        try:
+            with StopRequest() as stop:
+                exit_code = self._train(loader, reports, stop)
+            reports.close(exit_code)
+            return exit_code
+        except BaseException:
+            reports.close(EXIT_FAILED)
+            raise
+        finally:
+            loader.close()
+
+    def _train(self, loader: Loader, reports: Reports, stop: StopRequest) -> int:
+        state, training = self.state, self.config.training
+        cycle_images = self.config.objective.n_critic * training.global_batch_size
+        if state.images_seen == 0:
+            reports.samples()
+        while state.images_seen < training.total_images:
+            after = state.images_seen + cycle_images
+            is_last = after >= training.total_images
+            logs = is_last or _crosses(state.images_seen, after, self.config.log.every_images)
+            stop_vote = self.runtime.start_vote(stop.received is not None)
+
+            # Data and critic
+            batch = self._critic_steps(loader, reports, with_panel=logs)
+
+            # Generator, for the classes that the critic has just seen
+            latents = self._latents("latents/generator", batch.slots)
+            inputs = {"latents": latents, "real_images": batch.images, "labels": batch.labels}
+            state.meters.add(
+                state.generator_player.update(inputs, state.images_seen, with_panel=logs)
+            )
+            state.steps += 1
+
+            # Average
+            average = self.config.average
+            kept = decay(cycle_images, state.images_seen, average.half_life_images, average.ramp_up)
+            update_average(state.average, state.generator, kept)
+
+            # Meters; what does not wait for a device (the CPU) can look at every step
+            if logs:
+                reports.metrics()
+            if logs or self.runtime.device.type == "cpu":
+                self._stop_if_not_finite()
+
+            # Samples
+            before = state.images_seen - cycle_images
+            if is_last or _crosses(before, state.images_seen, self.config.samples.every_images):
+                reports.samples()
+
+            # Checkpoint
+            every = self.config.checkpoint.every_images
+            stops = stop_vote() > 0 and not is_last
+            if is_last or stops or _crosses(before, state.images_seen, every):
+                self._save(must_succeed=is_last or stops)
+
+            # Stop
+            if stops:
+                logger.warning(
+                    "stopped on request at %s images; the same command continues",
+                    f"{state.images_seen:,}",
+                )
+                return EXIT_REQUEUE
+        return EXIT_DONE
+
+    def _critic_steps(self, loader: Loader, reports: Reports, with_panel: bool) -> DeviceBatch:
+        """`n_critic` updates of the critic; the batch of the last one."""
+        for left in reversed(range(self.config.objective.n_critic)):
+            started = time.perf_counter()
+            batch = self._on_device(next(loader))
+            reports.data_seconds += time.perf_counter() - started
+            self._critic_step(batch, with_panel=with_panel and left == 0)
+            self.state.images_seen += self.config.training.global_batch_size
+        return batch  # pyright: ignore[reportPossiblyUnbound]  # n_critic is at least 1
+
+    def _critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
+        state, seed = self.state, self.config.seed
+        latents = self._latents("latents/critic", batch.slots)
+        with torch.no_grad(), autocast(self.runtime.device, self.config.training.precision):
+            fake_images = make(state.generator, latents, batch.labels)
+        inputs = {
+            "real_images": batch.images,
+            "fake_images": fake_images.to(batch.images.dtype),
+            "coefficients": uniform(seed, "interpolation", batch.slots).squeeze(1),
+            "labels": batch.labels,
+        }
+        meters = state.critic_player.update(inputs, state.images_seen, with_panel)
+        if self.objective.clip is not None:
+            clip_weights(self.clipped, self.objective.clip.value)
+            if with_panel:
+                share = clipped_fraction(self.clipped, self.objective.clip.value)
+                state.meters.add({"clip/fraction": share})
+        state.meters.add(meters)
+
+    def _on_device(self, batch: Batch) -> DeviceBatch:
+        device = self.runtime.device
+        slots = batch.slots.to(device, non_blocking=True)
+        images = to_network_range(batch.images.to(device, non_blocking=True))
+        if self.config.data.flip:
+            images = random_flip(images, self.config.seed, slots)
+        if self.config.training.memory_format == "contiguous":
+            images = images.contiguous()
+        labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
+        return DeviceBatch(images, labels, slots)
+
+    def _latents(self, purpose: str, slots: Tensor) -> Tensor:
+        return normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
+
+    def _stop_if_not_finite(self) -> None:
+        """Raises NonFiniteError after saving the state that the tripwire has held."""
+        state = self.state
+        if not state.tripwire.is_tripped():
+            return
+        held_back = int(state.critic_player.updates_held_back.item())
+        failed_at = state.images_seen - held_back * self.config.training.global_batch_size
+        state.images_seen = failed_at
+        if state.is_finite():
+            self._save(must_succeed=True)
+            kept = "the last good state is saved; continue"
+        else:
+            kept = "the weights before it were not finite either; continue from an older checkpoint"
+        raise NonFiniteError(
+            f"a gradient became NaN or infinite after {failed_at:,} images: {kept} with a lower "
+            "learning rate, say, and resume.allow=[optimizer]"
+        )
+
+    def _save(self, *, must_succeed: bool) -> None:
+        """A failed periodic checkpoint is an error in the log; a failed last one ends the run."""
+        numbers = self.state.numbers()
+        if not self.runtime.is_main:
+            return
+        keep = self.config.checkpoint
+        try:
+            save_checkpoint(
+                self.folder.checkpoints, self.state.images_seen, self.state.files(), numbers
+            )
+            prune_checkpoints(self.folder.checkpoints, keep.keep_last, keep.keep_every_images)
+        except OSError as error:
+            message = (
+                f"no checkpoint could be written at {self.state.images_seen:,} images: {error}"
+            )
+            if must_succeed:
+                raise UserError(message) from error
+            logger.error("%s; older ones are untouched, training goes on", message)
+
+
+def _crosses(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return after // every > before // every
+
+
+def _check_batch(batch: int, accumulate: int, runtime: Runtime) -> None:
+    """Raises UserError for a global batch that ranks and micro-batches do not divide."""
+    parts = runtime.world_size * accumulate
+    if batch % parts:
+        below, above = batch // parts * parts, -(-batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"`training.global_batch_size` of {batch} cannot be dealt evenly to "
+            f"{runtime.world_size} ranks of {accumulate} micro-batches: choose {nearest}"
+        )
+
+
+def _class_count(manifest: Manifest) -> int:
+    if manifest.class_count == 0:
+        raise UserError(
+            f"`training.conditional` needs class labels, but shards in {manifest.root} have none"
+        )
+    return manifest.class_count

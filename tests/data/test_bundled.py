@@ -1,0 +1,57 @@
+"""The image sets that come with the package are what they are said to be."""
+
+import numpy as np
+import pytest
+
+from ganscale.data import bundled
+from ganscale.data.contact_sheet import image_grid
+from ganscale.errors import UserError
+
+
+def test_mnist_is_five_hundred_of_each_digit_with_a_black_border():
+    digits = bundled.load("mnist")
+    assert digits.images.shape == (5000, 32, 32, 1)
+    assert digits.images.dtype == np.uint8
+    assert np.bincount(digits.labels).tolist() == [500] * 10
+    assert digits.class_names == [str(digit) for digit in range(10)]
+    inner = digits.images[:, 2:-2, 2:-2]
+    assert inner.sum() == digits.images.sum() > 0
+
+
+def test_emoji_are_different_colour_images_on_white_with_named_categories():
+    emoji = bundled.load("emoji")
+    assert emoji.images.shape == (3786, 32, 32, 3)
+    assert len({image.tobytes() for image in emoji.images}) > 3700
+    corners = emoji.images[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert np.median(corners) == 255
+    assert set(emoji.labels) == set(range(len(emoji.class_names)))
+    flags = emoji.images[emoji.labels == emoji.class_names.index("Flags")]
+    assert len(flags) == 270
+
+
+def test_labels_belong_to_their_images():
+    """A digit is nearest to the mean of its own class far more often than by chance."""
+    digits = bundled.load("mnist")
+    flat = digits.images.reshape(5000, -1).astype(np.float32)
+    means = np.stack([flat[digits.labels == label].mean(0) for label in range(10)])
+    distances = (means**2).sum(1) - 2 * flat @ means.T
+    assert (distances.argmin(1) == digits.labels).mean() > 0.75
+
+
+def test_each_set_comes_with_its_licence():
+    folder = bundled.__path__[0]
+    for name in bundled.NAMES:
+        with open(f"{folder}/{name}.LICENSE.txt", encoding="utf-8") as file:
+            assert "made available under" in file.read()
+
+
+def test_an_unknown_set_is_named_with_those_that_exist():
+    with pytest.raises(UserError, match=r"'cats'; there are: emoji, mnist"):
+        bundled.load("cats")
+
+
+def test_a_grid_lays_images_out_row_by_row_and_fills_up_with_black():
+    images = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((1, 2, 3, 1), np.uint8)
+    grid = image_grid(images, columns=3)
+    assert grid.shape == (4, 9, 1)
+    assert grid[::2, ::3, 0].tolist() == [[1, 2, 3], [4, 5, 0]]

@@ -1,0 +1,225 @@
+"""Every kind of image file becomes the same plain uint8 array, or an error that says why not."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, features
+
+from ganscale.data import decoding
+from ganscale.data.decoding import DecodeError, decode, image_extension, image_size
+
+
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def colours(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A smooth random image, which JPEG can represent well."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> float:
+    return float(np.abs(first.astype(int) - second.astype(int)).mean())
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "NPY"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lossless_images_of_the_asked_size_keep_their_exact_pixels(file_format, channels):
+    image = colours(32, 32) if channels == 3 else colours(32, 32).convert("L")
+    pixels = np.asarray(image).reshape(32, 32, channels)
+    if file_format == "NPY":
+        data = npy(pixels)
+    else:
+        data = encoded(image, file_format, lossless=True)
+        if file_format == "WEBP" and channels == 1:
+            pytest.skip("WebP has no grey images")
+    result = decode(data, 32, channels)
+    assert np.array_equal(result, pixels)
+    assert result.dtype == np.uint8
+    assert result.flags.c_contiguous
+
+
+def test_arrays_in_fortran_order_and_without_a_channel_axis_are_read_right():
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert np.array_equal(decode(npy(np.asfortranarray(grey)), None, 1)[:, :, 0], grey)
+    colour = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    assert np.array_equal(decode(npy(np.asfortranarray(colour)), None, 3), colour)
+
+
+def test_a_grey_image_fills_three_channels_and_a_colour_one_gives_its_luma():
+    grey = encoded(Image.new("L", (8, 8), 77), "PNG")
+    assert (decode(grey, 8, 3) == 77).all()
+    red = encoded(Image.new("RGB", (8, 8), (255, 0, 0)), "PNG")
+    assert (decode(red, 8, 1) == round(0.299 * 255)).all()
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "RGB"])
+def test_png_modes_agree_with_the_colours_that_they_store(mode):
+    original = Image.new("RGB", (8, 8), (255, 255, 255))
+    original.paste((0, 0, 0), (0, 0, 4, 8))
+    result = decode(encoded(original.convert(mode), "PNG"), 8, 3)
+    assert np.array_equal(result, np.asarray(original))
+
+
+def test_transparency_is_laid_on_white():
+    half_red = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    expected = [255, round(127 / 255 * 255), 127]
+    assert np.abs(decode(encoded(half_red, "PNG"), 8, 3).astype(int) - expected).max() <= 1
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([10, 20, 30])
+    assert (decode(encoded(palette, "PNG", transparency=0), 8, 3) == 255).all()
+    assert (decode(npy(np.zeros((8, 8, 4), np.uint8)), 8, 3) == 255).all()
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
+    result = decode(encoded(Image.fromarray(values), "PNG"), None, 1)
+    assert result[:, :, 0].tolist() == [[0, 0, 1], [128, 254, 255]]
+
+
+def test_a_cmyk_jpeg_has_its_colours():
+    original = colours(64, 64)
+    data = encoded(original.convert("CMYK"), "JPEG", quality=95)
+    assert difference(decode(data, 64, 3), np.asarray(original)) < 4
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_exif_orientation_is_applied_to_pixels_and_size(file_format):
+    upright = colours(40, 24)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view
+    data = encoded(turned, file_format, exif=exif)
+    assert image_size(data) == (40, 24)
+    assert difference(decode(data, None, 3), np.asarray(upright)) < 4
+
+
+def test_the_centre_of_a_wide_image_is_kept():
+    wide = Image.new("RGB", (96, 32), (255, 0, 0))
+    wide.paste((0, 0, 255), (32, 0, 64, 32))
+    for size in (32, 16):
+        result = decode(encoded(wide, "PNG"), size, 3)
+        assert result.shape == (size, size, 3)
+        assert (result == [0, 0, 255]).all()
+
+
+def test_downscaling_is_antialiased():
+    """Stripes of one pixel become even grey; a filter without antialiasing gives black or white."""
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    result = decode(npy(stripes), 16, 1)[2:-2, 2:-2].astype(int)
+    assert np.abs(result - 127.5).max() < 3
+
+
+@pytest.mark.parametrize("resolution", [None, 16, 50, 64, 100])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
+def test_jpeg_gives_the_same_pixels_with_and_without_simplejpeg(
+    monkeypatch, resolution, channels, options
+):
+    pytest.importorskip("simplejpeg")
+    for image in (colours(130, 201), colours(128, 128).convert("L")):
+        data = encoded(image, "JPEG", **options)
+        fast = decode(data, resolution, channels)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "simplejpeg", None)
+            assert np.array_equal(decode(data, resolution, channels), fast)
+
+
+def test_a_scaled_jpeg_is_close_to_one_that_was_decoded_whole():
+    data = encoded(colours(256, 256), "JPEG", quality=95)
+    whole = Image.fromarray(decode(data, None, 3)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert difference(decode(data, 64, 3), np.asarray(whole)) < 1
+
+
+def test_extensions_follow_the_contents():
+    image = colours(8, 8)
+    assert image_extension(encoded(image, "JPEG")) == "jpg"
+    assert image_extension(encoded(image, "PNG")) == "png"
+    assert image_extension(encoded(image, "WEBP")) == "webp"
+    assert image_extension(npy(np.asarray(image))) == "npy"
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some bytes whose header promises any number of pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def large_jpeg(width: int, height: int) -> bytes:
+    data = bytearray(encoded(colours(16, 16), "JPEG"))
+    start = data.index(b"\xff\xc0") + 5  # the frame header's height and width
+    data[start : start + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [bomb(30_000, 30_000), bomb(8001, 8000), large_jpeg(10_000, 10_000)],
+    ids=["png-900MP", "png-64MP", "jpeg-100MP"],
+)
+def test_decompression_bombs_are_refused_by_their_header(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(DecodeError, match=r"pixels|bomb"):
+            decode(data, 32, 3)
+
+
+def test_an_array_header_cannot_ask_for_memory():
+    stream = io.BytesIO()
+    header = {"descr": "|u1", "fortran_order": False, "shape": (1_000_000, 1_000_000)}
+    np.lib.format.write_array_header_1_0(stream, header)
+    with pytest.raises(DecodeError, match="more than the limit"):
+        decode(stream.getvalue() + b"123", 32, 1)
+
+
+def test_pickles_in_arrays_are_refused_and_never_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("trap").touch, ())
+
+    with pytest.raises(DecodeError, match="array of object"):
+        decode(npy(np.array([Trap()], object)), 32, 3)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "NPY"])
+def test_a_file_cut_anywhere_is_an_error(file_format):
+    image = colours(64, 64)
+    data = npy(np.asarray(image)) if file_format == "NPY" else encoded(image, file_format)
+    for kept in (0, 3, 9, 20, len(data) // 2, len(data) - 20):
+        with pytest.raises(DecodeError):
+            decode(data[:kept], 32, 3)
+
+
+def test_text_floats_and_odd_shapes_are_errors():
+    for data in (
+        b"<html>404</html>",
+        npy(np.zeros((8, 8), np.float32)),
+        npy(np.zeros((8, 8, 2), np.uint8)),
+        npy(np.zeros((0, 8), np.uint8)),
+    ):
+        with pytest.raises(DecodeError):
+            decode(data, 8, 3)
+
+
+def test_webp_is_available():
+    assert features.check("webp")

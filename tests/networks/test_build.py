@@ -1,0 +1,107 @@
+import sys
+
+import pytest
+from torch import nn
+
+from ganscale.errors import UserError
+from ganscale.networks import ResNetCritic, build_critic, build_generator, parameter_count
+
+OWN_NETWORKS = """
+from torch import nn
+
+class Minimal(nn.Module):
+    def __init__(self, hidden=3):
+        super().__init__()
+        self.layer = nn.Linear(hidden, 1)
+
+class Curious(nn.Module):
+    def __init__(self, num_classes, *, depth, **rest):
+        super().__init__()
+        self.seen = {"num_classes": num_classes, "depth": depth, **rest}
+
+class Strict(nn.Module):
+    def __init__(self, sample_shape, hidden):
+        super().__init__()
+        self.layer = nn.Linear(hidden + 1, sample_shape[0])
+
+def not_a_module():
+    return 3
+
+constant = 7
+"""
+
+
+@pytest.fixture
+def own_networks(tmp_path, monkeypatch):
+    """The current folder holds own_networks.py, and is not on the path, as under a launcher."""
+    (tmp_path / "own_networks.py").write_text(OWN_NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
+    yield tmp_path
+    for name in ("own_networks", "broken_networks", "needy_networks"):
+        sys.modules.pop(name, None)
+
+
+def critic(target, **options):
+    return build_critic(target, options, sample_shape=(3, 32, 32), num_classes=10)
+
+
+def generator(target, **options):
+    return build_generator(target, options, latent_dim=8, sample_shape=(3, 32, 32), num_classes=10)
+
+
+def test_a_name_builds_our_network_for_the_runs_shapes_and_classes():
+    built = critic("resnet", width=4)
+    assert isinstance(built, ResNetCritic)
+    assert built.embedding is not None and built.embedding.num_embeddings == 10
+    assert generator("resnet", width=4).is_conditional
+
+
+def test_an_own_network_gets_only_those_facts_of_the_run_that_it_accepts(own_networks):
+    assert parameter_count(critic("own_networks:Minimal", hidden=5)) == 5 + 1
+    seen = generator("own_networks:Curious", depth=2, colour="red").seen
+    assert seen == {
+        "num_classes": 10,
+        "depth": 2,
+        "colour": "red",
+        "latent_dim": 8,
+        "sample_shape": (3, 32, 32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "sentence"),
+    [
+        ("resnt", {}, "no network called 'resnt' .did you mean 'resnet'.*package.module:Name"),
+        ("own_networks.Minimal", {}, "no network called .*your own as package.module:Name"),
+        ("missing_networks:Critic", {}, "no module missing_networks in the current folder"),
+        ("own_networks:Minimall", {}, "own_networks has no Minimall .did you mean 'Minimal'"),
+        ("own_networks:constant", {}, "own_networks:constant is a int, not a class"),
+        ("own_networks:not_a_module", {}, "is a int, not a torch.nn.Module"),
+        ("own_networks:Minimal", {"hiden": 1}, "no option 'hiden' .did you mean 'hidden'"),
+        ("own_networks:Strict", {}, "cannot be built: TypeError: .*hidden"),
+        ("own_networks:Strict", {"hidden": "4"}, "cannot be built: TypeError: "),
+        ("resnet", {"spectral": True}, "no option 'spectral' .did you mean 'spectral_norm'"),
+        ("resnet", {"num_classes": 3}, "num_classes of critic resnet follows from the run"),
+        ("resnet", {"width": 0}, "width of resnet must be a whole number above 0, not 0"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_with_the_nearest_name(own_networks, target, options, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        critic(target, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_own_module_that_fails_on_import_is_named_with_reason_and_line(own_networks):
+    (own_networks / "broken_networks.py").write_text("import torch\nwidth = 1 / 0\n")
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*broken_networks.py:2"):
+        critic("broken_networks:Critic")
+    (own_networks / "needy_networks.py").write_text("import package_that_is_not_there\n")
+    with pytest.raises(UserError, match="needs package_that_is_not_there, which is not installed"):
+        critic("needy_networks:Critic")
+
+
+def test_parameter_count_leaves_out_frozen_parameters_and_counts_shared_ones_once():
+    shared = nn.Linear(3, 4)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    assert parameter_count(nn.Sequential(shared, shared, frozen)) == 3 * 4 + 4

@@ -1,0 +1,123 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm2d
+
+sys.path.insert(0, str(Path(__file__).parent))
+import normalization_ranks as ranks
+
+DEADLINE_SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two real gloo processes computed on its half of the global batch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, ranks.__file__, str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks.WORLD_SIZE)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=DEADLINE_SECONDS)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return ranks.use_twice(ranks.make_generator(), slice(None))
+
+
+def assert_equal_in_float64(actual, expected, **message):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, **message)
+
+
+def test_two_ranks_make_the_images_of_the_full_batch(two_ranks, one_rank):
+    assert_equal_in_float64(torch.cat([rank["images"] for rank in two_ranks]), one_rank["images"])
+
+
+def test_two_ranks_have_the_input_gradients_of_the_full_batch(two_ranks, one_rank):
+    # A rank differentiates the sum of all ranks' losses, of which the full batch takes the mean.
+    gradients = torch.cat([rank["latent gradients"] for rank in two_ranks]) / ranks.WORLD_SIZE
+    assert_equal_in_float64(gradients, one_rank["latent gradients"])
+
+
+def test_two_ranks_have_the_parameter_gradients_and_buffers_of_the_full_batch(two_ranks, one_rank):
+    shared = [name for name in one_rank if name.startswith(("gradient of", "buffer"))]
+    assert len(shared) > 20
+    for name in shared:
+        assert_equal_in_float64(
+            two_ranks[0][name], one_rank[name], msg=lambda m, n=name: f"{n} {m}"
+        )
+        assert torch.equal(two_ranks[0][name], two_ranks[1][name]), name
+
+
+def test_float32_statistics_survive_a_mean_of_ten_thousand_deviations(two_ranks):
+    images = ranks.large_mean_images().double()
+    expected = nn.BatchNorm2d(3).double()
+    expected(images)
+    torch.testing.assert_close(
+        two_ranks[0]["large mean, running variance"],
+        expected.running_var.float(),  # type: ignore[union-attr]
+        rtol=1e-6,
+        atol=0,
+    )
+    normalized = torch.cat([rank["large mean"] for rank in two_ranks])
+    assert normalized.std(correction=0).item() == pytest.approx(1.0, abs=2e-3)
+
+
+def test_bfloat16_images_stay_bfloat16_and_are_normalized_in_float32(two_ranks):
+    normalized = torch.cat([rank["bfloat16"] for rank in two_ranks])
+    torch.manual_seed(3)
+    images = torch.randn(ranks.GLOBAL_BATCH, 3, 16, 16).bfloat16()
+    expected = nn.BatchNorm2d(3)(images.float()).bfloat16()
+    assert normalized.dtype == torch.bfloat16
+    torch.testing.assert_close(normalized, expected, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_one_rank_equals_torchs_batch_norm(affine):
+    torch.manual_seed(0)
+    ours = GlobalBatchNorm2d(3, affine=affine).double()
+    torchs = nn.BatchNorm2d(3, affine=affine).double()
+    outcomes = []
+    batches = torch.randn(3, 4, 3, 5, 5, dtype=torch.float64) * 2 + 1
+    for norm in (ours, torchs):
+        images = batches.clone().requires_grad_()
+        outputs = torch.stack([norm(images[0]), norm(images[1]), norm.eval()(images[2])])
+        outputs.pow(3).sum().backward()
+        gradients = [parameter.grad for parameter in norm.parameters()]
+        outcomes.append([outputs, images.grad, norm.running_mean, norm.running_var, *gradients])
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_equal_in_float64(actual, expected)
+
+
+def test_classes_have_their_own_gain_and_bias_which_start_neutral():
+    torch.manual_seed(0)
+    norm = ConditionalBatchNorm2d(3, num_classes=4).double()
+    images, labels = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 3, 1, 2])
+    normalized = nn.BatchNorm2d(3).double()(images)
+    assert_equal_in_float64(norm(images, labels), normalized)
+    nn.init.normal_(norm.gain.weight)
+    nn.init.normal_(norm.bias.weight)
+    for sample, label in enumerate(labels):
+        gain, bias = norm.gain.weight[label], norm.bias.weight[label]
+        expected = normalized[sample] * gain[:, None, None] + bias[:, None, None]
+        assert_equal_in_float64(norm(images, labels)[sample], expected)

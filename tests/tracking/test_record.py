@@ -1,0 +1,154 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ganscale.tracking.record import End, Record, read_rows
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def write(path: Path, images_seen: list[int]) -> None:
+    record = Record(path)
+    for count in images_seen:
+        record.append({"progress/images_seen": count, "loss/critic": 1 / count})
+    record.close()
+
+
+def images_seen(path: Path) -> list:
+    return [row["progress/images_seen"] for row in read_rows(path)]
+
+
+def test_non_finite_and_numpy_values_survive_in_json_that_any_reader_takes(path):
+    row = {
+        "progress/images_seen": 64,
+        "loss/critic": math.nan,
+        "loss/generator": -math.inf,
+        "penalty/r1": np.float32(np.inf),
+        "logits/real": np.float32(0.5),
+        "data/broken": np.int64(3),
+        "samples/images": "samples/images-000000064.png",
+    }
+    record = Record(path)
+    record.append(row)
+    record.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    (read,) = read_rows(path)
+    assert list(read) == sorted(row)
+    assert math.isnan(float(read.pop("loss/critic")))
+    assert read == {name: row[name] for name in read}
+
+
+def test_rewinding_drops_the_rows_after_a_checkpoint_and_keeps_its_own(path):
+    write(path, [64, 128, 192, 256])
+    assert Record(path).rewind(128) == 2
+    write(path, [192])
+    assert images_seen(path) == [64, 128, 192]
+    assert Record(path).rewind(-1) == 3
+    assert path.read_bytes() == b""
+
+
+def test_rewinding_a_run_without_a_record_drops_nothing(path):
+    assert Record(path).rewind(-1) == 0
+    assert Record(path).end() == End()
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 20, 51])
+def test_a_torn_last_line_is_dropped_and_reported(path, caplog, kept_bytes):
+    write(path, [64, 128])
+    whole = path.read_bytes()
+    line = whole.splitlines(keepends=True)[1]
+    torn = whole[: -len(line)] + line[:kept_bytes]
+    path.write_bytes(torn)
+
+    Record(path).rewind(1000)
+    assert "damaged" in caplog.text
+    write(path, [192])
+    assert images_seen(path) == [64, 192]
+
+
+def test_the_end_names_all_that_was_logged_at_the_last_images_seen(path):
+    record = Record(path)
+    record.append({"progress/images_seen": 64, "loss/critic": 1.0})
+    record.append({"progress/images_seen": 128, "loss/critic": 1.0})
+    record.append({"progress/images_seen": 128, "eval/fid": 50.0})
+    record.close()
+    assert record.end() == End(
+        128, 2, frozenset({"progress/images_seen", "loss/critic", "eval/fid"})
+    )
+
+
+def test_a_row_without_images_seen_is_refused(path):
+    with pytest.raises(ValueError, match="progress/images_seen"):
+        Record(path).append({"loss/critic": 1.0})
+
+
+def test_rows_of_a_process_that_is_killed_are_whole(path):
+    """kill -9 while rows are written as fast as they can be."""
+    script = f"""
+from pathlib import Path
+from ganscale.tracking.record import Record
+record = Record(Path({str(path)!r}))
+row = {{f"panel/critic/{{i}}": 0.1 for i in range(80)}}
+for step in range(1, 10**9):
+    record.append({{"progress/images_seen": step, **row}})
+    if step == 500:
+        print("500", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "500\n"
+    finally:
+        process.kill()
+        process.communicate(timeout=20)
+
+    last = Record(path).end().images_seen
+    assert last >= 500
+    Record(path).rewind(400)
+    assert images_seen(path) == list(range(1, 401))
+
+
+def test_a_full_disk_delays_rows_and_loses_none(path):
+    """A limit on the file's size stands in for the disk: it takes a part of a line, too."""
+    script = f"""
+import resource
+from pathlib import Path
+from ganscale.tracking.record import Record
+record = Record(Path({str(path)!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for step in range(1, 101):
+    record.append({{"progress/images_seen": step}})
+print(record.pending_rows)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+record.append({{"progress/images_seen": 101}})
+print(record.pending_rows)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    pending_when_full, pending_after = map(int, done.stdout.split())
+    assert pending_when_full > 50
+    assert pending_after == 0
+    assert done.stderr.count("cannot be written") == 1
+    assert images_seen(path) == list(range(1, 102))
