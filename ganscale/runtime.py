@@ -64,12 +64,12 @@ class Runtime:
         accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
             mixed_precision="no",  # the config's, not the launcher's: see `autocast`
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
-                # Made equal once, buffers stay equal, because every rank computes them from the
-                # same numbers: broadcasting them at each forward would only cost.
-                DDPSettings(gradient_as_bucket_view=True, forward_sync_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
+        )
+        # Made equal once, buffers stay equal, because every rank computes them from the same
+        # numbers: broadcasting them at each forward would only cost.
+        accelerator.ddp_handler = DDPSettings(  # type: ignore[assignment]
+            gradient_as_bucket_view=True, forward_sync_buffers=False
         )
         promised = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator.num_processes != promised:
@@ -123,6 +123,8 @@ class Runtime:
         vote = torch.tensor([flag])
         work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control_group, async_op=True)
 
+        assert work is not None
+
         def result() -> int:
             work.wait()
             return int(vote)
@@ -159,12 +161,17 @@ class Runtime:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The mixed precision of the config ("float32" or "bfloat16") for the enclosed forward.
+    """The mixed precision of the config for the enclosed forward.
 
     Ours rather than Accelerate's, because it patches `forward` from outside: the penalty, inside,
     has to stay in float32, and the unwrapped networks have to run in the same precision.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """What weights and images are stored in under a precision of the config."""
+    return torch.float64 if precision == "float64" else torch.float32
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class TrainingConfig:
     total_images: int = number(MISSING, at_least=1)  # real images shown to the critic in all
     global_batch_size: int = number(64, at_least=1)  # images per critic step over all ranks
     accumulate: int = number(1, at_least=1)  # micro-batches per step and rank
-    precision: str = choice("float32", "float32", "bfloat16")  # bfloat16: autocast, weights float32
+    # bfloat16: autocast over float32 weights; float64: slow, to check that runs agree exactly
+    precision: str = choice("float32", "float32", "bfloat16", "float64")
     conditional: bool = False  # networks see the class labels of the data
     schedule: str = choice("constant", "constant", "linear", "cosine")  # of both learning rates
     warmup_images: int = number(0, at_least=0)  # the rates rise linearly over these

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ganscale import __version__
-from ganscale.cli import config, sample, train
+from ganscale.cli import config, sample, shards, train
 from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, UserError
 
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, sample, config):
+    for module in (train, sample, shards, config):
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -1,6 +1,7 @@
 """`ganscale sample RUN`: images from a trained generator."""
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -12,30 +13,80 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "images, however many are asked for.",
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="for example runs/demo")
-    parser.add_argument("--count", type=int, default=64, help="images (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="write one picture of all")
-    parser.add_argument("--folder", type=Path, help="write one PNG each into a folder")
-    parser.add_argument("--shards", type=Path, help="write WebDataset shards with a manifest")
-    parser.add_argument("--columns", type=int, help="of the grid (about the root of the count)")
-    parser.add_argument("--class", dest="label", type=int, help="class of a conditional generator")
+    parser.add_argument("--count", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="of the latents (default: 0)")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="write all into one picture")
+    parser.add_argument("--folder", type=Path, help="write a PNG each into a folder")
+    parser.add_argument("--shards", type=Path, help="write WebDataset shards and their manifest")
+    parser.add_argument("--columns", type=int, help="of the grid (default: as many as rows)")
+    parser.add_argument(
+        "--class",
+        dest="label",
+        type=int,
+        metavar="N",
+        help="the class to make (default: all classes in turn)",
+    )
     parser.add_argument(
         "--interpolate",
         action="store_true",
-        help="each row of the grid walks between two latents",
+        help="each row of the grid walks from one latent to another",
     )
     parser.add_argument(
         "--weights",
         choices=("average", "generator"),
         default="average",
-        help="the averaged generator (default) or the last one",
+        help="the averaged generator (default) or the one last trained",
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ganscale.errors import UserError
+    import torch
 
+    from ganscale.errors import EXIT_DONE, UserError
+    from ganscale.evaluation import export
+    from ganscale.evaluation.sampling import (
+        generate,
+        interpolated_latents,
+        sample_labels,
+        sample_latents,
+    )
+    from ganscale.training.state import load_generator
+
+    count = arguments.count
+    if count < 1:
+        raise UserError(f"--count must be at least 1, not {count}")
     if not (arguments.grid or arguments.folder or arguments.shards):
-        raise UserError("say where the images go: --grid out.png, --folder DIR or --shards DIR")
-    return 0
+        raise UserError("say where the images go: --grid PNG, --folder DIR or --shards DIR")
+    columns = arguments.columns or max(1, round(math.sqrt(count)))
+    generator, latent_dim, num_classes = load_generator(arguments.run_folder, arguments.weights)
+    if arguments.label is not None and not 0 <= arguments.label < num_classes:
+        known = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
+        raise UserError(f"--class {arguments.label}: this run has {known}")
+    if torch.accelerator.is_available():
+        generator.to(torch.accelerator.current_accelerator())
+
+    if arguments.interpolate:
+        rows = -(-count // columns)
+        latents = interpolated_latents(arguments.seed, rows, columns, latent_dim)[:count]
+        labels = sample_labels(0, rows, num_classes)
+        labels = None if labels is None else labels.repeat_interleave(columns)[:count]
+    else:
+        latents = sample_latents(arguments.seed, 0, count, latent_dim)
+        labels = sample_labels(0, count, num_classes)
+    if arguments.label is not None:
+        labels = torch.full((count,), arguments.label)
+
+    try:
+        if arguments.grid:
+            export.write_grid(generate(generator, latents, labels), arguments.grid, columns)
+            print(f"{count} images in {arguments.grid}")
+        if arguments.folder:
+            export.write_folder(generate(generator, latents, labels), arguments.folder)
+            print(f"{count} images in {arguments.folder}")
+        if arguments.shards:
+            export.write_shards(generate(generator, latents, labels), arguments.shards, labels)
+            print(f"{count} images in shards in {arguments.shards}")
+    except (OSError, ValueError) as error:  # ValueError: Pillow does not know the ending
+        raise UserError(f"the images cannot be written: {error}") from error
+    return EXIT_DONE

@@ -61,7 +61,6 @@ def _add_write(commands) -> None:
         "--shard-bytes",
         type=_positive,
         metavar="BYTES",
-        default=128 << 20,
         help="about so many bytes a shard (default: 128 MiB)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images' order (default: 0)")
@@ -103,9 +102,16 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_positive,
         metavar="N",
-        default=len(os.sched_getaffinity(0)),
+        default=_cores(),
         help="processes (default: one a core, %(default)s); they do not change the result",
     )
+
+
+def _cores() -> int:
+    """The cores that this process may use, which a batch system limits; macOS cannot tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _positive(text: str) -> int:
@@ -116,7 +122,7 @@ def _positive(text: str) -> int:
 
 
 def write(args: argparse.Namespace) -> int:
-    from ganscale.data.writing import describe_broken, write_shards
+    from ganscale.data.writing import DEFAULT_SHARD_BYTES, describe_broken, write_shards
 
     report = write_shards(
         args.source,
@@ -127,7 +133,7 @@ def write(args: argparse.Namespace) -> int:
         quality=args.quality,
         classes=args.classes,
         shard_samples=args.shard_samples,
-        shard_bytes=args.shard_bytes,
+        shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
         seed=args.seed,
         workers=args.workers,
         max_broken=args.max_broken,
@@ -166,13 +172,13 @@ def show(args: argparse.Namespace) -> int:
 
 def _print_summary(manifest) -> None:
     shard_bytes = sum(shard.bytes for shard in manifest.shards)
-    height, width = manifest.resolution or (None, None)
+    resolution = "{} x {}".format(*manifest.resolution) if manifest.resolution else "varies"
     print(f"folder       {manifest.root}")
     print(f"samples      {len(manifest.samples):,}")
     print(f"shards       {len(manifest.shards):,}")
     print(f"bytes        {shard_bytes:,}")
     print(f"images       {', '.join(manifest.extensions)}")
-    print(f"resolution   {f'{height} x {width}' if manifest.resolution else 'varies'}")
+    print(f"resolution   {resolution}")
     print(f"classes      {manifest.class_count or 'none'}")
     print(f"fingerprint  {manifest.fingerprint}")
 

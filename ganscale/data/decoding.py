@@ -47,6 +47,8 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
             image = _open(data)
             if image.format == "JPEG":
                 _draft(image, resolution, channels)
+            if _orientation(image, data) != 1:
+                image = ImageOps.exif_transpose(image)
         else:
             height, width = (resolution, resolution) if resolution else pixels.shape[:2]
             if pixels.shape == (height, width, channels):
@@ -101,14 +103,15 @@ def _refuse_bomb(height: int, width: int) -> None:
 
 
 def _may_have_exif(data: bytes) -> bool:
-    return b"Exif\0" in data[:_EXIF_SEARCH_BYTES]
+    """Whether it is worth asking Pillow, which decodes a whole PNG to find its Exif."""
+    if data.startswith(_JPEG):
+        return b"Exif\0" in data[:_EXIF_SEARCH_BYTES]
+    return b"eXIf" in data or b"EXIF" in data
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
     """The Exif orientation, 1 (upright) to 8."""
-    if image.format == "JPEG" and not _may_have_exif(data):
-        return 1
-    return image.getexif().get(_EXIF_ORIENTATION, 1)
+    return image.getexif().get(_EXIF_ORIENTATION, 1) if _may_have_exif(data) else 1
 
 
 def _decode_without_pillow(data: bytes, resolution: int | None, channels: int) -> np.ndarray | None:
@@ -181,9 +184,7 @@ def _load_array(data: bytes) -> np.ndarray:
 
 
 def _flatten(image: Image.Image, channels: int) -> Image.Image:
-    """`image` upright and opaque, in mode L or RGB."""
-    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    """`image` opaque, in mode L or RGB."""
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion would clip at 255; the high byte is what it takes of
         # 16-bit colours.
@@ -200,7 +201,10 @@ def _flatten(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _fit(image: Image.Image, resolution: int | None) -> Image.Image:
-    """The largest centred square of `image`, resized to `resolution`."""
+    """The largest centred square of `image`, resized to `resolution`.
+
+    As if the whole image had been resized and then cropped: the filter reads beyond the square.
+    """
     if resolution is None or image.size == (resolution, resolution):
         return image
     side = min(image.size)

@@ -24,7 +24,7 @@ from ganscale.errors import UserError
 _BUNDLED = "bundled:"
 
 
-class Image(NamedTuple):
+class SourceImage(NamedTuple):
     """One image file of a source.
 
     name: unique within the source, with / between folders, the same on every machine
@@ -52,7 +52,7 @@ class Source:
 
     kind: str
     path: str
-    images: list[Image]
+    images: list[SourceImage]
     class_names: list[str]
     ignored: dict[str, int]
 
@@ -76,7 +76,7 @@ def list_images(source: str, classes: str = "none") -> Source:
         name = source.removeprefix(_BUNDLED)
         labels = bundled.load(name).labels
         size = len(_read_bundled(name, 0))
-        images = [Image(f"{i:06d}", size, i, int(label)) for i, label in enumerate(labels)]
+        images = [SourceImage(f"{i:06d}", size, i, int(label)) for i, label in enumerate(labels)]
         return Source("bundled", name, images, bundled.load(name).class_names, {})
     path = Path(source)
     if path.is_dir():
@@ -99,7 +99,7 @@ def list_images(source: str, classes: str = "none") -> Source:
 
 
 @lru_cache(maxsize=1)
-def reader(kind: str, path: str) -> Callable[[Image], bytes]:
+def reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
     """A function from an image of that source to the bytes of its file.
 
     It raises DecodeError for a member that its archive cannot give, and OSError. Kept for the next
@@ -113,7 +113,7 @@ def reader(kind: str, path: str) -> Callable[[Image], bytes]:
         return lambda image: _read_at(Path(path), image.size, image.position)
     archive = zipfile.ZipFile(path)
 
-    def read_member(image: Image) -> bytes:
+    def read_member(image: SourceImage) -> bytes:
         try:
             return archive.read(image.name)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
@@ -139,32 +139,32 @@ def _bundled_images(name: str) -> np.ndarray:
     return bundled.load(name).images
 
 
-def _walk(root: Path) -> Iterator[Image]:
+def _walk(root: Path) -> Iterator[SourceImage]:
     for folder, subfolders, files in os.walk(root):
         for name in files:
             path = Path(folder, name)
-            yield Image(path.relative_to(root).as_posix(), path.stat().st_size, 0)
+            yield SourceImage(path.relative_to(root).as_posix(), path.stat().st_size, 0)
         for name in subfolders:
             if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
                 raise UserError(f"{Path(folder, name)} is a linked folder; give its target instead")
 
 
-def _list_zip(path: Path) -> Iterator[Image]:
+def _list_zip(path: Path) -> Iterator[SourceImage]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if not member.is_dir():
-                yield Image(member.filename, member.file_size, 0)
+                yield SourceImage(member.filename, member.file_size, 0)
 
 
-def _list_tar(path: Path) -> Iterator[Image]:
+def _list_tar(path: Path) -> Iterator[SourceImage]:
     with path.open("rb") as file:
         for member in tar_members(path, file):
-            yield Image(member.name, member.size, member.offset_data)
+            yield SourceImage(member.name.removeprefix("./"), member.size, member.offset_data)
 
 
-def _only_images(files: Iterable[Image]) -> tuple[list[Image], dict[str, int]]:
+def _only_images(files: Iterable[SourceImage]) -> tuple[list[SourceImage], dict[str, int]]:
     """The images sorted by name, and how many other files there are, by extension."""
-    images: list[Image] = []
+    images: list[SourceImage] = []
     ignored: Counter[str] = Counter()
     for file in files:
         parts = file.name.split("/")
@@ -178,7 +178,9 @@ def _only_images(files: Iterable[Image]) -> tuple[list[Image], dict[str, int]]:
     return sorted(images), dict(sorted(ignored.items()))
 
 
-def _with_folder_classes(images: list[Image], source: str) -> tuple[list[Image], list[str]]:
+def _with_folder_classes(
+    images: list[SourceImage], source: str
+) -> tuple[list[SourceImage], list[str]]:
     folders = [image.name.split("/")[:-1] for image in images]
     # All lists lie between the smallest and the largest: what these share, all share.
     pairs = zip(min(folders), max(folders), strict=False)

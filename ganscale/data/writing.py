@@ -22,7 +22,7 @@ from ganscale.data import sources
 from ganscale.data.decoding import DecodeError
 from ganscale.data.encoding import Encoding
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest, build_manifest, replacing
-from ganscale.data.sources import Image, Source
+from ganscale.data.sources import Source, SourceImage
 from ganscale.errors import UserError
 
 DEFAULT_SHARD_BYTES = 128 << 20
@@ -30,7 +30,7 @@ JOURNAL_NAME = "writing.jsonl"
 
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of some kilobytes can hold a "file" of many gigabytes
-_TAR_OVERHEAD_BYTES = 1024  # a sample's member headers, and its padding to whole blocks of 512
+_TAR_BLOCK_BYTES = 512  # a member is a block of header, and whole blocks of data
 _NAMED_BROKEN = 5
 
 
@@ -53,7 +53,7 @@ class _ShardTask(NamedTuple):
     kind: str
     source_path: str
     first_key: int
-    images: list[Image]
+    images: list[SourceImage]
     encoding: Encoding
 
 
@@ -102,6 +102,8 @@ def write_shards(
         shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".*.partial"):  # of a run that was killed
+        leftover.unlink()
     command = {
         **asdict(encoding),
         "shard_samples": shard_samples,
@@ -124,6 +126,7 @@ def write_shards(
     ]
     todo = [task for task in tasks if task.path.name not in finished]
     broken = [image for shard in finished.values() for image in shard.broken]
+    _refuse_too_many_broken(broken, len(order), max_broken)
     if not todo and (root / JSON_NAME).exists():
         return Report(Manifest.load(root), len(tasks), sorted(broken), listing.ignored)
     (root / JSON_NAME).unlink(missing_ok=True)  # until all is written, this is no data set
@@ -135,11 +138,7 @@ def write_shards(
             journal.flush()
             progress.update(len(task.images))
             broken += shard.broken
-            if len(broken) > max_broken * len(order):
-                raise UserError(
-                    f"{len(broken)} of {len(order)} images are broken, more than the allowed share "
-                    f"of {max_broken:g} (--max-broken): {describe_broken(broken)}"
-                )
+            _refuse_too_many_broken(broken, len(order), max_broken)
     if len(broken) == len(order):
         raise UserError(f"no image of {source} can be decoded: {describe_broken(broken)}")
     if listing.class_names:
@@ -154,6 +153,14 @@ def describe_broken(broken: list[tuple[str, str]]) -> str:
     named = [f"{name} {reason}" for name, reason in sorted(broken)[:_NAMED_BROKEN]]
     more = len(broken) - len(named)
     return "; ".join(named) + (f"; and {more} more" if more else "")
+
+
+def _refuse_too_many_broken(broken: list[tuple[str, str]], images: int, max_broken: float) -> None:
+    if len(broken) > max_broken * images:
+        raise UserError(
+            f"{len(broken)} of {images} images are broken, more than the allowed share of "
+            f"{max_broken:g} (--max-broken): {describe_broken(broken)}"
+        )
 
 
 def _choose_encoding(
@@ -181,14 +188,15 @@ def _shuffle_key(seed: int, name: str) -> bytes:
 
 
 def _estimate_shard_samples(
-    source: Source, order: list[Image], encoding: Encoding, shard_bytes: int
+    source: Source, order: list[SourceImage], encoding: Encoding, shard_bytes: int
 ) -> int:
     read = sources.reader(source.kind, source.path)
     sizes = []
     reason = ""
     for image in order[:_PROBED_IMAGES]:
         try:
-            sizes.append(len(_encode(read, image, encoding)[1]) + _TAR_OVERHEAD_BYTES)
+            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // _TAR_BLOCK_BYTES)
+            sizes.append((blocks + 2 * (image.label >= 0)) * _TAR_BLOCK_BYTES)
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
@@ -197,8 +205,10 @@ def _estimate_shard_samples(
 
 
 def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished]:
-    """The finished shards of an earlier run of the same command; begins a journal if it is the
-    first. Raises UserError if the folder holds other shards."""
+    """The finished shards of an earlier run of the same command, by name.
+
+    Begins the journal when there is none. Raises UserError if the folder holds other shards.
+    """
     path = root / JOURNAL_NAME
     if not path.exists():
         if any(root.glob("*.tar")):
@@ -269,13 +279,10 @@ def _write_shard(task: _ShardTask) -> _Finished:
             except DecodeError as error:
                 broken.append((image.name, str(error)))
                 continue
-            except OSError as error:
-                raise UserError(
-                    f"cannot read the image {image.name}: {error}; the same command goes on "
-                    "from here"
-                ) from error
             sample = {"__key__": f"{position:09d}", extension: data}
             if image.label >= 0:
+                # TarWriter sorts by extension: the label comes first, so no reader of a cut tar
+                # can take the image for an unlabelled one.
                 sample["cls"] = str(image.label).encode()
             tar.write(sample)
     if len(broken) == len(task.images):
@@ -284,7 +291,15 @@ def _write_shard(task: _ShardTask) -> _Finished:
     return _Finished(task.path.name, task.path.stat().st_size, broken)
 
 
-def _encode(read: Callable[[Image], bytes], image: Image, encoding: Encoding) -> tuple[str, bytes]:
+def _encode(
+    read: Callable[[SourceImage], bytes], image: SourceImage, encoding: Encoding
+) -> tuple[str, bytes]:
     if image.size > _MAX_FILE_BYTES:
         raise DecodeError(f"has {image.size:,} bytes, more than the limit of {_MAX_FILE_BYTES:,}")
-    return encoding.encode(read(image))
+    try:
+        data = read(image)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the image {image.name}: {error}; the same command goes on from here"
+        ) from error
+    return encoding.encode(data)

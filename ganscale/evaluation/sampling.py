@@ -47,13 +47,13 @@ def generate(
     generator: nn.Module, latents: Float[Tensor, "count d"], labels: Tensor | None = None
 ) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
     """The images of `latents`, on the host, at most CHUNK at a time; in evaluation mode."""
-    device = next(generator.parameters()).device
+    weights = next(generator.parameters())
     was_training = generator.training
     generator.eval()
     try:
         for start in range(0, len(latents), CHUNK):
-            chunk = _padded(latents[start : start + CHUNK]).to(device)
-            classes = None if labels is None else _padded(labels[start : start + CHUNK]).to(device)
+            chunk = _padded(latents[start : start + CHUNK]).to(weights)
+            classes = None if labels is None else _padded(labels[start : start + CHUNK]).to(weights.device)
             images = generator(chunk) if classes is None else generator(chunk, classes)
             yield to_bytes(images)[: len(latents) - start].cpu()
     finally:

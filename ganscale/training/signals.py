@@ -1,10 +1,24 @@
 """Requests to stop: a signal sets a flag; the loop acts on it when all ranks have agreed."""
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 # Time limit or preemption (SLURM sends what the batch script asks for), scancel, Ctrl-C.
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+STOPPED_FILE = "GANSCALE_STOPPED_FILE"
+
+
+def mark_stopped(reason: str) -> None:
+    """Writes `reason` into the file that the environment names, if it does.
+
+    A batch script that launches through `accelerate launch` reads it there: the launcher replaces
+    the exit codes of its workers by its own.
+    """
+    if path := os.environ.get(STOPPED_FILE):
+        Path(path).write_text(reason + "\n")
 
 
 class StopRequest:

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from ganscale.config import load_stored
 from ganscale.errors import UserError
 from ganscale.networks.build import build_critic, build_generator
 from ganscale.objectives.objective import Objective, refuse_batch_statistics
 from ganscale.randomness import derived_seed
-from ganscale.runtime import Runtime
+from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
-from ganscale.training.checkpoint import load_state, load_tensors
+from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.training.ema import average_of
 from ganscale.training.meters import MeterSums
 from ganscale.training.player import Player, Tripwire, load_optimizer_tensors, optimizer_tensors
+from ganscale.training.run_folder import RunFolder
 from ganscale.training.step import CriticStep, GeneratorStep
 
 
@@ -39,6 +41,9 @@ class TrainingState:
             )
         refuse_batch_statistics(self.critic)
         _check_shapes(self.generator, self.critic, config, num_classes)
+        self.dtype = weights_dtype(config.training.precision)
+        self.generator.to(self.dtype)
+        self.critic.to(self.dtype)
         if config.training.memory_format == "channels_last":
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -85,6 +90,7 @@ class TrainingState:
         """The plain numbers of a checkpoint. On every rank: it sums the meters over the ranks."""
         return {
             "images_seen": self.images_seen,
+            "num_classes": self.num_classes,
             "steps": self.steps,
             "seconds": self.seconds,
             "sessions": self.sessions,
@@ -108,6 +114,25 @@ class TrainingState:
             t for f in ("generator", "critic") for t in getattr(self, f).state_dict().values()
         ]
         return all(bool(t.isfinite().all()) for t in tensors)
+
+
+def load_generator(run_folder: Path, weights: str) -> tuple[nn.Module, int, int]:
+    """(generator, latent_dim, number of classes) of a run's newest checkpoint, on the CPU.
+
+    `weights`: "average" or "generator". Raises UserError for a folder that is no run, or one
+    without a whole checkpoint.
+    """
+    folder = RunFolder(run_folder)
+    if not folder.config.exists():
+        raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run_folder} has no whole checkpoint yet")
+    config = load_stored(folder.config)
+    num_classes = load_state(checkpoint)["num_classes"]
+    generator = build_generator_of(config, num_classes)
+    generator.load_state_dict(load_tensors(checkpoint, weights))
+    return generator.eval(), config.generator.latent_dim, num_classes
 
 
 def sample_shape(config: Config) -> tuple[int, int, int]:

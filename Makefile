@@ -1,0 +1,37 @@
+# Everything happens in .venv; `make demo` and `make test` need Python >= 3.10 and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: install demo test lint check bench pin clean
+.DELETE_ON_ERROR:
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/ganscale shards write bundled:mnist data/mnist
+	$(BIN)/ganscale train configs/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-cache
+
+# What CI runs; `make test` alone is enough while one works.
+check: lint test
+
+# The versions of this environment become those that everybody gets.
+pin: install
+	$(BIN)/python -m pip freeze --exclude-editable | $(BIN)/python tools/pin.py > constraints.txt
+
+clean:
+	rm -rf .venv data runs

@@ -1,0 +1,98 @@
+"""What many tests share: real digits as shards, and real training processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# A whole run in a few seconds: the demo's networks, smaller, and a row at every generator step.
+TINY = [
+    str(REPOSITORY / "configs" / "demo.yaml"),
+    "generator.options.width=4",
+    "critic.options.width=4",
+    "objective.n_critic=2",
+    "training.global_batch_size=16",
+    "log.every_images=32",
+    "log.wandb=disabled",
+    "samples.count=4",
+]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled digits as five shards with their manifest."""
+    from ganscale.data.writing import write_shards
+
+    folder = tmp_path_factory.mktemp("digits")
+    write_shards("bundled:mnist", folder, shard_samples=1000)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path, digits: Path) -> "Runs":
+    return Runs(tmp_path / "runs", digits)
+
+
+class Runs:
+    """Starts training processes as a user would, in a folder of their own."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self._data = data
+
+    def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
+        program = [sys.executable, "-m", "ganscale", "train"]
+        if ranks > 1:
+            program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
+            program += [str(ranks), "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
+            program += ["--main_process_port", "0", str(REPOSITORY / "launch" / "train.py")]
+        where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
+        return [*program, *TINY, *where, *settings]
+
+    def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """One thread a rank: sums are in another order with another number of threads."""
+        return subprocess.Popen(
+            self.command(name, *settings, ranks=ranks),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+
+    def finish(
+        self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0, seconds: float = 120
+    ) -> str:
+        """Trains to the end; what the processes printed."""
+        process = self.start(name, *settings, ranks=ranks)
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        finally:
+            end_group(process)
+        assert process.returncode == exit_code, output
+        return output
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows of metrics.jsonl that have losses."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "loss/critic" in row]
+
+    def summary(self, name: str) -> dict:
+        return json.loads((self.folder / name / "summary.json").read_text())
+
+    def checkpoints(self, name: str) -> list[Path]:
+        return sorted((self.folder / name / "checkpoints").glob("images-*"))
+
+
+def end_group(process: subprocess.Popen[str]) -> None:
+    """Ends the process and everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

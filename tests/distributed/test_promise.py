@@ -1,0 +1,78 @@
+"""A run does not know its cluster: the same curve on one rank and on two."""
+
+import math
+
+import pytest
+
+from tests.conftest import REPOSITORY, Runs
+
+# What tells about this machine and this moment, not about the curve.
+_OF_THE_MACHINE = ("perf/",)
+
+
+def curve(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith(_OF_THE_MACHINE)} for r in rows]
+
+
+# A rate at which much happens within the test: the critic's loss falls from +10 to -10.
+_LENGTH = (
+    "training.total_images=1600",
+    "optimizer.critic.learning_rate=1e-3",
+    "optimizer.generator.learning_rate=1e-3",
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        # Adam amplifies the last bits from step to step (in 100 critic and 50 generator steps from
+        # 1e-16 to 2e-9, from 6e-8 to 4e-3); a wrong gradient is off by 1e-2 at the first step.
+        pytest.param(("training.precision=float64",), 1e-7, id="float64"),
+        pytest.param((), 2e-2, id="float32"),
+        pytest.param(
+            (
+                "training.precision=float64",
+                "training.accumulate=2",
+                "data.flip=true",
+                "training.gradient_clip=1",
+                "training.schedule=cosine",
+            ),
+            1e-7,
+            id="accumulated",
+        ),
+        pytest.param(
+            (
+                "training.precision=float64",
+                "training.conditional=true",
+                "generator={target: resnet, latent_dim: 16, options: {width: 4}}",
+                "critic={target: resnet, options: {width: 4, spectral_norm: true}}",
+            ),
+            1e-7,
+            id="conditional_resnet_with_spectral_norm",
+        ),
+        pytest.param(
+            (
+                "training.precision=float64",
+                str(REPOSITORY / "configs" / "objective" / "wgan.yaml"),
+                "objective.clip.value=0.05",
+            ),
+            1e-7,
+            id="clipped_wgan",
+        ),
+    ],
+)
+def test_two_ranks_log_the_same_curve_as_one(
+    runs: Runs, settings: tuple[str, ...], tolerance: float
+) -> None:
+    runs.finish("one", *_LENGTH, *settings)
+    output = runs.finish("two", *_LENGTH, *settings, ranks=2)
+    assert runs.summary("two")["sessions"] == [{"images_seen": 0, "world_size": 2}]
+    one, two = curve(runs.rows("one")), curve(runs.rows("two"))
+    assert len(one) == len(two) == 50, output
+    for row_of_one, row_of_two in zip(one, two, strict=True):
+        assert row_of_one.keys() == row_of_two.keys()
+        for name, value in row_of_one.items():
+            assert math.isclose(value, row_of_two[name], rel_tol=tolerance, abs_tol=tolerance), (
+                name,
+                row_of_one["progress/images_seen"],
+            )

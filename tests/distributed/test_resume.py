@@ -1,0 +1,98 @@
+"""Killed at any moment and started again by the same command, a run continues the same curve."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import Runs, end_group
+from tests.distributed.test_promise import curve
+
+_SETTINGS = (
+    "training.total_images=3200",
+    "checkpoint.every_images=320",
+    "log.every_images=160",
+    "optimizer.critic.learning_rate=1e-3",
+    "optimizer.generator.learning_rate=1e-3",
+)
+
+
+def weights(checkpoint: Path) -> dict[str, bytes]:
+    """The bits of every tensor of a checkpoint."""
+    return {
+        f"{file.stem}.{name}": tensor.numpy().tobytes()
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def wait_for_checkpoints(
+    runs: Runs, name: str, count: int, process: subprocess.Popen[str], seconds: float = 60
+) -> None:
+    """Until that many checkpoints were written: the oldest are pruned, so the newest tells."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        written = runs.checkpoints(name)
+        if written and int(written[-1].name.removeprefix("images-")) >= count * 320:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint {count} of {name} within {seconds} s")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ranks: int) -> None:
+    runs.finish("whole", *_SETTINGS, ranks=ranks)
+    for checkpoints_before_the_kill in (2, 5):
+        process = runs.start("killed", *_SETTINGS, ranks=ranks)
+        try:
+            wait_for_checkpoints(runs, "killed", checkpoints_before_the_kill, process)
+            assert process.poll() is None
+        finally:
+            end_group(process)  # kill -9 to the launcher and to every rank
+            process.communicate()
+    output = runs.finish("killed", *_SETTINGS, ranks=ranks)
+    assert "continues at" in output
+    assert len(runs.summary("killed")["sessions"]) > 1
+    assert weights(runs.checkpoints("killed")[-1]) == weights(runs.checkpoints("whole")[-1])
+    # On two ranks, means that were saved in between are summed in another order.
+    whole, killed = curve(runs.rows("whole")), curve(runs.rows("killed"))
+    assert [row["progress/images_seen"] for row in killed] == [
+        row["progress/images_seen"] for row in whole
+    ]
+    for row_of_whole, row_of_killed in zip(whole, killed, strict=True):
+        assert row_of_killed == pytest.approx(row_of_whole, rel=1e-12)
+
+
+def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(runs: Runs) -> None:
+    settings = (*_SETTINGS, "training.precision=float64")
+    runs.finish("whole", *settings)
+    process = runs.start("elastic", *settings)
+    try:
+        wait_for_checkpoints(runs, "elastic", 2, process)
+        os.kill(process.pid, signal.SIGUSR1)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end_group(process)
+    assert process.returncode == 75, output
+    assert "stopped on request" in output
+    runs.finish("elastic", *settings, ranks=2)
+    sessions = runs.summary("elastic")["sessions"]
+    assert [session["world_size"] for session in sessions] == [1, 2]
+    for row_of_whole, row in zip(
+        curve(runs.rows("whole")), curve(runs.rows("elastic")), strict=True
+    ):
+        assert row == pytest.approx(row_of_whole, rel=1e-6)
+
+
+def test_a_finished_run_says_so_and_trains_no_more(runs: Runs) -> None:
+    runs.finish("done", "training.total_images=64")
+    before = weights(runs.checkpoints("done")[-1])
+    assert "finished already" in runs.finish("done", "training.total_images=64")
+    assert weights(runs.checkpoints("done")[-1]) == before
+    runs.finish("done", "training.total_images=128")  # and goes on when more is asked for
+    assert runs.summary("done")["images_seen"] == 128
