@@ -7,6 +7,7 @@ merged into half of another would be neither.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,7 +15,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ganscale.errors import UserError
@@ -51,8 +53,9 @@ def resolve(arguments: Sequence[str]) -> Resolved:
 
     Raises UserError naming the file, the key and the nearest valid key.
     """
-    paths = [Path(argument) for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
+    # A folder's name may hold an equals sign (runs/rate=1e-4), a key holds no slash.
+    overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
+    paths = [Path(argument) for argument in arguments if argument not in overrides]
     if not paths:
         raise UserError("no config file given; for example: configs/demo.yaml")
 
@@ -76,7 +79,7 @@ def resolve(arguments: Sequence[str]) -> Resolved:
 
 def load_stored(path: Path) -> Config:
     """The config that a run folder keeps."""
-    return resolve([str(path)]).config
+    return resolve([str(path.absolute())]).config
 
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
@@ -96,7 +99,7 @@ def curve_changes(stored: Config, requested: Config) -> list[str]:
 
 def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
     """The file's includes, then the file itself, each as (source, keys)."""
-    if path in parents:
+    if path.resolve() in parents:
         raise UserError(f"{path}: includes itself")
     try:
         node = OmegaConf.load(path)
@@ -108,8 +111,11 @@ def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, DictConf
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"{path}: must hold `key: value` pairs")
-    for included in node.pop("include", []):
-        yield from _read(path.parent / included, (*parents, path))
+    includes = node.pop("include") if "include" in node else ListConfig([])
+    if not isinstance(includes, ListConfig):
+        raise UserError(f"{path}: `include` must be a list of files, not {includes!r}")
+    for included in includes:
+        yield from _read(path.parent / str(included), (*parents, path.resolve()))
     yield str(path), node
 
 
@@ -147,10 +153,11 @@ def _checked(node: DictConfig, schema: type, prefix: str, source: str) -> Iterat
             yield from _checked_dict(value, get_args(hint)[1], dotted, source)
         elif is_dataclass(hint) and isinstance(value, DictConfig) and not value._is_none():
             yield from _checked(value, hint, dotted + ".", source)  # type: ignore[arg-type]
-        elif is_dataclass(hint) and node[key] is not None:
-            raise UserError(f"{source}: `{dotted}` must be a section of keys, not {node[key]!r}")
+        elif is_dataclass(hint) and not value._is_none():
+            raise UserError(f"{source}: `{dotted}` must be a section of keys, not {_plain(value)}")
         else:
-            if hint is int and (count := _IMAGE_COUNT.fullmatch(str(node[key]))):
+            # The node's own value: to ask for it by key would follow an interpolation.
+            if hint is int and (count := _IMAGE_COUNT.fullmatch(str(value._value()))):
                 scale = {"k": 10**3, "m": 10**6}[count[2].lower()]
                 node[key] = round(float(count[1]) * scale)
             yield dotted
@@ -159,12 +166,15 @@ def _checked(node: DictConfig, schema: type, prefix: str, source: str) -> Iterat
 def _checked_dict(value: Any, schema: Any, dotted: str, source: str) -> Iterator[str]:
     """The same for a section whose keys are free (network options, penalties by name)."""
     if not isinstance(value, DictConfig) or value._is_none():
-        yield dotted
-        return
+        raise UserError(f"{source}: `{dotted}` must be a section of keys, not {_plain(value)}")
     for name in value:
         child = value._get_node(name)
+        if not isinstance(name, str):
+            raise UserError(f"{source}: a key of `{dotted}` must be a word, not {name!r}")
         if is_dataclass(schema) and isinstance(child, DictConfig):
             yield from _checked(child, schema, f"{dotted}.{name}.", source)  # type: ignore[arg-type]
+        elif isinstance(child, DictConfig) and len(child):
+            yield from _checked_dict(child, schema, f"{dotted}.{name}", source)
         else:
             yield f"{dotted}.{name}"
 
@@ -210,19 +220,24 @@ def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
         hint = get_args(hint)[0]
     expected = "a section" if is_dataclass(hint) else getattr(hint, "__name__", str(hint))
     value = OmegaConf.select(layer, key, throw_on_resolution_failure=False)
+    return f"`{key}` must be {expected}, not {_plain(value)}"
+
+
+def _plain(value: Any) -> str:
+    """A value as the user wrote it, for messages."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    return f"`{key}` must be {expected}, not {value!r}"
+    return repr(value._value() if isinstance(value, Node) else value)
 
 
 def _validated(merged: Any, origin: Mapping[str, str]) -> Config:
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
-    except OmegaConfBaseException as error:
+        if missing:
+            raise UserError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(" ".join(str(error).split())) from None
-    if missing:
-        raise UserError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
-    config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     for complaint_key, complaint in _complaints(config, ""):
         source = origin.get(complaint_key, DEFAULT)
@@ -240,6 +255,8 @@ def _complaints(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
                 yield from _complaints(child, f"{key}.{name}.")
         if is_dataclass(value):
             yield from _complaints(value, key + ".")
+        if isinstance(value, float) and math.isinf(value):
+            yield key, f"must be finite, not {value}"
         if "choices" in limits and value not in limits["choices"]:
             close = difflib.get_close_matches(str(value), limits["choices"], n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -283,17 +300,18 @@ def _leaves(config: Config) -> dict[str, Any]:
 
 
 def _annotated(text: str, origin: Mapping[str, str]) -> str:
-    """`text` (block-style YAML of two-space indents) with each value's origin as a comment."""
-    lines, path = [], []
-    for line in text.splitlines():
-        match = re.match(r"( *)([\w.]+):(.*)", line)
-        if not match:
-            lines.append(line)
-            continue
-        depth = len(match[1]) // 2
-        path = [*path[:depth], match[2]]
-        dotted = ".".join(path)
-        opens_section = not match[3] and dotted not in origin
-        known = origin.get(dotted, DEFAULT)
-        lines.append(line if opens_section else f"{line}  # {known}")
-    return "\n".join(lines) + "\n"
+    """`text` with each value's origin as a comment where the value ends."""
+    lines = text.split("\n")
+
+    def walk(section: yaml.MappingNode, prefix: str) -> None:
+        for key, value in section.value:
+            dotted = prefix + key.value
+            if isinstance(value, yaml.MappingNode) and value.value:
+                walk(value, dotted + ".")
+                continue
+            is_block = isinstance(value, yaml.SequenceNode) and not value.flow_style
+            line = key.start_mark.line if is_block else value.end_mark.line
+            lines[line] += f"  # {origin.get(dotted, DEFAULT)}"
+
+    walk(yaml.compose(text, yaml.SafeLoader), "")
+    return "\n".join(lines)

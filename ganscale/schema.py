@@ -153,7 +153,7 @@ class RuntimeConfig:
 
 @dataclass
 class Config:
-    seed: int = number(0, at_least=0)
+    seed: int = number(0, at_least=0, below=2**64)
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

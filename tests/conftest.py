@@ -3,11 +3,11 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
@@ -64,7 +64,6 @@ class Runs:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
         )
 
     def finish(
@@ -75,7 +74,7 @@ class Runs:
         try:
             output, _ = process.communicate(timeout=seconds)
         finally:
-            end_group(process)
+            end_tree(process)
         assert process.returncode == exit_code, output
         return output
 
@@ -91,8 +90,12 @@ class Runs:
         return sorted((self.folder / name / "checkpoints").glob("images-*"))
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
-    """Ends the process and everything that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kills (-9) the process and all that it started: a launcher's ranks have sessions of their
+    own, so a signal to the process group would miss them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for member in [parent, *parent.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()

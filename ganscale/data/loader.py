@@ -112,7 +112,7 @@ class Loader:
 
     def _read(self, position: int, sample: int, pixels: np.ndarray) -> int:
         """Fills `pixels` from `sample`, or from the next readable one of its lane; returns which."""
-        reason = ""
+        mistake = ""
         for _ in range(_SUBSTITUTES_TRIED):
             try:
                 data = self._store.read(sample)
@@ -120,6 +120,7 @@ class Loader:
             except (BrokenSample, DecodeError) as error:
                 reason = error.reason if isinstance(error, BrokenSample) else str(error)
                 self._note_broken(sample, reason)
+                mistake = f"{self._name(sample)}: {reason}"
             except OSError as error:
                 raise UserError(f"{self._name(sample)} cannot be read: {error}") from error
             else:
@@ -128,8 +129,7 @@ class Loader:
             position += self.order.lanes
             sample = int(self.order.samples(np.array([position]))[0])
         raise UserError(
-            f"{_SUBSTITUTES_TRIED} samples in a row could not be decoded; the last: "
-            f"{self._name(sample)}: {reason}"
+            f"{_SUBSTITUTES_TRIED} samples in a row could not be decoded; the last: {mistake}"
         )
 
     def _note_broken(self, sample: int, reason: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,13 +36,14 @@ def save_checkpoint(
     """
     folder = root / f"images-{images_seen:09d}"
     unfinished = root / f"{_UNFINISHED}{folder.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    for left_behind in root.glob(f"{_UNFINISHED}*"):  # by a process that was killed while saving
+        shutil.rmtree(left_behind, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         for name, tensors in files.items():
             # Contiguous copies: safetensors knows neither channels-last strides nor tied weights.
             owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-            _write(unfinished / f"{name}.safetensors", lambda path, t=owned: save_file(t, path))
+            _write(unfinished / f"{name}.safetensors", lambda path, t=owned: _save_file(t, path))
         _write_json(unfinished / _STATE, state)
         checksums = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
         _write_json(unfinished / _CHECKSUMS, checksums)
@@ -103,7 +105,8 @@ def _images_seen(folder: Path) -> int:
 
 
 def _oldest_first(root: Path) -> list[Path]:
-    return sorted(root.glob("images-*"), key=_images_seen)
+    folders = [path for path in root.glob("images-*") if path.name[7:].isdecimal()]
+    return sorted(folders, key=_images_seen)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -112,6 +115,13 @@ def _described(path: Path) -> dict[str, Any]:
         while part := file.read(1 << 20):
             digest.update(part)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _save_file(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(str(error)) from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -33,13 +33,19 @@ def build_optimizer(
             weight_decay=config.weight_decay,
             foreach=True,
         )
-    return torch.optim.SGD(
+    sgd = torch.optim.SGD(
         parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if config.momentum > 0:
+        # Else fused SGD allocates these in its first step, and leaves them uninitialized if that
+        # step is skipped.
+        for parameter in sgd.param_groups[0]["params"]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def rate_factor(config: TrainingConfig, images_seen: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import Runs, end_group
+from tests.conftest import Runs, end_tree
 from tests.distributed.test_promise import curve
 
 _SETTINGS = (
@@ -53,7 +53,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ran
             wait_for_checkpoints(runs, "killed", checkpoints_before_the_kill, process)
             assert process.poll() is None
         finally:
-            end_group(process)  # kill -9 to the launcher and to every rank
+            end_tree(process)  # kill -9 to the launcher and to every rank
             process.communicate()
     output = runs.finish("killed", *_SETTINGS, ranks=ranks)
     assert "continues at" in output
@@ -77,7 +77,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
         os.kill(process.pid, signal.SIGUSR1)
         output, _ = process.communicate(timeout=60)
     finally:
-        end_group(process)
+        end_tree(process)
     assert process.returncode == 75, output
     assert "stopped on request" in output
     runs.finish("elastic", *settings, ranks=2)
