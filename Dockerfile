@@ -10,6 +10,7 @@ FROM ${BASE} AS python
 # hadolint ignore=DL3008  # a distribution keeps one Python for its lifetime
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates python3 \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/*
 
 FROM python AS build

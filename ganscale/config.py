@@ -59,13 +59,14 @@ def resolve(arguments: Sequence[str]) -> Resolved:
     if not paths:
         raise UserError("no config file given; for example: configs/demo.yaml")
 
-    merged = OmegaConf.structured(Config)
+    blank = OmegaConf.structured(Config)
+    merged = blank.copy()
     origin: dict[str, str] = {}
     for path in paths:
         layers = list(_read(path, ()))
         for section in REPLACED_WHOLE:
             if any(section in layer for _, layer in layers):
-                merged[section] = OmegaConf.structured(Config)[section]
+                merged[section] = blank[section]
                 origin = {k: v for k, v in origin.items() if not k.startswith(section + ".")}
         for source, layer in layers:
             merged = _merge(merged, layer, source, origin)
@@ -148,7 +149,7 @@ def _checked(node: DictConfig, schema: type, prefix: str, source: str) -> Iterat
         if key not in hints:
             raise UserError(f"{source}: unknown key `{dotted}`{_nearest(str(key), schema, prefix)}")
         hint = _without_none(hints[str(key)])
-        value = node._get_node(key)
+        value: Any = node._get_node(key)
         if get_origin(hint) is dict:
             yield from _checked_dict(value, get_args(hint)[1], dotted, source)
         elif is_dataclass(hint) and isinstance(value, DictConfig) and not value._is_none():

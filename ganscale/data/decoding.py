@@ -12,7 +12,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 try:
     import simplejpeg
@@ -57,6 +57,8 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
         pixels = np.asarray(_fit(_flatten(image, channels), resolution))
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("cannot be decoded: its format is none that is known") from error
     except Exception as error:
         # On damaged files Pillow raises almost anything: OSError, SyntaxError, struct.error, ...
         raise DecodeError(f"cannot be decoded: {error}") from error
@@ -77,6 +79,8 @@ def image_size(data: bytes) -> tuple[int, int]:
         return (width, height) if _orientation(image, data) >= 5 else (height, width)
     except DecodeError:
         raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("cannot be decoded: its format is none that is known") from error
     except Exception as error:
         raise DecodeError(f"has no readable header: {error}") from error
 

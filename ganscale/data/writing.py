@@ -200,7 +200,7 @@ def _estimate_shard_samples(
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
-        raise UserError(f"none of {_PROBED_IMAGES} images can be decoded, the last: {reason}")
+        raise UserError(f"none of {len(order[:_PROBED_IMAGES])} images can be decoded, the last: {reason}")
     return max(1, shard_bytes * len(sizes) // sum(sizes))
 
 

@@ -15,7 +15,7 @@ CHUNK = 16
 size, and then the same seed would not give the same bytes."""
 
 
-def sample_latents(seed: int, first: int, count: int, latent_dim: int) -> Float[Tensor, "count d"]:
+def sample_latents(seed: int, first: int, count: int, latent_dim: int) -> Float[Tensor, "count latent"]:
     """The standard normal latents of positions [first, first + count)."""
     return normal(seed, "samples", torch.arange(first, first + count), latent_dim)
 
@@ -27,7 +27,7 @@ def sample_labels(first: int, count: int, num_classes: int) -> Int64[Tensor, " c
 
 def interpolated_latents(
     seed: int, rows: int, columns: int, latent_dim: int
-) -> Float[Tensor, "rows*columns d"]:
+) -> Float[Tensor, "images latent"]:
     """Each row walks in `columns` steps between two latents of its own.
 
     Along the great circle (White 2016, "Sampling generative networks", arXiv:1609.04468, section
@@ -44,7 +44,7 @@ def interpolated_latents(
 
 @torch.no_grad()
 def generate(
-    generator: nn.Module, latents: Float[Tensor, "count d"], labels: Tensor | None = None
+    generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
 ) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
     """The images of `latents`, on the host, at most CHUNK at a time; in evaluation mode."""
     weights = next(generator.parameters())
@@ -61,7 +61,7 @@ def generate(
 
 
 def generate_array(
-    generator: nn.Module, latents: Float[Tensor, "count d"], labels: Tensor | None = None
+    generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
 ) -> np.ndarray:
     """All of `generate` in one (count, height, width, channels) uint8 array."""
     return torch.cat(list(generate(generator, latents, labels))).numpy()

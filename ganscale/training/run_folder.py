@@ -16,9 +16,10 @@ from ganscale.training.checkpoint import newest_checkpoint
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
     path: Path
+    _lock: int | None = None  # file descriptor; the lock ends with it, however the process ends
 
     @property
     def config(self) -> Path:
@@ -51,9 +52,16 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self._lock = self._locked()
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
+        try:
+            return self._continue(resolved, fingerprint)
+        except BaseException:
+            self.close()
+            raise
+
+    def _continue(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
         if not self.identity.exists():
             identity = {"id": secrets.token_hex(4), "fingerprint": fingerprint}
             write_text(self.config, resolved.to_yaml())
@@ -74,17 +82,22 @@ class RunFolder:
         write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
         return identity["id"], newest_checkpoint(self.checkpoints)
 
-    def _lock(self) -> None:
-        """Held until the process ends, however it ends."""
+    def close(self) -> None:
+        """Lets other processes train here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _locked(self) -> int:
         descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(descriptor)
             raise UserError(f"another process is training in {self.path}") from None
         except OSError as error:  # a file system without locks
-            logger.warning(
-                "%s cannot be locked (%s): start one run there at a time", self.path, error
-            )
+            logger.warning("%s cannot be locked (%s): start no second run there", self.path, error)
+        return descriptor
 
 
 def write_text(path: Path, text: str) -> None:

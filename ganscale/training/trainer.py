@@ -1,6 +1,7 @@
 """The training loop, section by section: data and critic, generator, average, meters, samples,
 checkpoint, stop. Time is counted in images that the critic has seen."""
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass
@@ -68,10 +69,14 @@ class Trainer:
 
     def run(self) -> int:
         """Trains to the end or to a request to stop; the exit code says which."""
+        with contextlib.closing(self.folder):
+            if self.state.images_seen >= self.config.training.total_images:
+                logger.info("the run in %s is finished already", self.folder.path)
+                return EXIT_DONE
+            return self._session()
+
+    def _session(self) -> int:
         state, config = self.state, self.config
-        if state.images_seen >= config.training.total_images:
-            logger.info("the run in %s is finished already", self.folder.path)
-            return EXIT_DONE
         state.sessions.append(
             {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
         )
@@ -91,13 +96,13 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 exit_code = self._train(loader, reports, stop)
-            reports.close(exit_code)
-            return exit_code
         except BaseException:
             reports.close(EXIT_FAILED)
             raise
         finally:
             loader.close()
+        reports.close(exit_code)
+        return exit_code
 
     def _train(self, loader: Loader, reports: Reports, stop: StopRequest) -> int:
         state, training = self.state, self.config.training
@@ -126,11 +131,11 @@ class Trainer:
             kept = decay(cycle_images, state.images_seen, average.half_life_images, average.ramp_up)
             update_average(state.average, state.generator, kept)
 
-            # Meters; what does not wait for a device (the CPU) can look at every step
-            if logs:
-                reports.metrics()
+            # Meters; on the CPU, looking at the tripwire waits for nothing
             if logs or self.runtime.device.type == "cpu":
                 self._stop_if_not_finite()
+            if logs:
+                reports.metrics()
 
             # Samples
             before = state.images_seen - cycle_images

@@ -1,9 +1,9 @@
 """A throw-away SLURM on this machine: a controller, and nodes with networks of their own.
 
 Everything runs in one PID namespace, whose first process waits for its input to end: when the
-Cluster is closed, or the process that made it dies, the kernel ends whatever is left in it. A node
-has its own host name, addresses and loopback, as on a real cluster: a job that calls another node
-127.0.0.1 fails here too. Needs root and Debian's slurm-wlm, munge and iproute2.
+Cluster is left, or the process that made it dies, all of it ends and its folder goes. A node has
+its own host name, address and loopback, as on a real cluster: a job that looks for another node at
+127.0.0.1 fails here, too. Needs root and Debian's slurm-wlm, munge and iproute2.
 """
 
 import os
@@ -15,9 +15,11 @@ from pathlib import Path
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
 _PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # where Debian keeps daemons
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 _NAMESPACES = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc")
 
-# The first process of the cluster; /run is private, so munge's socket is not the machine's.
+# The first process of the cluster. Its /run is private, and so are munge's socket and what `ip`
+# notes about networks.
 _CONTROLLER = """
 set -e
 hostname controller
@@ -41,60 +43,64 @@ for node in "$@"; do
   nsenter --net="/run/netns/$node" unshare --uts --mount --pid --fork --mount-proc \
     bash -c 'hostname "$1"; slurmd -D -N "$1"; exit' node "$node" &
 done
-read -r _
+read -r _ || true  # its end
+kill -KILL -1      # everything but this process
+rm -r "$PWD"
 """
 
-_SLURM_CONF = """
+_SLURM_CONF = """\
 ClusterName=throwaway
 SlurmctldHost=controller(10.77.0.254)
 SlurmUser=root
-# A requeued job waits until its old credential has expired: 120 seconds by default.
+# A requeued job starts when its old credential has expired: after 120 seconds by default.
 AuthInfo=cred_expire=5
-StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool/%n
-SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.%n.pid
-SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.%n.log
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,bf_interval=1
-ReturnToService=2
 SlurmdParameters=config_overrides
+ReturnToService=2
+GresTypes=gpu
+NodeName=node[1-{nodes}] CPUs={cpus} Gres=gpu:{gpus}
+PartitionName=all Nodes=ALL Default=YES
 """
 
 
 def what_is_missing() -> str | None:
-    """Why no cluster can be started here; None if one can."""
+    """Why no cluster can be started here; None where one can."""
     if os.geteuid() != 0:
         return "a throw-away SLURM needs root"
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
     if missing:
-        return f"a throw-away SLURM needs {', '.join(missing)} (slurm-wlm, munge, iproute2)"
+        return f"a throw-away SLURM needs slurm-wlm, munge and iproute2: no {', '.join(missing)}"
     probe = [*_NAMESPACES, "ip", "link", "add", "probe", "type", "bridge"]
     if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
-        return "a throw-away SLURM needs namespaces, which this kernel or container forbids"
+        return "a throw-away SLURM needs network namespaces, which are forbidden here"
     return None
 
 
 class Cluster:
-    """Nodes node1, node2, ... of `cpus` CPUs and `gpus` devices that SLURM takes for GPUs."""
+    """Nodes node1, node2, ... with `cpus` CPUs, and `gpus` devices that SLURM takes for GPUs."""
 
-    def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 0) -> None:
+    def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 2) -> None:
         self._names = [f"node{number}" for number in range(1, nodes + 1)]
         self._cpus = cpus
         self._gpus = gpus
 
     def __enter__(self) -> "Cluster":
-        self._folder = tempfile.TemporaryDirectory(prefix="slurm-")
-        self._root = Path(self._folder.name)
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self._write_files()
-        with (self._root / "controller.log").open("wb") as log:
+        with (self._folder / "controller.log").open("wb") as log:
             self._controller = subprocess.Popen(
                 [*_NAMESPACES, "bash", "-c", _CONTROLLER, "controller", *self._names],
-                cwd=self._root,
+                cwd=self._folder,
                 env=self._environment(),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -108,64 +114,86 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._controller.communicate(timeout=30)  # ends its input, and so everything in it
-        self._folder.cleanup()
+        self._controller.communicate(timeout=30)  # ends its input
+        shutil.rmtree(self._folder, ignore_errors=True)  # gone already, if all has gone well
 
-    def run(
-        self, *command: str, folder: Path | None = None, **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """A command on the controller, in `folder`: sbatch, scontrol, scancel, ..."""
-        inside = ["nsenter", f"--target={self._controller.pid}", "--net", "--uts", "--mount"]
-        inside += [f"--pid=/proc/{self._controller.pid}/ns/pid_for_children"]
-        inside += ["env", f"--chdir={folder or self._root}", *command]
-        return subprocess.run(
+    def run(self, *command: str, folder: Path | None = None, **environment: str) -> str:
+        """What a command prints on the controller, in `folder`; raises if it fails."""
+        controller = self._controller.pid
+        inside = ["nsenter", f"--target={controller}", "--net", "--uts", "--mount"]
+        inside += [f"--pid=/proc/{controller}/ns/pid_for_children"]
+        inside += ["env", f"--chdir={folder or self._folder}", *command]
+        result = subprocess.run(
             inside,
             env=self._environment() | environment,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=30,
             check=False,
         )
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {result.stdout}")
+        return result.stdout
+
+    def submit(self, *arguments: str, folder: Path, **environment: str) -> str:
+        """The number of the job that `sbatch arguments` in `folder` has made."""
+        return self.run("sbatch", "--parsable", *arguments, folder=folder, **environment).strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, ExitCode, Restarts, ..."""
+        words = self.run("scontrol", "--oneliner", "show", "job", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, number: str, seconds: float, **expected: str) -> dict[str, str]:
+        """The job, once it is as expected; fails when it is not so in time, or has ended."""
+        deadline = time.monotonic() + seconds
+        while True:
+            job = self.job(number)
+            if expected.items() <= job.items():
+                return job
+            if job["JobState"] in _ENDED or time.monotonic() > deadline:
+                log = Path(job["StdOut"])
+                text = log.read_text() if log.exists() else "(no log)"
+                found = {key: job[key] for key in ("JobState", "Reason", "ExitCode", "Restarts")}
+                raise AssertionError(f"job {number} is not {expected}, but {found}\n{text}")
+            time.sleep(0.2)
 
     def _environment(self) -> dict[str, str]:
         """Without the variables of a SLURM job in which the tests may run."""
         own = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-        return own | {"PATH": _PATH, "SLURM_CONF": f"{self._root}/slurm.conf"}
+        return own | {"PATH": _PATH, "SLURM_CONF": f"{self._folder}/slurm.conf"}
 
     def _write_files(self) -> None:
-        root = self._root
-        (root / "state").mkdir()
+        folder = self._folder
+        (folder / "state").mkdir()
         for name in self._names:
-            (root / "spool" / name).mkdir(parents=True)
-        (root / "munge.key").write_bytes(os.urandom(128))
-        (root / "munge.key").chmod(0o400)
-        hosts = {"127.0.0.1": "localhost", "10.77.0.254": "controller"}
+            (folder / "spool" / name).mkdir(parents=True)
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        hosts = {"127.0.0.1": "localhost", "::1": "localhost", "10.77.0.254": "controller"}
         hosts |= {f"10.77.0.{number}": name for number, name in enumerate(self._names, 1)}
-        (root / "hosts").write_text("".join(f"{ip} {name}\n" for ip, name in hosts.items()))
-        lines = [_SLURM_CONF.format(root=root)]
-        gres = ""
-        if self._gpus:
-            # SLURM wants character devices, and hands them out by number.
-            devices = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random"][: self._gpus]
-            (root / "gres.conf").write_text("".join(f"Name=gpu File={d}\n" for d in devices))
-            lines += ["GresTypes=gpu\n"]
-            gres = f"Gres=gpu:{self._gpus}"
-        for name in self._names:
-            lines += [f"NodeName={name} NodeAddr={name} CPUs={self._cpus} {gres}\n"]
-        lines += ["PartitionName=all Nodes=ALL Default=YES\n"]
-        (root / "slurm.conf").write_text("".join(lines))
+        (folder / "hosts").write_text("".join(f"{ip} {name}\n" for ip, name in hosts.items()))
+        (folder / "slurm.conf").write_text(
+            _SLURM_CONF.format(
+                folder=folder, nodes=len(self._names), cpus=self._cpus, gpus=self._gpus
+            )
+        )
+        # SLURM wants character devices, whichever, and hands them out by number.
+        devices = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")[: self._gpus]
+        (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in devices))
 
     def _wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
+        problem = ""
         while time.monotonic() < deadline:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%t").stdout.split()
+            try:
+                states = self.run("sinfo", "--noheader", "--Node", "--format=%t").split()
+            except RuntimeError as error:  # the controller is not listening yet
+                states, problem = [], str(error)
             if states == ["idle"] * len(self._names):
                 return
             time.sleep(0.1)
-        raise RuntimeError(f"no SLURM after 20 seconds\n{self.logs()}")
-
-    def logs(self) -> str:
-        """The ends of the daemons' logs."""
-        texts = {path.name: path.read_text(errors="replace") for path in self._root.glob("*.log")}
-        return "\n".join(f"--- {name}\n{text[-3000:]}" for name, text in sorted(texts.items()))
+        logs = [f"{path.name}:\n{path.read_text()}" for path in self._folder.glob("*.log")]
+        raise RuntimeError(f"SLURM does not start: {problem}\n" + "\n".join(logs))

@@ -1,0 +1,214 @@
+"""The data order is a function of seed, fingerprint and position, whatever reads it."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ganscale.data.order import Order, batch_positions
+
+
+def make_order(shards, seed=0, fingerprint="digits", lanes=4, block_samples=4, window_blocks=2):
+    return Order(
+        shards,
+        seed=seed,
+        fingerprint=fingerprint,
+        lanes=lanes,
+        block_samples=block_samples,
+        window_blocks=window_blocks,
+    )
+
+
+layouts = st.fixed_dictionaries(
+    {
+        "shards": st.lists(st.integers(1, 40), min_size=1, max_size=12),
+        "seed": st.integers(0, 2**64 - 1),
+        "lanes": st.integers(1, 70),
+        "block_samples": st.integers(1, 50),
+        "window_blocks": st.integers(1, 9),
+    }
+)
+# (world size, global batch)
+clusters = st.tuples(st.integers(1, 8), st.integers(1, 12)).map(lambda c: (c[0], c[0] * c[1]))
+
+
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    return order.samples(epoch * order.epoch_length + np.arange(order.epoch_length))
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=layouts, epoch=st.integers(0, 5))
+def test_an_epoch_repeats_no_sample_and_misses_less_than_one_a_lane(layout, epoch):
+    order, total = make_order(**layout), sum(layout["shards"])
+    samples = epoch_of(order, epoch)
+    assert len(np.unique(samples)) == len(samples) == order.epoch_length
+    assert samples.min() >= 0
+    assert samples.max() < total
+    assert 0 <= total - order.epoch_length < order.lanes
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    layout=layouts,
+    cluster=clusters,
+    seen=st.integers(0, 10**6),
+)
+def test_a_global_batch_is_the_same_slot_by_slot_for_every_world_size(layout, cluster, seen):
+    order, (world_size, batch) = make_order(**layout), cluster
+    whole, whole_slots = batch_positions(seen, batch, order.lanes, 0, 1)
+    assert sorted(whole) == list(range(seen, seen + batch))  # each position once
+    assert whole_slots.tolist() == list(range(seen, seen + batch))
+    parts = [batch_positions(seen, batch, order.lanes, r, world_size) for r in range(world_size)]
+    positions, slots = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    assert np.array_equal(positions, whole)
+    assert np.array_equal(slots, whole_slots)
+    samples = [order.samples(positions) for positions, _ in parts]
+    assert np.array_equal(np.concatenate(samples), order.samples(whole))
+
+
+@settings(deadline=None, max_examples=50)
+@given(layout=layouts, start=st.integers(0, 10**7), count=st.integers(1, 300), data=st.data())
+def test_starting_anywhere_continues_as_if_never_stopped(layout, start, count, data):
+    stop_at = data.draw(st.integers(0, count))
+    order = make_order(**layout)
+    positions = start + np.arange(count)
+    whole = order.samples(positions)
+    assert np.array_equal(order.samples(positions[:stop_at]), whole[:stop_at])
+    order = make_order(**layout)
+    assert np.array_equal(order.samples(positions[stop_at:]), whole[stop_at:])
+    assert np.array_equal(order.samples(positions[::-1]), whole[::-1])
+
+
+def test_any_batch_size_and_world_size_walk_the_same_stream():
+    """Three epochs in batches whose size changes all the time: every sample comes as in one go."""
+    order = make_order([10, 7, 3, 30])
+    stream = order.samples(np.arange(3 * order.epoch_length))
+    seen, found = 0, {}
+    draws = np.random.default_rng(0)
+    while seen < len(stream):
+        world_size = int(draws.integers(1, 5))
+        batch = world_size * int(draws.integers(1, 6))
+        for rank in range(world_size):
+            positions, _ = batch_positions(seen, batch, order.lanes, rank, world_size)
+            found.update(zip(positions.tolist(), order.samples(positions).tolist(), strict=True))
+        seen += batch
+    assert [found[position] for position in range(len(stream))] == stream.tolist()
+
+
+@pytest.mark.parametrize("shards", [[1], [3], [1] * 5, [2, 1]])
+def test_fewer_samples_than_lanes_are_all_seen_once_an_epoch(shards):
+    order = make_order(shards, lanes=64)
+    assert order.epoch_length == sum(shards)
+    for epoch in range(3):
+        assert sorted(epoch_of(order, epoch)) == list(range(sum(shards)))
+
+
+def test_shards_of_one_sample_are_shuffled_like_any_other():
+    order = make_order([1] * 64, lanes=8)
+    first, second = epoch_of(order, 0).tolist(), epoch_of(order, 1).tolist()
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first not in (second, list(range(64)))
+
+
+def test_seed_fingerprint_and_epoch_each_give_another_order():
+    found = [
+        epoch_of(make_order([40, 40], **changes), epoch).tolist()
+        for changes in ({}, {"seed": 1}, {"seed": 2**32}, {"fingerprint": "faces"})
+        for epoch in range(3)
+    ]
+    assert len({tuple(samples) for samples in found}) == len(found)
+
+
+def test_what_one_epoch_leaves_out_another_brings():
+    order = make_order([31], lanes=8, block_samples=2)
+    left_out = [set(range(31)) - {*epoch_of(order, epoch).tolist()} for epoch in range(20)]
+    assert {len(samples) for samples in left_out} == {7}
+    assert set.intersection(*left_out) == set()
+    assert len({frozenset(samples) for samples in left_out}) > 10
+
+
+def test_every_sample_is_seen_about_equally_often():
+    order = make_order([13, 8, 2], lanes=5, block_samples=3)
+    seen = Counter(order.samples(np.arange(200 * order.epoch_length)).tolist())
+    assert len(seen) == 23
+    # 20 of 23 samples an epoch; a sample's chance of being left out depends on its block's size.
+    assert min(seen.values()) > 130
+
+
+@pytest.mark.parametrize("position", [10**12, 2**53 + 1, 2**62])
+def test_a_huge_position_is_as_good_as_any(position):
+    order = make_order([10, 7, 3, 30])
+    samples = order.samples(position + np.arange(2 * order.epoch_length))
+    start = -position % order.epoch_length
+    epoch = samples[start : start + order.epoch_length]
+    assert len(np.unique(epoch)) == order.epoch_length
+
+
+def test_the_order_stays_what_it_has_always_been():
+    """Another order would be another run for everybody who resumes."""
+    order = make_order([10, 7, 3], seed=5, fingerprint="abc")
+    first = [4, 1, 13, 9, 0, 10, 15, 19, 5, 2, 14, 8, 6, 11, 12, 18, 7, 3, 16, 17]
+    second = [4, 5, 9, 16, 12, 18, 15, 2, 11, 7, 19, 1, 13, 17, 14, 0, 10, 6, 8, 3]
+    assert order.samples(np.arange(40)).tolist() == first + second
+    positions, slots = batch_positions(6, 8, 4, 1, 2)
+    assert (positions.tolist(), slots.tolist()) == ([6, 10, 7, 11], [10, 11, 12, 13])
+
+
+@pytest.mark.parametrize(
+    ("lanes", "batch"), [(64, 16), (64, 64), (16, 64), (8, 24), (24, 8), (1, 4), (12, 4)]
+)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_rank_owns_its_lanes_when_lanes_and_batch_divide_each_other(lanes, batch, world_size):
+    owners: dict[int, set[tuple[int, ...]]] = {}
+    for seen in range(0, 50 * batch, batch):
+        ranks: dict[int, list[int]] = {}
+        for rank in range(world_size):
+            positions, _ = batch_positions(seen, batch, lanes, rank, world_size)
+            for lane in np.unique(positions % lanes).tolist():
+                ranks.setdefault(lane, []).append(rank)
+        for lane, sharing in ranks.items():
+            owners.setdefault(lane, set()).add(tuple(sharing))
+    assert sorted(owners) == list(range(lanes))
+    assert all(len(each_time) == 1 for each_time in owners.values())
+    if lanes % world_size == 0:
+        assert all(len(sharing) == 1 for (sharing,) in owners.values())
+
+
+def test_ranks_that_own_lanes_read_few_blocks_that_others_do_not_read():
+    shards, block, lanes, batch = [100, 300, 250, 150], 10, 8, 16
+    order = make_order(shards, lanes=lanes, block_samples=block, window_blocks=3)
+    blocks = sum(-(-shard // block) for shard in shards)
+    ends = np.cumsum(shards)
+
+    def block_of(sample: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(ends, sample, side="right"))
+        return shard, (sample - int(ends[shard]) + shards[shard]) // block
+
+    for world_size in (1, 2, 4, 8):
+        touched: list[set[tuple[int, int]]] = []
+        for rank in range(world_size):
+            mine = set()
+            for seen in range(0, order.epoch_length, batch):
+                positions, _ = batch_positions(seen, batch, lanes, rank, world_size)
+                mine |= {block_of(int(sample)) for sample in order.samples(positions)}
+            touched.append(mine)
+        # Neighbouring lanes share at most the block that the cut between them goes through.
+        assert sum(map(len, touched)) <= blocks + world_size - 1
+        assert max(map(len, touched)) <= blocks / world_size + 2
+
+
+def test_a_lane_reads_within_a_window_of_few_blocks_at_a_time():
+    block, window_blocks, lanes = 10, 3, 4
+    order = make_order([1000], lanes=lanes, block_samples=block, window_blocks=window_blocks)
+    window = block * window_blocks
+    for lane in range(lanes):
+        samples = order.samples(lane + lanes * np.arange(order.lane_length))
+        for start in range(0, len(samples), window):
+            # A window's samples stand anywhere in it, and it may begin and end inside a block.
+            assert (
+                len(set((samples[start : start + window] // block).tolist())) <= window_blocks + 1
+            )
+        inside = np.diff(samples[:window])
+        assert (inside != 1).mean() > 0.5  # shuffled, not in the order of the shard

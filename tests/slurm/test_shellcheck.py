@@ -1,0 +1,14 @@
+"""What shellcheck says about the batch scripts."""
+
+import subprocess
+
+from tests.conftest import REPOSITORY
+
+
+def test_shellcheck_finds_nothing_in_the_batch_scripts(shellcheck: str) -> None:
+    scripts = sorted(map(str, (REPOSITORY / "slurm").glob("*.sbatch")))
+    assert scripts
+    result = subprocess.run(
+        [shellcheck, *scripts], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout

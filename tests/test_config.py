@@ -1,0 +1,522 @@
+"""Files and overrides become one complete run, or one sentence that says what is wrong where."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ganscale.cli.main import main
+from ganscale.config import curve_changes, load_stored, resolve
+from ganscale.errors import UserError
+
+REPOSITORY = Path(__file__).parent.parent
+
+BASE = """
+data: {path: data/x, resolution: 8}
+generator: {target: mlp, options: {width: 8}}
+critic: {target: mlp}
+objective: {loss: {name: wgan}, penalties: {wgan_gp: {weight: 10}}, n_critic: 5}
+optimizer: {critic: {learning_rate: 1e-4, betas: [0, 0.9]}, generator: {learning_rate: 2e-4}}
+training: {total_images: 50k}
+"""
+
+
+class Folder:
+    """A folder of config files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.base = self.write("base.yaml", BASE)
+
+    def write(self, name: str, text: str) -> str:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    def mistake(self, text: str | None, *overrides: str) -> str:
+        """The sentence about a mistake in `text`, which comes after a good file."""
+        files = [self.base] if text is None else [self.base, self.write("mine.yaml", text)]
+        with pytest.raises(UserError) as raised:
+            resolve([*files, *overrides])
+        sentence = str(raised.value)
+        assert "\n" not in sentence
+        return sentence
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def test_a_later_file_and_then_the_command_line_win(folder):
+    second = folder.write("second.yaml", "training: {total_images: 60k, accumulate: 2}\nseed: 1")
+    third = folder.write("third.yaml", "training: {accumulate: 4}")
+    config = resolve([folder.base, second, third, "seed=3", "data.flip=true"]).config
+    assert (config.training.total_images, config.training.accumulate) == (60_000, 4)
+    assert (config.seed, config.data.flip, config.data.resolution) == (3, True, 8)
+    config = resolve(["seed=3", folder.base, third, second]).config
+    assert (config.training.accumulate, config.seed) == (2, 3)
+
+
+def test_the_first_file_names_the_run_unless_it_is_named(folder):
+    other = folder.write("other.yaml", "seed: 1")
+    assert resolve([folder.base, other]).config.run.name == "base"
+    assert resolve([folder.base, "run.name=mine"]).config.run.name == "mine"
+
+
+def test_included_files_come_first_relative_to_the_includer_and_are_merged(folder):
+    folder.write("parts/loss.yaml", "objective: {loss: {name: wgan}, n_critic: 5}\nseed: 1")
+    folder.write("parts/deep/clip.yaml", "objective: {clip: {value: 0.1}}\nseed: 2")
+    folder.write(
+        "parts/both.yaml", "include: [loss.yaml, deep/clip.yaml]\nobjective: {n_critic: 3}"
+    )
+    mine = folder.write("mine.yaml", "include: [parts/both.yaml]\nobjective: {clip: {scope: all}}")
+    config = resolve([folder.base, mine]).config
+    assert config.objective.loss.name == "wgan"
+    assert config.objective.n_critic == 3
+    assert config.objective.clip is not None
+    assert (config.objective.clip.value, config.objective.clip.scope) == (0.1, "all")
+    assert config.seed == 2
+
+
+def test_a_later_files_objective_takes_the_place_of_an_earlier_one_as_a_whole(folder):
+    other = folder.write("other.yaml", "objective: {loss: {name: lsgan}}")
+    resolved = resolve([folder.base, other])
+    assert resolved.config.objective.penalties == {}
+    assert resolved.config.objective.n_critic == 1
+    # The sections that the file does not mention stay, and so do those merged key by key.
+    assert resolved.config.generator.options == {"width": 8}
+    assert resolved.config.optimizer.critic.betas == [0, 0.9]
+    assert "objective.n_critic" not in resolved.origin
+    assert resolve([other, folder.base]).config.objective.n_critic == 5
+
+
+@pytest.mark.parametrize("section", ["generator", "critic", "optimizer"])
+def test_half_a_section_of_a_later_file_is_not_completed_by_an_earlier_one(folder, section):
+    text = f"{section}: {{}}" if section == "optimizer" else f"{section}: {{options: {{depth: 1}}}}"
+    assert f"the config lacks `{section}." in folder.mistake(text)
+
+
+def test_the_command_line_changes_single_keys_of_a_section(folder):
+    overrides = [
+        "objective.n_critic=2",
+        "objective.clip.value=0.5",
+        "optimizer.critic.betas=[0.5,1e-1]",
+    ]
+    config = resolve([folder.base, *overrides]).config
+    assert (config.objective.loss.name, config.objective.n_critic) == ("wgan", 2)
+    assert config.objective.clip is not None
+    assert config.objective.clip.value == 0.5
+    assert config.optimizer.critic.betas == [0.5, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("50k", 50_000), ("2M", 2_000_000), ("2.5k", 2500), ("7", 7), ("1_000", 1000)],
+)
+def test_counts_of_images_may_be_written_in_thousands_and_millions(folder, text, count):
+    assert (
+        resolve([folder.base, f"training.total_images={text}"]).config.training.total_images
+        == count
+    )
+    mine = folder.write("mine.yaml", f"training: {{total_images: {text}}}")
+    assert resolve([folder.base, mine]).config.training.total_images == count
+
+
+def test_whole_numbers_become_floats_where_floats_are_meant(folder):
+    betas = resolve([folder.base]).config.optimizer.critic.betas
+    assert [type(beta) for beta in betas] == [float, float]  # torch refuses (0, 0.9)
+
+
+def test_values_may_refer_to_other_values(folder):
+    mine = folder.write("mine.yaml", "samples: {every_images: '${training.total_images}'}")
+    assert resolve([folder.base, mine]).config.samples.every_images == 50_000
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ("trainig: {}", "trainig", "did you mean `training`?"),
+        (
+            "training: {total_image: 3}",
+            "training.total_image",
+            "did you mean `training.total_images`?",
+        ),
+        (
+            "objective: {penalties: {wgan_gp: {wieght: 1}}}",
+            "objective.penalties.wgan_gp.wieght",
+            "did you mean `objective.penalties.wgan_gp.weight`?",
+        ),
+        ("total_images: 3", "total_images", "did you mean `training.total_images`?"),
+        ("data: {zzz: 3}", "data.zzz", "valid here: path, resolution,"),
+        ("3: 4", "3", "valid here: seed, run,"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key, hint):
+    sentence = folder.mistake(text)
+    assert sentence.startswith(f"{folder.path / 'mine.yaml'}: unknown key `{key}`; {hint}")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: many", "`seed` must be int, not 'many'"),
+        ("seed: null", "`seed` must be int, not None"),
+        ("training: {total_images: 1.5}", "`training.total_images` must be int, not 1.5"),
+        ("training: {total_images: true}", "`training.total_images` must be int, not True"),
+        ("training: {total_images: -5k}", "`training.total_images` must be int, not '-5k'"),
+        ("data: {flip: 1.5}", "`data.flip` must be bool, not 1.5"),
+        ("data: 3", "`data` must be a section of keys, not 3"),
+        ("data: [1, 2]", "`data` must be a section of keys, not [1, 2]"),
+        ("data: null", "`data` must be a section, not None"),
+        ("run: {name: {a: b}}", "`run.name` must be str, not {'a': 'b'}"),
+        ("objective: {loss: wgan}", "`objective.loss` must be a section of keys, not 'wgan'"),
+        (
+            "objective: {loss: {options: [1]}}",
+            "`objective.loss.options` must be a section of keys, not [1]",
+        ),
+        (
+            "objective: {loss: {options: {a: x}}}",
+            "`objective.loss.options.a` must be float, not 'x'",
+        ),
+        (
+            "objective: {penalties: null}",
+            "`objective.penalties` must be a section of keys, not None",
+        ),
+        (
+            "objective: {penalties: {wgan_gp: 10}}",
+            "`objective.penalties.wgan_gp` must be a section, not 10",
+        ),
+        ("generator: {options: {3: 4}}", "a key of `generator.options` must be a word, not 3"),
+        ("optimizer: {critic: {betas: 5}}", "`optimizer.critic.betas` must be list, not 5"),
+        (
+            "optimizer: {critic: {betas: [0, x]}}",
+            "`optimizer.critic.betas[1]` must be float, not 'x'",
+        ),
+        ("resume: {allow: optimizer}", "`resume.allow` must be list, not 'optimizer'"),
+        ("include: base.yaml", "`include` must be a list of files, not 'base.yaml'"),
+        ("include: null", "`include` must be a list of files, not None"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
+    folder, text, complaint
+):
+    assert folder.mistake(text) == f"{folder.path / 'mine.yaml'}: {complaint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.total_images=0", "must be at least 1, not 0"),
+        ("seed=-1", "must be at least 0, not -1"),
+        (f"seed={2**64}", f"must be below {2**64}, not {2**64}"),
+        ("data.broken_limit=1", "must be below 1, not 1.0"),
+        ("data.broken_limit=nan", "must be at least 0, not nan"),
+        ("objective.clip.value=0", "must be above 0, not 0.0"),
+        ("objective.penalties.wgan_gp.weight=-1", "must be at least 0, not -1.0"),
+        ("optimizer.critic.learning_rate=inf", "must be finite, not inf"),
+        (
+            "training.precision=bf16",
+            "must be one of float32, bfloat16, float64, not bf16; did you mean bfloat16?",
+        ),
+        ("log.wandb=xyz", "must be one of auto, online, offline, disabled, not xyz"),
+        ("data.channels=2", "must be 1 (grey) or 3 (RGB), not 2"),
+        ("optimizer.critic.betas=[0.5]", "must be two numbers in [0, 1), not [0.5]"),
+        ("optimizer.generator.betas=[0,1]", "must be two numbers in [0, 1), not [0.0, 1.0]"),
+        ("training.accumulate=3", "must divide the global batch of 64, not 3"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named_with_its_origin(folder, override, complaint):
+    key = override.split("=")[0]
+    assert folder.mistake(None, override) == f"command line: `{key}` {complaint}"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("a b=3", "command line: `a b=3` is not of the form key.subkey=value"),
+        ("--seed=3", "command line: `--seed=3` is not of the form key.subkey=value"),
+        ("=3", "command line: `=3` is not of the form key.subkey=value"),
+        ("run.name=[a", "command line: while parsing a flow sequence"),
+        ("run.folder=", "command line: `run.folder` must be str, not None"),
+        ("seed=${nothing}", "Interpolation key 'nothing' not found"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_shown(folder, override, sentence):
+    assert folder.mistake(None, override).startswith(sentence)
+
+
+def test_what_is_missing_is_listed_whole(folder):
+    mine = folder.write("mine.yaml", "training: {total_images: 1}\ndata: {path: x}")
+    with pytest.raises(UserError) as raised:
+        resolve([mine])
+    assert str(raised.value) == (
+        "the config lacks `critic.target`, `data.resolution`, `generator.target`, "
+        "`objective.loss.name`, `optimizer.critic.learning_rate`, "
+        "`optimizer.generator.learning_rate`"
+    )
+    assert folder.mistake("objective: {clip: {}, loss: {name: wgan}}") == (
+        "the config lacks `objective.clip.value`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("seed: [1", "not valid YAML ("),
+        ("seed: 1\nseed: 2", "not valid YAML ("),
+        ("seed: 1\n\tdata: 2", "not valid YAML ("),
+        ("- 1\n- 2", "must hold `key: value` pairs"),
+    ],
+)
+def test_a_file_that_is_no_yaml_of_keys_is_named(folder, text, complaint):
+    assert folder.mistake(text).startswith(f"{folder.path / 'mine.yaml'}: {complaint}")
+
+
+def test_files_that_cannot_be_read_are_named(folder):
+    cases = {
+        str(folder.path / "none.yaml"): "none.yaml: no such config file",
+        str(folder.path): "cannot be read",
+    }
+    (folder.path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    cases[str(folder.path / "binary.yaml")] = "binary.yaml: "
+    for argument, complaint in cases.items():
+        with pytest.raises(UserError, match=re.escape(complaint)):
+            resolve([argument])
+    assert "parts/none.yaml: no such config file" in folder.mistake("include: [parts/none.yaml]")
+    with pytest.raises(UserError, match="no config file given"):
+        resolve(["seed=3"])
+
+
+@pytest.mark.parametrize("loop", ["mine.yaml", "sub/back.yaml", "sub/../mine.yaml"])
+def test_files_that_include_each_other_in_a_circle_are_refused(folder, loop):
+    folder.write("sub/back.yaml", "include: [../mine.yaml]")
+    sentence = folder.mistake(f"include: [{loop}]")
+    assert sentence.endswith("mine.yaml: includes itself")
+
+
+def test_a_file_may_be_included_twice_without_a_circle(folder):
+    folder.write("part.yaml", "seed: 3")
+    folder.write("left.yaml", "include: [part.yaml]")
+    mine = folder.write("mine.yaml", "include: [left.yaml, part.yaml]")
+    assert resolve([folder.base, mine]).config.seed == 3
+
+
+def origins(annotated: str) -> dict[str, str]:
+    """Dotted key -> comment, for each line of YAML that has one."""
+    found, path = {}, []
+    for line in annotated.splitlines():
+        match = re.match(r"( *)'?([\w-]+)'?:.*?(?:  # (.*))?$", line)
+        if match is None:
+            continue
+        path = [*path[: len(match[1]) // 2], match[2]]
+        if match[3]:
+            found[".".join(path)] = match[3]
+    return found
+
+
+def test_each_value_is_printed_with_the_file_that_it_came_from(folder):
+    folder.write("part.yaml", "objective: {loss: {name: wgan}, n_critic: 3}\nseed: 5")
+    mine = folder.write(
+        "mine.yaml",
+        "include: [part.yaml]\nobjective: {clip: {value: 1}}\n"
+        "generator: {target: mlp, options: {'n': {deep: 3}, sizes: [1, 2]}}",
+    )
+    resolved = resolve([folder.base, mine, "data.flip=true"])
+    found = origins(resolved.to_yaml(with_origin=True))
+    part = str(folder.path / "part.yaml")
+    expected = {
+        "seed": part,
+        "objective.n_critic": part,
+        "objective.clip.value": mine,
+        "objective.clip.scope": "default",
+        "objective.penalties": "default",  # not the first file's any more
+        "generator.options.n.deep": mine,
+        "generator.options.sizes": mine,
+        "data.flip": "command line",
+        "data.resolution": folder.base,
+        "data.lanes": "default",
+        "optimizer.critic.betas": folder.base,
+        "optimizer.generator.betas": "default",
+        "run.name": f"name of {folder.base}",
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert resolve([folder.write("again.yaml", resolved.to_yaml(with_origin=True))]).config == (
+        resolved.config
+    )
+
+
+words = st.text(
+    st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="$\x7f"), min_size=1
+).filter(lambda text: text != "???")
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+options = st.dictionaries(
+    st.from_regex(r"[A-Za-z_]\w{0,8}", fullmatch=True),
+    st.none() | st.booleans() | st.integers() | numbers | words | st.lists(numbers, max_size=3),
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    name=words,
+    path=st.lists(words, min_size=1, max_size=30).map(" ".join),
+    options=options,
+    rate=st.floats(0, 1e300),
+    seed=st.integers(0, 2**64 - 1),
+    clip=st.none() | st.floats(1e-300, 1e300),
+)
+def test_a_resolved_run_loads_again_as_it_is(
+    tmp_path_factory, name, path, options, rate, seed, clip
+):
+    folder = Folder(tmp_path_factory.mktemp("round"))
+    own = {
+        "seed": seed,
+        "run": {"name": name},
+        "data": {"path": path, "resolution": 8},
+        "generator": {"target": "mlp", "options": options},
+        "optimizer": {"critic": {"learning_rate": rate}, "generator": {"learning_rate": rate}},
+        "training": {"total_images": 10},
+    }
+    own["objective"] = {"loss": {"name": "wgan"}, "clip": clip and {"value": clip}}
+    own["critic"] = {"target": "mlp"}
+    resolved = resolve([folder.write("mine.yaml", yaml.safe_dump(own))])
+    assert resolved.config.generator.options == options
+    assert resolved.config.data.path == path
+    for with_origin in (False, True):
+        stored = folder.write("stored.yaml", resolved.to_yaml(with_origin=with_origin))
+        loaded = load_stored(Path(stored))
+        assert loaded == resolved.config
+        assert curve_changes(resolved.config, loaded) == []
+
+
+def test_a_stored_run_is_found_in_a_folder_with_an_equals_sign_in_its_name(folder, monkeypatch):
+    stored = folder.write("rate=1e-4/config.yaml", resolve([folder.base]).to_yaml())
+    assert load_stored(Path(stored)) == resolve([folder.base]).config
+    monkeypatch.chdir(folder.path)
+    assert load_stored(Path("rate=1e-4/config.yaml")) == resolve([folder.base]).config
+
+
+FREE = [
+    "run.name=other",
+    "log.every_images=5",
+    "samples.count=9",
+    "checkpoint.keep_last=7",
+    "runtime.timeout_seconds=5",
+    "data.path=elsewhere",
+    "data.workers=0",
+    "data.broken_limit=0.5",
+    "training.total_images=99k",
+]
+
+
+@pytest.mark.parametrize("override", FREE)
+def test_what_does_not_bend_the_curve_may_change(folder, override):
+    changed = resolve([folder.base, override]).config
+    assert changed != resolve([folder.base]).config
+    assert curve_changes(resolve([folder.base]).config, changed) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("seed=1", "seed: 0 -> 1"),
+        ("data.lanes=8", "data.lanes: 64 -> 8"),
+        ("training.global_batch_size=32", "training.global_batch_size: 64 -> 32"),
+        ("generator.options.width=9", "generator.options.width: 8 -> 9"),
+        ("generator.options.depth=9", "generator.options.depth: None -> 9"),
+        ("objective.penalties.wgan_gp.weight=1", "objective.penalties.wgan_gp.weight: 10.0 -> 1.0"),
+        ("optimizer.critic.betas=[0,0.99]", "optimizer.critic.betas: [0.0, 0.9] -> [0.0, 0.99]"),
+        ("average.ramp_up=0", "average.ramp_up: 0.05 -> 0.0"),
+    ],
+)
+def test_what_bends_the_curve_is_named_unless_it_is_allowed_by_name(folder, override, change):
+    stored = resolve([folder.base]).config
+    assert curve_changes(stored, resolve([folder.base, override]).config) == [change]
+    key = override.split("=")[0]
+    for allowed in (key, key.split(".")[0]):
+        requested = resolve([folder.base, override, f"resume.allow=[{allowed}]"]).config
+        assert curve_changes(stored, requested) == []
+    other = resolve([folder.base, override, "resume.allow=[see,dat,generato,optim]"]).config
+    assert curve_changes(stored, other) == [change]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_length_of_a_run_bends_the_curve_when_the_learning_rate_depends_on_it(folder, schedule):
+    same = [folder.base, f"training.schedule={schedule}"]
+    stored = resolve(same).config
+    longer = [*same, "training.total_images=60k"]
+    change = "training.total_images: 50000 -> 60000"
+    assert curve_changes(stored, resolve(longer).config) == [change]
+    allowed = resolve([*longer, "resume.allow=[training.total_images]"]).config
+    assert curve_changes(stored, allowed) == []
+
+
+def test_a_swapped_objective_is_a_change_of_the_curve(folder):
+    other = folder.write("other.yaml", "objective: {loss: {name: lsgan}}")
+    changes = curve_changes(resolve([folder.base]).config, resolve([folder.base, other]).config)
+    assert {change.split(":")[0] for change in changes} == {
+        "objective.loss.name",
+        "objective.n_critic",
+        "objective.penalties",
+        "objective.penalties.wgan_gp.weight",
+    }
+
+
+def shipped(pattern: str) -> list[Path]:
+    return sorted((REPOSITORY / "configs").glob(pattern))
+
+
+@pytest.mark.parametrize("path", shipped("*.yaml"), ids=lambda path: path.stem)
+def test_every_config_that_is_shipped_is_a_complete_run(path):
+    assert resolve([str(path)]).config.run.name == path.stem
+
+
+@pytest.mark.parametrize(
+    "path", shipped("*/*.yaml"), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_piece_that_is_shipped_completes_a_run(folder, path):
+    resolved = resolve([folder.base, str(path)])
+    assert str(path) in resolved.origin.values()
+
+
+def test_the_shipped_objectives_are_those_of_the_papers(folder):
+    def built(name: str):
+        path = REPOSITORY / "configs" / "objective" / f"{name}.yaml"
+        return resolve([folder.base, str(path)]).config
+
+    gp = built(
+        "wgan_gp"
+    )  # Gulrajani et al., algorithm 1: lambda 10, n_critic 5, Adam(1e-4, 0, 0.9)
+    assert (gp.objective.n_critic, gp.objective.penalties["wgan_gp"].weight) == (5, 10)
+    assert (gp.optimizer.critic.learning_rate, gp.optimizer.critic.betas) == (1e-4, [0, 0.9])
+    clipped = built("wgan")  # Arjovsky et al., algorithm 1: c 0.01, n_critic 5, RMSProp(5e-5)
+    assert clipped.objective.clip is not None
+    assert (clipped.objective.n_critic, clipped.objective.clip.value) == (5, 0.01)
+    assert (clipped.optimizer.critic.name, clipped.optimizer.critic.learning_rate) == (
+        "rmsprop",
+        5e-5,
+    )
+    assert clipped.objective.penalties == {}
+
+
+def test_the_config_command_prints_the_whole_run(folder, capsys):
+    assert main(["config", folder.base, "seed=3"]) == 0
+    printed = capsys.readouterr()
+    assert "seed: 3  # command line\n" in printed.out
+    assert printed.err == ""
+    assert yaml.safe_load(printed.out)["training"]["total_images"] == 50_000
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(folder):
+    program = [sys.executable, "-m", "ganscale", "config", folder.base, "trainig.total_images=3"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == ("error: command line: unknown key `trainig`; did you mean `training`?\n")

@@ -1,0 +1,217 @@
+"""Random numbers are Philox, as published, and depend on seed, purpose and position alone."""
+
+import hashlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ganscale.randomness import (
+    derived_seed,
+    normal,
+    permutation,
+    philox,
+    purpose_id,
+    random_words,
+    uniform,
+)
+
+MANY = torch.arange(50_000)
+
+
+def reference_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as the paper's section 3.3 has it, in Python's unbounded integers."""
+    (a, b, c, d), (k, m) = counter, key
+    for round_ in range(10):
+        if round_:
+            k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
+        high_a, low_a = divmod(a * 0xD2511F53, 2**32)
+        high_c, low_c = divmod(c * 0xCD9E8D57, 2**32)
+        a, b, c, d = high_c ^ b ^ k, low_c, high_a ^ d ^ m, low_a
+    return [a, b, c, d]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+    counter, key, words = (
+        [int(word, 16) for word in text.split()] for text in (counter, key, words)
+    )
+    found = philox(torch.tensor(counter), (key[0], key[1]))
+    assert found.tolist() == words
+    assert reference_philox(counter, key) == words
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    purpose=st.text(max_size=20),
+    position=st.integers(0, 2**63 - 1),
+    columns=st.integers(1, 9),
+)
+def test_the_words_of_a_position_are_those_of_its_counter_and_the_seed(
+    seed, purpose, position, columns
+):
+    purpose_word = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
+    expected = []
+    for block in range(3):
+        counter = [position % 2**32, position // 2**32, block, purpose_word]
+        expected += reference_philox(counter, [seed % 2**32, seed // 2**32])
+    found = random_words(seed, purpose, torch.tensor([position]), columns)
+    assert found.tolist() == [expected[:columns]]
+
+
+@pytest.mark.parametrize("draw", [uniform, normal])
+@settings(deadline=None, max_examples=30)
+@given(
+    first=st.integers(0, 2**40),
+    count=st.integers(1, 40),
+    columns=st.integers(1, 7),
+    data=st.data(),
+)
+def test_a_slice_of_positions_draws_what_the_whole_draws_there(draw, first, count, columns, data):
+    start = data.draw(st.integers(0, count - 1))
+    stop = data.draw(st.integers(start + 1, count))
+    positions = first + torch.arange(count)
+    whole = draw(3, "latents", positions, columns)
+    assert torch.equal(draw(3, "latents", positions[start:stop], columns), whole[start:stop])
+    backwards = draw(3, "latents", positions.flip(0), columns)
+    assert torch.equal(backwards.flip(0), whole)
+
+
+def test_more_columns_leave_the_words_of_the_first_ones_as_they_are():
+    few, many = (random_words(1, "a", torch.arange(5), columns) for columns in (3, 10))
+    assert torch.equal(many[:, :3], few)
+
+
+@pytest.mark.parametrize(
+    ("seed", "purpose", "first"),
+    [
+        (1, "a", 0),
+        (2**32, "a", 0),  # differs from seed 0 in the high word only
+        (0, "b", 0),
+        (0, "a", 100),
+        (0, "a", 2**32),  # differs from position 0 in the high word only
+        (0, "a", 2**62),
+    ],
+)
+def test_no_number_repeats_for_another_seed_purpose_or_far_position(seed, purpose, first):
+    base = random_words(0, "a", torch.arange(100), 8)
+    other = random_words(seed, purpose, first + torch.arange(100), 8)
+    # 640,000 pairs of 32-bit words: one equal pair is no surprise, an equal row is impossible.
+    assert len({*base.flatten().tolist()} & {*other.flatten().tolist()}) <= 2
+
+
+def test_purposes_of_the_project_have_numbers_of_their_own():
+    purposes = ["latents/critic", "latents/generator", "interpolation", "flip", "samples", ""]
+    assert len({purpose_id(purpose) for purpose in purposes}) == len(purposes)
+    assert len({derived_seed(seed, p) for seed in range(50) for p in purposes}) == 50 * len(
+        purposes
+    )
+    assert all(0 <= derived_seed(seed, "weights") < 2**63 for seed in range(50))
+
+
+def distance_to_distribution(values: torch.Tensor, cumulative: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's statistic times the root of n; above 1.95 once in a thousand."""
+    n = values.numel()
+    steps = np.arange(n + 1) / n
+    return math.sqrt(n) * max(
+        float(np.abs(cumulative - steps[1:]).max()), float(np.abs(cumulative - steps[:-1]).max())
+    )
+
+
+def test_uniform_numbers_are_uniform_in_zero_to_one_without_one():
+    drawn = uniform(0, "interpolation", MANY, 3)
+    assert drawn.dtype == torch.float32
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    # The largest word that there is must not be rounded up to 1.
+    assert (torch.tensor((2**32 - 1) >> 8).float() * 2**-24).item() < 1
+    for column in drawn.double().T:
+        assert distance_to_distribution(column, np.sort(column.numpy())) < 1.95
+
+
+def test_normal_numbers_are_normal():
+    drawn = normal(0, "latents/critic", MANY, 4).double()
+    for column in drawn.T:
+        ordered = np.sort(column.numpy())
+        cumulative = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in ordered])
+        assert distance_to_distribution(column, cumulative) < 1.95
+    n = drawn.numel()
+    # Within four standard errors of the moments 0, 1, 0, 3 of a standard normal.
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(drawn.pow(power).mean().item() - moment) < 4 * math.sqrt(variance / n)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 128])
+def test_normal_numbers_are_finite_and_reach_into_the_tails(columns):
+    drawn = normal(5, "latents/generator", torch.arange(200_000 // columns), columns)
+    assert drawn.shape[1] == columns
+    assert drawn.isfinite().all()
+    assert 4 < drawn.abs().max() < 6
+
+
+def test_neighbours_columns_purposes_and_seeds_are_uncorrelated():
+    base = normal(0, "a", MANY, 2).double()
+    n = len(MANY)
+    pairs = {
+        "neighbouring positions": (base[1:, 0], base[:-1, 0]),
+        "the two halves of a Box-Muller pair": (base[:, 0], base[:, 1]),
+        "their squares": (base[:, 0].square() - 1, base[:, 1].square() - 1),
+        "purposes": (base[:, 0], normal(0, "b", MANY, 2)[:, 0].double()),
+        "seeds": (base[:, 0], normal(1, "a", MANY, 2)[:, 0].double()),
+        "positions 2**32 apart": (base[:, 0], normal(0, "a", MANY + 2**32, 2)[:, 0].double()),
+    }
+    for name, (first, second) in pairs.items():
+        correlation = (first * second).mean() / (first.std() * second.std())
+        assert abs(correlation.item()) < 4 / math.sqrt(n), name
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.tuples(*[st.integers(0, 2**40)] * 3),
+    length=st.integers(0, 300),
+)
+def test_a_permutation_holds_every_number_once(seed, stream, length):
+    order = permutation(seed, "order/blocks", stream, length)
+    assert sorted(order.tolist()) == list(range(length))
+
+
+def test_permutations_stay_what_they_have_always_been():
+    """A NumPy that changed them would change the data order of every run that is resumed."""
+    assert permutation(7, "order/blocks", (3, 2, 1), 10).tolist() == [1, 8, 0, 6, 9, 5, 4, 3, 2, 7]
+    assert permutation(0, "shuffle", (0, 0, 0), 6).tolist() == [5, 0, 2, 3, 1, 4]
+
+
+def test_every_word_of_seed_purpose_and_stream_changes_the_permutation():
+    cases = list(itertools.product((0, 1, 2**32), "ab", (0, 1), (0, 1), (0, 1)))
+    orders = {
+        tuple(permutation(seed, purpose, (epoch, lane, window), 40))
+        for seed, purpose, epoch, lane, window in cases
+    }
+    assert len(orders) == len(cases)
+
+
+def test_all_orders_of_four_are_equally_frequent():
+    counts: dict[tuple[int, ...], int] = {}
+    for stream in range(4800):
+        order = tuple(permutation(0, "order/window", (0, 0, stream), 4).tolist())
+        counts[order] = counts.get(order, 0) + 1
+    assert len(counts) == 24
+    chi_square = sum((count - 200) ** 2 / 200 for count in counts.values())
+    assert chi_square < 49.7  # 23 degrees of freedom: above that once in a thousand
