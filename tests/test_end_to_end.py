@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
-from tests.conftest import REPOSITORY, TINY, Runs
+from tests.conftest import REPOSITORY, TINY
 
 
 def train(folder: Path, data: Path, *settings: str) -> int:

@@ -15,7 +15,9 @@ CHUNK = 16
 size, and then the same seed would not give the same bytes."""
 
 
-def sample_latents(seed: int, first: int, count: int, latent_dim: int) -> Float[Tensor, "count latent"]:
+def sample_latents(
+    seed: int, first: int, count: int, latent_dim: int
+) -> Float[Tensor, "count latent"]:
     """The standard normal latents of positions [first, first + count)."""
     return normal(seed, "samples", torch.arange(first, first + count), latent_dim)
 
@@ -52,9 +54,10 @@ def generate(
     generator.eval()
     try:
         for start in range(0, len(latents), CHUNK):
-            chunk = _padded(latents[start : start + CHUNK]).to(weights)
-            classes = None if labels is None else _padded(labels[start : start + CHUNK]).to(weights.device)
-            images = generator(chunk) if classes is None else generator(chunk, classes)
+            inputs = [_padded(latents[start : start + CHUNK]).to(weights)]
+            if labels is not None:
+                inputs.append(_padded(labels[start : start + CHUNK]).to(weights.device))
+            images = generator(*inputs)
             yield to_bytes(images)[: len(latents) - start].cpu()
     finally:
         generator.train(was_training)

@@ -53,7 +53,8 @@ def generator(target, **options):
 def test_a_name_builds_our_network_for_the_runs_shapes_and_classes():
     built = critic("resnet", width=4)
     assert isinstance(built, ResNetCritic)
-    assert built.embedding is not None and built.embedding.num_embeddings == 10
+    assert built.embedding is not None
+    assert built.embedding.num_embeddings == 10
     assert generator("resnet", width=4).is_conditional
 
 

@@ -44,7 +44,8 @@ def test_weights_start_as_in_the_paper():
                 assert abs(module.weight.mean().item()) < 2e-3
                 assert module.bias is None or not module.bias.any()
             elif isinstance(module, GlobalBatchNorm2d):
-                assert module.weight is not None and module.bias is not None
+                assert module.weight is not None
+                assert module.bias is not None
                 assert module.weight.mean().item() == pytest.approx(1.0, abs=0.02)
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.4)
                 assert not module.bias.any()

@@ -1,0 +1,123 @@
+"""A sample is its seed and position: not how many were asked for, nor where one began."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ganscale.evaluation.sampling import (
+    CHUNK,
+    generate,
+    generate_array,
+    interpolated_latents,
+    sample_labels,
+    sample_latents,
+)
+from ganscale.networks.build import build_generator
+
+
+def small_generator(target: str, num_classes: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    return build_generator(
+        target, {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=num_classes
+    )
+
+
+def images(generator: nn.Module, first: int, count: int, num_classes: int = 0) -> np.ndarray:
+    latents = sample_latents(7, first, count, 8)
+    return generate_array(generator, latents, sample_labels(first, count, num_classes))
+
+
+@pytest.mark.parametrize(
+    ("target", "num_classes"), [("mlp", 0), ("dcgan", 0), ("resnet", 0), ("resnet", 3)]
+)
+def test_the_same_positions_give_the_same_bytes_however_they_are_asked_for(target, num_classes):
+    generator = small_generator(target, num_classes)
+    whole = images(generator, 0, 3 * CHUNK + 5, num_classes)
+    assert whole.dtype == np.uint8
+    assert whole.shape == (3 * CHUNK + 5, 16, 16, 3)
+    assert len(np.unique(whole.reshape(len(whole), -1), axis=0)) == len(whole)
+    for first, count in (
+        (0, 1),
+        (0, CHUNK),
+        (0, CHUNK + 1),
+        (3, 7),
+        (CHUNK - 1, 2),
+        (20, 33),
+        (52, 1),
+    ):
+        part = images(generator, first, count, num_classes)
+        assert np.array_equal(part, whole[first : first + count]), (first, count)
+
+
+def test_chunks_come_one_at_a_time_and_the_last_is_cut():
+    chunks = generate(small_generator("mlp"), sample_latents(0, 0, 2 * CHUNK + 3, 8))
+    assert [len(chunk) for chunk in chunks] == [CHUNK, CHUNK, 3]
+
+
+def test_another_seed_gives_other_latents_and_a_later_start_the_later_ones():
+    assert not torch.equal(sample_latents(0, 0, 4, 8), sample_latents(1, 0, 4, 8))
+    assert torch.equal(sample_latents(0, 2, 2, 8), sample_latents(0, 0, 4, 8)[2:])
+
+
+def test_labels_cycle_through_the_classes_from_any_start():
+    labels = sample_labels(0, 7, 3)
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    later = sample_labels(4, 3, 3)
+    assert later is not None
+    assert later.tolist() == labels[4:].tolist()
+    assert sample_labels(0, 7, 0) is None
+
+
+def test_a_walk_begins_and_ends_at_the_latents_of_its_row():
+    walk = interpolated_latents(3, 4, 9, 64).view(4, 9, 64)
+    ends = sample_latents(3, 0, 8, 64)
+    assert torch.allclose(walk[:, 0], ends[0::2], atol=1e-5)
+    assert torch.allclose(walk[:, -1], ends[1::2], atol=1e-5)
+
+
+def test_a_walk_keeps_to_the_length_of_its_ends_and_turns_evenly():
+    columns = 11
+    walk = interpolated_latents(3, 5, columns, 256).view(5, columns, 256).double()
+    for row in walk:
+        lengths = row.norm(dim=1)
+        # In 256 dimensions latents are 16 long, give or take 0.7, and nearly at right angles; the
+        # middle of a straight line would be 11 long.
+        assert lengths.min() > 0.97 * min(lengths[0], lengths[-1])
+        assert lengths.max() < 1.03 * max(lengths[0], lengths[-1])
+        # sin((1-t)a) start + sin(ta) stop: between unit ends, each step turns by the same angle.
+        unit = [row[0] / lengths[0], row[-1] / lengths[-1]]
+        angle = math.acos(float(unit[0] @ unit[1]))
+        for place, point in enumerate(row):
+            share = place / (columns - 1)
+            start = math.sin((1 - share) * angle) * row[0]
+            expected = (start + math.sin(share * angle) * row[-1]) / math.sin(angle)
+            assert torch.allclose(point, expected, atol=1e-4)
+
+
+def test_a_walk_of_one_column_is_its_first_latent():
+    assert torch.allclose(interpolated_latents(3, 2, 1, 16), sample_latents(3, 0, 4, 16)[0::2])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_generators_mode_is_restored_also_when_it_fails(training):
+    generator = small_generator("dcgan").train(training)
+    state = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    list(generate(generator, sample_latents(0, 0, 3, 8)))
+    assert generator.training is training
+    # Evaluation mode inside: batch norm's running statistics are read and not written.
+    assert all(torch.equal(state[name], tensor) for name, tensor in generator.state_dict().items())
+    with pytest.raises(RuntimeError):
+        list(generate(generator, torch.zeros(2, 5)))
+    assert generator.training is training
+
+
+def test_images_carry_no_graph_and_take_the_generators_precision():
+    generator = small_generator("mlp").double()
+    (chunk,) = generate(generator, sample_latents(0, 0, 2, 8))
+    assert not chunk.requires_grad
+    in_float32 = generate_array(generator.float(), sample_latents(0, 0, 2, 8))
+    assert np.abs(chunk.numpy().astype(int) - in_float32.astype(int)).max() <= 1
