@@ -4,44 +4,46 @@ A logits tensor has any shape (one score an image, or a map of patch scores); ev
 mean over its elements, a float scalar. D below is the sigmoid of the logit where a paper speaks
 of probabilities, and the logit itself where it does not. Everything is written with softplus,
 so that no logarithm ever meets a zero.
+
+A loss of the user's own is a function that returns a `Loss`, named `package.module:function`.
 """
 
-import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
 
 from ganscale.errors import UserError
+from ganscale.importing import call, find
 
 
 @dataclass(frozen=True)
 class Loss:
-    """An adversarial loss: what the critic and what the generator minimises."""
+    """An adversarial loss: what the critic and what the generator minimises.
+
+    generator_needs_real: otherwise the generator's second argument may be None
+    spans_batch: the loss is not a mean of one term per image or pair, so it is taken on the logits
+        of the global batch rather than averaged over ranks and micro-batches
+    """
 
     critic: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) -> scalar
     generator: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits) -> scalar
-    generator_needs_real: bool = False  # else the generator's second argument may be None
+    generator_needs_real: bool = False
+    spans_batch: bool = False
 
 
-def _binary_cross_entropy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """-E[log D(x)] - E[log(1 - D(G(z)))]: Goodfellow et al. 2014, equation 1, negated."""
-    return softplus(-real_logits).mean() + softplus(fake_logits).mean()
-
-
-def minimax() -> Loss:
+def minimax(smoothing: float = 0.0) -> Loss:
     """Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv:1406.2661), equation 1.
 
     The generator minimises E[log(1 - D(G(z)))] = -E[softplus(logit)].
     """
-    return Loss(_binary_cross_entropy, lambda fake_logits, _: -softplus(fake_logits).mean())
+    return Loss(_cross_entropy(smoothing), lambda fake_logits, _: -softplus(fake_logits).mean())
 
 
-def non_saturating() -> Loss:
+def non_saturating(smoothing: float = 0.0) -> Loss:
     """Goodfellow et al. 2014 (arXiv:1406.2661), section 3: the generator maximises log D(G(z))."""
-    return Loss(_binary_cross_entropy, lambda fake_logits, _: softplus(-fake_logits).mean())
+    return Loss(_cross_entropy(smoothing), lambda fake_logits, _: softplus(-fake_logits).mean())
 
 
 def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
@@ -61,11 +63,53 @@ def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
 def wgan() -> Loss:
     """Arjovsky, Chintala, Bottou 2017, "Wasserstein GAN" (arXiv:1701.07875), equations 2 and 3.
 
-    Needs a Lipschitz critic: `clip`, or the `wgan_gp` penalty.
+    Needs a Lipschitz critic: `clip`, or a penalty.
     """
     return Loss(
         lambda real_logits, fake_logits: fake_logits.mean() - real_logits.mean(),
         lambda fake_logits, _: -fake_logits.mean(),
+    )
+
+
+def hinge() -> Loss:
+    """Lim, Ye 2017, "Geometric GAN" (arXiv:1705.02894), equations 12 and 13; Miyato et al. 2018
+    (arXiv:1802.05957), equations 16 and 17."""
+    return Loss(
+        lambda real_logits, fake_logits: (
+            relu(1 - real_logits).mean() + relu(1 + fake_logits).mean()
+        ),
+        lambda fake_logits, _: -fake_logits.mean(),
+    )
+
+
+def relativistic() -> Loss:
+    """Relativistic pairing, RpGAN: Jolicoeur-Martineau 2018 (arXiv:1807.00734), section 4.1, with
+    the logistic function of its RSGAN; Huang et al. 2024, R3GAN (arXiv:2501.05441), equation 2.
+
+    Real and fake are paired by their slot in the global batch.
+    """
+    return Loss(
+        lambda real_logits, fake_logits: softplus(fake_logits - real_logits).mean(),
+        lambda fake_logits, real_logits: softplus(_given(real_logits) - fake_logits).mean(),
+        generator_needs_real=True,
+    )
+
+
+def relativistic_average() -> Loss:
+    """RaSGAN: Jolicoeur-Martineau 2018, "The relativistic discriminator" (arXiv:1807.00734),
+    equations 9 to 11: each image is compared with the mean of the other kind, over the whole batch.
+    """
+
+    def loss(better: Tensor, worse: Tensor) -> Tensor:
+        return (
+            softplus(worse.mean() - better).mean() + softplus(worse - better.mean()).mean()
+        )  # fmt: skip
+
+    return Loss(
+        loss,
+        lambda fake_logits, real_logits: loss(fake_logits, _given(real_logits)),
+        generator_needs_real=True,
+        spans_batch=True,
     )
 
 
@@ -74,19 +118,39 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "non_saturating": non_saturating,
     "lsgan": lsgan,
     "wgan": wgan,
+    "hinge": hinge,
+    "relativistic": relativistic,
+    "relativistic_average": relativistic_average,
 }
 
 
 def build_loss(name: str, options: Mapping[str, float]) -> Loss:
-    """The loss called `name`; UserError names the nearest known loss or option."""
-    if name not in LOSSES:
-        close = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"did you mean {close[0]}" if close else f"known: {', '.join(LOSSES)}"
-        raise UserError(f"`objective.loss.name`: unknown loss {name}; {hint}")
-    known = list(inspect.signature(LOSSES[name]).parameters)
-    for option in options:
-        if option not in known:
-            raise UserError(
-                f"`objective.loss.options.{option}`: {name} takes {', '.join(known) or 'none'}"
-            )
-    return LOSSES[name](**options)
+    """The loss called `name`, ours or `package.module:function`.
+
+    Raises UserError, with the nearest known name, for a loss or an option that is not there.
+    """
+    loss = call(find(name, LOSSES, "loss"), options, f"loss {name}")
+    if not isinstance(loss, Loss):
+        raise UserError(f"loss {name} returns a {type(loss).__name__}, not a Loss")
+    return loss
+
+
+def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """-E[log D(x)] - E[log(1 - D(G(z)))]: Goodfellow et al. 2014, equation 1, negated.
+
+    With one-sided label smoothing the label of real images is 1 - smoothing (Salimans et al. 2016,
+    arXiv:1606.03498, section 3.4).
+    """
+
+    def loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
+        real = softplus(-real_logits) + smoothing * real_logits
+        return real.mean() + softplus(fake_logits).mean()
+
+    return loss
+
+
+def _given(real_logits: Tensor | None) -> Tensor:
+    if real_logits is None:
+        raise ValueError("a relativistic generator needs the logits of real images")
+    return real_logits

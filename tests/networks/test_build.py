@@ -77,7 +77,7 @@ def test_an_own_network_gets_only_those_facts_of_the_run_that_it_accepts(own_net
         ("own_networks.Minimal", {}, "no network called .*your own as package.module:Name"),
         ("missing_networks:Critic", {}, "no module missing_networks in the current folder"),
         ("own_networks:Minimall", {}, "own_networks has no Minimall .did you mean 'Minimal'"),
-        ("own_networks:constant", {}, "own_networks:constant is a int, not a class"),
+        ("own_networks:constant", {}, "own_networks:constant is a int, not a network"),
         ("own_networks:not_a_module", {}, "is a int, not a torch.nn.Module"),
         ("own_networks:Minimal", {"hiden": 1}, "no option 'hiden' .did you mean 'hidden'"),
         ("own_networks:Strict", {}, "cannot be built: TypeError: .*hidden"),

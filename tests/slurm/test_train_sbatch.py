@@ -90,7 +90,7 @@ def test_a_request_to_stop_is_answered_even_if_it_comes_while_the_training_start
     """And a job that may not be requeued any more fails, with the code for `run it again`."""
     job = cluster.submit(*options, SCRIPT, *tiny_run, folder=REPOSITORY, GANSCALE_MAX_REQUEUES="0")
     log = tmp_path / "job.log"
-    while not (log.exists() and "1 processes on node1" in log.read_text()):
+    while not (log.exists() and "ranks 1, node node1" in log.read_text()):
         time.sleep(0.02)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for(job, seconds=60, JobState="FAILED", ExitCode="75:0")
