@@ -28,8 +28,8 @@ DEFAULT = "default"
 
 # What may change when a run resumes without changing its curve.
 FREE_TO_CHANGE = (
-    "run", "log", "samples", "checkpoint", "resume", "runtime", "data.path", "data.workers",
-    "data.broken_limit", "training.total_images",
+    "run", "log", "samples", "checkpoint", "audit", "objective.panel", "resume", "runtime",
+    "data.path", "data.workers", "data.broken_limit", "training.total_images",
 )  # fmt: skip
 
 _IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")

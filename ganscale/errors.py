@@ -10,5 +10,9 @@ class UserError(Exception):
     """A mistake of the user's: shown as one sentence without a traceback, exit code 2."""
 
 
+class ReplicaError(Exception):
+    """The weights of two ranks are not the same bits; nothing was saved."""
+
+
 class NonFiniteError(Exception):
     """A loss or gradient became NaN or infinite; the last good state is in a checkpoint."""

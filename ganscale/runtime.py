@@ -24,6 +24,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """This process's number among the ranks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_batch(tensor: Tensor) -> Tensor:
+    """(batch, ...) of every rank -> (world_size * batch, ...) in slot order, without gradient."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all ranks, differentiable (twice, too).
 
@@ -112,6 +126,15 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor := tensor.clone())
         return tensor
+
+    def is_equal_everywhere(self, numbers: Tensor) -> bool:
+        """Whether all ranks hold the same int64 `numbers`."""
+        if self.world_size == 1:
+            return True
+        # The smallest of x and of ~x over the ranks are the smallest and the largest x.
+        bounds = torch.stack([numbers, ~numbers])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
+        return bool((bounds[0] == ~bounds[1]).all())
 
     def start_vote(self, flag: int) -> Callable[[], int]:
         """Begins to agree on the largest `flag` of any rank; the returned function waits for it.

@@ -68,6 +68,7 @@ class LossConfig:
 @dataclass
 class PenaltyConfig:
     weight: float = number(MISSING, at_least=0)
+    interval: int = number(1, at_least=1)  # critic steps from one to the next, weighted accordingly
 
 
 @dataclass
@@ -82,6 +83,7 @@ class ObjectiveConfig:
     penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
     clip: ClipConfig | None = None
     n_critic: int = number(1, at_least=1)  # critic steps to one generator step
+    panel: list[str] = field(default_factory=list)  # losses of your own to watch, module:function
 
 
 @dataclass
@@ -142,6 +144,11 @@ class CheckpointConfig:
 
 
 @dataclass
+class AuditConfig:
+    every_images: int = number(100_000, at_least=1)  # replicas of all ranks are compared
+
+
+@dataclass
 class ResumeConfig:
     allow: list[str] = field(default_factory=list)  # settings that may differ from the stored run
 
@@ -165,5 +172,6 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ganscale import __version__
 from ganscale.cli import config, sample, shards, train
-from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, UserError
+from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, ReplicaError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"error: {error}")
         return EXIT_USER_ERROR
-    except NonFiniteError as error:
+    except (NonFiniteError, ReplicaError) as error:
         _say(f"error: {error}")
         return EXIT_FAILED
     except BrokenPipeError:  # `ganscale ... | head`

@@ -4,14 +4,14 @@
 from ganscale.networks.build import build_critic, build_generator, parameter_count
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.mlp import MLPCritic, MLPGenerator
-from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm2d
+from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 
 __all__ = [
     "ConditionalBatchNorm2d",
     "DCGANCritic",
     "DCGANGenerator",
-    "GlobalBatchNorm2d",
+    "GlobalBatchNorm",
     "MLPCritic",
     "MLPGenerator",
     "ResNetCritic",

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
-from ganscale.networks.normalization import GlobalBatchNorm2d
+from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.networks.shapes import (
     doubling_widths,
     image_shape,
@@ -129,7 +129,7 @@ def _activation(norm: str, channels: int, negative_slope: float = 0.0) -> list[n
     if norm == "none":
         return [relu]
     if norm == "batch":
-        return [GlobalBatchNorm2d(channels), relu]
+        return [GlobalBatchNorm(channels), relu]
     if norm == "layer":
         return [nn.GroupNorm(1, channels), relu]
     return [nn.InstanceNorm2d(channels, affine=True), relu]
@@ -141,5 +141,5 @@ def _initialize(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, WEIGHT_STD)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, GlobalBatchNorm2d) and module.weight is not None:
+    elif isinstance(module, GlobalBatchNorm) and module.weight is not None:
         nn.init.normal_(module.weight, 1.0, WEIGHT_STD)

@@ -5,10 +5,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganscale.errors import UserError
 from ganscale.runtime import sum_over_ranks, world_size
 
 
-class GlobalBatchNorm2d(nn.Module):
+class GlobalBatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1)
     whose mean and variance are those of the global batch, the images of all ranks together.
 
@@ -38,8 +39,8 @@ class GlobalBatchNorm2d(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(
-        self, images: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
+        self, images: Float[Tensor, "batch channels *places"]
+    ) -> Float[Tensor, "batch channels *places"]:
         if not self.training or world_size() == 1:
             return F.batch_norm(
                 images,
@@ -61,7 +62,8 @@ class GlobalBatchNorm2d(nn.Module):
         shift = -mean * scale
         if self.bias is not None:
             shift = shift + self.bias
-        scale, shift = (row.to(wide.dtype)[:, None, None] for row in (scale, shift))
+        shape = (-1, *[1] * (images.ndim - 2))
+        scale, shift = (row.to(wide.dtype).view(shape) for row in (scale, shift))
         return torch.addcmul(shift, wide, scale).to(images.dtype)
 
     @torch.no_grad()
@@ -73,7 +75,7 @@ class GlobalBatchNorm2d(nn.Module):
 
 
 def _global_moments(
-    images: Float[Tensor, "batch channels height width"],
+    images: Float[Tensor, "batch channels *places"],
 ) -> tuple[Float[Tensor, "channels"], Float[Tensor, "channels"]]:
     """Mean and biased variance per channel over the images of all ranks, float64.
 
@@ -82,11 +84,31 @@ def _global_moments(
     sums of squares, in float64, where the cancellation is harmless. Subtracting a running mean
     first would do as well, but only while the buffers of all ranks are the same.
     """
-    variance, mean = torch.var_mean(images, dim=(0, 2, 3), correction=0)
+    variance, mean = torch.var_mean(images, dim=[0, *range(2, images.ndim)], correction=0)
     variance, mean = variance.double(), mean.double()
     moments = torch.stack([mean, variance + mean.square()])
     global_mean, global_square = sum_over_ranks(moments) / world_size()
     return global_mean, global_square - global_mean.square()
+
+
+def with_global_batch_norm(module: nn.Module) -> nn.Module:
+    """`module` with every batch norm of torch's replaced by a GlobalBatchNorm of the same weights.
+
+    Raises UserError for one that keeps no running mean, or the mean of all batches so far.
+    """
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for name, child in module.named_children():
+            setattr(module, name, with_global_batch_norm(child))
+        return module
+    if module.momentum is None or not module.track_running_stats:
+        raise UserError(
+            f"{module} has no exponential running mean: give it a momentum and track_running_stats"
+        )
+    replacement = GlobalBatchNorm(
+        module.num_features, affine=module.affine, momentum=module.momentum, eps=module.eps
+    )
+    replacement.load_state_dict(module.state_dict(), strict=False)  # has no count of batches
+    return replacement.train(module.training)
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -95,7 +117,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.normalize = GlobalBatchNorm2d(channels, affine=False)
+        self.normalize = GlobalBatchNorm(channels, affine=False)
         self.gain = nn.Embedding(num_classes, channels)
         self.bias = nn.Embedding(num_classes, channels)
         nn.init.ones_(self.gain.weight)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
 
 from ganscale.errors import UserError
-from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm2d
+from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
 from ganscale.networks.shapes import doubling_widths, image_shape, require_positive
 
 RELU_GAIN = math.sqrt(2)  # He's initialization, over the mean of fan-in and fan-out
@@ -60,7 +60,7 @@ class ResNetGenerator(nn.Module):
         self.blocks = nn.ModuleList(
             UpBlock(inputs, outputs, norm, num_classes) for inputs, outputs in pairwise(widths)
         )
-        self.norm = GlobalBatchNorm2d(widths[-1]) if norm == "batch" else nn.Identity()
+        self.norm = GlobalBatchNorm(widths[-1]) if norm == "batch" else nn.Identity()
         self.relu = nn.ReLU()
         self.output = _conv(widths[-1], channels, 3, gain=1.0)
         self.tanh = nn.Tanh()
@@ -215,7 +215,7 @@ def _norm(norm: str, channels: int, num_classes: int) -> nn.Module:
         return nn.Identity()
     if num_classes > 0:
         return ConditionalBatchNorm2d(channels, num_classes)
-    return GlobalBatchNorm2d(channels)
+    return GlobalBatchNorm(channels)
 
 
 def _normalized(norm: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:

@@ -1,50 +1,72 @@
 """The objective of a run: one loss, any penalties, perhaps clipping, as the config names them."""
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ganscale.errors import UserError
-from ganscale.objectives.losses import Loss, build_loss
-from ganscale.objectives.penalties import PENALTIES
+from ganscale.importing import call, find
+from ganscale.objectives.losses import LOSSES, Loss, build_loss
+from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
 from ganscale.schema import ClipConfig, ObjectiveConfig
 
 
 @dataclass(frozen=True)
+class WeightedPenalty:
+    penalty: Penalty
+    weight: float
+    interval: int  # taken at every so many critic updates, with the weight times that
+
+    def is_due(self, update: int) -> bool:
+        return update % self.interval == 0
+
+
+@dataclass(frozen=True)
 class Objective:
+    """loss: what is trained; panel: losses by name, which are only looked at."""
+
     loss: Loss
-    penalties: dict[str, tuple[float, Callable[[Tensor], Tensor]]]  # name -> weight, of norms
+    penalties: dict[str, WeightedPenalty]
     clip: ClipConfig | None
+    panel: dict[str, Loss]
+
+    def penalty_points(
+        self, real_images: Tensor, fake_images: Tensor, draws: Draws, update: int
+    ) -> dict[str, Tensor]:
+        """For each penalty that is due at this critic update, where its gradient is taken."""
+        return {
+            name: weighted.penalty.points(real_images, fake_images, draws)
+            for name, weighted in self.penalties.items()
+            if weighted.is_due(update)
+        }
+
+    @property
+    def lazy_ratio(self) -> float:
+        """c = k / (k + 1) for the smallest lazy interval k, else 1.
+
+        Karras et al. 2020 (StyleGAN2, arXiv:1912.04958), appendix B: with penalties at every k-th
+        step, Adam runs with the learning rate c * lr and betas beta ** c.
+        """
+        intervals = [p.interval for p in self.penalties.values() if p.interval > 1]
+        return min(intervals) / (min(intervals) + 1) if intervals else 1.0
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Raises UserError, with the nearest known name, for what does not exist."""
-    for name in config.penalties:
-        if name not in PENALTIES:
-            close = difflib.get_close_matches(name, PENALTIES, n=1)
-            hint = f"did you mean {close[0]}" if close else f"known: {', '.join(PENALTIES)}"
-            raise UserError(f"`objective.penalties.{name}`: unknown penalty; {hint}")
+    penalties = {
+        name: WeightedPenalty(
+            call(find(name, PENALTIES, "penalty"), {}, f"penalty {name}"),
+            penalty.weight,
+            penalty.interval,
+        )
+        for name, penalty in config.penalties.items()
+        if penalty.weight > 0
+    }
+    watched = [*LOSSES, *config.panel]
+    if config.loss.name not in watched:
+        watched.append(config.loss.name)
     return Objective(
         loss=build_loss(config.loss.name, config.loss.options),
-        penalties={
-            name: (penalty.weight, PENALTIES[name])
-            for name, penalty in config.penalties.items()
-            if penalty.weight > 0
-        },
+        penalties=penalties,
         clip=config.clip,
+        panel={name.rpartition(":")[2]: build_loss(name, {}) for name in watched},
     )
-
-
-def refuse_batch_statistics(critic: nn.Module) -> None:
-    """Raises UserError for a critic whose logits depend on the other samples of the batch.
-
-    A per-sample penalty is ill-defined through batch norm, and its statistics differ by rank.
-    """
-    for name, module in critic.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UserError(
-                f"the critic's layer `{name}` is a batch norm, which ties the samples of a batch "
-                "together and differs between ranks: use layer, group or instance norm, or none"
-            )

@@ -1,24 +1,37 @@
 """Every known loss on the logits that a step already has: variants compared within one run."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
-from ganscale.objectives.losses import LOSSES
+from ganscale.objectives.losses import Loss
+from ganscale.runtime import gather_batch
 
 
 @torch.no_grad()
-def critic_panel(real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
-    """`panel/critic/<loss>`: what each loss would say to the critic, with its default labels."""
+def critic_panel(
+    losses: Mapping[str, Loss], real_logits: Tensor, fake_logits: Tensor
+) -> dict[str, Tensor]:
+    """`panel/critic/<loss>`: what each loss, with its default options, would say to the critic."""
     return {
-        f"panel/critic/{name}": build().critic(real_logits, fake_logits)
-        for name, build in LOSSES.items()
+        f"panel/critic/{name}": _value(loss, loss.critic, real_logits, fake_logits)
+        for name, loss in losses.items()
     }
 
 
 @torch.no_grad()
-def generator_panel(fake_logits: Tensor, real_logits: Tensor) -> dict[str, Tensor]:
+def generator_panel(
+    losses: Mapping[str, Loss], fake_logits: Tensor, real_logits: Tensor
+) -> dict[str, Tensor]:
     """`panel/generator/<loss>`: what each loss would say to the generator."""
     return {
-        f"panel/generator/{name}": build().generator(fake_logits, real_logits)
-        for name, build in LOSSES.items()
+        f"panel/generator/{name}": _value(loss, loss.generator, fake_logits, real_logits)
+        for name, loss in losses.items()
     }
+
+
+def _value(loss: Loss, part: Callable[..., Tensor], *logits: Tensor) -> Tensor:
+    if loss.spans_batch:
+        logits = tuple(gather_batch(each) for each in logits)
+    return part(*logits)

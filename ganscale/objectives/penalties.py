@@ -1,54 +1,153 @@
-"""Gradient penalties: pure functions of critic, real and fake images.
+"""Gradient penalties as published: where the critic's input gradient is taken, and what it costs.
 
 The gradient is that of each sample's own logit, its norm is over all dimensions of the sample and
-the coefficient is drawn per sample, as in the papers. Always in float32, also within autocast:
-the penalty's gradient in bfloat16 errs by several per cent, most where the norm nears 1.
+coefficients are drawn per sample, as in the papers. Everything is in float32, also within autocast:
+in bfloat16 the penalty's gradient errs by several per cent, most where the norm nears 1.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ganscale.runtime import at_least_float32
+from ganscale.randomness import uniform
+from ganscale.runtime import at_least_float32, sum_over_ranks, world_size
 
 Critic = Callable[[Tensor, "Tensor | None"], Tensor]
 
 
-def input_gradient_norms(
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch: functions of the seed, the purpose and the slot."""
+
+    seed: int
+    slots: Int64[Tensor, " batch"]
+    first_slot: int  # of the global batch
+
+    def per_sample(self, purpose: str, like: Tensor) -> Tensor:
+        """One uniform number in [0, 1) for each sample, in a shape that broadcasts to `like`."""
+        drawn = uniform(self.seed, purpose, self.slots)
+        return drawn.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+    def per_batch(self, purpose: str, like: Tensor) -> Tensor:
+        """One uniform number in [0, 1), the same for all samples of the global batch."""
+        first = torch.full_like(self.slots[:1], self.first_slot)
+        return uniform(self.seed, purpose, first).to(like.dtype)
+
+    def per_element(self, purpose: str, like: Tensor) -> Tensor:
+        """A uniform number in [0, 1) for each element of each sample."""
+        drawn = uniform(self.seed, purpose, self.slots, like[0].numel())
+        return drawn.to(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """points: (real_images, fake_images, draws) -> images at which the gradient is taken
+    value: gradients (batch, *sample) -> scalar, the mean over the batch"""
+
+    points: Callable[[Tensor, Tensor, Draws], Tensor]
+    value: Callable[[Tensor], Tensor]
+
+
+def input_gradients(
     critic: Critic,
     images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
-) -> Float[Tensor, " batch"]:
-    """||d critic(x_i) / d x_i||_2 for each sample i, differentiable; a patch map is averaged.
-
-    The norm's gradient at zero is zero (`Tensor.norm`; a bare square root would give NaN for a
-    dead critic).
-    """
+) -> Float[Tensor, "batch *sample"]:
+    """d critic(x_i) / d x_i for each sample i, differentiable; a patch map is averaged."""
     with torch.autocast(images.device.type, enabled=False):
         images = at_least_float32(images.detach()).requires_grad_()
         logits = critic(images, labels)
         # Samples do not see each other, so the gradient of the sum holds each one's own.
         scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
-        (gradient,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
-        return gradient.flatten(1).norm(dim=1)
+        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        return gradients
 
 
-def interpolates(
-    real_images: Float[Tensor, "batch *sample"],
-    fake_images: Float[Tensor, "batch *sample"],
-    coefficients: Float[Tensor, " batch"],
-) -> Float[Tensor, "batch *sample"]:
+def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:
+    """The 2-norm of each sample's gradient, whose own gradient at zero is zero.
+
+    A bare square root of a sum of squares would give NaN for a dead critic.
+    """
+    return gradients.flatten(1).norm(dim=1)
+
+
+def interpolates(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tensor:
     """epsilon x + (1 - epsilon) G(z), one epsilon per sample (Gulrajani et al., algorithm 1)."""
-    shape = (-1, *[1] * (real_images.ndim - 1))
-    real_images, fake_images = at_least_float32(real_images), at_least_float32(fake_images)
-    return torch.lerp(fake_images, real_images, coefficients.to(real_images.dtype).view(shape))
+    return torch.lerp(fake_images, real_images, draws.per_sample("interpolation", real_images))
 
 
-def wgan_gp(norms: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
+def wgan_gp() -> Penalty:
     """E[(||grad|| - 1)^2]: Gulrajani et al. 2017 (arXiv:1704.00028), equation 3."""
-    return (norms - 1).square().mean()
+    return Penalty(interpolates, lambda gradients: (norms(gradients) - 1).square().mean())
 
 
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"wgan_gp": wgan_gp}
+def wgan_lp() -> Penalty:
+    """E[max(0, ||grad|| - 1)^2]: Petzka et al. 2018 (arXiv:1709.08894), equation 8."""
+    return Penalty(
+        interpolates, lambda gradients: (norms(gradients) - 1).clamp_min(0).square().mean()
+    )
+
+
+def dragan() -> Penalty:
+    """E[(||grad|| - 1)^2] around real images: Kodali et al. 2017 (arXiv:1705.07215), section 2.3.
+
+    As in the authors' code: x + alpha u std(x) / 2, alpha uniform per sample, u uniform per
+    element, std over all elements of the (global) batch.
+    """
+
+    def points(real_images: Tensor, _: Tensor, draws: Draws) -> Tensor:
+        noise = draws.per_element("dragan noise", real_images)
+        share = draws.per_sample("dragan share", real_images)
+        return real_images + share * 0.5 * global_deviation(real_images) * noise
+
+    return Penalty(points, lambda gradients: (norms(gradients) - 1).square().mean())
+
+
+def r1() -> Penalty:
+    """E[||grad||^2] / 2 at real images: Mescheder et al. 2018 (arXiv:1801.04406), equation 9."""
+    return Penalty(lambda real_images, _, __: real_images, _half_square)
+
+
+def r2() -> Penalty:
+    """E[||grad||^2] / 2 at fakes: Mescheder et al. 2018 (arXiv:1801.04406), equation 10."""
+    return Penalty(lambda _, fake_images, __: fake_images, _half_square)
+
+
+def wgan_gp_pixel() -> Penalty:
+    """The variant of single-image GANs (SinGAN, Shaham et al. 2019, arXiv:1905.01164, its code).
+
+    The norm is over the channels at each pixel, and the whole batch shares one coefficient. It is
+    not the penalty of the WGAN-GP paper; published code uses it.
+    """
+
+    def points(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tensor:
+        share = draws.per_batch("interpolation of the batch", real_images)
+        return torch.lerp(fake_images, real_images, share)
+
+    return Penalty(points, lambda gradients: (gradients.norm(dim=1) - 1).square().mean())
+
+
+PENALTIES: dict[str, Callable[[], Penalty]] = {
+    "wgan_gp": wgan_gp,
+    "wgan_lp": wgan_lp,
+    "dragan": dragan,
+    "r1": r1,
+    "r2": r2,
+    "wgan_gp_pixel": wgan_gp_pixel,
+}
+
+
+@torch.no_grad()
+def global_deviation(images: Tensor) -> Tensor:
+    """The standard deviation of all elements of the global batch, a scalar."""
+    wide = images.double()
+    moments = torch.stack([wide.mean(), wide.square().mean()])
+    mean, square = sum_over_ranks(moments) / world_size()
+    return (square - mean.square()).clamp_min(0).sqrt().to(images.dtype)
+
+
+def _half_square(gradients: Tensor) -> Tensor:
+    return 0.5 * gradients.flatten(1).square().sum(1).mean()

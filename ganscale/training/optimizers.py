@@ -1,5 +1,6 @@
 """Optimizers by name, and the learning rate as a function of the images seen."""
 
+import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -46,6 +47,15 @@ def build_optimizer(
         for parameter in sgd.param_groups[0]["params"]:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def lazy_optimizer(config: OptimizerConfig, ratio: float) -> OptimizerConfig:
+    """The optimizer for lazy penalties: learning rate times `ratio`, Adam's betas to its power.
+
+    See Objective.lazy_ratio. A ratio of 1 changes nothing.
+    """
+    rate, betas = config.learning_rate * ratio, [beta**ratio for beta in config.betas]
+    return dataclasses.replace(config, learning_rate=rate, betas=betas)
 
 
 def rate_factor(config: TrainingConfig, images_seen: int) -> float:

@@ -10,7 +10,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, rate_factor
-from ganscale.training.step import Meters
+from ganscale.training.step import (
+    CriticStep,
+    GeneratorStep,
+    LogitGradients,
+    Meters,
+    StepOutput,
+)
 
 
 class Tripwire:
@@ -32,13 +38,35 @@ class Tripwire:
         return bool(self.tripped.item())
 
 
+def micro_batch(inputs: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """Every `parts`-th row from row `part` on of all tensors within `inputs`; the rest as it is."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[part::parts]
+        if isinstance(value, LogitGradients):
+            return LogitGradients(*map(rows, value))
+        if isinstance(value, dict):
+            return {name: rows(each) for name, each in value.items()}
+        return value
+
+    return inputs if parts == 1 else {name: rows(value) for name, value in inputs.items()}
+
+
+def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of `micro_batch` for the logits of all parts."""
+    if len(logits) == 1:
+        return logits[0]
+    return {name: torch.stack([o[name] for o in logits], dim=1).flatten(0, 1) for name in logits[0]}
+
+
 class Player:
     """Updates one network from its step's loss, in micro-batches, on all ranks alike."""
 
     def __init__(
         self,
         name: str,
-        step: nn.Module,
+        step: CriticStep | GeneratorStep,
         network: nn.Module,
         optimizer: OptimizerConfig,
         training: TrainingConfig,
@@ -46,6 +74,7 @@ class Player:
         tripwire: Tripwire,
     ) -> None:
         self._name = name
+        self._step = step
         self._wrapped = runtime.prepare(step)
         self._runtime = runtime
         self._training = training
@@ -58,29 +87,43 @@ class Player:
         if self._skips_on_device:
             self.optimizer.found_inf = tripwire.tripped  # type: ignore[attr-defined]
 
-    def update(
-        self, inputs: dict[str, Tensor | None], images_seen: int, with_panel: bool
-    ) -> Meters:
-        """One optimizer step on `inputs` (each with this rank's batch first); detached meters.
+    def update(self, inputs: dict[str, Any], images_seen: int) -> tuple[Meters, dict[str, Tensor]]:
+        """One optimizer step on `inputs`, whose tensors have this rank's batch first.
 
-        Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
-        the same images for every world size.
+        Returns detached meters, and this rank's logits in the order of its batch. Micro-batch k of
+        K is every K-th image from the k-th on, so that over all ranks it holds the same images for
+        every world size.
         """
         parts = self._training.accumulate
         self.optimizer.zero_grad(set_to_none=True)
-        sums: Meters = {}
+        if parts > 1 and self._step.spans_batch:
+            inputs = {**inputs, "gradients": self._logit_gradients(inputs, parts)}
+        outputs: list[StepOutput] = []
         for part in range(parts):
-            micro = {k: None if v is None else v[part::parts] for k, v in inputs.items()}
             is_last = part == parts - 1
             # Forward and backward both inside: with only one of them there, DDP skips the
             # averaging silently.
             with nullcontext() if is_last else self._runtime.no_sync(self._wrapped):
-                loss, meters = self._wrapped(**micro, with_panel=with_panel)
-                (loss / parts).backward(inputs=self.parameters)
-            sums = meters if not sums else {k: sums[k] + v for k, v in meters.items()}
-        meters = sums if parts == 1 else {name: total / parts for name, total in sums.items()}
+                output: StepOutput = self._wrapped(**micro_batch(inputs, part, parts), parts=parts)
+                (output.loss / parts).backward(inputs=self.parameters)
+            outputs.append(output)
+        meters = {
+            name: torch.stack([output.meters[name] for output in outputs]).mean()
+            for name in outputs[0].meters
+        }
         meters[f"optim/{self._name}_gradient_norm"] = self._apply(images_seen)
-        return meters
+        return meters, _in_batch_order([output.logits for output in outputs])
+
+    def _logit_gradients(self, inputs: dict[str, Any], parts: int) -> LogitGradients:
+        """What a loss that spans the batch has to know before its first micro-batch: a forward
+        without graph, whose traces in buffers (running means) are undone."""
+        buffers = list(self._step.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        with torch.no_grad():
+            logits = [self._step.logits(**micro_batch(inputs, k, parts)) for k in range(parts)]
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        return self._step.logit_gradients(_in_batch_order(logits))
 
     def learning_rate(self, images_seen: int) -> float:
         return self._learning_rate * rate_factor(self._training, images_seen)

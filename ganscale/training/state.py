@@ -11,13 +11,16 @@ from torch import nn
 from ganscale.config import load_stored
 from ganscale.errors import UserError
 from ganscale.networks.build import build_critic, build_generator
-from ganscale.objectives.objective import Objective, refuse_batch_statistics
+from ganscale.networks.normalization import with_global_batch_norm
+from ganscale.objectives.objective import Objective
 from ganscale.randomness import derived_seed
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.training.ema import average_of
+from ganscale.training.exactness import refuse_what_breaks_exactness
 from ganscale.training.meters import MeterSums
+from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.player import Player, Tripwire, load_optimizer_tensors, optimizer_tensors
 from ganscale.training.run_folder import RunFolder
 from ganscale.training.step import CriticStep, GeneratorStep
@@ -39,7 +42,8 @@ class TrainingState:
                 sample_shape=sample_shape(config),
                 num_classes=num_classes,
             )
-        refuse_batch_statistics(self.critic)
+        refuse_what_breaks_exactness(self.generator, self.critic)
+        self.generator = with_global_batch_norm(self.generator)
         _check_shapes(self.generator, self.critic, config, num_classes)
         self.dtype = weights_dtype(config.training.precision)
         self.generator.to(self.dtype)
@@ -54,7 +58,7 @@ class TrainingState:
             "critic",
             CriticStep(self.critic, objective, precision),
             self.critic,
-            config.optimizer.critic,
+            lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
             config.training,
             runtime,
             self.tripwire,
@@ -107,6 +111,12 @@ class TrainingState:
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.meters.load_state(numbers["meters"])
+
+    def audited(self) -> dict[str, torch.Tensor]:
+        """What has to be the same bits on all ranks, by name."""
+        return {
+            f"{f}.{k}": tensor for f, file in self.files().items() for k, tensor in file.items()
+        }
 
     def is_finite(self) -> bool:
         """Whether all weights and buffers are numbers."""

@@ -6,17 +6,39 @@ backward per term, are silently unsynchronized. Hence these two modules: they ar
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.objectives.objective import Objective
-from ganscale.objectives.panel import critic_panel, generator_panel
-from ganscale.objectives.penalties import input_gradient_norms, interpolates
-from ganscale.runtime import at_least_float32, autocast
+from ganscale.objectives.penalties import input_gradients, norms
+from ganscale.objectives.spanning import logit_gradients, with_gradients
+from ganscale.runtime import at_least_float32, autocast, world_size
 
 Meters = dict[str, Tensor]
+
+
+class LogitGradients(NamedTuple):
+    """Of a loss that spans the batch: its value (repeated) and its gradient at each logit."""
+
+    value: Float[Tensor, " batch"]
+    real: Float[Tensor, "batch *map"]
+    fake: Float[Tensor, "batch *map"]
+
+
+class StepOutput(NamedTuple):
+    """What a forward of a step gives.
+
+    loss: the scalar to differentiate
+    meters: detached means over this rank's images
+    logits: detached, `real` and `fake`, (batch, *map) each
+    """
+
+    loss: Tensor
+    meters: Meters
+    logits: dict[str, Tensor]
 
 
 class CriticStep(nn.Module):
@@ -25,6 +47,7 @@ class CriticStep(nn.Module):
     def __init__(self, critic: nn.Module, objective: Objective, precision: str) -> None:
         super().__init__()
         self.critic = critic
+        self.spans_batch = objective.loss.spans_batch
         self._objective = objective
         self._precision = precision
 
@@ -32,37 +55,54 @@ class CriticStep(nn.Module):
         self,
         real_images: Float[Tensor, "batch *sample"],
         fake_images: Float[Tensor, "batch *sample"],
-        coefficients: Float[Tensor, " batch"],
         labels: Int64[Tensor, " batch"] | None,
-        with_panel: bool,
-    ) -> tuple[Float[Tensor, ""], Meters]:
-        """The loss to differentiate, and detached meters (means over this rank's images).
+        points: dict[str, Tensor],
+        gradients: LogitGradients | None = None,
+        parts: int = 1,
+    ) -> StepOutput:
+        """points: for each penalty of this step, the images at which it is taken
+        gradients: of a loss that spans the batch, for one of `parts` micro-batches
 
-        Real and fake share one forward; the interpolates have their own, since a double backward
-        through all three would drag zeros for the first two along.
+        Real and fake share one forward; penalties have their own, since a double backward through
+        all of them would drag zeros for the first two along.
         """
+        logits = self.logits(real_images, fake_images, labels)
+        if self.spans_batch:
+            gradients = gradients or self.logit_gradients(logits)
+            ordered = (logits["real"], logits["fake"]), (gradients.real, gradients.fake)
+            loss = with_gradients(gradients.value[0], *ordered, scale=world_size() * parts)
+        else:
+            loss = self._objective.loss.critic(logits["real"], logits["fake"])
+        meters = {
+            "loss/critic_adversarial": loss.detach(),
+            "logits/real_mean": logits["real"].detach().mean(),
+            "logits/fake_mean": logits["fake"].detach().mean(),
+        }
+        for name, images in points.items():
+            weighted = self._objective.penalties[name]
+            slopes = input_gradients(partial(score, self.critic), images, labels)
+            penalty = weighted.penalty.value(slopes)
+            loss = loss + weighted.weight * weighted.interval * penalty
+            meters[f"penalty/{name}"] = penalty.detach()
+            meters[f"penalty/{name}_gradient_norm"] = norms(slopes.detach()).mean()
+        meters["loss/critic"] = loss.detach()
+        return StepOutput(loss, meters, {name: each.detach() for name, each in logits.items()})
+
+    def logits(
+        self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
+    ) -> dict[str, Tensor]:
+        """`real` and `fake`, in float32 or better."""
         with autocast(real_images.device, self._precision):
             both_labels = None if labels is None else torch.cat([labels, labels])
             logits = score(self.critic, torch.cat([real_images, fake_images]), both_labels)
-        real_logits, fake_logits = at_least_float32(logits).chunk(2)
-        loss = self._objective.loss.critic(real_logits, fake_logits)
-        meters = {
-            "loss/critic_adversarial": loss.detach(),
-            "logits/real_mean": real_logits.detach().mean(),
-            "logits/fake_mean": fake_logits.detach().mean(),
-        }
-        if self._objective.penalties:
-            images = interpolates(real_images, fake_images, coefficients)
-            norms = input_gradient_norms(partial(score, self.critic), images, labels)
-            meters["penalty/gradient_norm"] = norms.detach().mean()
-            for name, (weight, penalty) in self._objective.penalties.items():
-                value = penalty(norms)
-                loss = loss + weight * value
-                meters[f"penalty/{name}"] = value.detach()
-        meters["loss/critic"] = loss.detach()
-        if with_panel:
-            meters |= critic_panel(real_logits, fake_logits)
-        return loss, meters
+        real, fake = at_least_float32(logits).chunk(2)
+        return {"real": real, "fake": fake}
+
+    def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
+        """Of a loss that spans the batch; `logits` are all of this rank's."""
+        real, fake = logits["real"], logits["fake"]
+        value, (of_real, of_fake) = logit_gradients(self._objective.loss.critic, real, fake)
+        return LogitGradients(value.expand(len(real)), of_real, of_fake)
 
 
 class GeneratorStep(nn.Module):
@@ -73,8 +113,9 @@ class GeneratorStep(nn.Module):
     ) -> None:
         super().__init__()
         self.generator = generator
+        self.spans_batch = objective.loss.spans_batch
         self._critic = [critic]  # in a list: not a submodule, so not this module's to synchronize
-        self._objective = objective
+        self._loss = objective.loss
         self._precision = precision
 
     def forward(
@@ -82,22 +123,47 @@ class GeneratorStep(nn.Module):
         latents: Float[Tensor, "batch latent"],
         real_images: Float[Tensor, "batch *sample"],
         labels: Int64[Tensor, " batch"] | None,
-        with_panel: bool,
-    ) -> tuple[Float[Tensor, ""], Meters]:
-        """The loss to differentiate for the generator's parameters only, and detached meters."""
+        with_real_logits: bool = False,
+        gradients: LogitGradients | None = None,
+        parts: int = 1,
+    ) -> StepOutput:
+        """The loss is to be differentiated for the generator's parameters only.
+
+        with_real_logits: also where the loss does not need them (the panel does)
+        """
+        logits = self.logits(latents, real_images, labels, with_real_logits)
+        if self.spans_batch:
+            gradients = gradients or self.logit_gradients(logits)
+            ordered = (logits["fake"],), (gradients.fake,)
+            loss = with_gradients(gradients.value[0], *ordered, scale=world_size() * parts)
+        else:
+            loss = self._loss.generator(logits["fake"], logits.get("real"))
+        meters = {"loss/generator": loss.detach()}
+        return StepOutput(loss, meters, {name: each.detach() for name, each in logits.items()})
+
+    def logits(
+        self,
+        latents: Tensor,
+        real_images: Tensor,
+        labels: Tensor | None,
+        with_real_logits: bool = False,
+        **_: object,
+    ) -> dict[str, Tensor]:
+        """`fake`, and `real` where it is needed, in float32 or better."""
         (critic,) = self._critic
         with autocast(latents.device, self._precision):
             fake_images = make(self.generator, latents, labels)
-            fake_logits = at_least_float32(score(critic, fake_images, labels))
-            real_logits = None
-            if with_panel or self._objective.loss.generator_needs_real:
+            logits = {"fake": at_least_float32(score(critic, fake_images, labels))}
+            if with_real_logits or self._loss.generator_needs_real:
                 with torch.no_grad():
-                    real_logits = at_least_float32(score(critic, real_images, labels))
-        loss = self._objective.loss.generator(fake_logits, real_logits)
-        meters = {"loss/generator": loss.detach()}
-        if with_panel and real_logits is not None:
-            meters |= generator_panel(fake_logits, real_logits)
-        return loss, meters
+                    logits["real"] = at_least_float32(score(critic, real_images, labels))
+        return logits
+
+    def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
+        """Of a loss that spans the batch; `logits` are all of this rank's."""
+        real, fake = logits["real"], logits["fake"]
+        value, (of_fake, of_real) = logit_gradients(self._loss.generator, fake, real)
+        return LogitGradients(value.expand(len(fake)), of_real, of_fake)
 
 
 def make(

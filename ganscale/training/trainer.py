@@ -16,13 +16,17 @@ from ganscale.data.loader import Batch, Loader
 from ganscale.data.manifest import Manifest, check_shards
 from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, NonFiniteError, UserError
+from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import build_objective
-from ganscale.randomness import normal, uniform
+from ganscale.objectives.panel import critic_panel, generator_panel
+from ganscale.objectives.penalties import Draws
+from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.tracking.console import setup_logging
 from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
 from ganscale.training.ema import decay, update_average
+from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
 from ganscale.training.signals import StopRequest, mark_stopped
@@ -119,12 +123,7 @@ class Trainer:
             batch = self._critic_steps(loader, reports, with_panel=logs)
 
             # Generator, for the classes that the critic has just seen
-            latents = self._latents("latents/generator", batch.slots)
-            inputs = {"latents": latents, "real_images": batch.images, "labels": batch.labels}
-            state.meters.add(
-                state.generator_player.update(inputs, state.images_seen, with_panel=logs)
-            )
-            state.steps += 1
+            self._generator_step(batch, with_panel=logs)
 
             # Average
             average = self.config.average
@@ -137,8 +136,12 @@ class Trainer:
             if logs:
                 reports.metrics()
 
-            # Samples
+            # Audit
             before = state.images_seen - cycle_images
+            if is_last or _crosses(before, state.images_seen, self.config.audit.every_images):
+                audit_replicas(state.audited(), self.runtime)
+
+            # Samples
             if is_last or _crosses(before, state.images_seen, self.config.samples.every_images):
                 reports.samples()
 
@@ -146,6 +149,7 @@ class Trainer:
             every = self.config.checkpoint.every_images
             stops = stop_vote() > 0 and not is_last
             if is_last or stops or _crosses(before, state.images_seen, every):
+                self._stop_if_not_finite()  # held back updates must not count as images seen
                 self._save(must_succeed=is_last or stops)
 
             # Stop
@@ -172,21 +176,41 @@ class Trainer:
     def _critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
         state, seed = self.state, self.config.seed
         latents = self._latents("latents/critic", batch.slots)
+        advance_power_iterations(state.critic)
         with torch.no_grad(), autocast(self.runtime.device, self.config.training.precision):
             fake_images = make(state.generator, latents, batch.labels)
+        fake_images = fake_images.to(batch.images.dtype)
+        draws = Draws(seed, batch.slots, first_slot=state.images_seen)
+        update = state.images_seen // self.config.training.global_batch_size
         inputs = {
             "real_images": batch.images,
-            "fake_images": fake_images.to(batch.images.dtype),
-            "coefficients": uniform(seed, "interpolation", batch.slots).squeeze(1),
+            "fake_images": fake_images,
             "labels": batch.labels,
+            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
         }
-        meters = state.critic_player.update(inputs, state.images_seen, with_panel)
+        meters, logits = state.critic_player.update(inputs, state.images_seen)
+        state.meters.add(meters)
         if self.objective.clip is not None:
             clip_weights(self.clipped, self.objective.clip.value)
-            if with_panel:
+        if with_panel:
+            state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+            if self.objective.clip is not None:
                 share = clipped_fraction(self.clipped, self.objective.clip.value)
                 state.meters.add({"clip/fraction": share})
+
+    def _generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
+        state = self.state
+        inputs = {
+            "latents": self._latents("latents/generator", batch.slots),
+            "real_images": batch.images,
+            "labels": batch.labels,
+            "with_real_logits": with_panel,
+        }
+        meters, logits = state.generator_player.update(inputs, state.images_seen)
         state.meters.add(meters)
+        if with_panel:
+            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
+        state.steps += 1
 
     def _on_device(self, batch: Batch) -> DeviceBatch:
         device = self.runtime.device
@@ -211,6 +235,7 @@ class Trainer:
         held_back = int(state.critic_player.updates_held_back.item())
         failed_at = state.images_seen - held_back * self.config.training.global_batch_size
         state.images_seen = failed_at
+        state.meters.read()  # their sums are not finite: saved, they would end the resumed run
         if state.is_finite():
             self._save(must_succeed=True)
             kept = "the last good state is saved; continue"

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ganscale.networks import GlobalBatchNorm2d, ResNetGenerator
+from ganscale.networks import GlobalBatchNorm, ResNetGenerator
 
 WORLD_SIZE = 2
 GLOBAL_BATCH = 8
@@ -57,7 +57,7 @@ def main(rank: int, folder: Path) -> None:
     wrapped = DistributedDataParallel(make_generator(), broadcast_buffers=False)
     results = use_twice(wrapped, own)
 
-    norm = GlobalBatchNorm2d(3)
+    norm = GlobalBatchNorm(3)
     results["large mean"] = norm(large_mean_images()[own]).detach()
     results["large mean, running variance"] = norm.running_var.clone()
     torch.manual_seed(3)

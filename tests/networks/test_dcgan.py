@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks import DCGANCritic, DCGANGenerator, GlobalBatchNorm2d, parameter_count
+from ganscale.networks import DCGANCritic, DCGANGenerator, GlobalBatchNorm, parameter_count
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
@@ -43,7 +43,7 @@ def test_weights_start_as_in_the_paper():
                 assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
                 assert abs(module.weight.mean().item()) < 2e-3
                 assert module.bias is None or not module.bias.any()
-            elif isinstance(module, GlobalBatchNorm2d):
+            elif isinstance(module, GlobalBatchNorm):
                 assert module.weight is not None
                 assert module.bias is not None
                 assert module.weight.mean().item() == pytest.approx(1.0, abs=0.02)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm2d
+from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
 import normalization_ranks as ranks
@@ -95,7 +95,7 @@ def test_bfloat16_images_stay_bfloat16_and_are_normalized_in_float32(two_ranks):
 @pytest.mark.parametrize("affine", [True, False])
 def test_one_rank_equals_torchs_batch_norm(affine):
     torch.manual_seed(0)
-    ours = GlobalBatchNorm2d(3, affine=affine).double()
+    ours = GlobalBatchNorm(3, affine=affine).double()
     torchs = nn.BatchNorm2d(3, affine=affine).double()
     outcomes = []
     batches = torch.randn(3, 4, 3, 5, 5, dtype=torch.float64) * 2 + 1

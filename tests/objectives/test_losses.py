@@ -6,106 +6,133 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ganscale.errors import UserError
 from ganscale.objectives.losses import LOSSES, build_loss
 
 
-def mean(values: list[float]) -> float:
+def mean(values) -> float:
+    values = list(values)
     return math.fsum(values) / len(values)
 
 
-def discriminator(logit: float) -> float:
+def sigmoid(logit: float) -> float:
     return 1 / (1 + math.exp(-logit))
 
 
-def log_of_real(logits: list[float]) -> float:
-    return mean([math.log(discriminator(logit)) for logit in logits])
+def log_of_real(logits) -> float:
+    """E[log D]."""
+    return mean(math.log(sigmoid(logit)) for logit in logits)
 
 
-def log_of_fake(logits: list[float]) -> float:
-    return mean([math.log(1 - discriminator(logit)) for logit in logits])
+def log_of_fake(logits) -> float:
+    """E[log(1 - D)]."""
+    return mean(math.log(1 - sigmoid(logit)) for logit in logits)
 
 
-# name, options -> what the critic and what the generator minimises in the paper
+def cross_entropy(real: list[float], fake: list[float]) -> float:
+    return -(log_of_real(real) + log_of_fake(fake))
+
+
+def smoothed(real: list[float], fake: list[float]) -> float:
+    """Label 0.9 for real images, 0 for fakes."""
+    return -(0.9 * log_of_real(real) + 0.1 * log_of_fake(real) + log_of_fake(fake))
+
+
+def squares(logits: list[float], label: float) -> float:
+    return mean((logit - label) ** 2 for logit in logits) / 2
+
+
+def pairing(better: list[float], worse: list[float]) -> float:
+    """-E[log sigmoid(C(x_better) - C(x_worse))]."""
+    return -log_of_real([b - w for b, w in zip(better, worse, strict=True)])
+
+
+def average(better: list[float], worse: list[float]) -> float:
+    """-E[log D~(x_better)] - E[log(1 - D~(x_worse))], D~ relative to the mean of the others."""
+    against_worse = [b - mean(worse) for b in better]
+    against_better = [w - mean(better) for w in worse]
+    return -(log_of_real(against_worse) + log_of_fake(against_better))
+
+
+# name, options, what the critic minimises of (real, fake), what the generator of (fake, real)
 PAPERS = {
-    ("minimax", ()): (
-        lambda real, fake: -(log_of_real(real) + log_of_fake(fake)),
-        lambda fake: log_of_fake(fake),
+    "minimax": ({}, cross_entropy, lambda fake, _: log_of_fake(fake)),
+    "minimax, smoothed": ({"smoothing": 0.1}, smoothed, lambda fake, _: log_of_fake(fake)),
+    "non_saturating": ({}, cross_entropy, lambda fake, _: -log_of_real(fake)),
+    "non_saturating, smoothed": ({"smoothing": 0.1}, smoothed, lambda fake, _: -log_of_real(fake)),
+    "lsgan": (
+        {},
+        lambda real, fake: squares(real, 1) + squares(fake, 0),
+        lambda fake, _: squares(fake, 1),
     ),
-    ("non_saturating", ()): (
-        lambda real, fake: -(log_of_real(real) + log_of_fake(fake)),
-        lambda fake: -log_of_real(fake),
+    "lsgan, equation 8": (
+        {"a": -1.0, "b": 1.0, "c": 0.0},
+        lambda real, fake: squares(real, 1) + squares(fake, -1),
+        lambda fake, _: squares(fake, 0),
     ),
-    ("lsgan", ()): (
-        lambda real, fake: mean([(x - 1) ** 2 for x in real]) / 2 + mean([x**2 for x in fake]) / 2,
-        lambda fake: mean([(x - 1) ** 2 for x in fake]) / 2,
+    "wgan": ({}, lambda real, fake: -(mean(real) - mean(fake)), lambda fake, _: -mean(fake)),
+    "hinge": (
+        {},
+        lambda real, fake: -mean(min(0, x - 1) for x in real) - mean(min(0, -x - 1) for x in fake),
+        lambda fake, _: -mean(fake),
     ),
-    ("lsgan", (("a", -1.0), ("b", 1.0), ("c", 0.0))): (
-        lambda real, fake: (
-            mean([(x - 1) ** 2 for x in real]) / 2 + mean([(x + 1) ** 2 for x in fake]) / 2
-        ),
-        lambda fake: mean([x**2 for x in fake]) / 2,
-    ),
-    ("wgan", ()): (
-        lambda real, fake: -(mean(real) - mean(fake)),
-        lambda fake: -mean(fake),
-    ),
+    "relativistic": ({}, pairing, pairing),
+    "relativistic_average": ({}, average, average),
 }
-
 each_paper = pytest.mark.parametrize(
     ("name", "options", "critic", "generator"),
-    [
-        pytest.param(name, dict(options), *paper, id=f"{name}{dict(options) or ''}")
-        for (name, options), paper in PAPERS.items()
-    ],
+    [pytest.param(name.split(",")[0], *paper, id=name) for name, paper in PAPERS.items()],
 )
-moderate = st.lists(st.floats(-12, 12), min_size=1, max_size=8)
+logit = st.floats(-10, 10)
 
 
 @each_paper
 @settings(deadline=None, max_examples=60)
-@given(real=moderate, fake=moderate)
-def test_a_loss_is_its_papers_equation(name, options, critic, generator, real, fake):
-    built = build_loss(name, options)
+@given(pairs=st.lists(st.tuples(logit, logit), min_size=1, max_size=8))
+def test_a_loss_is_its_papers_equation(name, options, critic, generator, pairs):
+    loss = build_loss(name, options)
+    real, fake = (list(logits) for logits in zip(*pairs, strict=True))
     real_logits, fake_logits = (torch.tensor(x, dtype=torch.float64) for x in (real, fake))
-    assert built.critic(real_logits, fake_logits).item() == pytest.approx(critic(real, fake), 1e-9)
-    for given_real in (None, real_logits):
-        found = built.generator(fake_logits, given_real).item()
-        assert found == pytest.approx(generator(fake), rel=1e-9)
+    found = loss.critic(real_logits, fake_logits).item()
+    assert found == pytest.approx(critic(real, fake), rel=1e-9)
+    given_real = [real_logits] if loss.generator_needs_real else [real_logits, None]
+    for logits in given_real:
+        found = loss.generator(fake_logits, logits).item()
+        assert found == pytest.approx(generator(fake, real), rel=1e-9)
 
 
 def test_every_registered_loss_is_held_against_its_paper():
-    assert {name for name, _ in PAPERS} == set(LOSSES)
+    assert {name.split(",")[0] for name in PAPERS} == set(LOSSES)
 
 
 @each_paper
 def test_gradients_are_those_of_the_papers_equation(name, options, critic, generator):
     """Central differences of the equation, one logit at a time."""
-    built = build_loss(name, options)
-    real, fake, step = [-2.0, 0.3, 4.0], [1.5, -0.7, 0.0], 1e-6
-    real_logits, fake_logits = (torch.tensor(x, dtype=torch.float64) for x in (real, fake))
-    for logits in (real_logits, fake_logits):
-        logits.requires_grad_()
-    built.critic(real_logits, fake_logits).backward()
+    loss, step = build_loss(name, options), 1e-6
+    real, fake = [-2.0, 0.3, 4.0], [1.5, -0.7, 0.0]
+    real_logits, fake_logits = (
+        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (real, fake)
+    )
 
-    def moved(logits: list[float], index: int, by: float) -> list[float]:
-        return [logit + by * (i == index) for i, logit in enumerate(logits)]
+    def slope(function, values: list[float], index: int) -> float:
+        up, down = (
+            function([value + by * (i == index) for i, value in enumerate(values)])
+            for by in (step, -step)
+        )
+        return (up - down) / (2 * step)
 
-    assert real_logits.grad is not None
-    assert fake_logits.grad is not None
+    of_critic = torch.autograd.grad(
+        loss.critic(real_logits, fake_logits), (real_logits, fake_logits)
+    )
+    (of_generator,) = torch.autograd.grad(loss.generator(fake_logits, real_logits), fake_logits)
     for i in range(3):
-        up, down = (critic(moved(real, i, by), fake) for by in (step, -step))
-        assert real_logits.grad[i].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
-        up, down = (critic(real, moved(fake, i, by)) for by in (step, -step))
-        assert fake_logits.grad[i].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
-    fake_logits.grad = None
-    built.generator(fake_logits, None).backward()
-    assert fake_logits.grad is not None
-    for i in range(3):
-        up, down = (generator(moved(fake, i, by)) for by in (step, -step))
-        assert fake_logits.grad[i].item() == pytest.approx((up - down) / (2 * step), abs=1e-8)
+        for found, expected in (
+            (of_critic[0], slope(lambda moved: critic(moved, fake), real, i)),
+            (of_critic[1], slope(lambda moved: critic(real, moved), fake, i)),
+            (of_generator, slope(lambda moved: generator(moved, real), fake, i)),
+        ):
+            assert found[i].item() == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -121,11 +148,13 @@ def test_extreme_logits_give_finite_losses_and_gradients(name, dtype):
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["minimax", "non_saturating"])
+@pytest.mark.parametrize(
+    "name", ["minimax", "non_saturating", "relativistic", "relativistic_average"]
+)
 def test_a_sure_and_wrong_critic_is_told_by_how_many_logits(name):
     """-log D of a logit of -1e4 is 1e4, where log(sigmoid) would be infinite."""
     wrong = build_loss(name, {}).critic(torch.tensor([-1e4]), torch.tensor([1e4]))
-    assert wrong.item() == 2e4
+    assert wrong.item() == 4e4 if name == "relativistic_average" else 2e4
     right = build_loss(name, {}).critic(torch.tensor([1e4]), torch.tensor([-1e4]))
     assert right.item() == 0
 
@@ -143,34 +172,56 @@ def test_only_the_minimax_generator_starves_while_the_critic_wins():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_map_of_patch_scores_counts_element_by_element(name):
-    generator = torch.Generator().manual_seed(0)
-    real, fake = (torch.randn(2, 1, 3, 3, generator=generator).double() for _ in range(2))
+    draws = torch.Generator().manual_seed(0)
+    real, fake = (torch.randn(2, 1, 3, 3, generator=draws).double() for _ in range(2))
     loss = build_loss(name, {})
+    flat_real, flat_fake = real.flatten(), fake.flatten()
+    of_critic, of_generator = loss.critic(real, fake).item(), loss.generator(fake, real).item()
+    assert of_critic == pytest.approx(loss.critic(flat_real, flat_fake).item(), rel=1e-12)
+    assert of_generator == pytest.approx(loss.generator(flat_fake, flat_real).item(), rel=1e-12)
+    if loss.spans_batch:
+        return
+    pairs = list(zip(flat_real.split(1), flat_fake.split(1), strict=True))
+    assert of_critic == pytest.approx(mean(loss.critic(r, f).item() for r, f in pairs))
+    assert of_generator == pytest.approx(mean(loss.generator(f, r).item() for r, f in pairs))
 
-    def flat(logits: Tensor) -> Tensor:
-        return logits.flatten()
 
-    assert loss.critic(real, fake).item() == pytest.approx(
-        loss.critic(flat(real), flat(fake)).item()
-    )
-    elements = [
-        loss.critic(r[None], f[None]).item() for r, f in zip(flat(real), flat(fake), strict=True)
-    ]
-    assert loss.critic(real, fake).item() == pytest.approx(mean(elements))
-    elements = [loss.generator(f[None], None).item() for f in flat(fake)]
-    assert loss.generator(fake, None).item() == pytest.approx(mean(elements))
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_a_loss_that_says_so_needs_real_logits_for_its_generator(name):
+    loss, fake_logits = build_loss(name, {}), torch.tensor([0.5])
+    if loss.generator_needs_real:
+        with pytest.raises(ValueError, match="needs the logits of real images"):
+            loss.generator(fake_logits, None)
+    else:
+        assert loss.generator(fake_logits, None) == loss.generator(fake_logits, torch.tensor([9.0]))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("wgam", {}, "unknown loss wgam; did you mean wgan"),
-        ("non-saturating", {}, "did you mean non_saturating"),
-        ("xyz", {}, "known: minimax, non_saturating, lsgan, wgan"),
-        ("lsgan", {"d": 1.0}, r"`objective\.loss\.options\.d`: lsgan takes a, b, c"),
-        ("wgan", {"a": 1.0}, "wgan takes none"),
+        ("wgam", {}, r"no loss called 'wgam' \(did you mean 'wgan'\?\)"),
+        ("non-saturating", {}, "did you mean 'non_saturating'"),
+        ("xyz", {}, "no loss called 'xyz'; there are minimax, non_saturating, lsgan, wgan"),
+        ("lsgan", {"d": 1.0}, "loss lsgan has no option 'd'; there are a, b, c"),
+        ("wgan", {"a": 1.0}, "loss wgan has no option 'a'; it has none"),
+        ("no.such.module:loss", {}, "there is no module no "),
+        ("math:sqrt", {"x": 4.0}, r"(loss math:sqrt (returns|has no option|cannot be built))"),
+        ("collections:Counter", {}, "loss collections:Counter returns a Counter, not a Loss"),
     ],
 )
 def test_an_unknown_loss_or_option_is_named_with_what_there_is(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
         build_loss(name, options)
+
+
+def test_a_loss_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "from ganscale.objectives.losses import Loss\n"
+        "def scaled(factor=1.0):\n"
+        "    return Loss(lambda r, f: factor * (f - r).mean(), lambda f, _: -factor * f.mean())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loss = build_loss("my_losses:scaled", {"factor": 3.0})
+    assert loss.critic(torch.tensor([1.0]), torch.tensor([2.0])).item() == 3
+    with pytest.raises(UserError, match=r"has no option 'faktor' \(did you mean 'factor'\?\)"):
+        build_loss("my_losses:scaled", {"faktor": 3.0})

@@ -1,6 +1,7 @@
 """The average is the closed form of its updates, and stands apart from what it averages."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch import nn
 from ganscale.training.ema import average_of, decay, update_average
 
 
-def network(value: float) -> nn.Module:
-    made = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
+def network(value: float) -> nn.Sequential:
+    made: Any = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).double()
     with torch.no_grad():
         for tensor in (*made.parameters(), made[1].running_mean, made[1].running_var):
             tensor.fill_(value)
@@ -20,7 +21,7 @@ def network(value: float) -> nn.Module:
 def test_after_n_updates_each_network_weighs_what_was_kept_since():
     """kept**n of the first, and (1 - kept) kept**(n - i) of the i-th."""
     kept, values = 0.9, [5.0, -3.0, 2.0, 7.0, 1.0]
-    average = average_of(network(4.0))
+    average: Any = average_of(network(4.0))
     for value in values:
         update_average(average, network(value), kept)
     n = len(values)
@@ -45,7 +46,8 @@ def test_buffers_are_copied_and_not_averaged():
 
 def test_keeping_nothing_copies_to_the_bit_and_keeping_all_changes_nothing():
     torch.manual_seed(0)
-    average, generator = average_of(nn.Linear(50, 50)), nn.Linear(50, 50)
+    average: Any = average_of(nn.Linear(50, 50))
+    generator = nn.Linear(50, 50)
     before = copy.deepcopy(average)
     update_average(average, generator, 1.0)
     assert torch.equal(average.weight, before.weight)
@@ -54,8 +56,8 @@ def test_keeping_nothing_copies_to_the_bit_and_keeping_all_changes_nothing():
 
 
 def test_the_average_is_frozen_in_evaluation_mode_and_owns_its_weights():
-    generator = network(1.0).train()
-    average = average_of(generator)
+    generator: Any = network(1.0).train()
+    average: Any = average_of(generator)
     assert not average.training
     assert generator.training
     assert not any(parameter.requires_grad for parameter in average.parameters())
@@ -66,9 +68,9 @@ def test_the_average_is_frozen_in_evaluation_mode_and_owns_its_weights():
 
 
 def test_a_weight_that_is_used_twice_is_averaged_once():
-    generator = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    generator: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
     generator[1].weight = generator[0].weight
-    average = average_of(generator)
+    average: Any = average_of(generator)
     start = average[0].weight.clone()
     with torch.no_grad():
         generator[0].weight += 1

@@ -2,10 +2,8 @@
 
 import json
 
-import pytest
 import torch
 
-from ganscale.runtime import Runtime
 from ganscale.training.meters import MeterSums
 
 
@@ -74,19 +72,3 @@ def test_saving_the_state_does_not_disturb_the_running_means(runtime):
     add(meters, loss=2.0)
     assert meters.read() == {"loss": 1.5}
     assert MeterSums(runtime).state() == []
-
-
-def test_state_that_is_saved_on_two_ranks_holds_the_mean_over_them():
-    """Two ranks' sums in one process: only the collective is a stand-in, and it adds."""
-
-    class OtherRank(Runtime):
-        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor + torch.tensor([30.0], dtype=torch.float64)
-
-    ranks = OtherRank(torch.device("cpu"), 0, 2, None, None)
-    meters = MeterSums(ranks)
-    add(meters, loss=4.0)
-    add(meters, loss=6.0)
-    (group,) = meters.state()
-    assert group == {"names": ["loss"], "count": 2, "sums": [pytest.approx(20.0)]}
-    assert meters.read() == {"loss": pytest.approx(10.0)}

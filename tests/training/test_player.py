@@ -74,6 +74,13 @@ def everything(player: Player) -> dict[str, Tensor]:
     return weights | {k: v.clone() for k, v in optimizer_tensors(player.optimizer).items()}
 
 
+def from_disk(player: Player, folder: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors as a checkpoint keeps them: packed, without strides."""
+    packed = {k: v.contiguous() for k, v in optimizer_tensors(player.optimizer).items()}
+    save_file(packed, folder / "optimizer.safetensors")
+    return load_file(folder / "optimizer.safetensors")
+
+
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -112,8 +119,7 @@ def test_a_bad_very_first_gradient_leaves_moments_that_a_restart_can_use(
         assert not tensor.any(), name
     restarted, fresh = (player_of(convolutions(), runtime, optimizer) for _ in range(2))
     assert all(map(torch.equal, weights, player.parameters))
-    save_file(optimizer_tensors(player.optimizer), tmp_path / "optimizer.safetensors")
-    load_optimizer_tensors(restarted.optimizer, load_file(tmp_path / "optimizer.safetensors"))
+    load_optimizer_tensors(restarted.optimizer, from_disk(player, tmp_path))
     for each in (restarted, fresh):
         each.update(images(), 0, with_panel=False)
         each.update(images(seed=2), 2, with_panel=False)
@@ -237,15 +243,13 @@ def test_a_warm_up_longer_than_the_run_only_rises(schedule):
 def test_an_optimizer_that_was_saved_continues_to_the_bit(
     runtime, optimizer, memory_format, tmp_path: Path
 ):
-    whole = player_of(convolutions(memory_format), runtime, optimizer)
+    trained, network = convolutions(memory_format), convolutions(memory_format)
+    whole = player_of(trained, runtime, optimizer)
     for seed in range(3):
         whole.update(images(seed=seed), 0, with_panel=False)
-    saved = {k: v.contiguous() for k, v in optimizer_tensors(whole.optimizer).items()}
-    save_file(saved, tmp_path / "optimizer.safetensors")
-    network = convolutions(memory_format)
-    network.load_state_dict({k: v.clone() for k, v in whole._wrapped.network.state_dict().items()})
+    network.load_state_dict(trained.state_dict())
     continued = player_of(network, runtime, optimizer)
-    load_optimizer_tensors(continued.optimizer, load_file(tmp_path / "optimizer.safetensors"))
+    load_optimizer_tensors(continued.optimizer, from_disk(whole, tmp_path))
     assert_same(everything(continued), everything(whole))
     for seed in range(3, 6):
         whole.update(images(seed=seed), 0, with_panel=False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
+from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.runtime import Runtime
 from ganscale.schema import (
@@ -77,6 +78,11 @@ ADVERSARIAL = {
     "non_saturating": cross_entropy,
     "lsgan": lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
     "wgan": lambda real, fake: fake.mean() - real.mean(),
+    "hinge": lambda real, fake: (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean(),
+    "relativistic": lambda real, fake: -(real - fake).sigmoid().log().mean(),
+    "relativistic_average": lambda real, fake: cross_entropy(
+        real - fake.mean(), fake - real.mean()
+    ),
 }
 
 
@@ -138,10 +144,15 @@ def test_labels_go_with_real_fake_and_mixed_images_alike():
 
 
 GENERATOR_LOSSES = {
-    "minimax": lambda fake: (1 - fake.sigmoid()).log().mean(),
-    "non_saturating": lambda fake: -fake.sigmoid().log().mean(),
-    "lsgan": lambda fake: ((fake - 1) ** 2).mean() / 2,
-    "wgan": lambda fake: -fake.mean(),
+    "minimax": lambda fake, _: (1 - fake.sigmoid()).log().mean(),
+    "non_saturating": lambda fake, _: -fake.sigmoid().log().mean(),
+    "lsgan": lambda fake, _: ((fake - 1) ** 2).mean() / 2,
+    "wgan": lambda fake, _: -fake.mean(),
+    "hinge": lambda fake, _: -fake.mean(),
+    "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
+    "relativistic_average": lambda fake, real: cross_entropy(
+        fake - real.mean(), real - fake.mean()
+    ),
 }
 
 
@@ -155,7 +166,7 @@ def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_pane
     loss, meters = step(latents=latents, real_images=real, labels=None, with_panel=with_panel)
     parameters = list(generator.parameters())
     found = torch.autograd.grad(loss, parameters)
-    expected_loss = GENERATOR_LOSSES[name](critic(generator(latents)))
+    expected_loss = GENERATOR_LOSSES[name](critic(generator(latents)), critic(real))
     expected = torch.autograd.grad(expected_loss, parameters)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
@@ -169,14 +180,14 @@ def player(step: nn.Module, network: nn.Module, runtime: Runtime, **training) ->
         "player",
         step,
         network,
-        OptimizerConfig(learning_rate=0.01, betas=[0.5, 0.9]),
+        OptimizerConfig("sgd", 0.1),  # Adam would amplify the rounding of gradients that cancel
         TrainingConfig(total_images=1000, **training),
         runtime,
         Tripwire(runtime.device),
     )
 
 
-@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("name", [name for name in ADVERSARIAL if not LOSSES[name]().spans_batch])
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_change_no_update_of_the_critic(runtime, name, accumulate):
     networks, meters = [], []
@@ -185,7 +196,7 @@ def test_micro_batches_change_no_update_of_the_critic(runtime, name, accumulate)
         step = CriticStep(critic, objective(name, wgan_gp=WEIGHT), "float64")
         critics_player = player(step, critic, runtime, accumulate=parts)
         for images_seen in (0, 8):
-            meters.append(critics_player.update(critic_inputs(8), images_seen, with_panel=True))
+            meters.append(critics_player.update(critic_inputs(8), images_seen, with_panel=False))
         networks.append(critic)
     for whole, accumulated in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         torch.testing.assert_close(accumulated, whole, rtol=1e-12, atol=1e-12)

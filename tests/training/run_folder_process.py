@@ -1,0 +1,14 @@
+"""A process that opens run folders, says so, and holds them until its input ends."""
+
+import sys
+from pathlib import Path
+
+from ganscale.config import resolve
+from ganscale.training.run_folder import RunFolder
+
+if __name__ == "__main__":
+    config, fingerprint, *folders = sys.argv[1:]
+    for folder in folders:
+        run_id, checkpoint = RunFolder(Path(folder)).open(resolve([config]), fingerprint)
+        print(run_id, checkpoint, flush=True)
+    sys.stdin.read()

@@ -1,0 +1,281 @@
+"""A checkpoint is whole or it is not there: cut, damaged and full disks included."""
+
+import json
+import logging
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ganscale.training.checkpoint import (
+    damage,
+    load_state,
+    load_tensors,
+    newest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+
+
+def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
+    draws = torch.Generator().manual_seed(seed)
+    return {
+        "generator": {"layer.weight": torch.randn(elements, generator=draws)},
+        "critic": {"layer.weight": torch.randn(2, 3, generator=draws)},
+    }
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_tensors_of_every_kind_come_back_to_the_bit(tmp_path):
+    tensors = {
+        "float32": torch.tensor([0.1, -0.0, float("nan"), float("inf"), 1e-45]),
+        "float64": torch.randn(3, dtype=torch.float64),
+        "bfloat16": torch.randn(3).bfloat16(),
+        "int64": torch.tensor([2**62, -1]),
+        "number": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(3, 4).T,
+        "part of a larger one": torch.randn(100)[10:20:2],
+        "with gradient": torch.randn(3, requires_grad=True),
+    }
+    folder = save_checkpoint(tmp_path, 5, {"critic": tensors}, {})
+    loaded = load_tensors(folder, "critic")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype, name
+        assert loaded[name].shape == tensor.shape, name
+        assert torch.equal(bits(loaded[name]), bits(tensor)), name
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def test_a_module_with_tied_weights_and_channels_last_comes_back(tmp_path):
+    def network() -> nn.Sequential:
+        made = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+        made[1].weight = made[0].weight
+        return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    saved, loaded = network(), network()
+    folder = save_checkpoint(tmp_path, 5, {"critic": saved.state_dict()}, {})
+    loaded.load_state_dict(load_tensors(folder, "critic"))
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+        assert loaded.state_dict()[name].stride() == tensor.stride(), name
+    assert loaded[1].weight is loaded[0].weight
+
+
+def test_the_state_comes_back_as_plain_numbers(tmp_path):
+    state = {
+        "images_seen": 10**12,
+        "seconds": 0.1 + 0.2,
+        "sessions": [{"images_seen": 0, "world_size": 8}],
+        "meters": [{"names": ["loss"], "count": 3, "sums": [1e-300]}],
+    }
+    assert load_state(save_checkpoint(tmp_path, 5, weights(), state)) == state
+
+
+def test_a_checkpoint_is_found_by_its_images_and_saved_again_in_its_place(tmp_path):
+    save_checkpoint(tmp_path, 123_456, weights(seed=1), {"images_seen": 123_456})
+    assert names(tmp_path) == ["images-000123456"]
+    folder = save_checkpoint(tmp_path, 123_456, weights(seed=2), {"images_seen": 123_456})
+    assert names(tmp_path) == ["images-000123456"]
+    assert torch.equal(
+        load_tensors(folder, "generator")["layer.weight"],
+        weights(seed=2)["generator"]["layer.weight"],
+    )
+
+
+def test_the_newest_is_the_one_with_the_most_images_whatever_their_digits(tmp_path):
+    for images_seen in (999_999_999, 1_000_000_000, 25_000_000_000, 64):
+        save_checkpoint(tmp_path, images_seen, weights(), {})
+    assert newest_checkpoint(tmp_path) == tmp_path / "images-25000000000"
+    prune_checkpoints(tmp_path, keep_last=2, keep_every_images=0)
+    assert names(tmp_path) == ["images-1000000000", "images-25000000000"]
+
+
+def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "not there") is None
+    (tmp_path / "images-of-cats").mkdir()
+    (tmp_path / "images-000000064.zip").write_bytes(b"")
+    (tmp_path / ".unfinished-images-000000064").mkdir()
+    assert newest_checkpoint(tmp_path) is None
+    prune_checkpoints(tmp_path, keep_last=1, keep_every_images=0)
+    assert len(names(tmp_path)) == 3
+
+
+def test_a_flipped_bit_in_any_byte_is_noticed(tmp_path):
+    folder = save_checkpoint(tmp_path, 5, weights(elements=1), {"images_seen": 5})
+    assert damage(folder) is None
+    unnoticed = []
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << (place % 8)
+            path.write_bytes(flipped)
+            if damage(folder) is None:
+                unnoticed.append((path.name, place))
+        path.write_bytes(whole)
+    assert unnoticed == []
+    assert damage(folder) is None
+
+
+def test_every_cut_and_every_missing_file_is_noticed(tmp_path):
+    folder = save_checkpoint(tmp_path, 5, weights(elements=1), {"images_seen": 5})
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for length in range(0, len(whole), 3):
+            path.write_bytes(whole[:length])
+            assert damage(folder) is not None, (path.name, length)
+        path.write_bytes(whole + b"\0")
+        assert damage(folder) is not None, path.name
+        path.unlink()
+        assert damage(folder) is not None, path.name
+        path.write_bytes(whole)
+    assert damage(folder) is None
+
+
+@pytest.mark.parametrize("file", ["generator.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_chosen(
+    tmp_path, caplog, file, how
+):
+    for images_seen in (64, 128, 192):
+        save_checkpoint(
+            tmp_path, images_seen, weights(seed=images_seen), {"images_seen": images_seen}
+        )
+    path = tmp_path / "images-000000192" / file
+    whole = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "flipped":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with caplog.at_level(logging.WARNING):
+        chosen = newest_checkpoint(tmp_path)
+    assert chosen == tmp_path / "images-000000128"
+    assert chosen is not None
+    assert load_state(chosen) == {"images_seen": 128}
+    assert names(tmp_path) == ["damaged-images-000000192", "images-000000064", "images-000000128"]
+    (record,) = caplog.records
+    assert "images-000000192 is damaged (" in record.getMessage()
+    assert "set aside as damaged-images-000000192" in record.getMessage()
+    assert newest_checkpoint(tmp_path) == chosen
+    assert len(caplog.records) == 1
+
+
+def test_when_all_are_damaged_none_is_chosen_and_all_are_kept_for_a_look(tmp_path):
+    for images_seen in (64, 128):
+        folder = save_checkpoint(tmp_path, images_seen, weights(), {})
+        (folder / "critic.safetensors").write_bytes(b"")
+    assert newest_checkpoint(tmp_path) is None
+    assert names(tmp_path) == ["damaged-images-000000064", "damaged-images-000000128"]
+
+
+def test_what_a_killed_process_left_half_written_is_never_chosen_and_swept_up(tmp_path):
+    good = save_checkpoint(tmp_path, 64, weights(), {})
+    left_behind = tmp_path / ".unfinished-images-000000128"
+    shutil.copytree(good, left_behind)
+    assert newest_checkpoint(tmp_path) == good
+    save_checkpoint(tmp_path, 192, weights(), {})
+    assert names(tmp_path) == ["images-000000064", "images-000000192"]
+
+
+def no_space(folder: Path) -> None:
+    """A file system of 200 KiB, as the kernel makes it."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    no_space(folder)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def assert_the_old_one_stands(root: Path, old: Path, content: dict[str, bytes]) -> None:
+    assert names(root) == [old.name]
+    assert bytes_of(old) == content
+    assert newest_checkpoint(root) == old
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_older_checkpoint_as_it_was(small_disk):
+    old = save_checkpoint(small_disk, 64, weights(), {"images_seen": 64})
+    content = bytes_of(old)
+    for images_seen in (64, 128):  # also where the old one was to be replaced
+        with pytest.raises(OSError, match="No space left on device"):
+            save_checkpoint(small_disk, images_seen, weights(elements=100_000), {})
+        assert_the_old_one_stands(small_disk, old, content)
+    save_checkpoint(small_disk, 192, weights(), {})  # and there is room for another small one
+
+
+def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_as_it_was(tmp_path):
+    """The kernel refuses to let a file grow over 4 KiB; each time another file is the large one."""
+    old = save_checkpoint(tmp_path, 64, weights(), {"images_seen": 64})
+    content = bytes_of(old)
+    large = torch.zeros(10_000)
+    attempts = [
+        ({"generator": {"w": large}, "critic": {}}, {}),
+        ({"generator": {}, "critic": {"w": large}}, {}),
+        (weights(), {"meters": [0.5] * 10_000}),
+        ({f"file {i}": {} for i in range(200)}, {}),  # too large a list of checksums
+    ]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for files, state in attempts:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save_checkpoint(tmp_path, 128, files, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert_the_old_one_stands(tmp_path, old, content)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (1, 0, [600]),
+        (3, 0, [400, 500, 600]),
+        (99, 0, [100, 200, 300, 400, 500, 600]),
+        (1, 200, [200, 400, 600]),
+        (2, 300, [300, 500, 600]),
+        (1, 1000, [600]),
+    ],
+)
+def test_retention_keeps_the_last_ones_and_the_multiples(tmp_path, keep_last, keep_every, kept):
+    for images_seen in range(100, 700, 100):
+        save_checkpoint(tmp_path, images_seen, {}, {})
+    prune_checkpoints(tmp_path, keep_last, keep_every)
+    assert names(tmp_path) == [f"images-{images_seen:09d}" for images_seen in kept]
+
+
+def test_checkpoints_hold_nothing_but_safetensors_and_json(tmp_path):
+    folder = save_checkpoint(tmp_path, 5, weights(), {"images_seen": 5})
+    assert names(folder) == [
+        "checksums.json",
+        "critic.safetensors",
+        "generator.safetensors",
+        "state.json",
+    ]
+    for file in ("checksums.json", "state.json"):
+        json.loads((folder / file).read_text())

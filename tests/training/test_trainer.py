@@ -1,0 +1,104 @@
+"""The loop as a whole, in this process, on networks of a few hundred weights."""
+
+import io
+import math
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ganscale.config import resolve
+from ganscale.data.manifest import build_manifest
+from ganscale.errors import NonFiniteError
+from ganscale.runtime import Runtime
+from ganscale.training.trainer import Trainer
+
+CONFIG = """
+data: {resolution: 8, channels: 1, lanes: 4, block_samples: 4, workers: 0}
+generator: {target: mlp, latent_dim: 4, options: {width: 16, depth: 1}}
+critic: {target: mlp, options: {width: 16, depth: 1}}
+objective: {loss: {name: wgan}, penalties: {wgan_gp: {weight: 10}}, n_critic: 2}
+optimizer: {critic: {learning_rate: 1e-3}, generator: {learning_rate: 1e-3}}
+training: {total_images: 80, global_batch_size: 4}
+log: {every_images: 16, wandb: disabled}
+samples: {count: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("trainer")
+    (root / "data").mkdir()
+    draws = np.random.default_rng(0)
+    with tarfile.open(root / "data" / "shard-0.tar", "w") as tar:
+        for sample in range(23):
+            stream = io.BytesIO()
+            Image.fromarray(draws.integers(0, 256, (8, 8), dtype=np.uint8)).save(stream, "PNG")
+            member = tarfile.TarInfo(f"{sample}.png")
+            member.size = stream.tell()
+            stream.seek(0)
+            tar.addfile(member, stream)
+    build_manifest(root / "data")
+    (root / "run.yaml").write_text(CONFIG)
+    return root
+
+
+def settings(folder: Path, name: str, *more: str) -> list[str]:
+    where = [f"data.path={folder / 'data'}", f"run.folder={folder / 'runs'}", f"run.name={name}"]
+    return [str(folder / "run.yaml"), *where, *more]
+
+
+def trainer_of(folder: Path, runtime: Runtime, name: str, *more: str) -> Trainer:
+    return Trainer(resolve(settings(folder, name, *more)), runtime)
+
+
+def test_the_critic_sees_fakes_and_mixed_images_without_the_generators_graph(folder, runtime):
+    trainer = trainer_of(folder, runtime, "graph", "training.total_images=8")
+    seen: list[tuple[int, bool, bool]] = []
+    trainer.state.critic.register_forward_pre_hook(
+        lambda _, inputs: seen.append((len(inputs[0]), inputs[0].requires_grad, inputs[0].is_leaf))
+    )
+    trainer.run()
+    logits, penalty = (8, False, True), (4, True, True)
+    of_generator, panel = (4, True, False), (4, False, True)
+    assert seen == [logits, penalty, logits, penalty, of_generator, panel]
+    assert all(parameter.grad is not None for parameter in trainer.state.generator.parameters())
+
+
+@pytest.mark.parametrize("breaks_at", [0, 20, 24])
+def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtime, breaks_at):
+    """Whether the NaN came in the first or the second critic update of a cycle."""
+    broken = trainer_of(folder, runtime, f"broken-{breaks_at}")
+    next(broken.state.critic.parameters()).register_hook(
+        lambda gradient: gradient * (math.nan if broken.state.images_seen == breaks_at else 1)
+    )
+    with pytest.raises(NonFiniteError, match=f"became NaN or infinite after {breaks_at} images"):
+        broken.run()
+    saved = broken.folder.checkpoints / f"images-{breaks_at:09d}"
+    assert "NaN" not in (saved / "state.json").read_text()
+
+    whole = trainer_of(folder, runtime, f"whole-{breaks_at}")
+    critics = {}
+    whole.state.critic_player.optimizer.register_step_pre_hook(
+        lambda *_: critics.update({whole.state.images_seen: state_of(whole.state.critic)})
+    )
+    assert whole.run() == 0
+    for name, tensor in load_file(saved / "critic.safetensors").items():
+        assert torch.equal(tensor, critics[breaks_at][name]), name
+
+    # A copy, since this process holds the lock of the folder as long as it lives.
+    shutil.copytree(broken.folder.path, folder / "runs" / f"copy-{breaks_at}")
+    continued = trainer_of(folder, runtime, f"copy-{breaks_at}")
+    assert continued.resumed_at == breaks_at
+    assert continued.run() == 0
+    assert "NaN" not in (continued.folder.path / "metrics.jsonl").read_text()
+    assert continued.state.images_seen >= 80
+
+
+def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
