@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
+from ganscale.objectives.losses import LOSSES
 from tests.conftest import REPOSITORY, TINY
 
 
@@ -53,7 +54,7 @@ def test_every_loss_stands_in_the_panel_of_every_row(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if "loss/critic" in row):
         for player in ("critic", "generator"):
-            for loss in ("minimax", "non_saturating", "lsgan", "wgan"):
+            for loss in LOSSES:
                 assert math.isfinite(row[f"panel/{player}/{loss}"])
 
 
@@ -169,6 +170,33 @@ def test_networks_of_the_users_own_train_from_an_import_path(
         where = [f"run.folder={tmp_path}", f"run.name={critic}", "training.total_images=64"]
         assert main([*command, *where]) == exit_code
     assert "the critic's layer `layers.3` is a batch norm" in capsys.readouterr().err
+
+
+_MY_LOSSES = """
+from ganscale.objectives.losses import Loss
+
+def quadratic_potential(scale: float = 1.0) -> Loss:
+    def critic(real_logits, fake_logits):
+        gap = real_logits - fake_logits
+        return scale * (gap.square() / 2 - gap).mean()
+
+    return Loss(critic, lambda fake_logits, real_logits: -fake_logits.mean())
+"""
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_loss_of_the_users_own_trains_and_appears_in_the_panel(
+    tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, is_trained: bool
+) -> None:
+    (tmp_path / "my_losses.py").write_text(_MY_LOSSES)
+    monkeypatch.chdir(tmp_path)
+    name = "my_losses:quadratic_potential"
+    trained = (f"objective.loss.name={name}", "objective.loss.options.scale=2")
+    settings = trained if is_trained else (f"objective.panel=[{name}]",)
+    assert train(tmp_path, digits, *settings, "training.total_images=64") == 0
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["last"]
+    assert math.isfinite(last["panel/critic/quadratic_potential"])
+    assert math.isfinite(last["panel/generator/quadratic_potential"])
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_with_the_last_good_state(

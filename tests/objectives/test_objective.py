@@ -1,39 +1,76 @@
 """The config's objective is built whole, or refused with a sentence."""
 
 import pytest
-from torch import nn
+import torch
 
 from ganscale.errors import UserError
-from ganscale.objectives.objective import build_objective, refuse_batch_statistics
+from ganscale.objectives.losses import LOSSES
+from ganscale.objectives.objective import build_objective
+from ganscale.objectives.penalties import Draws
 from ganscale.schema import ClipConfig, LossConfig, ObjectiveConfig, PenaltyConfig
 
 
+def objective(penalties: dict[str, PenaltyConfig], **settings):
+    return build_objective(ObjectiveConfig(LossConfig("wgan"), penalties, **settings))
+
+
+def due(built, update: int) -> set[str]:
+    images = torch.zeros(2, 1, 2, 2)
+    return set(built.penalty_points(images, images, Draws(0, torch.arange(2), 0), update))
+
+
 def test_an_objective_has_its_penalties_and_clipping():
-    config = ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}, ClipConfig(0.1))
-    objective = build_objective(config)
-    assert {name: weight for name, (weight, _) in objective.penalties.items()} == {"wgan_gp": 10.0}
-    assert objective.clip == ClipConfig(0.1)
+    built = objective(
+        {"wgan_gp": PenaltyConfig(10.0), "r1": PenaltyConfig(1.0, 4)}, clip=ClipConfig(0.1)
+    )
+    found = {name: (p.weight, p.interval) for name, p in built.penalties.items()}
+    assert found == {"wgan_gp": (10.0, 1), "r1": (1.0, 4)}
+    assert built.clip == ClipConfig(0.1)
 
 
 def test_a_penalty_of_weight_zero_costs_nothing():
-    config = ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(0.0)})
-    assert build_objective(config).penalties == {}
+    assert objective({"wgan_gp": PenaltyConfig(0.0)}).penalties == {}
+
+
+def test_a_lazy_penalty_is_due_at_every_so_many_updates_from_the_first_on():
+    built = objective({"wgan_gp": PenaltyConfig(10.0), "r1": PenaltyConfig(1.0, 4)})
+    always = {"wgan_gp"}
+    found = [due(built, update) for update in range(9)]
+    assert found == [always | {"r1"} if update in (0, 4, 8) else always for update in range(9)]
+    assert due(built, 4 * 10**12) == {"wgan_gp", "r1"}
+
+
+@pytest.mark.parametrize(
+    ("intervals", "ratio"), [([1], 1), ([], 1), ([16], 16 / 17), ([1, 4], 4 / 5), ([16, 8], 8 / 9)]
+)
+def test_the_optimizers_correction_is_stylegan2s_for_the_shortest_lazy_interval(intervals, ratio):
+    names = ["r1", "r2", "wgan_gp"]
+    built = objective(
+        {name: PenaltyConfig(1.0, k) for name, k in zip(names, intervals, strict=False)}
+    )
+    assert built.lazy_ratio == ratio
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("wgan-gp", "did you mean wgan_gp"), ("zzz", "unknown penalty; known: wgan_gp")],
+    [
+        ("wgan-gp", r"no penalty called 'wgan-gp' \(did you mean 'wgan_gp'\?\)"),
+        ("zzz", "no penalty called 'zzz'; there are wgan_gp, wgan_lp, dragan, r1, r2"),
+    ],
 )
 def test_an_unknown_penalty_is_named_with_the_nearest(name, sentence):
-    config = ObjectiveConfig(LossConfig("wgan"), {name: PenaltyConfig(1.0)})
-    with pytest.raises(UserError, match=rf"`objective\.penalties\.{name}`.*{sentence}"):
-        build_objective(config)
+    with pytest.raises(UserError, match=sentence):
+        objective({name: PenaltyConfig(1.0)})
 
 
-def test_a_batch_norm_deep_in_the_critic_is_refused_by_its_name():
-    critic = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
-    with pytest.raises(UserError, match=r"`1\.0` is a batch norm"):
-        refuse_batch_statistics(critic)
-    refuse_batch_statistics(
-        nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2))
+def test_the_panel_watches_all_known_losses_and_those_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "watched_losses.py").write_text(
+        "from ganscale.objectives.losses import Loss\n"
+        "def zero(): return Loss(lambda r, f: 0 * r.mean(), lambda f, _: 0 * f.mean())\n"
+        "def one(): return Loss(lambda r, f: 1 + 0 * r.mean(), lambda f, _: 1 + 0 * f.mean())\n"
     )
+    monkeypatch.syspath_prepend(tmp_path)
+    loss = LossConfig("watched_losses:one")
+    built = build_objective(ObjectiveConfig(loss, panel=["watched_losses:zero"]))
+    assert set(built.panel) == {*LOSSES, "zero", "one"}
+    assert set(objective({}).panel) == set(LOSSES)

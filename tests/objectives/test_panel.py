@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from ganscale.objectives.losses import LOSSES
+from ganscale.objectives.losses import LOSSES, build_loss
 from ganscale.objectives.panel import critic_panel, generator_panel
 
+PANEL = {name: build_loss(name, {}) for name in LOSSES}
 REAL, FAKE = [0.5, -1.0, 2.0], [0.0, 1.5, -0.5]
 
 
@@ -39,9 +40,9 @@ GENERATOR = {
 def test_the_panel_holds_every_loss_with_its_default_labels():
     real, fake = torch.tensor(REAL), torch.tensor(FAKE)
     assert set(CRITIC) == set(GENERATOR) == set(LOSSES)
-    found = critic_panel(real, fake)
+    found = critic_panel(PANEL, real, fake)
     assert found == {f"panel/critic/{k}": pytest.approx(v, rel=1e-5) for k, v in CRITIC.items()}
-    found = generator_panel(fake, real)
+    found = generator_panel(PANEL, fake, real)
     assert found == {
         f"panel/generator/{k}": pytest.approx(v, rel=1e-5) for k, v in GENERATOR.items()
     }
@@ -49,6 +50,6 @@ def test_the_panel_holds_every_loss_with_its_default_labels():
 
 def test_the_panel_builds_no_graph():
     real, fake = (torch.tensor(x, requires_grad=True) for x in (REAL, FAKE))
-    for value in (critic_panel(real, fake) | generator_panel(fake, real)).values():
+    for value in (critic_panel(PANEL, real, fake) | generator_panel(PANEL, fake, real)).values():
         assert not value.requires_grad
         assert value.ndim == 0

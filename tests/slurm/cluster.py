@@ -161,9 +161,10 @@ class Cluster:
             time.sleep(0.2)
 
     def _environment(self) -> dict[str, str]:
-        """Without the variables of a SLURM job in which the tests may run."""
+        """Without the variables of a SLURM job in which the tests may run; sbatch hands it on."""
         own = {name: value for name, value in os.environ.items() if "SLURM" not in name}
-        return own | {"PATH": _PATH, "SLURM_CONF": f"{self._folder}/slurm.conf"}
+        folder = str(self._folder)
+        return own | {"PATH": _PATH, "SLURM_CONF": f"{folder}/slurm.conf", "TMPDIR": folder}
 
     def _write_files(self) -> None:
         folder = self._folder
