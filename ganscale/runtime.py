@@ -177,6 +177,12 @@ class Runtime:
         dist.all_gather_object(values, value, group=self._control_group)
         return values
 
+    def wait_for_all(self) -> None:
+        """Until every rank is here: a launcher ends the others once one of them has left with a
+        code that is not 0, and rank 0 has most to write at the end."""
+        if self.world_size > 1:
+            dist.barrier(group=self._control_group)
+
     def close(self) -> None:
         """Leaves the process group; safe to call twice."""
         if dist.is_initialized():

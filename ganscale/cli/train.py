@@ -22,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     resolved = resolve(arguments.settings)
     runtime = Runtime.start(resolved.config.runtime.timeout_seconds)
     try:
-        return Trainer(resolved, runtime).run()
+        exit_code = Trainer(resolved, runtime).run()
+        runtime.wait_for_all()
+        return exit_code
     finally:
         runtime.close()

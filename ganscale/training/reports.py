@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ganscale.data.contact_sheet import image_grid, to_picture
-from ganscale.data.loader import Loader
+from ganscale.data.loader import Batch, Loader
 from ganscale.errors import NonFiniteError
 from ganscale.evaluation.sampling import generate_array, sample_labels, sample_latents
 from ganscale.runtime import Runtime
@@ -36,7 +36,7 @@ class Reports:
         state: TrainingState,
         loader: Loader,
     ) -> None:
-        self.data_seconds = 0.0  # the loop has waited for data since the last logging
+        self._data_seconds = 0.0  # the loop has waited for data since the last logging
         self._config = config
         self._folder = folder
         self._runtime = runtime
@@ -60,12 +60,19 @@ class Reports:
                 self._console.message(f"continues at {resumed_at:,} images")
         self._since = (time.perf_counter(), state.images_seen)
 
+    def waiting_for(self, loader: Loader) -> Batch:
+        """The loader's next batch; the time that takes is reported."""
+        started = time.perf_counter()
+        batch = next(loader)
+        self._data_seconds += time.perf_counter() - started
+        return batch
+
     def metrics(self) -> None:
         """One row of everything since the last one. On every rank: it sums over the ranks."""
         state = self._state
         now, (then, images_then) = time.perf_counter(), self._since
         row = state.meters.read()
-        broken = torch.tensor([float(sum(self._loader.broken.values())), self.data_seconds])
+        broken = torch.tensor([float(sum(self._loader.broken.values())), self._data_seconds])
         broken_samples, data_seconds = self._runtime.sum(broken.to(self._runtime.device))
         row |= {
             "logits/wasserstein": row["logits/real_mean"] - row["logits/fake_mean"],
@@ -78,7 +85,7 @@ class Reports:
             "perf/data_wait_share": data_seconds.item() / self._runtime.world_size / (now - then),
         }
         state.seconds += now - then
-        self._since, self.data_seconds, self._last_row = (now, state.images_seen), 0.0, row
+        self._since, self._data_seconds, self._last_row = (now, state.images_seen), 0.0, row
         if self._tracker is not None and self._console is not None:
             self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
             self._console.update(state.images_seen, row["perf/images_per_second"], row)

@@ -3,46 +3,24 @@ checkpoint, stop. Time is counted in images that the critic has seen."""
 
 import contextlib
 import logging
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
-
 from ganscale.config import Resolved
-from ganscale.data.loader import Batch, Loader
+from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
-from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, NonFiniteError, UserError
-from ganscale.networks.spectral import advance_power_iterations
-from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import build_objective
-from ganscale.objectives.panel import critic_panel, generator_panel
-from ganscale.objectives.penalties import Draws
-from ganscale.randomness import normal
-from ganscale.runtime import Runtime, autocast
+from ganscale.runtime import Runtime
 from ganscale.tracking.console import setup_logging
 from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
-from ganscale.training.ema import decay, update_average
+from ganscale.training.cycle import Cycle
 from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
 from ganscale.training.signals import StopRequest, mark_stopped
 from ganscale.training.state import TrainingState
-from ganscale.training.step import make
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """This rank's share of a global batch, as the networks take it."""
-
-    images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
-    labels: Int64[Tensor, " batch"] | None  # None in unconditional training
-    slots: Int64[Tensor, " batch"]
 
 
 class Trainer:
@@ -67,9 +45,7 @@ class Trainer:
         if checkpoint is not None:
             self.state.load(checkpoint)
         self.resumed_at = None if checkpoint is None else self.state.images_seen
-        self.clipped = []
-        if self.objective.clip is not None:
-            self.clipped = clipped_parameters(self.state.critic, self.objective.clip.scope)
+        self.cycle = Cycle(config, self.objective, runtime, self.state)
 
     def run(self) -> int:
         """Trains to the end or to a request to stop; the exit code says which."""
@@ -109,26 +85,23 @@ class Trainer:
         return exit_code
 
     def _train(self, loader: Loader, reports: Reports, stop: StopRequest) -> int:
-        state, training = self.state, self.config.training
-        cycle_images = self.config.objective.n_critic * training.global_batch_size
+        state, cycle, config = self.state, self.cycle, self.config
         if state.images_seen == 0:
             reports.samples()
-        while state.images_seen < training.total_images:
-            after = state.images_seen + cycle_images
-            is_last = after >= training.total_images
-            logs = is_last or _crosses(state.images_seen, after, self.config.log.every_images)
+        while state.images_seen < config.training.total_images:
+            before, after = state.images_seen, state.images_seen + cycle.images
+            is_last = after >= config.training.total_images
+            logs = is_last or _crosses(before, after, config.log.every_images)
             stop_vote = self.runtime.start_vote(stop.received is not None)
 
             # Data and critic
-            batch = self._critic_steps(loader, reports, with_panel=logs)
+            for step in range(1, config.objective.n_critic + 1):
+                batch = cycle.on_device(reports.waiting_for(loader))
+                cycle.critic_step(batch, with_panel=logs and step == config.objective.n_critic)
 
-            # Generator, for the classes that the critic has just seen
-            self._generator_step(batch, with_panel=logs)
-
-            # Average
-            average = self.config.average
-            kept = decay(cycle_images, state.images_seen, average.half_life_images, average.ramp_up)
-            update_average(state.average, state.generator, kept)
+            # Generator and its average
+            cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
+            cycle.update_average()
 
             # Meters; on the CPU, looking at the tripwire waits for nothing
             if logs or self.runtime.device.type == "cpu":
@@ -137,18 +110,16 @@ class Trainer:
                 reports.metrics()
 
             # Audit
-            before = state.images_seen - cycle_images
-            if is_last or _crosses(before, state.images_seen, self.config.audit.every_images):
+            if is_last or _crosses(before, after, config.audit.every_images):
                 audit_replicas(state.audited(), self.runtime)
 
             # Samples
-            if is_last or _crosses(before, state.images_seen, self.config.samples.every_images):
+            if is_last or _crosses(before, after, config.samples.every_images):
                 reports.samples()
 
             # Checkpoint
-            every = self.config.checkpoint.every_images
             stops = stop_vote() > 0 and not is_last
-            if is_last or stops or _crosses(before, state.images_seen, every):
+            if is_last or stops or _crosses(before, after, config.checkpoint.every_images):
                 self._stop_if_not_finite()  # held back updates must not count as images seen
                 self._save(must_succeed=is_last or stops)
 
@@ -162,70 +133,6 @@ class Trainer:
                     mark_stopped(f"stopped on request at {state.images_seen} images")
                 return EXIT_REQUEUE
         return EXIT_DONE
-
-    def _critic_steps(self, loader: Loader, reports: Reports, with_panel: bool) -> DeviceBatch:
-        """`n_critic` updates of the critic; the batch of the last one."""
-        for left in reversed(range(self.config.objective.n_critic)):
-            started = time.perf_counter()
-            batch = self._on_device(next(loader))
-            reports.data_seconds += time.perf_counter() - started
-            self._critic_step(batch, with_panel=with_panel and left == 0)
-            self.state.images_seen += self.config.training.global_batch_size
-        return batch  # pyright: ignore[reportPossiblyUnboundVariable]  # n_critic is at least 1
-
-    def _critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
-        state, seed = self.state, self.config.seed
-        latents = self._latents("latents/critic", batch.slots)
-        advance_power_iterations(state.critic)
-        with torch.no_grad(), autocast(self.runtime.device, self.config.training.precision):
-            fake_images = make(state.generator, latents, batch.labels)
-        fake_images = fake_images.to(batch.images.dtype)
-        draws = Draws(seed, batch.slots, first_slot=state.images_seen)
-        update = state.images_seen // self.config.training.global_batch_size
-        inputs = {
-            "real_images": batch.images,
-            "fake_images": fake_images,
-            "labels": batch.labels,
-            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
-        }
-        meters, logits = state.critic_player.update(inputs, state.images_seen)
-        state.meters.add(meters)
-        if self.objective.clip is not None:
-            clip_weights(self.clipped, self.objective.clip.value)
-        if with_panel:
-            state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
-            if self.objective.clip is not None:
-                share = clipped_fraction(self.clipped, self.objective.clip.value)
-                state.meters.add({"clip/fraction": share})
-
-    def _generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
-        state = self.state
-        inputs = {
-            "latents": self._latents("latents/generator", batch.slots),
-            "real_images": batch.images,
-            "labels": batch.labels,
-            "with_real_logits": with_panel,
-        }
-        meters, logits = state.generator_player.update(inputs, state.images_seen)
-        state.meters.add(meters)
-        if with_panel:
-            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
-        state.steps += 1
-
-    def _on_device(self, batch: Batch) -> DeviceBatch:
-        device = self.runtime.device
-        slots = batch.slots.to(device, non_blocking=True)
-        images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
-        if self.config.data.flip:
-            images = random_flip(images, self.config.seed, slots)
-        if self.config.training.memory_format == "contiguous":
-            images = images.contiguous()
-        labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
-        return DeviceBatch(images, labels, slots)
-
-    def _latents(self, purpose: str, slots: Tensor) -> Tensor:
-        latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
-        return latents.to(self.state.dtype)
 
     def _stop_if_not_finite(self) -> None:
         """Raises NonFiniteError after saving the state that the tripwire has held."""

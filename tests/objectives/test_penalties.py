@@ -241,7 +241,7 @@ def test_a_ranks_points_are_its_part_of_the_global_batchs():
 def test_draws_have_one_number_a_sample_an_element_or_a_batch():
     draws, like = draws_of(BATCH), torch.zeros(BATCH, *SHAPE)
     assert draws.per_sample("a", like).shape == (BATCH, 1, 1, 1)
-    assert draws.per_batch("a", like).shape == (1,)
+    assert draws.per_batch("a", like).numel() == 1
     elements = draws.per_element("a", like)
     assert elements.shape == like.shape
     assert len(elements.unique()) == elements.numel()

@@ -9,12 +9,14 @@ its own host name, address and loopback, as on a real cluster: a job that looks 
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
-_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"  # where Debian keeps daemons
+# This Python's commands, and where Debian keeps daemons.
+_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 _NAMESPACES = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc")
 
@@ -187,13 +189,14 @@ class Cluster:
 
     def _wait_until_idle(self) -> None:
         deadline = time.monotonic() + 30
-        problem = ""
+        is_listening = (self._folder / "slurmctld.pid").exists  # in its own network, not in ours
+        problem = "no controller"
         while time.monotonic() < deadline:
             try:
-                states = self.run("sinfo", "--noheader", "--Node", "--format=%t").split()
-            except RuntimeError as error:  # the controller is not listening yet
-                states, problem = [], str(error)
-            if states == ["idle"] * len(self._names):
+                states = is_listening() and self.run("sinfo", "--noheader", "--Node", "--format=%t")
+            except RuntimeError as error:
+                states, problem = "", str(error)
+            if states and set(states.split()) == {"idle"}:
                 return
             time.sleep(0.1)
         logs = [f"{path.name}:\n{path.read_text()}" for path in self._folder.glob("*.log")]

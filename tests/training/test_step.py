@@ -1,14 +1,15 @@
 """A step's loss and gradients are those of the written-out objective."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
-from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import Objective, build_objective
+from ganscale.objectives.penalties import Draws
 from ganscale.runtime import Runtime
 from ganscale.schema import (
     LossConfig,
@@ -17,6 +18,7 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
+from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.player import Player, Tripwire
 from ganscale.training.step import CriticStep, GeneratorStep
 
@@ -32,9 +34,8 @@ class SmoothCritic(nn.Module):
         self.last, self.last_bias = nn.Parameter(draw(6, seed=3)), nn.Parameter(draw(1, seed=4))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (
-            torch.tanh(images.flatten(1) @ self.weight.T + self.bias) @ self.last + self.last_bias
-        )
+        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
+        return hidden @ self.last + self.last_bias
 
     def gradient_norms(self, images: Tensor) -> Tensor:
         hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
@@ -44,6 +45,7 @@ class SmoothCritic(nn.Module):
 class SmallGenerator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.layer = nn.Linear(5, 12).double()
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -54,18 +56,22 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def objective(loss: str, **penalties: float) -> Objective:
-    weights = {name: PenaltyConfig(weight) for name, weight in penalties.items()}
-    return build_objective(ObjectiveConfig(LossConfig(loss), weights))
+def objective(loss: str, **penalties: PenaltyConfig) -> Objective:
+    return build_objective(ObjectiveConfig(LossConfig(loss), penalties))
 
 
-def critic_inputs(batch: int = BATCH) -> dict[str, Tensor | None]:
-    return {
-        "real_images": draw(batch, 3, 2, 2, seed=5),
-        "fake_images": draw(batch, 3, 2, 2, seed=6),
-        "coefficients": torch.rand(batch, generator=torch.Generator().manual_seed(7)),
-        "labels": None,
-    }
+GRADIENT_PENALTY = {"wgan_gp": PenaltyConfig(WEIGHT)}
+
+
+def critic_inputs(built: Objective, batch: int = BATCH, update: int = 0) -> dict[str, Any]:
+    real, fake = draw(batch, 3, 2, 2, seed=5), draw(batch, 3, 2, 2, seed=6)
+    points = built.penalty_points(real, fake, Draws(0, torch.arange(batch), 0), update)
+    return {"real_images": real, "fake_images": fake, "labels": None, "points": points}
+
+
+def generator_inputs(batch: int = BATCH) -> dict[str, Any]:
+    real = draw(batch, 3, 2, 2, seed=5)
+    return {"latents": draw(batch, 5, seed=8), "real_images": real, "labels": None}
 
 
 def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
@@ -73,60 +79,82 @@ def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
     return binary_cross_entropy(real.sigmoid(), ones) + binary_cross_entropy(fake.sigmoid(), zeros)
 
 
-ADVERSARIAL = {
+def average(better: Tensor, worse: Tensor) -> Tensor:
+    return cross_entropy(better - worse.mean(), worse - better.mean())
+
+
+CRITIC_LOSSES = {
     "minimax": cross_entropy,
     "non_saturating": cross_entropy,
     "lsgan": lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
     "wgan": lambda real, fake: fake.mean() - real.mean(),
     "hinge": lambda real, fake: (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean(),
     "relativistic": lambda real, fake: -(real - fake).sigmoid().log().mean(),
-    "relativistic_average": lambda real, fake: cross_entropy(
-        real - fake.mean(), fake - real.mean()
-    ),
+    "relativistic_average": average,
 }
+GENERATOR_LOSSES = {
+    "minimax": lambda fake, _: (1 - fake.sigmoid()).log().mean(),
+    "non_saturating": lambda fake, _: -fake.sigmoid().log().mean(),
+    "lsgan": lambda fake, _: ((fake - 1) ** 2).mean() / 2,
+    "wgan": lambda fake, _: -fake.mean(),
+    "hinge": lambda fake, _: -fake.mean(),
+    "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
+    "relativistic_average": average,
+}
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("with_penalty", [False, True])
-@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
 def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty):
-    penalties = {"wgan_gp": WEIGHT} if with_penalty else {}
     critic, by_hand = SmoothCritic(), SmoothCritic()
-    inputs = critic_inputs()
-    real, fake, epsilon = (inputs[k] for k in ("real_images", "fake_images", "coefficients"))
-    assert real is not None
-    assert fake is not None
-    assert epsilon is not None
-    step = CriticStep(critic, objective(name, **penalties), "float64")
-    loss, meters = step(**inputs, with_panel=True)
+    built = objective(name, **(GRADIENT_PENALTY if with_penalty else {}))
+    inputs = critic_inputs(built)
+    loss, meters, logits = CriticStep(critic, built, "float64")(**inputs)
     loss.backward()
 
-    adversarial = ADVERSARIAL[name](by_hand(real), by_hand(fake))
-    norms = by_hand.gradient_norms(
-        torch.stack(
-            [e * r + (1 - e) * f for e, r, f in zip(epsilon.double(), real, fake, strict=True)]
-        )
-    )
-    penalty = ((norms - 1) ** 2).mean()
-    total = adversarial + WEIGHT * penalty if with_penalty else adversarial
-    total.backward()
-    torch.testing.assert_close(loss, total, rtol=1e-12, atol=1e-12)
-    for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-11, atol=1e-12)
-
-    close = partial(pytest.approx, rel=1e-12)
-    assert meters["loss/critic"].item() == close(total.item())
-    assert meters["loss/critic_adversarial"].item() == close(adversarial.item())
-    assert meters["logits/real_mean"].item() == close(by_hand(real).mean().item())
-    assert meters["logits/fake_mean"].item() == close(by_hand(fake).mean().item())
-    assert meters[f"panel/critic/{name}"].item() == close(adversarial.item())
+    real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
+    adversarial = CRITIC_LOSSES[name](real, fake)
+    total = adversarial
+    shown = {"logits/real_mean": real.mean(), "logits/fake_mean": fake.mean()}
     if with_penalty:
-        assert meters["penalty/wgan_gp"].item() == close(penalty.item())
-        assert meters["penalty/gradient_norm"].item() == close(norms.mean().item())
-    assert ("penalty/wgan_gp" in meters) == with_penalty
-    assert not any(value.requires_grad for value in meters.values())
+        norms = by_hand.gradient_norms(inputs["points"]["wgan_gp"])
+        penalty = ((norms - 1) ** 2).mean()
+        total = adversarial + WEIGHT * penalty
+        shown |= {"penalty/wgan_gp": penalty, "penalty/wgan_gp_gradient_norm": norms.mean()}
+    total.backward()
+    close(loss, total)
+    for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
+        close(parameter.grad, expected.grad)
+    shown |= {"loss/critic": total, "loss/critic_adversarial": adversarial}
+    close(meters, {name: value.detach() for name, value in shown.items()})
+    close(logits, {"real": real.detach(), "fake": fake.detach()})
 
 
-def test_labels_go_with_real_fake_and_mixed_images_alike():
+def test_a_lazy_penalty_weighs_its_interval_times_as_much_when_it_is_due():
+    lazy = objective("wgan", r1=PenaltyConfig(WEIGHT, interval=4))
+    steady = objective("wgan", r1=PenaltyConfig(4 * WEIGHT))
+    critic = SmoothCritic()
+    losses = {
+        update: CriticStep(critic, lazy, "float64")(**critic_inputs(lazy, update=update)).loss
+        for update in range(5)
+    }
+    expected = CriticStep(critic, steady, "float64")(**critic_inputs(steady)).loss
+    adversarial = CriticStep(critic, objective("wgan"), "float64")
+    without = adversarial(**critic_inputs(objective("wgan"))).loss
+    assert [losses[0].item(), losses[4].item()] == pytest.approx([expected.item()] * 2, rel=1e-12)
+    assert [losses[update].item() for update in (1, 2, 3)] == [without.item()] * 3
+
+
+def test_lazy_penalties_correct_adam_as_stylegan2_does():
+    config = OptimizerConfig("adam", 0.002, betas=[0.0, 0.99])
+    corrected = lazy_optimizer(config, 16 / 17)
+    assert corrected.learning_rate == pytest.approx(0.002 * 16 / 17)
+    assert corrected.betas == pytest.approx([0.0, 0.99 ** (16 / 17)])
+    assert lazy_optimizer(config, 1.0) == config
+
+
+def test_labels_go_with_real_fake_and_penalised_images_alike():
     seen: list[list[int]] = []
 
     class ClassCritic(nn.Module):
@@ -138,97 +166,101 @@ def test_labels_go_with_real_fake_and_mixed_images_alike():
             seen.append(labels.tolist())
             return images.flatten(1).sum(1) * self.score[labels]
 
-    step = CriticStep(ClassCritic(), objective("wgan", wgan_gp=1.0), "float64")
-    step(**{**critic_inputs(), "labels": torch.tensor([0, 2, 1, 2])}, with_panel=False)
+    built = objective("wgan", **GRADIENT_PENALTY)
+    step = CriticStep(ClassCritic(), built, "float64")
+    step(**{**critic_inputs(built), "labels": torch.tensor([0, 2, 1, 2])})
     assert seen == [[0, 2, 1, 2, 0, 2, 1, 2], [0, 2, 1, 2]]
 
 
-GENERATOR_LOSSES = {
-    "minimax": lambda fake, _: (1 - fake.sigmoid()).log().mean(),
-    "non_saturating": lambda fake, _: -fake.sigmoid().log().mean(),
-    "lsgan": lambda fake, _: ((fake - 1) ** 2).mean() / 2,
-    "wgan": lambda fake, _: -fake.mean(),
-    "hinge": lambda fake, _: -fake.mean(),
-    "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
-    "relativistic_average": lambda fake, real: cross_entropy(
-        fake - real.mean(), real - fake.mean()
-    ),
-}
-
-
-@pytest.mark.parametrize("with_panel", [False, True])
+@pytest.mark.parametrize("with_real_logits", [False, True])
 @pytest.mark.parametrize("name", GENERATOR_LOSSES)
-def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_panel):
-    torch.manual_seed(0)
-    generator, critic, latents = SmallGenerator(), SmoothCritic(), draw(BATCH, 5, seed=8)
+def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_real_logits):
+    generator, critic, inputs = SmallGenerator(), SmoothCritic(), generator_inputs()
     step = GeneratorStep(generator, critic, objective(name), "float64")
-    real = draw(BATCH, 3, 2, 2, seed=5)
-    loss, meters = step(latents=latents, real_images=real, labels=None, with_panel=with_panel)
+    loss, meters, logits = step(**inputs, with_real_logits=with_real_logits)
     parameters = list(generator.parameters())
     found = torch.autograd.grad(loss, parameters)
-    expected_loss = GENERATOR_LOSSES[name](critic(generator(latents)), critic(real))
-    expected = torch.autograd.grad(expected_loss, parameters)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    assert meters["loss/generator"].item() == loss.item()
-    assert (f"panel/generator/{name}" in meters) == with_panel
+    fake, real = critic(generator(inputs["latents"])), critic(inputs["real_images"])
+    expected = GENERATOR_LOSSES[name](fake, real.detach())
+    close(loss, expected)
+    close(found, torch.autograd.grad(expected, parameters))
+    close(meters, {"loss/generator": expected.detach()})
+    close(logits["fake"], fake.detach())
+    needs_real = name.startswith("relativistic")
+    assert ("real" in logits) == (with_real_logits or needs_real)
+    if "real" in logits:
+        close(logits["real"], real.detach())
     assert list(step.parameters()) == parameters  # the critic is not this module's to synchronize
 
 
-def player(step: nn.Module, network: nn.Module, runtime: Runtime, **training) -> Player:
+def player(
+    step: CriticStep | GeneratorStep, network: nn.Module, runtime: Runtime, parts: int = 1
+) -> Player:
     return Player(
         "player",
         step,
         network,
         OptimizerConfig("sgd", 0.1),  # Adam would amplify the rounding of gradients that cancel
-        TrainingConfig(total_images=1000, **training),
+        TrainingConfig(total_images=1000, accumulate=parts),
         runtime,
         Tripwire(runtime.device),
     )
 
 
-@pytest.mark.parametrize("name", [name for name in ADVERSARIAL if not LOSSES[name]().spans_batch])
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_change_no_update_of_the_critic(runtime, name, accumulate):
-    networks, meters = [], []
-    for parts in (1, accumulate):
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_change_no_update_of_the_critic(runtime, name, parts):
+    built, critics, results = objective(name, **GRADIENT_PENALTY), [], []
+    for accumulate in (1, parts):
         critic = SmoothCritic()
-        step = CriticStep(critic, objective(name, wgan_gp=WEIGHT), "float64")
-        critics_player = player(step, critic, runtime, accumulate=parts)
-        for images_seen in (0, 8):
-            meters.append(critics_player.update(critic_inputs(8), images_seen, with_panel=False))
-        networks.append(critic)
-    for whole, accumulated in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
-        torch.testing.assert_close(accumulated, whole, rtol=1e-12, atol=1e-12)
-    for whole, accumulated in zip(meters[:2], meters[2:], strict=True):
-        torch.testing.assert_close(accumulated, whole, rtol=1e-11, atol=1e-12)
+        trained = player(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
+        results.append([trained.update(critic_inputs(built, batch=8), seen) for seen in (0, 8)])
+        critics.append(critic)
+    close(*(list(critic.parameters()) for critic in critics), rtol=1e-12)
+    close(*results)  # meters, and logits in the order of the batch
 
 
-def test_micro_batches_change_no_update_of_the_generator(runtime):
-    networks = []
-    for parts in (1, 2):
-        torch.manual_seed(0)
+@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+def test_micro_batches_change_no_update_of_the_generator(runtime, name):
+    generators, results = [], []
+    for accumulate in (1, 2):
         generator = SmallGenerator()
-        step = GeneratorStep(generator, SmoothCritic(), objective("non_saturating"), "float64")
-        inputs = {"latents": draw(8, 5, seed=8), "real_images": draw(8, 3, 2, 2, seed=5)}
-        player(step, generator, runtime, accumulate=parts).update(
-            {**inputs, "labels": None}, 0, with_panel=False
-        )
-        networks.append(generator)
-    for whole, accumulated in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
-        torch.testing.assert_close(accumulated, whole, rtol=1e-12, atol=1e-12)
+        step = GeneratorStep(generator, SmoothCritic(), objective(name), "float64")
+        trained = player(step, generator, runtime, accumulate)
+        results.append(trained.update({**generator_inputs(8), "with_real_logits": True}, 0))
+        generators.append(generator)
+    close(*(list(generator.parameters()) for generator in generators), rtol=1e-12)
+    close(*results)
+
+
+def test_a_first_look_at_the_logits_leaves_no_trace_in_buffers(runtime):
+    """A loss over the whole batch needs all logits before the first micro-batch."""
+
+    class Counting(SmoothCritic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("forwards", torch.zeros(()))
+            self.forwards: Tensor
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.forwards += 1
+            return super().forward(images)
+
+    counts = []
+    for name in ("wgan", "relativistic_average"):
+        critic = Counting()
+        built = objective(name)
+        trained = player(CriticStep(critic, built, "float64"), critic, runtime, parts=2)
+        trained.update(critic_inputs(built), 0)
+        counts.append(critic.forwards.item())
+    assert counts == [2, 2]
 
 
 def test_a_generator_update_leaves_the_critic_without_gradients(runtime):
     generator, critic = SmallGenerator(), SmoothCritic()
     before = [parameter.clone() for parameter in critic.parameters()]
     step = GeneratorStep(generator, critic, objective("wgan"), "float64")
-    inputs = {
-        "latents": draw(4, 5, seed=8),
-        "real_images": draw(4, 3, 2, 2, seed=5),
-        "labels": None,
-    }
-    player(step, generator, runtime).update(inputs, 0, with_panel=True)
+    player(step, generator, runtime).update({**generator_inputs(), "with_real_logits": True}, 0)
     for parameter, value in zip(critic.parameters(), before, strict=True):
         assert parameter.grad is None
         assert torch.equal(parameter, value)
@@ -237,25 +269,39 @@ def test_a_generator_update_leaves_the_critic_without_gradients(runtime):
 
 def test_a_critic_update_leaves_the_generator_without_gradients(runtime):
     """Even where a caller forgot to make the fakes without a graph."""
-    generator, critic = SmallGenerator(), SmoothCritic()
-    inputs = {**critic_inputs(), "fake_images": generator(draw(4, 5, seed=8))}
-    step = CriticStep(critic, objective("wgan", wgan_gp=WEIGHT), "float64")
-    player(step, critic, runtime).update(inputs, 0, with_panel=False)
+    generator, critic, built = (
+        SmallGenerator(),
+        SmoothCritic(),
+        objective("wgan", **GRADIENT_PENALTY),
+    )
+    inputs = {**critic_inputs(built), "fake_images": generator(draw(4, 5, seed=8))}
+    player(CriticStep(critic, built, "float64"), critic, runtime).update(inputs, 0)
     assert all(parameter.grad is None for parameter in generator.parameters())
     assert all(parameter.grad is not None for parameter in critic.parameters())
+
+
+def test_nothing_that_a_step_reports_keeps_its_graph_alive(runtime):
+    critic, built = SmoothCritic(), objective("lsgan", **GRADIENT_PENALTY)
+    output = CriticStep(critic, built, "float64")(**critic_inputs(built))
+    step = GeneratorStep(SmallGenerator(), critic, objective("relativistic"), "float64")
+    for loss, meters, logits in (output, step(**generator_inputs())):
+        assert loss.requires_grad
+        assert not any(value.requires_grad for value in (*meters.values(), *logits.values()))
 
 
 def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 1))
-    inputs = {k: None if v is None else v.float() for k, v in critic_inputs().items()}
+    built = objective("wgan", **GRADIENT_PENALTY)
+    inputs = critic_inputs(built)
+    inputs |= {name: inputs[name].float() for name in ("real_images", "fake_images")}
+    inputs["points"] = {name: images.float() for name, images in inputs["points"].items()}
     found = {}
     for precision in ("float32", "bfloat16"):
-        step = CriticStep(layers, objective("wgan", wgan_gp=WEIGHT), precision)
-        loss, meters = step(**inputs, with_panel=False)
-        assert loss.dtype == torch.float32
+        loss, meters, logits = CriticStep(layers, built, precision)(**inputs)
+        assert loss.dtype == logits["real"].dtype == torch.float32
         found[precision] = meters
     assert torch.equal(found["bfloat16"]["penalty/wgan_gp"], found["float32"]["penalty/wgan_gp"])
-    logits = [meters["logits/real_mean"].item() for meters in found.values()]
-    assert logits[0] != logits[1]  # the logits, though, are bfloat16's
-    assert logits[0] == pytest.approx(logits[1], abs=0.02)
+    of_logits = [meters["logits/real_mean"].item() for meters in found.values()]
+    assert of_logits[0] != of_logits[1]  # the logits, though, are bfloat16's
+    assert of_logits[0] == pytest.approx(of_logits[1], abs=0.02)

@@ -1,0 +1,332 @@
+"""A run does not know its cluster: every objective on 1, 2 and 4 ranks, with accumulation or not.
+
+    python -m benchmarks.invariance [--quick] [--json FILE]
+
+Each row trains tiny networks for a few cycles, with the steps that a run takes, and holds
+everything against one process that takes the whole batch at once: the gradients of every update,
+weights, buffers, the optimizers' moments and the average at the end, and all that is logged, the
+panel included. All ranks must also end with the same bits.
+
+`ratio` is the largest error in that: max |a - b| / max |b| of each tensor (or logged figure), where
+the denominator is at least a thousandth of the largest of its kind, since a gradient may cancel to
+nothing but rounding (that of a Wasserstein critic's last bias does). Adam runs with a large epsilon
+for the same reason: its usual 1e-8 turns gradients of rounding into whole steps.
+
+A batch norm ties together the images of a micro-batch, so there two micro-batches are held against
+one process with two.
+
+The exit code is 1 if a row exceeds its tolerance.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ranks import run_ranks
+from benchmarks.report import Row, arguments, report
+from ganscale.data.loader import Batch
+from ganscale.data.order import batch_positions
+from ganscale.objectives.losses import LOSSES
+from ganscale.objectives.objective import build_objective
+from ganscale.objectives.penalties import PENALTIES
+from ganscale.randomness import random_words
+from ganscale.runtime import Runtime
+from ganscale.schema import (
+    AverageConfig,
+    ClipConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    GeneratorConfig,
+    LossConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    OptimizersConfig,
+    PenaltyConfig,
+    TrainingConfig,
+)
+from ganscale.training.cycle import Cycle
+from ganscale.training.state import TrainingState
+
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
+WORLD_SIZES = (1, 2, 4)
+ACCUMULATE = (1, 2)
+GLOBAL_BATCH, CYCLES, N_CRITIC = 8, 3, 2
+RESOLUTION, CHANNELS, CLASSES, LANES = 8, 2, 3, 4
+
+# What was measured, by kind (the gradients of one update, say) and by name within it.
+Record = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a combination has beside its loss and penalties."""
+
+    critic: dict[str, Any] = field(default_factory=dict)
+    generator: dict[str, Any] = field(default_factory=dict)
+    clip: ClipConfig | None = None
+    optimizer: str = "adam"
+    gradient_clip: float = 0.0
+    is_conditional: bool = False
+    flip: bool = False
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "layer_norm": Variant(critic={"norm": "layer"}),
+    "instance_norm": Variant(critic={"norm": "instance"}),
+    "spectral_norm": Variant(critic={"norm": "spectral"}),
+    "no_final_bias": Variant(critic={"final_bias": False}),
+    "patches": Variant(critic={"patches": True}),
+    "batch_norm": Variant(generator={"norm": "batch"}),
+    "conditional": Variant(is_conditional=True),
+    "gradient_clip": Variant(gradient_clip=0.1),
+    "flip": Variant(flip=True),
+    "clip": Variant(clip=ClipConfig(0.05, "all"), optimizer="rmsprop"),
+}
+
+WEIGHTS = {"wgan_gp": 10.0, "wgan_lp": 10.0, "dragan": 10.0, "wgan_gp_pixel": 0.1}
+PENALTY_SETS: dict[str, dict[str, PenaltyConfig]] = {
+    "none": {},
+    **{name: {name: PenaltyConfig(WEIGHTS.get(name, 1.0))} for name in PENALTIES},
+    "r1+r2": {"r1": PenaltyConfig(1.0), "r2": PenaltyConfig(1.0)},
+    "lazy_r1": {"r1": PenaltyConfig(1.0, interval=3)},
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    loss: str
+    penalties: str
+    variant: str = "plain"
+
+    @property
+    def name(self) -> str:
+        suffix = "" if self.variant == "plain" else f"/{self.variant}"
+        return f"{self.loss}/{self.penalties}{suffix}"
+
+
+def combinations() -> list[Combination]:
+    """Every loss with every set of penalties on plain networks, and three with every variant."""
+    plain = [Combination(*pair) for pair in itertools.product(LOSSES, PENALTY_SETS)]
+    three = [("wgan", "wgan_gp"), ("hinge", "dragan"), ("relativistic_average", "r1+r2")]
+    varied = [
+        Combination(*pair, variant)
+        for pair, variant in itertools.product(three, VARIANTS)
+        if variant not in ("plain", "clip")
+    ]
+    clipped = [Combination(loss, "none", "clip") for loss in ("wgan", "relativistic_average")]
+    return plain + varied + clipped
+
+
+def config_of(combination: Combination, accumulate: int, precision: str) -> Config:
+    """A run of a few cycles."""
+    variant = VARIANTS[combination.variant]
+    optimizer = OptimizerConfig(variant.optimizer, 5e-3, betas=[0.5, 0.9], eps=1e-2)
+    networks = "benchmarks.tiny_networks"
+    return Config(
+        data=DataConfig("", RESOLUTION, CHANNELS, flip=variant.flip, lanes=LANES),
+        generator=GeneratorConfig(f"{networks}:TinyGenerator", 6, variant.generator),
+        critic=CriticConfig(f"{networks}:TinyCritic", variant.critic),
+        objective=ObjectiveConfig(
+            LossConfig(combination.loss),
+            PENALTY_SETS[combination.penalties],
+            clip=variant.clip,
+            n_critic=N_CRITIC,
+        ),
+        optimizer=OptimizersConfig(optimizer, optimizer),
+        training=TrainingConfig(
+            total_images=CYCLES * N_CRITIC * GLOBAL_BATCH,
+            global_batch_size=GLOBAL_BATCH,
+            accumulate=accumulate,
+            precision=precision,
+            conditional=variant.is_conditional,
+            gradient_clip=variant.gradient_clip,
+        ),
+        average=AverageConfig(half_life_images=50),
+    )
+
+
+def record(config: Config, runtime: Runtime) -> Record:
+    """Trains from the start to the end of `config`, and what there was to see."""
+    objective = build_objective(config.objective)
+    num_classes = CLASSES if config.training.conditional else 0
+    state = TrainingState(config, objective, runtime, num_classes)
+    cycle = Cycle(config, objective, runtime, state)
+    found: Record = {}
+    while state.images_seen < config.training.total_images:
+        for left in reversed(range(config.objective.n_critic)):
+            batch = cycle.on_device(synthetic_batch(config, runtime, state.images_seen))
+            cycle.critic_step(batch, with_panel=left == 0)
+            found[f"critic gradients at {state.images_seen} images"] = gradients(state.critic)
+        cycle.generator_step(batch, with_panel=True)  # pyright: ignore[reportPossiblyUnboundVariable]
+        found[f"generator gradients at {state.images_seen} images"] = gradients(state.generator)
+        cycle.update_average()
+        meters = state.meters.read()
+        found[f"meters at {state.images_seen} images"] = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in meters.items()
+        }
+    for name, tensor in state.audited().items():
+        # A network's weights are of one kind, an optimizer's first and second moments of two.
+        file, _, key = name.partition(".")
+        kind = f"{file} {key.partition('.')[2]}" if file.endswith("_optimizer") else file
+        found.setdefault(kind, {})[key] = tensor.detach().clone()
+    return found
+
+
+def synthetic_batch(config: Config, runtime: Runtime, images_seen: int) -> Batch:
+    """This rank's part of a global batch, each image a function of its position in the data."""
+    positions, slots = batch_positions(
+        images_seen, config.training.global_batch_size, LANES, runtime.rank, runtime.world_size
+    )
+    pixels = RESOLUTION * RESOLUTION * CHANNELS
+    words = random_words(0, "synthetic images", torch.from_numpy(positions), pixels)
+    # Noise around a brightness of its own for each image, so that images differ as wholes, too.
+    images = ((words & 127) + (words[:, :1] >> 8 & 127)).to(torch.uint8)
+    images = images.view(-1, RESOLUTION, RESOLUTION, CHANNELS)
+    return Batch(images, torch.from_numpy(positions % CLASSES), torch.from_numpy(slots))
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    named = network.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def largest_error(found: Record, expected: Record) -> tuple[float, str]:
+    """(the largest relative error, where it is); infinite where something is missing or no number.
+
+    Relative to the tensor's largest element, or to a thousandth of the largest of its kind.
+    """
+    worst = (0.0, "no difference")
+    for kind, tensors in expected.items():
+        if found.get(kind, {}).keys() != tensors.keys():
+            return math.inf, f"{kind}: other names"
+        sizes = {name: tensor.abs().max().item() for name, tensor in tensors.items()}
+        floor = 1e-3 * max(sizes.values(), default=0.0)
+        for name, tensor in tensors.items():
+            difference = (found[kind][name].double() - tensor.double()).abs().max().item()
+            if difference == 0:
+                continue
+            error = difference / max(sizes[name], floor) if max(sizes[name], floor) else math.inf
+            error = math.inf if math.isnan(error) else error
+            worst = max(worst, (error, f"{kind}: {name}"))
+    return worst
+
+
+def reference_of(combination: Combination, accumulate: int) -> int:
+    """With how many micro-batches one process makes what this is held against."""
+    has_batch_norm = VARIANTS[combination.variant].generator.get("norm") == "batch"
+    return accumulate if has_batch_norm else 1
+
+
+def case_name(combination: Combination, accumulate: int, ranks: int, precision: str) -> str:
+    return f"{combination.name}/accumulate{accumulate}/ranks{ranks}/{precision}"
+
+
+def run_rank(folder: Path) -> None:
+    """One rank of one world size: all cases. Rank 0 leaves rows, and alone the references."""
+    task = json.loads((folder / "task.json").read_text())
+    torch.set_num_threads(1)
+    runtime = Runtime.start(timeout_seconds=60)
+    references: dict[str, Record] = {}
+    if runtime.world_size > 1 and runtime.is_main:
+        references = torch.load(folder / "references.pt")
+    rows = []
+    matrix = [Combination(*names) for names in task["combinations"]]
+    for combination, precision, accumulate in itertools.product(
+        matrix, task["precisions"], ACCUMULATE
+    ):
+        found = record(config_of(combination, accumulate, precision), runtime)
+        are_equal = len(set(runtime.gather(_digest(found)))) == 1
+        by = reference_of(combination, accumulate)
+        if runtime.world_size == 1 and accumulate == by:
+            references[case_name(combination, accumulate, 1, precision)] = found
+        elif runtime.is_main:
+            expected = references[case_name(combination, by, 1, precision)]
+            error, where = largest_error(found, expected)
+            if not are_equal:
+                error, where = math.inf, "ranks end with different bits"
+            case = (combination, accumulate, runtime.world_size, precision)
+            rows.append({"name": case_name(*case), "error": error, "where": where})
+    if runtime.world_size == 1:
+        torch.save(references, folder / "references.pt")
+    if runtime.is_main:
+        (folder / f"rows{runtime.world_size}.json").write_text(json.dumps(rows))
+    runtime.close()
+
+
+def _digest(found: Record) -> str:
+    """Of everything's bits: gradients and state, and the meters, which were averaged."""
+    bits = hashlib.sha256()
+    for tensors in found.values():
+        for tensor in tensors.values():
+            bits.update(tensor.contiguous().numpy().tobytes())
+    return bits.hexdigest()
+
+
+def measure(
+    matrix: Sequence[Combination],
+    precisions: Sequence[str] = tuple(TOLERANCES),
+    world_sizes: Sequence[int] = WORLD_SIZES,
+    seconds: float = 600,
+) -> list[Row]:
+    """A row for each combination, number of micro-batches, world size and precision, the worst
+    (in units of its tolerance) last. Ranks are started once for each world size, 1 first.
+
+    Raises RuntimeError if a rank fails, or takes longer than `seconds`.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = {
+            "combinations": [(c.loss, c.penalties, c.variant) for c in matrix],
+            "precisions": list(precisions),
+        }
+        (folder / "task.json").write_text(json.dumps(task))
+        for world_size in world_sizes:
+            run_ranks("benchmarks.invariance:run_rank", folder, world_size, seconds)
+            rows += json.loads((folder / f"rows{world_size}.json").read_text())
+    rows.sort(key=lambda row: row["error"] / tolerance_of(row["name"]))
+    return [
+        Row(
+            name=row["name"],
+            rival="one process, whole batch",
+            ratio=row["error"],
+            high=tolerance_of(row["name"]),
+            unit="relative error",
+            note=row["where"],
+        )
+        for row in rows
+    ]
+
+
+def tolerance_of(name: str) -> float:
+    return TOLERANCES[name.rpartition("/")[2]]
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """The rows that exceed their tolerance."""
+    return [row for row in rows if not row.ratio <= tolerance_of(row.name)]
+
+
+def main() -> int:
+    chosen = arguments(__doc__)
+    rows = measure(combinations()[::3] if chosen.quick else combinations())
+    report(rows, chosen.json)
+    wrong = failures(rows)
+    print(f"\n{len(rows) - len(wrong)} of {len(rows)} rows agree within their tolerance (high)")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Real ranks on this machine: one process and one thread each, over gloo."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> None:
+    """Calls `package.module:function` with `folder` on every rank, and waits for all.
+
+    Each rank finds the launcher's usual environment. What it prints goes to `rankN.txt` in the
+    folder. Raises RuntimeError, with what the rank printed last, as soon as one fails, and when
+    `seconds` are over; the others are then ended.
+    """
+    module, _, name = function.partition(":")
+    program = f"import sys, pathlib, {module} as m; m.{name}(pathlib.Path(sys.argv[1]))"
+    port = str(_free_port())
+    logs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, log in enumerate(logs):
+            with log.open("wb") as output:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-c", program, str(folder)],
+                        cwd=REPOSITORY,
+                        env=os.environ | _environment(rank, world_size, port),
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        _wait(processes, logs, seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], seconds: float):
+    deadline = time.monotonic() + seconds
+    codes: list[int | None] = [None]
+    while None in codes:
+        codes = [process.poll() for process in processes]
+        for rank, code in enumerate(codes):
+            if code not in (None, 0):
+                said = logs[rank].read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"rank {rank} of {len(codes)} ended with {code}:\n{said}")
+        if time.monotonic() > deadline:
+            running = [rank for rank, code in enumerate(codes) if code is None]
+            raise RuntimeError(f"ranks {running} of {len(codes)} still run after {seconds} s")
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    """One below those that the system hands out by itself, which might be taken in between."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,88 @@
+"""Networks as small as they can be with everything in them that could tell ranks apart."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
+
+
+class TinyGenerator(nn.Module):
+    """Latents, and the class, to a map of half the size, and that to an image in [-1, 1].
+
+    `norm` is "batch" (torch's own, which a run replaces by that of the global batch) or "none".
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        sample_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        norm: str = "none",
+        width: int = 4,
+    ) -> None:
+        super().__init__()
+        channels, height, _ = sample_shape
+        self.map_shape = (width, height // 2, height // 2)
+        self.input = nn.Linear(latent_dim, width * self.map_shape[1] ** 2)
+        self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
+        self.norm = nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
+        self.output = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
+
+    def forward(
+        self, latents: Float[Tensor, "batch latent"], labels: Int64[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
+        if self.classes is not None:
+            latents = latents + self.classes(labels)
+        features = self.input(latents).unflatten(1, self.map_shape)
+        return torch.tanh(self.output(torch.relu(self.norm(features))))
+
+
+class TinyCritic(nn.Module):
+    """Images to a map of half the size, and that to a logit, or to a map of logits (`patches`).
+
+    `norm` is "none", "layer", "instance" or "spectral" (of all weights).
+    """
+
+    def __init__(
+        self,
+        sample_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        norm: str = "none",
+        patches: bool = False,
+        final_bias: bool = True,
+        width: int = 4,
+    ) -> None:
+        super().__init__()
+        channels, height, _ = sample_shape
+        self.input = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+        self.norm = nn.Identity()
+        if norm == "layer":
+            self.norm = nn.LayerNorm([width, height // 2, height // 2])
+        elif norm == "instance":
+            self.norm = nn.InstanceNorm2d(width, affine=True)
+        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.activation = nn.LeakyReLU(0.2)
+        self.output: nn.Module
+        if patches:
+            self.output = nn.Conv2d(width, 1, 3, bias=final_bias)
+        else:
+            pixels = width * (height // 2) ** 2
+            self.output = nn.Sequential(nn.Flatten(), nn.Linear(pixels, 1, bias=final_bias))
+        self.classes = nn.Embedding(num_classes, width) if num_classes else None
+        if norm == "spectral":
+            for layer in (self.input, self.middle, self.output):
+                normalize_spectrally(layer[1] if isinstance(layer, nn.Sequential) else layer)
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int64[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "batch *map"]:
+        features = self.activation(self.norm(self.input(images)))
+        features = self.activation(self.middle(features))
+        logits = self.output(features).squeeze(1)
+        if self.classes is not None:  # the projection of Miyato & Koyama 2018
+            logits = logits + (features.mean([2, 3]) * self.classes(labels)).sum(1)
+        return logits

@@ -1,0 +1,116 @@
+"""One cycle of training on batches that are given: critic steps, a generator step, the average.
+
+What the loop does between data and reports, and what benchmarks measure.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ganscale.data.loader import Batch
+from ganscale.data.preprocess import random_flip, to_network_range
+from ganscale.networks.spectral import advance_power_iterations
+from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
+from ganscale.objectives.objective import Objective
+from ganscale.objectives.panel import critic_panel, generator_panel
+from ganscale.objectives.penalties import Draws
+from ganscale.randomness import normal
+from ganscale.runtime import Runtime, autocast
+from ganscale.schema import Config
+from ganscale.training.ema import decay, update_average
+from ganscale.training.state import TrainingState
+from ganscale.training.step import make
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """This rank's share of a global batch, as the networks take it."""
+
+    images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
+    labels: Int64[Tensor, " batch"] | None  # None in unconditional training
+    slots: Int64[Tensor, " batch"]
+
+
+class Cycle:
+    """The steps of a run, as functions of its state and a batch; counts images and steps."""
+
+    def __init__(
+        self, config: Config, objective: Objective, runtime: Runtime, state: TrainingState
+    ) -> None:
+        self.config = config
+        self.objective = objective
+        self.runtime = runtime
+        self.state = state
+        self.clipped = []
+        if objective.clip is not None:
+            self.clipped = clipped_parameters(state.critic, objective.clip.scope)
+
+    @property
+    def images(self) -> int:
+        """Images that the critic sees in a cycle."""
+        return self.config.objective.n_critic * self.config.training.global_batch_size
+
+    def critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
+        """One update of the critic; afterwards the batch has been seen."""
+        state, seed = self.state, self.config.seed
+        latents = self._latents("latents/critic", batch.slots)
+        advance_power_iterations(state.critic)
+        with torch.no_grad(), autocast(self.runtime.device, self.config.training.precision):
+            fake_images = make(state.generator, latents, batch.labels)
+        fake_images = fake_images.to(batch.images.dtype)
+        draws = Draws(seed, batch.slots, first_slot=state.images_seen)
+        update = state.images_seen // self.config.training.global_batch_size
+        inputs = {
+            "real_images": batch.images,
+            "fake_images": fake_images,
+            "labels": batch.labels,
+            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
+        }
+        meters, logits = state.critic_player.update(inputs, state.images_seen)
+        state.meters.add(meters)
+        if self.objective.clip is not None:
+            clip_weights(self.clipped, self.objective.clip.value)
+        if with_panel:
+            state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+            if self.objective.clip is not None:
+                share = clipped_fraction(self.clipped, self.objective.clip.value)
+                state.meters.add({"clip/fraction": share})
+        state.images_seen += self.config.training.global_batch_size
+
+    def generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
+        """One update of the generator, for the classes that the critic has just seen."""
+        state = self.state
+        inputs = {
+            "latents": self._latents("latents/generator", batch.slots),
+            "real_images": batch.images,
+            "labels": batch.labels,
+            "with_real_logits": with_panel,
+        }
+        meters, logits = state.generator_player.update(inputs, state.images_seen)
+        state.meters.add(meters)
+        if with_panel:
+            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
+        state.steps += 1
+
+    def update_average(self) -> None:
+        """Moves the averaged generator over the images of a cycle."""
+        average, state = self.config.average, self.state
+        kept = decay(self.images, state.images_seen, average.half_life_images, average.ramp_up)
+        update_average(state.average, state.generator, kept)
+
+    def on_device(self, batch: Batch) -> DeviceBatch:
+        device = self.runtime.device
+        slots = batch.slots.to(device, non_blocking=True)
+        images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
+        if self.config.data.flip:
+            images = random_flip(images, self.config.seed, slots)
+        if self.config.training.memory_format == "contiguous":
+            images = images.contiguous()
+        labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
+        return DeviceBatch(images, labels, slots)
+
+    def _latents(self, purpose: str, slots: Tensor) -> Tensor:
+        latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
+        return latents.to(self.state.dtype)
