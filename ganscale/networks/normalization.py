@@ -100,13 +100,14 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             setattr(module, name, with_global_batch_norm(child))
         return module
-    if module.momentum is None or not module.track_running_stats:
+    if module.momentum is None or module.running_mean is None:
         raise UserError(
             f"{module} has no exponential running mean: give it a momentum and track_running_stats"
         )
     replacement = GlobalBatchNorm(
         module.num_features, affine=module.affine, momentum=module.momentum, eps=module.eps
     )
+    replacement.to(module.running_mean)  # its type and device
     replacement.load_state_dict(module.state_dict(), strict=False)  # has no count of batches
     return replacement.train(module.training)
 

@@ -4,6 +4,7 @@ A checkpoint is a folder `images-000123456` of safetensors files, `state.json` (
 `checksums.json`. Nothing in it is ever unpickled.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -48,9 +49,12 @@ def save_checkpoint(
         checksums = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
         _write_json(unfinished / _CHECKSUMS, checksums)
         _flush(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
+        replaced = root / f"{_UNFINISHED}replaced-{folder.name}"
+        if folder.exists():  # saved at this very image before
+            folder.rename(replaced)
         unfinished.rename(folder)
         _flush(root)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -66,16 +70,24 @@ def newest_checkpoint(root: Path) -> Path | None:
         if (reason := damage(folder)) is None:
             return folder
         aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
         logger.warning("checkpoint %s is damaged (%s): set aside as %s", folder, reason, aside.name)
+        with contextlib.suppress(OSError):  # who only samples may not be allowed to
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
     return None
+
+
+def newest_name(root: Path) -> Path | None:
+    """The newest checkpoint by name, unverified: to tell people about it."""
+    return next(iter(reversed(_oldest_first(root))), None)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         checksums = json.loads((folder / _CHECKSUMS).read_text())
+        if _STATE not in checksums:
+            return f"{_CHECKSUMS} does not list {_STATE}"
         for name, described in checksums.items():
             if _described(folder / name) != described:
                 return f"{name} is not as it was written"

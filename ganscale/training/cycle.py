@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ganscale.data.loader import Batch
 from ganscale.data.preprocess import random_flip, to_network_range
+from ganscale.errors import UserError
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import Objective
@@ -46,6 +47,8 @@ class Cycle:
         self.clipped = []
         if objective.clip is not None:
             self.clipped = clipped_parameters(state.critic, objective.clip.scope)
+            if not self.clipped:
+                raise UserError("`objective.clip`: the critic has no weights to clip in that scope")
 
     @property
     def images(self) -> int:
@@ -82,6 +85,7 @@ class Cycle:
     def generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
         """One update of the generator, for the classes that the critic has just seen."""
         state = self.state
+        advance_power_iterations(state.generator)
         inputs = {
             "latents": self._latents("latents/generator", batch.slots),
             "real_images": batch.images,

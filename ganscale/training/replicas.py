@@ -2,6 +2,7 @@
 gradients to the same weights. A difference is a bug or a broken device, and training on would only
 hide it; broadcasting one rank's weights would, too."""
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -26,10 +27,11 @@ def audit_replicas(tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
     if runtime.is_equal_everywhere(hashes):
         return
     of_ranks = torch.tensor(runtime.gather(hashes.tolist()))
-    usual = of_ranks.mode(dim=0).values
-    first = int((of_ranks != usual).any(dim=0).nonzero()[0])
-    ranks = (of_ranks[:, first] != usual[first]).nonzero().flatten().tolist()
-    count = int((of_ranks != usual).any(dim=0).sum())
+    differs = (of_ranks != of_ranks[0]).any(dim=0)
+    first, count = int(differs.nonzero()[0]), int(differs.sum())
+    column = of_ranks[:, first].tolist()
+    usual, _ = Counter(column).most_common(1)[0]  # rank 0's, where no side has the majority
+    ranks = [rank for rank, value in enumerate(column) if value != usual]
     raise ReplicaError(
         f"replicas differ: `{list(tensors)[first]}` on rank {', '.join(map(str, ranks))} of "
         f"{runtime.world_size} ({count} of {len(tensors)} tensors differ in all); "

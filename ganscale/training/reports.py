@@ -16,7 +16,7 @@ from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.tracking.console import Console
 from ganscale.tracking.tracker import Tracker
-from ganscale.training.checkpoint import newest_checkpoint
+from ganscale.training.checkpoint import newest_name
 from ganscale.training.run_folder import RunFolder, write_summary
 from ganscale.training.state import TrainingState
 
@@ -136,7 +136,7 @@ class Reports:
         except OSError as error:
             logger.error("no summary could be written: %s", error)
         self._tracker.finish(summary, exit_code)
-        checkpoint = newest_checkpoint(folder.checkpoints)
+        checkpoint = newest_name(folder.checkpoints)
         self._console.close()
         self._console.message(f"samples:    {folder.samples(state.images_seen)}")
         self._console.message(f"checkpoint: {checkpoint}")

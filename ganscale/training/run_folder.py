@@ -57,6 +57,9 @@ class RunFolder:
             raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
         try:
             return self._continue(resolved, fingerprint)
+        except (OSError, ValueError, KeyError) as error:
+            self.close()
+            raise UserError(f"the run folder {self.path} cannot be used: {error!r}") from error
         except BaseException:
             self.close()
             raise

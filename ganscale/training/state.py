@@ -12,6 +12,7 @@ from ganscale.config import load_stored
 from ganscale.errors import UserError
 from ganscale.networks.build import build_critic, build_generator
 from ganscale.networks.normalization import with_global_batch_norm
+from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.objective import Objective
 from ganscale.randomness import derived_seed
 from ganscale.runtime import Runtime, weights_dtype
@@ -48,6 +49,8 @@ class TrainingState:
         self.dtype = weights_dtype(config.training.precision)
         self.generator.to(self.dtype)
         self.critic.to(self.dtype)
+        for network in (self.generator, self.critic):
+            advance_power_iterations(network)
         if config.training.memory_format == "channels_last":
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

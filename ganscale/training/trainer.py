@@ -99,13 +99,13 @@ class Trainer:
                 batch = cycle.on_device(reports.waiting_for(loader))
                 cycle.critic_step(batch, with_panel=logs and step == config.objective.n_critic)
 
-            # Generator and its average
+            # Generator and its average; on the CPU, looking at the tripwire waits for nothing
             cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-            cycle.update_average()
-
-            # Meters; on the CPU, looking at the tripwire waits for nothing
             if logs or self.runtime.device.type == "cpu":
                 self._stop_if_not_finite()
+            cycle.update_average()
+
+            # Meters
             if logs:
                 reports.metrics()
 
@@ -142,6 +142,7 @@ class Trainer:
         held_back = int(state.critic_player.updates_held_back.item())
         failed_at = state.images_seen - held_back * self.config.training.global_batch_size
         state.images_seen = failed_at
+        state.steps -= int(state.generator_player.updates_held_back.item())
         state.meters.read()  # their sums are not finite: saved, they would end the resumed run
         if state.is_finite():
             self._save(must_succeed=True)

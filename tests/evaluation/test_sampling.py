@@ -57,6 +57,15 @@ def test_chunks_come_one_at_a_time_and_the_last_is_cut():
     assert [len(chunk) for chunk in chunks] == [CHUNK, CHUNK, 3]
 
 
+def test_the_network_always_sees_as_many_images_at_once():
+    """Kernels may round differently for another batch size."""
+    generator, seen = small_generator("mlp"), []
+    generator.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    for count in (1, CHUNK, CHUNK + 1):
+        list(generate(generator, sample_latents(0, 0, count, 8)))
+    assert seen == [CHUNK] * 4
+
+
 def test_another_seed_gives_other_latents_and_a_later_start_the_later_ones():
     assert not torch.equal(sample_latents(0, 0, 4, 8), sample_latents(1, 0, 4, 8))
     assert torch.equal(sample_latents(0, 2, 2, 8), sample_latents(0, 0, 4, 8)[2:])

@@ -155,23 +155,25 @@ def test_a_dead_critic_gets_a_finite_penalty_and_finite_gradients(name, dtype):
 
 
 @each_penalty
-def test_inside_autocast_a_penalty_is_what_it_is_in_float32(name):
+def test_inside_autocast_a_penalty_is_what_it_is_in_float32_and_nearly_in_float64(name):
     torch.manual_seed(0)
     critic = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 1))
     images = 2 * random_images(BATCH, 3, 4, 4).bfloat16()
-    results = []
-    for enabled in (False, True):
-        critic.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            if enabled:
-                assert critic(images).dtype == torch.bfloat16
-            penalty = value(name, lambda x, _: critic(x), images)
-        assert penalty.dtype == torch.float32
-        penalty.backward()
-        slopes = [p.grad for p in critic.parameters() if p.grad is not None]
-        results.append([penalty.detach(), *slopes])
-    for in_float32, in_autocast in zip(*results, strict=True):
-        assert torch.equal(in_float32, in_autocast)
+
+    def results(network: nn.Module, at: Tensor, in_bfloat16: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
+            assert (network(at).dtype == torch.bfloat16) == in_bfloat16
+            penalty = value(name, lambda x, _: network(x), at)
+        slopes = torch.autograd.grad(penalty, list(network.parameters())[:-1])
+        return [penalty.detach(), *slopes]
+
+    in_autocast = results(critic, images, in_bfloat16=True)
+    assert in_autocast[0].dtype == torch.float32
+    in_float32 = results(critic, images.float(), in_bfloat16=False)
+    assert all(map(torch.equal, in_autocast, in_float32))
+    in_float64 = results(critic.double(), images.double(), in_bfloat16=False)
+    for found, exact in zip(in_autocast, in_float64, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def coefficients(purpose: str, draws: Draws) -> list[float]:

@@ -33,7 +33,7 @@ def test_after_n_updates_each_network_weighs_what_was_kept_since():
 
 
 def test_buffers_are_copied_and_not_averaged():
-    average, generator = average_of(network(0.0)), network(8.0)
+    average, generator = average_of(network(3.0)), network(8.0)
     generator.train()
     generator(torch.randn(4, 2).double())  # counts a batch
     update_average(average, generator, 0.5)
