@@ -91,7 +91,7 @@ RECIPES = {
     "non_saturating": Recipe("non_saturating"),
     "non_saturating+r1": Recipe("non_saturating", {"r1": 0.1}, rate=2e-3, betas=(0.0, 0.99)),
     "lsgan": Recipe("lsgan"),
-    "wgan": Recipe("wgan", clip=0.1, n_critic=5, optimizer="rmsprop", rate=5e-4),
+    "wgan": Recipe("wgan", clip=0.1, n_critic=5, optimizer="rmsprop", rate=2e-3, images=3_000_000),
     "wgan_gp": Recipe(
         "wgan", {"wgan_gp": 0.1}, n_critic=2, rate=2e-3, betas=(0.5, 0.9), images=2_500_000
     ),

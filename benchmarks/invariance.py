@@ -10,8 +10,8 @@ panel included. All ranks must also end with the same bits.
 `ratio` is the largest error in that: max |a - b| / max |b| over each kind (a network's gradient at
 one update, its weights, its second moments), and for a logged figure over its own size or 1. Not
 over each tensor: some gradients cancel to nothing but rounding, as that of a Wasserstein critic's
-last bias. Adam runs with a large epsilon for the same reason: its usual 1e-8 would turn gradients of
-rounding into whole steps.
+last bias. Adam runs with a large epsilon for the same reason: its usual 1e-8 would turn gradients
+of rounding into whole steps.
 
 A batch norm ties together the images of a micro-batch, so there two micro-batches are held against
 one process with two.
@@ -91,11 +91,12 @@ VARIANTS = {
     "no_final_bias": Variant(critic={"final_bias": False}),
     "patches": Variant(critic={"patches": True}),
     "batch_norm": Variant(generator={"norm": "batch"}),
+    "spectral_generator": Variant(generator={"norm": "spectral"}),
     "conditional": Variant(is_conditional=True),
     "gradient_clip": Variant(gradient_clip=0.1),
     "flip": Variant(flip=True),
-    # Not the biases' share at the bound where their gradients are rounding, as under shift-invariant
-    # losses: by that alone they would lie at the bound, or beside it and not be counted.
+    # Under losses that no shift of the logits changes, gradients of biases are rounding: clipped
+    # with the weights, they would lie at the bound, or beside it and not be counted, by chance.
     "clip_weights": Variant(clip=ClipConfig(0.1, "weights"), optimizer="rmsprop"),
     "clip_all": Variant(clip=ClipConfig(0.1, "all"), optimizer="rmsprop"),
 }
@@ -261,30 +262,28 @@ def run_rank(folder: Path) -> None:
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(1)
     runtime = Runtime.start(timeout_seconds=60)
-    references: dict[str, Record] = {}
-    if runtime.world_size > 1 and runtime.is_main:
-        references = torch.load(folder / "references.pt")
+    ranks = runtime.world_size
+    references: dict[str, Record] = torch.load(folder / "references.pt") if ranks > 1 else {}
     rows = []
-    matrix = [Combination(*names) for names in task["combinations"]]
-    for combination, precision, accumulate in itertools.product(
-        matrix, task["precisions"], ACCUMULATE
-    ):
-        found = record(config_of(combination, accumulate, precision), runtime)
-        are_equal = len(set(runtime.gather(_digest(found)))) == 1
-        by = reference_of(combination, accumulate)
-        if runtime.world_size == 1 and accumulate == by:
-            references[case_name(combination, accumulate, 1, precision)] = found
-        elif runtime.is_main:
-            expected = references[case_name(combination, by, 1, precision)]
-            error, where = largest_error(found, expected)
-            if not are_equal:
-                error, where = math.inf, "ranks end with different bits"
-            case = (combination, accumulate, runtime.world_size, precision)
-            rows.append({"name": case_name(*case), "error": error, "where": where})
-    if runtime.world_size == 1:
+    for names in task["combinations"]:
+        combination = Combination(*names)
+        for precision in task["precisions"]:
+            for accumulate in ACCUMULATE:
+                found = record(config_of(combination, accumulate, precision), runtime)
+                by = reference_of(combination, accumulate)
+                reference = case_name(combination, by, 1, precision)
+                if ranks == 1 and accumulate == by:
+                    references[reference] = found
+                    continue
+                error, where = largest_error(found, references[reference])
+                if len(set(runtime.gather(_digest(found)))) > 1:
+                    error, where = math.inf, "ranks end with different bits"
+                name = case_name(combination, accumulate, ranks, precision)
+                rows.append({"name": name, "error": error, "where": where})
+    if ranks == 1:
         torch.save(references, folder / "references.pt")
     if runtime.is_main:
-        (folder / f"rows{runtime.world_size}.json").write_text(json.dumps(rows))
+        (folder / f"rows{ranks}.json").write_text(json.dumps(rows))
     runtime.close()
 
 

@@ -15,9 +15,9 @@ REPOSITORY = Path(__file__).parent.parent
 def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> None:
     """Calls `package.module:function` with `folder` on every rank, and waits for all.
 
-    Each rank finds the launcher's usual environment; a single one finds none and is alone. What it prints goes to `rankN.txt` in the
-    folder. Raises RuntimeError, with what the rank printed last, as soon as one fails, and when
-    `seconds` are over; the others are then ended.
+    Each rank finds the launcher's usual environment; a single one finds none and is alone. What it
+    prints goes to `rankN.txt` in the folder. Raises RuntimeError as soon as one fails, with what it
+    printed last, and when `seconds` are over; the others are then ended.
     """
     module, _, name = function.partition(":")
     program = f"import sys, pathlib, {module} as m; m.{name}(pathlib.Path(sys.argv[1]))"
@@ -57,7 +57,9 @@ def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
     }
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], seconds: float):
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], seconds: float
+) -> None:
     deadline = time.monotonic() + seconds
     codes: list[int | None] = [None]
     while None in codes:

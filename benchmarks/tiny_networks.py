@@ -9,7 +9,8 @@ from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrall
 class TinyGenerator(nn.Module):
     """Latents, and the class, to a map of half the size, and that to an image in [-1, 1].
 
-    `norm` is "batch" (torch's own, which a run replaces by that of the global batch) or "none".
+    `norm` is "batch" (torch's own, which a run replaces by that of the global batch), "spectral"
+    (of all weights) or "none".
     """
 
     def __init__(
@@ -28,6 +29,9 @@ class TinyGenerator(nn.Module):
         self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
         self.norm = nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
         self.output = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
+        if norm == "spectral":
+            for layer in (self.input, self.output):
+                normalize_spectrally(layer)
 
     def forward(
         self, latents: Float[Tensor, "batch latent"], labels: Int64[Tensor, " batch"] | None = None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def _extended(end: End, row: dict) -> End:
     return End(end.images_seen, end.rows + 1, end.names | frozenset(row))
 
 
-def _to_json(value: float | int | str) -> float | int | str:
+def _to_json(value: Any) -> float | int | str:
     if isinstance(value, np.generic):
         value = value.item()
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

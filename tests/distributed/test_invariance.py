@@ -1,7 +1,7 @@
 """Every objective trains alike on 1, 2 and 4 ranks, with accumulation or not; and what it is held
 against is the published mathematics.
 
-The combinations here have every loss, penalty and variant in them; `python -m benchmarks.invariance`
+Every loss, penalty and variant occurs in the combinations here; `python -m benchmarks.invariance`
 has every loss with every penalty.
 """
 
