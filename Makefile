@@ -29,6 +29,12 @@ lint: install
 # What CI runs; `make test` alone is enough while one works.
 check: lint test
 
+# Every benchmark, the short way; `python -m benchmarks.NAME` is the long one.
+bench: install
+	$(BIN)/python -m benchmarks.invariance --quick
+	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.gaussians --quick
+
 # The versions of this environment become those that everybody gets.
 pin: install
 	$(BIN)/python -m pip freeze --exclude-editable | $(BIN)/python tools/pin.py > constraints.txt
