@@ -67,11 +67,13 @@ class Ours:
 
     def __call__(self) -> None:
         for _ in range(self._n_critic):
-            slots = self.state.images_seen + torch.arange(len(self._images))
-            batch = DeviceBatch(self._images, None, slots)
-            self._cycle.critic_step(batch, with_panel=False)
-        self._cycle.generator_step(batch, with_panel=False)
+            self._cycle.critic_step(self._next_batch(), with_panel=False)
+        self._cycle.generator_step(self._next_batch(), with_panel=False)
         self._cycle.update_average()
+
+    def _next_batch(self) -> DeviceBatch:
+        slots = self.state.images_seen + torch.arange(len(self._images))
+        return DeviceBatch(self._images, None, slots)
 
 
 class HandWritten:
