@@ -3,10 +3,9 @@
     python -m benchmarks.gaussians [--quick] [--json FILE] [--figure FILE] [--trials N]
         [--objective NAME] [--data ring8|grid25] [--images N]
 
-The protocol and what was published are in `benchmarks.mixtures`. The networks are smaller than
-PacGAN's and have no batch norm; what trains them is the package's own steps, players, average and
-draws. One thread, so that sums have one order: on one machine the seed and the images decide the
-result.
+The protocol and what was published are in `benchmarks.mixtures`. The networks are not the papers';
+what trains them is the package's own steps, players, average and draws. One thread, so that sums
+have one order: on one machine the seed and the images decide the result.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Two mixtures of Gaussians, how samples of them are judged, and what was published about it.
 
 The mixtures are those of VEEGAN (Srivastava et al. 2017, arXiv:1705.07761), the protocol is that of
-PacGAN (Lin et al. 2018, arXiv:1712.04086, section 4.1).
+PacGAN's experiments on them (Lin et al. 2018, arXiv:1712.04086).
 """
 
 import math
@@ -58,7 +58,7 @@ class Score:
 
 
 def judge(samples: Float[Tensor, "samples 2"], mixture: Mixture) -> Score:
-    """PacGAN, section 4.1: a sample is of high quality within three deviations of its nearest mode;
+    """PacGAN's protocol: a sample is of high quality within three deviations of its nearest mode;
     a mode is covered by one such sample. Of the mixture itself 98.9 % are: 1 - exp(-9/2)."""
     distances, nearest = torch.cdist(samples, mixture.modes).min(dim=1)
     is_high_quality = distances <= 3 * mixture.deviation

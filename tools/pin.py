@@ -13,7 +13,7 @@ OLDEST_PYTHON = (3, 10)
 
 def marker(name: str) -> str:
     """The environment marker for a package that does not support OLDEST_PYTHON, else nothing."""
-    required = importlib.metadata.distribution(name).metadata.json.get("requires_python", "")
+    required = str(importlib.metadata.metadata(name)["Requires-Python"] or "")
     for part in required.split(","):
         if part.strip().startswith(">="):
             oldest = part.strip().removeprefix(">=").strip()
