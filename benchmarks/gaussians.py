@@ -38,8 +38,8 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.ema import average_of, decay, update_average
+from ganscale.training.networks import seeded
 from ganscale.training.player import Player, Tripwire
-from ganscale.training.state import seeded
 from ganscale.training.step import CriticStep, GeneratorStep
 
 BATCH = 128

@@ -3,6 +3,7 @@
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, start it again
 
 

@@ -3,6 +3,7 @@ torch.distributed; everything else asks this module, and reads the same on one r
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -75,8 +76,12 @@ class Runtime:
 
             forward_sync_buffers: bool = True
 
+        _refuse_other_parallelism()
+        # A hint about speed for every channels-last weight; its copy into DDP's bucket is cheap.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            # Apple's devices have no float64, in which meters and statistics are summed.
+            cpu=not torch.cuda.is_available(),
             mixed_precision="no",  # the config's, not the launcher's: see `autocast`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
         )
@@ -91,12 +96,6 @@ class Runtime:
                 f"the launcher promised {promised} ranks, but this process joined a world of "
                 f"{accelerator.num_processes}: use one of the config files in launch/ "
                 "(on CPU, launch/cpu.yaml)"
-            )
-        if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            raise UserError(
-                f"{accelerator.distributed_type.value} is not supported: a gradient penalty needs "
-                "double backward through whole parameters; launch with plain data parallelism "
-                "(launch/one_machine.yaml)"
             )
         group = None
         if accelerator.num_processes > 1:
@@ -187,6 +186,25 @@ class Runtime:
         """Leaves the process group; safe to call twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _refuse_other_parallelism() -> None:
+    """Raises UserError for what the launcher's environment asks for beside data parallelism."""
+    asked = [
+        name
+        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
+    ]
+    if asked:
+        raise UserError(
+            f"{asked[0]} is not supported: a gradient penalty needs double backward through whole "
+            "parameters; launch with plain data parallelism (launch/one_machine.yaml)"
+        )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise UserError(
+            "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
+            "launch with --dynamo_backend no"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -15,8 +15,9 @@ def complaint(runs: Runs, *settings: str, ranks: int = 1) -> str:
     """What `ganscale train` says to these settings; asserts that it is a sentence and exit 2."""
     output = runs.finish("mistake", *settings, ranks=ranks, exit_code=2 if ranks == 1 else 1)
     assert ranks > 1 or "Traceback" not in output  # accelerate's launcher prints one of its own
-    (line,) = {line for line in output.splitlines() if "error: " in line and "rank 1" not in line}
-    return line.partition("error: ")[2]
+    # Of several ranks, the launcher may end some before they have said it.
+    (said,) = {line.partition("error: ")[2] for line in output.splitlines() if "error: " in line}
+    return said
 
 
 @pytest.mark.parametrize(
@@ -30,8 +31,7 @@ def complaint(runs: Runs, *settings: str, ranks: int = 1) -> str:
         ("data.resolution=48", "48"),
         ("generator.target=dcgann", "dcgann"),
         ("critic.options.widht=3", "widht"),
-        ("objective.loss.name=wgann", "`objective.loss.name`: unknown loss wgann; did you mean "
-         "wgan"),
+        ("objective.loss.name=wgann", "there is no loss called 'wgann' (did you mean 'wgan'?)"),
         ("training.precision=float16", "`training.precision` must be one of"),
     ],
 )  # fmt: skip

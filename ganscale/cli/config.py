@@ -10,11 +10,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Prints every setting of the run with the file that it came from.",
     )
     parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also build objective and networks and look at the data, as training would",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
 
-    print(resolve(arguments.settings).to_yaml(with_origin=True), end="")
+    resolved = resolve(arguments.settings)
+    if arguments.check:
+        from ganscale.data.manifest import Manifest, check_shards
+        from ganscale.objectives.objective import build_objective
+        from ganscale.training.networks import build_networks, class_count
+
+        build_objective(resolved.config.objective)
+        manifest = Manifest.load(resolved.config.data.path)
+        check_shards(manifest)
+        build_networks(resolved.config, class_count(resolved.config, manifest))
+    print(resolved.to_yaml(with_origin=True), end="")
     return 0

@@ -11,7 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ganscale import __version__
 from ganscale.cli import config, sample, shards, train
-from ganscale.errors import EXIT_FAILED, EXIT_USER_ERROR, NonFiniteError, ReplicaError, UserError
+from ganscale.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    NonFiniteError,
+    ReplicaError,
+    UserError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,8 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (NonFiniteError, ReplicaError) as error:
         _say(f"error: {error}")
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # `ganscale ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        _say(f"error: {error}")
         return EXIT_FAILED
 
 

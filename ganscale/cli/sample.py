@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--count must be at least 1, not {count}")
     if not (arguments.grid or arguments.folder or arguments.shards):
         raise UserError("say where the images go: --grid PNG, --folder DIR or --shards DIR")
+    if arguments.columns is not None and arguments.columns < 1:
+        raise UserError(f"--columns must be at least 1, not {arguments.columns}")
     columns = arguments.columns or max(1, round(math.sqrt(count)))
     generator, latent_dim, num_classes = load_generator(arguments.run_folder, arguments.weights)
     if arguments.label is not None and not 0 <= arguments.label < num_classes:

@@ -25,8 +25,13 @@ def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
 
 
 def write_folder(chunks: Chunks, folder: Path) -> int:
-    """One `000000123.png` an image; returns how many."""
+    """One `000000123.png` an image; returns how many.
+
+    Raises UserError for a folder that holds images already.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob("*.png")):
+        raise UserError(f"{folder} holds images already; write into another folder")
     count = 0
     for image in _each(chunks):
         to_picture(image).save(folder / f"{count:09d}.png")

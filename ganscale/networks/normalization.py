@@ -94,12 +94,25 @@ def _global_moments(
 def with_global_batch_norm(module: nn.Module) -> nn.Module:
     """`module` with every batch norm of torch's replaced by a GlobalBatchNorm of the same weights.
 
-    Raises UserError for one that keeps no running mean, or the mean of all batches so far.
+    One that stands in several places stays one. Raises UserError for a batch norm that keeps no
+    running mean, or the mean of all batches so far.
     """
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        for name, child in module.named_children():
-            setattr(module, name, with_global_batch_norm(child))
-        return module
+    replacements: dict[nn.Module, nn.Module] = {}
+
+    def replaced(child: nn.Module) -> nn.Module:
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if child not in replacements:
+                replacements[child] = _globalized(child)
+            return replacements[child]
+        for name, grandchild in child._modules.items():
+            if grandchild is not None:
+                child._modules[name] = replaced(grandchild)
+        return child
+
+    return replaced(module)
+
+
+def _globalized(module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
     if module.momentum is None or module.running_mean is None:
         raise UserError(
             f"{module} has no exponential running mean: give it a momentum and track_running_stats"
@@ -109,6 +122,8 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
     )
     replacement.to(module.running_mean)  # its type and device
     replacement.load_state_dict(module.state_dict(), strict=False)  # has no count of batches
+    for name, parameter in module.named_parameters():
+        getattr(replacement, name).requires_grad_(parameter.requires_grad)
     return replacement.train(module.training)
 
 

@@ -11,6 +11,7 @@ A loss of the user's own is a function that returns a `Loss`, named `package.mod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
@@ -132,7 +133,24 @@ def build_loss(name: str, options: Mapping[str, float]) -> Loss:
     loss = call(find(name, LOSSES, "loss"), options, f"loss {name}")
     if not isinstance(loss, Loss):
         raise UserError(f"loss {name} returns a {type(loss).__name__}, not a Loss")
+    if name not in LOSSES:
+        _try(name, loss)
     return loss
+
+
+def _try(name: str, loss: Loss) -> None:
+    """Raises UserError for a loss of the user's that does not do what it declares."""
+    logits = torch.zeros(2)
+    try:
+        values = (
+            loss.critic(logits, logits),
+            loss.generator(logits, logits if loss.generator_needs_real else None),
+        )
+    except Exception as error:
+        hint = "" if loss.generator_needs_real else "; does it need generator_needs_real=True?"
+        raise UserError(f"loss {name} fails: {type(error).__name__}: {error}{hint}") from error
+    if any(not isinstance(value, Tensor) or value.ndim for value in values):
+        raise UserError(f"loss {name} must give one number a batch, a tensor without dimensions")
 
 
 def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ganscale.errors import UserError
 from ganscale.importing import call, find
 from ganscale.objectives.losses import LOSSES, Loss, build_loss
 from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
@@ -61,12 +62,18 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         for name, penalty in config.penalties.items()
         if penalty.weight > 0
     }
-    watched = [*LOSSES, *config.panel]
-    if config.loss.name not in watched:
-        watched.append(config.loss.name)
-    return Objective(
-        loss=build_loss(config.loss.name, config.loss.options),
-        penalties=penalties,
-        clip=config.clip,
-        panel={name.rpartition(":")[2]: build_loss(name, {}) for name in watched},
-    )
+    loss = build_loss(config.loss.name, config.loss.options)
+    panel = {name: build_loss(name, {}) for name in LOSSES}
+    for name in config.panel:
+        _add_to_panel(panel, name, build_loss(name, {}))
+    if config.loss.name not in (*LOSSES, *config.panel):
+        _add_to_panel(panel, config.loss.name, loss)
+    return Objective(loss=loss, penalties=penalties, clip=config.clip, panel=panel)
+
+
+def _add_to_panel(panel: dict[str, Loss], target: str, loss: Loss) -> None:
+    """Adds a loss of the user's by its function's name."""
+    name = target.rpartition(":")[2]
+    if name in panel:
+        raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
+    panel[name] = loss

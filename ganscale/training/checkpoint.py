@@ -4,7 +4,6 @@ A checkpoint is a folder `images-000123456` of safetensors files, `state.json` (
 `checksums.json`. Nothing in it is ever unpickled.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -61,19 +60,22 @@ def save_checkpoint(
     return folder
 
 
-def newest_checkpoint(root: Path) -> Path | None:
+def newest_checkpoint(root: Path, *, sets_aside: bool = True) -> Path | None:
     """The newest checkpoint whose files are all as they were written.
 
-    A damaged one is set aside as `damaged-images-...` and named in the log.
+    A damaged one is named in the log and, unless the caller only reads, set aside as
+    `damaged-images-...`.
     """
     for folder in reversed(_oldest_first(root)):
         if (reason := damage(folder)) is None:
             return folder
+        if not sets_aside:
+            logger.warning("checkpoint %s is damaged (%s)", folder, reason)
+            continue
         aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
         logger.warning("checkpoint %s is damaged (%s): set aside as %s", folder, reason, aside.name)
-        with contextlib.suppress(OSError):  # who only samples may not be allowed to
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
     return None
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ganscale.errors import UserError
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, rate_factor
@@ -73,8 +74,10 @@ class Player:
         runtime: Runtime,
         tripwire: Tripwire,
     ) -> None:
-        self._name = name
+        self.name = name
         self._step = step
+        self._network = network
+        self._is_checked = False
         self._wrapped = runtime.prepare(step)
         self._runtime = runtime
         self._training = training
@@ -107,11 +110,13 @@ class Player:
                 output: StepOutput = self._wrapped(**micro_batch(inputs, part, parts), parts=parts)
                 (output.loss / parts).backward(inputs=self.parameters)
             outputs.append(output)
+        if not self._is_checked:
+            self._check_gradients()
         meters = {
             name: torch.stack([output.meters[name] for output in outputs]).mean()
             for name in outputs[0].meters
         }
-        meters[f"optim/{self._name}_gradient_norm"] = self._apply(images_seen)
+        meters[f"optim/{self.name}_gradient_norm"] = self._apply(images_seen)
         return meters, _in_batch_order([output.logits for output in outputs])
 
     def _logit_gradients(self, inputs: dict[str, Any], parts: int) -> LogitGradients:
@@ -127,6 +132,18 @@ class Player:
 
     def learning_rate(self, images_seen: int) -> float:
         return self._learning_rate * rate_factor(self._training, images_seen)
+
+    def _check_gradients(self) -> None:
+        """Raises UserError for a parameter that the loss does not reach: on one rank it would idle,
+        on several DDP would wait for its gradient and fail at the next step."""
+        names = {id(p): name for name, p in self._network.named_parameters()}
+        idle = [names[id(p)] for p in self.parameters if p.grad is None]
+        if idle:
+            raise UserError(
+                f"the {self.name}'s parameters {', '.join(idle)} get no gradient from its loss: "
+                "use them in forward, remove them, or set requires_grad=False"
+            )
+        self._is_checked = True
 
     @torch.no_grad()
     def _apply(self, images_seen: int) -> Tensor:
@@ -144,6 +161,13 @@ class Player:
         return norm
 
 
+_STATE_NAMES = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.RMSprop: {"step", "square_avg", "momentum_buffer"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's moments and step counts as `<parameter index>.<name>`."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
@@ -157,9 +181,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     and a channels-last parameter beside contiguous moments is updated wrongly without a word.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = _STATE_NAMES[type(optimizer)]
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
+        if key not in expected:
+            raise ValueError(f"{key} is no state of {type(optimizer).__name__}")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -42,23 +42,28 @@ class Reports:
         self._runtime = runtime
         self._state = state
         self._loader = loader
+        self._broken_before = state.broken_samples  # in earlier sessions
         self._last_row: dict[str, float] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
-        if runtime.is_main:
-            self._console = Console(config.training.total_images, folder.log)
-            self._tracker = Tracker(
-                folder.path,
-                project=config.log.project,
-                name=config.run.name,
-                mode=config.log.wandb,  # type: ignore[arg-type]
-                config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
-                run_id=run_id,
-                resumed_at=resumed_at,
-            )
-            if resumed_at is not None:
-                self._console.message(f"continues at {resumed_at:,} images")
+        runtime.from_main(lambda: self._open(run_id, resumed_at))
         self._since = (time.perf_counter(), state.images_seen)
+
+    def _open(self, run_id: str, resumed_at: int | None) -> None:
+        """On rank 0, whose UserError (online without a key) ends every rank."""
+        config, folder = self._config, self._folder
+        self._tracker = Tracker(
+            folder.path,
+            project=config.log.project,
+            name=config.run.name,
+            mode=config.log.wandb,  # type: ignore[arg-type]
+            config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
+            run_id=run_id,
+            resumed_at=resumed_at,
+        )
+        self._console = Console(config.training.total_images, folder.log)
+        if resumed_at is not None:
+            self._console.message(f"continues at {resumed_at:,} images")
 
     def waiting_for(self, loader: Loader) -> Batch:
         """The loader's next batch; the time that takes is reported."""
@@ -74,13 +79,14 @@ class Reports:
         row = state.meters.read()
         broken = torch.tensor([float(sum(self._loader.broken.values())), self._data_seconds])
         broken_samples, data_seconds = self._runtime.sum(broken.to(self._runtime.device))
+        state.broken_samples = self._broken_before + round(broken_samples.item())
         row |= {
             "logits/wasserstein": row["logits/real_mean"] - row["logits/fake_mean"],
             "optim/critic_learning_rate": state.critic_player.learning_rate(state.images_seen),
             "optim/generator_learning_rate": state.generator_player.learning_rate(
                 state.images_seen
             ),
-            "data/broken_samples": broken_samples.item(),
+            "data/broken_samples": float(state.broken_samples),
             "perf/images_per_second": (state.images_seen - images_then) / (now - then),
             "perf/data_wait_share": data_seconds.item() / self._runtime.world_size / (now - then),
         }
@@ -127,7 +133,7 @@ class Reports:
             "training_seconds": round(state.seconds, 3),
             "images_per_second": round(state.images_seen / max(state.seconds, 1e-9), 1),
             "exit_code": exit_code,
-            "broken_samples": self._last_row.get("data/broken_samples", 0),
+            "broken_samples": state.broken_samples,
             "sessions": state.sessions,
             "last": self._last_row,
         }

@@ -1,5 +1,6 @@
 """The folder `runs/NAME`: what stands in it, and whether a run may start or continue there."""
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -67,11 +68,12 @@ class RunFolder:
     def _continue(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
         if not self.identity.exists():
             identity = {"id": secrets.token_hex(4), "fingerprint": fingerprint}
-            write_text(self.config, resolved.to_yaml())
             write_text(self.identity, json.dumps(identity))
             return identity["id"], None
         identity = json.loads(self.identity.read_text())
-        changes = curve_changes(load_stored(self.config), resolved.config)
+        changes = []
+        if self.config.exists():
+            changes = curve_changes(load_stored(self.config), resolved.config)
         allowed = resolved.config.resume.allow
         if identity["fingerprint"] != fingerprint and "data" not in allowed:
             changes.append("data: the shards are others than this run was trained on")
@@ -81,9 +83,21 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({'; '.join(changes)}): choose "
                 f"another run.name, or continue it with resume.allow=[{keys}]"
             )
-        write_text(self.config, resolved.to_yaml())
+        checkpoint = newest_checkpoint(self.checkpoints)
+        if checkpoint is None and (self.path / "metrics.jsonl").exists():
+            logger.warning("%s has no whole checkpoint: the run starts again", self.path)
+        return identity["id"], checkpoint
+
+    def accept(self, resolved: Resolved, fingerprint: str) -> None:
+        """Stores the settings that the run goes on with, once they are known to load. Rank 0 only.
+
+        `resume.allow` is not among them: what may differ is to be named anew each time.
+        """
+        resume = dataclasses.replace(resolved.config.resume, allow=[])
+        config = dataclasses.replace(resolved.config, resume=resume)
+        identity = json.loads(self.identity.read_text())
+        write_text(self.config, dataclasses.replace(resolved, config=config).to_yaml())
         write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
-        return identity["id"], newest_checkpoint(self.checkpoints)
 
     def close(self) -> None:
         """Lets other processes train here."""

@@ -1,7 +1,5 @@
 """What a run is at one moment: networks, optimizers, average and counters; no random state."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +8,14 @@ from torch import nn
 
 from ganscale.config import load_stored
 from ganscale.errors import UserError
-from ganscale.networks.build import build_critic, build_generator
-from ganscale.networks.normalization import with_global_batch_norm
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.objective import Objective
-from ganscale.randomness import derived_seed
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.training.ema import average_of
-from ganscale.training.exactness import refuse_what_breaks_exactness
 from ganscale.training.meters import MeterSums
+from ganscale.training.networks import build_generator_of, build_networks
 from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.player import Player, Tripwire, load_optimizer_tensors, optimizer_tensors
 from ganscale.training.run_folder import RunFolder
@@ -35,17 +30,7 @@ class TrainingState:
     ) -> None:
         """Builds the networks from the seed, the same on every rank. Raises UserError for networks
         that cannot be built, do not fit the data or do not fit each other."""
-        with seeded(config.seed, "initial weights"):
-            self.generator = build_generator_of(config, num_classes)
-            self.critic = build_critic(
-                config.critic.target,
-                config.critic.options,
-                sample_shape=sample_shape(config),
-                num_classes=num_classes,
-            )
-        refuse_what_breaks_exactness(self.generator, self.critic)
-        self.generator = with_global_batch_norm(self.generator)
-        _check_shapes(self.generator, self.critic, config, num_classes)
+        self.generator, self.critic = build_networks(config, num_classes)
         self.dtype = weights_dtype(config.training.precision)
         self.generator.to(self.dtype)
         self.critic.to(self.dtype)
@@ -80,6 +65,7 @@ class TrainingState:
         self.meters = MeterSums(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
+        self.broken_samples = 0  # on all ranks and in all sessions, as of the last logged row
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
 
@@ -99,18 +85,31 @@ class TrainingState:
             "images_seen": self.images_seen,
             "num_classes": self.num_classes,
             "steps": self.steps,
+            "broken_samples": self.broken_samples,
             "seconds": self.seconds,
             "sessions": self.sessions,
             "meters": self.meters.state(),
         }
 
     def load(self, folder: Path) -> None:
-        """Takes everything from a checkpoint that was verified."""
-        for name in ("generator", "critic", "average"):
-            getattr(self, name).load_state_dict(load_tensors(folder, name))
-        for player, name in ((self.generator_player, "generator"), (self.critic_player, "critic")):
-            load_optimizer_tensors(player.optimizer, load_tensors(folder, f"{name}_optimizer"))
+        """Takes everything from a checkpoint that was verified.
+
+        Raises UserError where networks or optimizers are not those that were saved.
+        """
+        try:
+            for name in ("generator", "critic", "average"):
+                getattr(self, name).load_state_dict(load_tensors(folder, name))
+            for player in (self.generator_player, self.critic_player):
+                load_optimizer_tensors(
+                    player.optimizer, load_tensors(folder, f"{player.name}_optimizer")
+                )
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{folder} does not fit these settings ({' '.join(str(error).split())[:300]}): "
+                "continue with the networks and kinds of optimizer that it was trained with"
+            ) from error
         numbers = load_state(folder)
+        self.broken_samples = numbers["broken_samples"]
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.meters.load_state(numbers["meters"])
@@ -138,7 +137,7 @@ def load_generator(run_folder: Path, weights: str) -> tuple[nn.Module, int, int]
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
-    checkpoint = newest_checkpoint(folder.checkpoints)
+    checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
     if checkpoint is None:
         raise UserError(f"{run_folder} has no whole checkpoint yet")
     config = load_stored(folder.config)
@@ -146,56 +145,3 @@ def load_generator(run_folder: Path, weights: str) -> tuple[nn.Module, int, int]
     generator = build_generator_of(config, num_classes)
     generator.load_state_dict(load_tensors(checkpoint, weights))
     return generator.eval(), config.generator.latent_dim, num_classes
-
-
-def sample_shape(config: Config) -> tuple[int, int, int]:
-    return (config.data.channels, config.data.resolution, config.data.resolution)
-
-
-def build_generator_of(config: Config, num_classes: int) -> nn.Module:
-    return build_generator(
-        config.generator.target,
-        config.generator.options,
-        latent_dim=config.generator.latent_dim,
-        sample_shape=sample_shape(config),
-        num_classes=num_classes,
-    )
-
-
-@contextlib.contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """torch's own generator as a function of (seed, purpose), put back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, purpose))
-        yield
-
-
-@torch.no_grad()
-def _check_shapes(
-    generator: nn.Module, critic: nn.Module, config: Config, num_classes: int
-) -> None:
-    """One forward of two samples: a network of the user's own may fit neither data nor partner."""
-    labels = (torch.zeros(2, dtype=torch.int64),) if num_classes else ()
-    was_training = generator.training
-    generator.eval()
-    try:
-        with seeded(config.seed, "shapes"):
-            images = generator(torch.randn(2, config.generator.latent_dim), *labels)
-        if tuple(images.shape) != (2, *sample_shape(config)):
-            raise UserError(
-                f"generator {config.generator.target} makes samples of shape "
-                f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
-            )
-        logits = critic(images, *labels)
-        if logits.ndim == 0 or len(logits) != 2:
-            raise UserError(
-                f"critic {config.critic.target} returns {tuple(logits.shape)} for a batch of 2: "
-                "the first dimension must be the batch"
-            )
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"generator {config.generator.target} and critic {config.critic.target} do not run "
-            f"together on {sample_shape(config)}: {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        generator.train(was_training)

@@ -14,6 +14,7 @@ from ganscale.runtime import Runtime
 from ganscale.tracking.console import setup_logging
 from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
 from ganscale.training.cycle import Cycle
+from ganscale.training.networks import class_count
 from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
@@ -34,16 +35,21 @@ class Trainer:
         self.objective = build_objective(config.objective)
         self.manifest = Manifest.load(config.data.path)
         runtime.from_main(lambda: check_shards(self.manifest))
-        num_classes = _class_count(self.manifest) if config.training.conditional else 0
+        num_classes = class_count(config, self.manifest)
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
+        setup_logging(self.folder.log, runtime.rank)
         self.run_id, checkpoint = runtime.from_main(
             lambda: self.folder.open(resolved, self.manifest.fingerprint)
         )
-        setup_logging(self.folder.log, runtime.rank)
-        if checkpoint is not None:
-            self.state.load(checkpoint)
+        try:
+            if checkpoint is not None:
+                self.state.load(checkpoint)
+            runtime.from_main(lambda: self.folder.accept(resolved, self.manifest.fingerprint))
+        except BaseException:
+            self.folder.close()
+            raise
         self.resumed_at = None if checkpoint is None else self.state.images_seen
         self.cycle = Cycle(config, self.objective, runtime, self.state)
 
@@ -70,18 +76,17 @@ class Trainer:
             images_seen=state.images_seen,
             pin_memory=self.runtime.device.type == "cuda",
         )
-        reports = Reports(
-            config, self.folder, self.run_id, self.resumed_at, self.runtime, state, loader
-        )
-        try:
-            with StopRequest() as stop:
-                exit_code = self._train(loader, reports, stop)
-        except BaseException:
-            reports.close(EXIT_FAILED)
-            raise
-        finally:
-            loader.close()
-        reports.close(exit_code)
+        with contextlib.closing(loader):
+            reports = Reports(
+                config, self.folder, self.run_id, self.resumed_at, self.runtime, state, loader
+            )
+            try:
+                with StopRequest() as stop:
+                    exit_code = self._train(loader, reports, stop)
+            except BaseException:
+                reports.close(EXIT_FAILED)
+                raise
+            reports.close(exit_code)
         return exit_code
 
     def _train(self, loader: Loader, reports: Reports, stop: StopRequest) -> int:
@@ -109,18 +114,17 @@ class Trainer:
             if logs:
                 reports.metrics()
 
-            # Audit
-            if is_last or _crosses(before, after, config.audit.every_images):
-                audit_replicas(state.audited(), self.runtime)
-
             # Samples
             if is_last or _crosses(before, after, config.samples.every_images):
                 reports.samples()
 
-            # Checkpoint
+            # Audit and checkpoint: what is not the same on all ranks is never saved
             stops = stop_vote() > 0 and not is_last
-            if is_last or stops or _crosses(before, after, config.checkpoint.every_images):
+            saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
+            if saves or _crosses(before, after, config.audit.every_images):
                 self._stop_if_not_finite()  # held back updates must not count as images seen
+                audit_replicas(state.audited(), self.runtime)
+            if saves:
                 self._save(must_succeed=is_last or stops)
 
             # Stop
@@ -156,22 +160,22 @@ class Trainer:
 
     def _save(self, *, must_succeed: bool) -> None:
         """A failed periodic checkpoint is an error in the log; a failed last one ends the run."""
-        numbers = self.state.numbers()
-        if not self.runtime.is_main:
-            return
-        keep = self.config.checkpoint
-        try:
-            save_checkpoint(
-                self.folder.checkpoints, self.state.images_seen, self.state.files(), numbers
-            )
-            prune_checkpoints(self.folder.checkpoints, keep.keep_last, keep.keep_every_images)
-        except OSError as error:
-            message = (
-                f"no checkpoint could be written at {self.state.images_seen:,} images: {error}"
-            )
-            if must_succeed:
-                raise UserError(message) from error
-            logger.error("%s; older ones are untouched, training goes on", message)
+        numbers, keep = self.state.numbers(), self.config.checkpoint
+
+        def save() -> None:
+            try:
+                save_checkpoint(
+                    self.folder.checkpoints, self.state.images_seen, self.state.files(), numbers
+                )
+                prune_checkpoints(self.folder.checkpoints, keep.keep_last, keep.keep_every_images)
+            except OSError as error:
+                images_seen = f"{self.state.images_seen:,}"
+                message = f"no checkpoint could be written at {images_seen} images: {error}"
+                if must_succeed:
+                    raise UserError(message) from error
+                logger.error("%s; older ones are untouched, training goes on", message)
+
+        self.runtime.from_main(save)
 
 
 def _crosses(before: int, after: int, every: int) -> bool:
@@ -189,11 +193,3 @@ def _check_batch(batch: int, accumulate: int, runtime: Runtime) -> None:
             f"`training.global_batch_size` of {batch} cannot be dealt evenly to "
             f"{runtime.world_size} ranks of {accumulate} micro-batches: choose {nearest}"
         )
-
-
-def _class_count(manifest: Manifest) -> int:
-    if manifest.class_count == 0:
-        raise UserError(
-            f"`training.conditional` needs class labels, but shards in {manifest.root} have none"
-        )
-    return manifest.class_count

@@ -9,6 +9,8 @@ from ganscale.training.run_folder import RunFolder
 if __name__ == "__main__":
     config, fingerprint, *folders = sys.argv[1:]
     for folder in folders:
-        run_id, checkpoint = RunFolder(Path(folder)).open(resolve([config]), fingerprint)
+        run = RunFolder(Path(folder))
+        run_id, checkpoint = run.open(resolve([config]), fingerprint)
+        run.accept(resolve([config]), fingerprint)
         print(run_id, checkpoint, flush=True)
     sys.stdin.read()

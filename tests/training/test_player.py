@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
@@ -188,17 +189,19 @@ def test_a_gradient_is_clipped_by_its_global_norm_which_is_reported_as_it_was(ru
         torch.testing.assert_close(clipped, share * full, rtol=1e-4, atol=1e-6)
 
 
-def test_parameters_without_a_gradient_and_frozen_ones_are_left_alone(runtime):
-    network = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+def test_frozen_parameters_are_left_alone_and_idle_ones_refused_by_name(runtime):
+    network = nn.ModuleDict({"used": nn.Linear(2, 1)})
     network["frozen"] = nn.Linear(1, 1).requires_grad_(False)
     network.forward = lambda x: network["frozen"](network["used"](x))
-    player = player_of(network, runtime, OPTIMIZERS["adam"], gradient_clip=1)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     real, fake = torch.ones(3, 2), torch.zeros(3, 2)
     inputs = {"real_images": real, "fake_images": fake, "labels": None, "points": {}}
-    player.update(inputs, 0)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    player_of(network, runtime, OPTIMIZERS["adam"], gradient_clip=1).update(inputs, 0)
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"used.weight", "used.bias"}
+    network["idle"] = nn.Linear(2, 1)
+    with pytest.raises(UserError, match=r"parameters idle\.weight, idle\.bias get no gradient"):
+        player_of(network, runtime, OPTIMIZERS["adam"]).update(inputs, 0)
 
 
 def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):

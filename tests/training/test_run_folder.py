@@ -98,6 +98,7 @@ def test_free_settings_may_change_and_are_stored(sessions):
     folder, run_id = sessions.begun()
     settings = sessions.settings("training.total_images=60k", "data.workers=0")
     assert folder.open(settings, "digits")[0] == run_id
+    folder.accept(settings, "digits")
     assert load_stored(folder.config) == settings.config
 
 
@@ -117,7 +118,10 @@ def test_what_the_refusal_says_to_type_continues_the_run_and_holds_from_then_on(
     folder, run_id = sessions.begun()
     settings = sessions.settings("seed=1", "resume.allow=[seed]")
     assert folder.open(settings, "digits")[0] == run_id
+    assert load_stored(folder.config).seed == 0  # until it is known to load
+    folder.accept(settings, "digits")
     assert load_stored(folder.config).seed == 1
+    assert load_stored(folder.config).resume.allow == []  # to be named anew each time
 
 
 def test_other_shards_are_refused_unless_the_data_may_change(sessions):
@@ -125,7 +129,9 @@ def test_other_shards_are_refused_unless_the_data_may_change(sessions):
     with pytest.raises(UserError, match=r"data: the shards are others.*resume\.allow=\[data\]"):
         folder.open(sessions.settings(), "faces")
     folder, run_id = sessions.begun()
-    assert folder.open(sessions.settings("resume.allow=[data]"), "faces")[0] == run_id
+    settings = sessions.settings("resume.allow=[data]")
+    assert folder.open(settings, "faces")[0] == run_id
+    folder.accept(settings, "faces")
     assert json.loads(folder.identity.read_text()) == {"id": run_id, "fingerprint": "faces"}
 
 
@@ -133,6 +139,7 @@ def test_runs_have_ids_of_their_own_and_folders_are_made_as_needed(tmp_path, ses
     first, second = (RunFolder(tmp_path / "deep" / name) for name in ("first", "second"))
     ids = [folder.open(sessions.settings(), "digits")[0] for folder in (first, second)]
     assert ids[0] != ids[1]
+    first.accept(sessions.settings(), "digits")
     assert load_stored(first.config) == sessions.settings().config
 
 
