@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{rank}{message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{rank}{message}\n")  # in one piece: other ranks write there too
+    sys.stderr.flush()
 
 
 def entry_point() -> None:
