@@ -57,6 +57,21 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: 
     )
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP is not supported"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED is not supported"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "the launcher asks for torch.compile"),
+    ],
+)
+def test_a_launcher_that_asks_for_other_parallelism_is_refused(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert expected in complaint(runs)
+
+
 def test_labels_that_are_not_there_are_missed(runs: Runs, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()

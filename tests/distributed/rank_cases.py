@@ -230,7 +230,7 @@ def listen(name: str, player: Player, events: list[str]) -> None:
 
 
 def disturbed_run(folder: Path, runtime: Runtime) -> dict[str, Any]:
-    """A real run in which a weight of rank 1 changes by itself between its two audits."""
+    """A real run in which a weight of rank 1 changes by itself between two checkpoints."""
     arguments = (folder / "arguments.txt").read_text().splitlines()
     trainer = Trainer(resolve(arguments), runtime)
     checkpoints = trainer.folder.checkpoints

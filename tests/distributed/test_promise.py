@@ -25,10 +25,19 @@ _LENGTH = (
 @pytest.mark.parametrize(
     ("settings", "tolerance"),
     [
-        # Adam amplifies the last bits from step to step (in 100 critic and 50 generator steps from
-        # 1e-16 to 2e-9, from 6e-8 to 4e-3); a wrong gradient is off by 1e-2 at the first step.
+        # Adam amplifies the last bits from step to step: in 100 critic and 50 generator steps from
+        # 1e-16 to 2e-9, and in float32 within 50 critic steps from 1e-7 to 6e-5, with an epsilon
+        # that keeps tiny second moments from dividing. A wrong gradient is off by 1e-2 at once.
         pytest.param(("training.precision=float64",), 1e-7, id="float64"),
-        pytest.param((), 2e-2, id="float32"),
+        pytest.param(
+            (
+                "training.total_images=800",
+                "optimizer.critic.eps=1e-3",
+                "optimizer.generator.eps=1e-3",
+            ),
+            1e-3,
+            id="float32",
+        ),
         pytest.param(
             (
                 "training.precision=float64",
@@ -68,7 +77,7 @@ def test_two_ranks_log_the_same_curve_as_one(
     output = runs.finish("two", *_LENGTH, *settings, ranks=2)
     assert runs.summary("two")["sessions"] == [{"images_seen": 0, "world_size": 2}]
     one, two = curve(runs.rows("one")), curve(runs.rows("two"))
-    assert len(one) == len(two) == 50, output
+    assert len(one) == len(two) == runs.summary("one")["steps"] >= 25, output
     for row_of_one, row_of_two in zip(one, two, strict=True):
         assert row_of_one.keys() == row_of_two.keys()
         for name, value in row_of_one.items():

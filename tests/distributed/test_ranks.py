@@ -22,7 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Found:
     """What each rank found, in rank order."""
     folder = tmp_path_factory.mktemp("ranks")
     where = [f"run.folder={folder}", "run.name=disturbed", f"data.path={digits}"]
-    often = ["training.total_images=1600", "audit.every_images=64", "checkpoint.every_images=64"]
+    often = ["training.total_images=1600", "audit.every_images=1M", "checkpoint.every_images=64"]
     (folder / "arguments.txt").write_text("\n".join([*TINY, *where, *often]))
     run_ranks("tests.distributed.rank_cases:run", folder, RANKS, DEADLINE_SECONDS)
     return [torch.load(folder / f"found{rank}.pt") for rank in range(RANKS)]
