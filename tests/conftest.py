@@ -28,7 +28,7 @@ TINY = [
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled digits as five shards with their manifest."""
-    from ganscale.data.writing import write_shards
+    from ganscale.shards.writing import write_shards
 
     folder = tmp_path_factory.mktemp("digits")
     write_shards("bundled:mnist", folder, shard_samples=1000)

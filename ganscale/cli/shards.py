@@ -122,7 +122,7 @@ def _positive(text: str) -> int:
 
 
 def write(args: argparse.Namespace) -> int:
-    from ganscale.data.writing import DEFAULT_SHARD_BYTES, describe_broken, write_shards
+    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_broken, write_shards
 
     report = write_shards(
         args.source,
@@ -150,7 +150,7 @@ def write(args: argparse.Namespace) -> int:
 
 
 def index(args: argparse.Namespace) -> int:
-    from ganscale.data.manifest import build_manifest
+    from ganscale.shards.building import build_manifest
 
     _print_summary(build_manifest(args.folder, args.workers))
     return 0

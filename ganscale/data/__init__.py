@@ -1,6 +1,5 @@
-"""Images, from a folder of files to shards on a disk, and from shards to finished batches.
+"""Images, from shards to finished batches.
 
-`writing` makes shards of the images of `sources`, each in an `encoding`. `indexing` reads what is
-inside one shard, and `manifest` describes a folder of them. `store` reads the bytes of one sample,
-and `decoding` makes pixels of them.
+`manifest` lists the samples of a data set, and `order` says which of them stands where in a run.
+`store` reads the bytes of one sample, `decoding` makes pixels of them, and `loader` batches.
 """

@@ -9,8 +9,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ganscale.data.contact_sheet import image_grid, to_picture
-from ganscale.data.manifest import Manifest, build_manifest
+from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
+from ganscale.shards.building import build_manifest
 
 SHARD_SAMPLES = 10_000
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ganscale.data.loader import Batch, Loader
-from ganscale.data.manifest import Manifest, build_manifest
+from ganscale.data.manifest import Manifest
+from ganscale.shards.building import build_manifest
 from ganscale.data.order import Order
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ganscale.config import resolve
-from ganscale.data.manifest import build_manifest
 from ganscale.errors import NonFiniteError
 from ganscale.runtime import Runtime
+from ganscale.shards.building import build_manifest
 from ganscale.training.trainer import Trainer
 
 CONFIG = """

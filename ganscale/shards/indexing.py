@@ -19,28 +19,16 @@ from typing import BinaryIO
 import numpy as np
 
 from ganscale.data.decoding import DecodeError, image_size
+from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
 _LABEL_EXTENSIONS = ("cls", "json", "txt")
 
-SAMPLE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
-"""One sample: first byte of its image in the tar, the image's bytes, its class (-1: unlabelled)."""
-
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # what WebDataset sets aside, such as __MACOSX/
 _BLOCK_BYTES = tarfile.BLOCKSIZE
 _CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar of a data set: its file name, size, SHA-256 in hexadecimal, and number of samples."""
-
-    name: str
-    bytes: int
-    sha256: str
-    samples: int
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ganscale.data import bundled
 from ganscale.data.decoding import DecodeError
-from ganscale.data.indexing import IMAGE_EXTENSIONS, tar_members
 from ganscale.errors import UserError
+from ganscale.shards import bundled
+from ganscale.shards.indexing import IMAGE_EXTENSIONS, tar_members
 
 _BUNDLED = "bundled:"
 

@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ganscale.data import sources
 from ganscale.data.decoding import DecodeError
-from ganscale.data.encoding import Encoding
-from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest, build_manifest, replacing
-from ganscale.data.sources import Source, SourceImage
+from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
+from ganscale.files import replacing
+from ganscale.shards import sources
+from ganscale.shards.building import build_manifest
+from ganscale.shards.encoding import Encoding
+from ganscale.shards.sources import Source, SourceImage
 
 DEFAULT_SHARD_BYTES = 128 << 20
 JOURNAL_NAME = "writing.jsonl"
@@ -200,7 +202,9 @@ def _estimate_shard_samples(
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
-        raise UserError(f"none of {len(order[:_PROBED_IMAGES])} images can be decoded, the last: {reason}")
+        raise UserError(
+            f"none of {len(order[:_PROBED_IMAGES])} images can be decoded, the last: {reason}"
+        )
     return max(1, shard_bytes * len(sizes) // sum(sizes))
 
 

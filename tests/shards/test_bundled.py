@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ganscale.data import bundled
 from ganscale.data.contact_sheet import image_grid
 from ganscale.errors import UserError
+from ganscale.shards import bundled
 
 
 def test_mnist_is_five_hundred_of_each_digit_with_a_black_border():

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data import bundled, sources
 from ganscale.data.decoding import decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.store import ShardStore
-from ganscale.data.writing import write_shards
 from ganscale.errors import UserError
+from ganscale.shards import bundled, sources
+from ganscale.shards.writing import write_shards
 
 
 def png(seed: int, size: int = 12) -> bytes:
@@ -238,7 +238,7 @@ def test_a_repeated_command_writes_only_what_is_missing(photos, tmp_path):
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
     options: dict[str, Any] = {"image_format": "png", "shard_samples": 100, "workers": 2}
     program = (
-        "from ganscale.data.writing import write_shards\n"
+        "from ganscale.shards.writing import write_shards\n"
         "if __name__ == '__main__':\n"
         f"    write_shards('bundled:mnist', {str(tmp_path / 'killed')!r}, **{options!r})\n"
     )

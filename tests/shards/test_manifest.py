@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data.indexing import SAMPLE_ROW, index_shard
-from ganscale.data.manifest import Manifest, build_manifest, check_shards
+from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
 from ganscale.data.store import BrokenSample, ShardStore
 from ganscale.errors import UserError
+from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import index_shard
 
 
 def png(seed: int, size: int = 4) -> bytes:
