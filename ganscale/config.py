@@ -29,7 +29,8 @@ DEFAULT = "default"
 # What may change when a run resumes without changing its curve.
 FREE_TO_CHANGE = (
     "run", "log", "samples", "checkpoint", "audit", "objective.panel", "resume", "runtime",
-    "data.path", "data.workers", "data.broken_limit", "training.total_images",
+    "data.path", "data.shards", "data.cache", "data.cache_gib", "data.retry_seconds",
+    "data.workers", "data.broken_limit", "training.total_images",
 )  # fmt: skip
 
 _IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")

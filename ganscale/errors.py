@@ -11,6 +11,11 @@ class UserError(Exception):
     """A mistake of the user's: shown as one sentence without a traceback, exit code 2."""
 
 
+class UnavailableError(Exception):
+    """A disk or network kept failing for longer than the config bears: the run itself is well, and
+    the same command continues it (EXIT_REQUEUE)."""
+
+
 class ReplicaError(Exception):
     """The weights of two ranks are not the same bits; nothing was saved."""
 

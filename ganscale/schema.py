@@ -35,7 +35,17 @@ class RunConfig:
 
 @dataclass
 class DataConfig:
-    path: str = MISSING  # folder of WebDataset shards with their manifest
+    # a data set: a folder, or the URL of one, with a manifest of WebDataset shards; or the shards
+    # themselves (*.tar, with braces or wildcards), which are then streamed in no exact order
+    path: str = MISSING
+    shards: str = (
+        ""  # where the shards lie if not where the manifest says: folder, URL, pipe:COMMAND
+    )
+    cache: str = "~/.cache/ganscale"  # this machine's copies of remote shards, shared by its ranks
+    cache_gib: float = number(100.0, above=0)  # the least recently used copies beyond it go
+    retry_seconds: float = number(
+        300.0, at_least=0
+    )  # a failing disk or network is tried again so long
     resolution: int = number(MISSING, at_least=1)  # pixels; larger images are reduced and cropped
     channels: int = number(3, at_least=1)  # 1 (grey) or 3 (RGB)
     flip: bool = False  # mirror half of the images left to right
@@ -44,6 +54,7 @@ class DataConfig:
     block_samples: int = number(256, at_least=1)  # consecutive samples that are read together
     window_blocks: int = number(8, at_least=1)  # blocks of a lane within which samples are shuffled
     broken_limit: float = number(0.01, at_least=0, below=1)  # share of unreadable samples to bear
+    class_count: int = number(0, at_least=0)  # of streamed shards; a manifest knows its own
 
 
 @dataclass

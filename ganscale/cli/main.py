@@ -15,9 +15,11 @@ from ganscale.cli import config, sample, shards, train
 from ganscale.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
     EXIT_USER_ERROR,
     NonFiniteError,
     ReplicaError,
+    UnavailableError,
     UserError,
 )
 
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(f"error: {error}")
         return EXIT_USER_ERROR
+    except UnavailableError as error:
+        _say(f"error: {error}")
+        return EXIT_REQUEUE
     except (NonFiniteError, ReplicaError) as error:
         _say(f"error: {error}")
         return EXIT_FAILED
