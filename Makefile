@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint check bench pin clean
+.PHONY: install demo test lint check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -33,7 +33,15 @@ check: lint test
 bench: install
 	$(BIN)/python -m benchmarks.invariance --quick
 	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.loop --quick
+	$(BIN)/python -m benchmarks.scaling --quick
+	$(BIN)/python -m benchmarks.limit --quick
 	$(BIN)/python -m benchmarks.gaussians --quick
+
+# GAN libraries for `benchmarks.step`, without the packages of their own that it does not need.
+rivals: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		torchgan==0.1.0 torch-mimicry==0.1.16
 
 # The versions of this environment become those that everybody gets.
 pin: install

@@ -153,7 +153,9 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
     optimizer = OptimizerConfig(variant.optimizer, 5e-3, betas=[0.5, 0.9], eps=1e-2)
     networks = "benchmarks.tiny_networks"
     return Config(
-        data=DataConfig("", RESOLUTION, CHANNELS, flip=variant.flip, lanes=LANES),
+        data=DataConfig(
+            "", resolution=RESOLUTION, channels=CHANNELS, flip=variant.flip, lanes=LANES
+        ),
         generator=GeneratorConfig(f"{networks}:TinyGenerator", 6, variant.generator),
         critic=CriticConfig(f"{networks}:TinyCritic", variant.critic),
         objective=ObjectiveConfig(

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 class Row:
     """One comparison.
 
-    ratio: of the rival's figure to ours, or what `unit` says; low and high: how far it scatters
+    ratio: of the rival's figure to ours, or what `unit` says; nan where there is none
+    low and high: how far it scatters
     """
 
     name: str
@@ -45,15 +47,21 @@ def report(rows: Sequence[Row], json_file: Path | None) -> None:
     """Prints the rows as a table and writes them, with the machine, as JSON."""
     print(table(rows))
     if json_file is not None:
-        content = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        content = {"machine": machine(), "rows": [_as_json(row) for row in rows]}
         json_file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _as_json(row: Row) -> dict[str, Any]:
+    return asdict(row) | ({"ratio": None} if isnan(row.ratio) else {})
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows under their headings, in columns."""
     cells = [["name", "rival", "ratio", "low", "high", "unit", "note"]]
     for row in rows:
-        numbers = ["" if n is None else f"{n:.3g}" for n in (row.ratio, row.low, row.high)]
+        numbers = [
+            "" if n is None or isnan(n) else f"{n:.3g}" for n in (row.ratio, row.low, row.high)
+        ]
         cells.append([row.name, row.rival, *numbers, row.unit, row.note])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)

@@ -1,173 +1,195 @@
-"""What a training cycle costs against hand-written loops of the same mathematics.
+"""What a training cycle costs against the loops that people use.
 
-    python -m benchmarks.step [--quick] [--json FILE]
+    python -m benchmarks.step [--quick] [--json FILE] [--only SUBSTRING]
 
 One cycle is `n_critic` critic steps and a generator step on images that lie ready: no data, no
-logging. The rivals train copies of the same networks with loss, penalty, optimizer and batch alike,
-under the same autocast, in which their penalty is in bfloat16 and ours in float32:
+logging. The rivals train copies of the same networks with loss, penalty, optimizer and batch alike:
 
-- `plain loop`: well written. Fakes without a graph; real, fake and interpolates in a forward each;
-  one backward; only the generator's gradients in the generator step.
-- `usual loop`: as it is often written. A backward per term, and the critic's gradients computed in
-  the generator step, too.
+- `plain loop`, `usual loop`, `PyTorch-GAN`, `Accelerate loop`: benchmarks/rivals/loops.py
+- `PyTorch Lightning`: its documentation's GAN, in a real Trainer (benchmarks/rivals/lightning.py)
+- `torchgan`, `torch-mimicry`: their own training steps (benchmarks/rivals/libraries.py)
 
-The ratio is the rival's time over ours, the median of rounds in which all took their turn; low and
-high are its quartiles.
+A row stands for an objective (of configs/objective), networks with their resolution, and precision:
+
+- `f32`
+- `bf16_penalty_f32`, or `bf16` without a penalty: ours with the penalty in float32, as by default;
+  rivals under autocast as they are used, so with theirs in bfloat16
+- `bf16`: our penalty in bfloat16, too (training.penalty_precision=autocast)
+- `bf16_lazy4`: our penalty at every 4th critic step: another algorithm than the rivals'
+- `f32_reuse_fakes`, `bf16_reuse_fakes`: our generator's step takes the fakes of the critic's last
+  one, as Lightning's and PyTorch-GAN's do: another sampling
+
+Rows hold ours against the fastest rival; the note has all of them. The ratio is the rival's time
+over ours, the median of rounds in which all took their turn; low and high are its quartiles. Times
+are of the processor, one thread (on a GPU: of the wall clock).
+
+Rivals: make rivals. One that cannot be imported is "not measured".
 """
 
-import copy
-from collections.abc import Callable
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.report import Row, arguments, report
-from benchmarks.timing import interleaved, speedup
-from ganscale.config import resolve
-from ganscale.objectives.objective import build_objective
+from benchmarks.ours import CONFIGS, Ours, config_of, random_images
+from benchmarks.report import Row, report
+from benchmarks.rivals.libraries import Mimicry, NotMeasured, TorchGAN
+from benchmarks.rivals.lightning import LightningLoop
+from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task, UsualLoop
+from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime
-from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, DeviceBatch
-from ganscale.training.optimizers import build_optimizer
-from ganscale.training.state import TrainingState
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-NETWORKS = {
-    "dcgan32": ("generator.target=dcgan", "critic.target=dcgan"),
-    "resnet32": ("generator.target=resnet", "critic.target=resnet"),
-}
-OBJECTIVES = ("wgan_gp", "non_saturating")
-PRECISIONS = {"f32": "float32", "bf16_penalty_f32": "bfloat16"}
+NETWORKS = ("dcgan32", "resnet32", "dcgan64", "resnet64")
+AGAINST_ALL = ("wgan_gp", "non_saturating")
+QUICK = (
+    "wgan_gp/dcgan32/f32",
+    "wgan_gp/resnet32/f32",
+    "wgan_gp/resnet32/bf16_penalty_f32",
+    "non_saturating/resnet32/f32",
+)
 
 
-def config_of(objective: str, network: str, precision: str, batch: int) -> Config:
-    base = [str(CONFIGS / "resnet32.yaml"), str(CONFIGS / "objective" / f"{objective}.yaml")]
-    size = ["generator.options.width=32", "critic.options.width=32", "generator.latent_dim=64"]
-    return resolve(
-        [
-            *base,
-            *NETWORKS[network],
-            *size,
-            f"training.global_batch_size={batch}",
-            f"training.precision={precision}",
+class Contestant(Protocol):
+    def __call__(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What we are run with, beside objective and networks.
+
+    like_for_like: whether the rivals compute the same
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    note: str = ""
+    cycles: int = 1  # to a turn of ours, so that turns are alike
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.name.startswith("bf16")
+
+
+@dataclass(frozen=True)
+class Case:
+    objective: str
+    network: str
+    variant: Variant
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective}/{self.network}/{self.variant.name}"
+
+
+def variants(objective: str) -> list[Variant]:
+    """The precisions, and for the two main objectives what changes the algorithm, too."""
+    has_penalty = bool(config_of(objective, "dcgan32", 16).objective.penalties)
+    bfloat16 = "training.precision=bfloat16"
+    found = [Variant("f32", ())]
+    if not has_penalty:
+        found.append(Variant("bf16", (bfloat16,)))
+    else:
+        found += [
+            Variant("bf16_penalty_f32", (bfloat16,)),
+            Variant("bf16", (bfloat16, "training.penalty_precision=autocast")),
         ]
-    ).config
+    if objective == "wgan_gp":
+        lazy = (bfloat16, "objective.penalties.wgan_gp.interval=4")
+        found.append(Variant("bf16_lazy4", lazy, "another algorithm: a penalty in 4 steps", 4))
+    if objective == "non_saturating":
+        reuses, note = "training.reuse_fakes=true", "another sampling: fakes serve both steps"
+        found.append(Variant("f32_reuse_fakes", (reuses,), note))
+        found.append(Variant("bf16_reuse_fakes", (bfloat16, reuses), note))
+    return found
 
 
-class Ours:
-    """The package's own cycle, with its random numbers, average, norms and meters."""
-
-    def __init__(self, config: Config, runtime: Runtime, images: Tensor) -> None:
-        objective = build_objective(config.objective)
-        self.state = TrainingState(config, objective, runtime, num_classes=0)
-        self._cycle = Cycle(config, objective, runtime, self.state)
-        self._images = images.contiguous(memory_format=torch.channels_last)
-        self._n_critic = config.objective.n_critic
-
-    def __call__(self) -> None:
-        for _ in range(self._n_critic):
-            self._cycle.critic_step(self._next_batch(), with_panel=False)
-        self._cycle.generator_step(self._next_batch(), with_panel=False)
-        self._cycle.update_average()
-
-    def _next_batch(self) -> DeviceBatch:
-        slots = self.state.images_seen + torch.arange(len(self._images))
-        return DeviceBatch(self._images, None, slots)
+def cases() -> list[Case]:
+    """The two main objectives on all networks, the others at 32 pixels."""
+    main = [(objective, network) for objective in AGAINST_ALL for network in NETWORKS]
+    names = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
+    others = [(o, n) for o in names if o not in AGAINST_ALL for n in NETWORKS if n.endswith("32")]
+    return [Case(*pair, variant) for pair in main + others for variant in variants(pair[0])]
 
 
-class HandWritten:
-    """A loop without this package, for WGAN-GP and the non-saturating loss."""
+def rivals_of(case: Case) -> dict[str, Callable[[Task], Contestant]]:
+    plain: list[Callable[[Task], Contestant]] = [PlainLoop, UsualLoop]
+    all_others = [PyTorchGAN, AccelerateLoop, LightningLoop, TorchGAN, Mimicry]
+    chosen = plain + (all_others if case.objective in AGAINST_ALL else [])
+    return {rival.name: rival for rival in chosen}  # type: ignore[attr-defined]
 
-    def __init__(self, config: Config, ours: Ours, images: Tensor, is_usual: bool) -> None:
-        contiguous = torch.contiguous_format
-        self.generator = copy.deepcopy(ours.state.generator).to(memory_format=contiguous)  # type: ignore[call-overload]
-        self.critic = copy.deepcopy(ours.state.critic).to(memory_format=contiguous)  # type: ignore[call-overload]
-        self._optimizers = [
-            build_optimizer(network.parameters(), optimizer)
-            for network, optimizer in (
-                (self.critic, config.optimizer.critic),
-                (self.generator, config.optimizer.generator),
+
+def measure(
+    case: Case, runtime: Runtime, batch: int, rounds: int, warm_up: int = 2
+) -> Iterator[Row]:
+    """The case's row, and one for each rival that could not be run."""
+    torch.manual_seed(0)
+    config = config_of(case.objective, case.network, batch, *case.variant.settings)
+    images = random_images(config, runtime.device)
+    ours = Ours(config, runtime, images)
+    contestants: dict[str, Contestant] = {}
+    for name, rival in rivals_of(case).items():
+        try:
+            contestants[name] = rival(ours.task())
+        except (NotMeasured, ImportError) as reason:
+            yield Row(case.name, name, nan, note=f"not measured: {reason}")
+    # For the note: not the way people run them, but what they would be without autocast's error.
+    exact: dict[str, Contestant] = {}
+    if case.variant.is_bfloat16:
+        full = config_of(case.objective, case.network, batch)
+        exact["float32 plain loop"] = PlainLoop(replace(ours.task(), config=full))
+        if config.objective.penalties:
+            exact["plain loop with float32 penalty"] = PlainLoop(
+                ours.task(), penalty_in_float32=True
             )
-        ]
-        self._images = images.contiguous()
-        self._n_critic = config.objective.n_critic
-        self._latent_dim = config.generator.latent_dim
-        self._has_penalty = bool(config.objective.penalties)
-        self._is_usual = is_usual
-        self._autocast = torch.autocast(
-            "cpu", torch.bfloat16, enabled=config.training.precision == "bfloat16"
-        )
 
-    def __call__(self) -> None:
-        for _ in range(self._n_critic):
-            self._critic_step()
-        self._generator_step()
+    def our_turn() -> None:
+        for _ in range(case.variant.cycles):
+            ours()
 
-    def _critic_step(self) -> None:
-        real = self._images
-        self._optimizers[0].zero_grad(set_to_none=True)
-        with self._autocast:
-            with torch.no_grad():
-                fake = self.generator(torch.randn(len(real), self._latent_dim))
-            terms = [
-                lambda: self._loss(self.critic(real), is_real=True),
-                lambda: self._loss(self.critic(fake), is_real=False),
-            ]
-            if self._has_penalty:
-                terms.append(lambda: 10 * self._penalty(real, fake))
-            if self._is_usual:
-                for term in terms:
-                    term().backward()
-            else:
-                torch.stack([term() for term in terms]).sum().backward()
-        self._optimizers[0].step()
+    everybody = {"ours": our_turn, **contestants, **exact}
+    seconds = interleaved(everybody, rounds, warm_up, step_clock)
+    for contestant in [*contestants.values(), *exact.values()]:
+        contestant.close()
+    own = [turn / case.variant.cycles for turn in seconds["ours"]]
+    found = {name: speedup(seconds[name], own) for name in everybody if name != "ours"}
+    fastest = min(contestants, key=lambda name: found[name][0])
+    said = [case.variant.note] if case.variant.note else []
+    said += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in found.items()]
+    said.append(f"ours {1000 * statistics.median(own):.0f} ms a cycle of batch {batch}")
+    yield Row(case.name, fastest, *found[fastest], "x faster", ", ".join(said))
 
-    def _generator_step(self) -> None:
-        self._optimizers[1].zero_grad(set_to_none=True)
-        with self._autocast:
-            fake = self.generator(torch.randn(len(self._images), self._latent_dim))
-            loss = self._loss(self.critic(fake), is_real=True)
-        loss.backward(inputs=None if self._is_usual else list(self.generator.parameters()))
-        self._optimizers[1].step()
 
-    def _loss(self, logits: Tensor, is_real: bool) -> Tensor:
-        if self._has_penalty:
-            return (-logits if is_real else logits).float().mean()
-        target = torch.full_like(logits, float(is_real))
-        return nn.functional.binary_cross_entropy_with_logits(logits.float(), target.float())
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few rows, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument(
+        "--only", default="", metavar="SUBSTRING", help="rows with it in their name"
+    )
+    return parser.parse_args()
 
-    def _penalty(self, real: Tensor, fake: Tensor) -> Tensor:
-        share = torch.rand(len(real), 1, 1, 1)
-        mixed = (share * real + (1 - share) * fake).requires_grad_()
-        scores = self.critic(mixed)
-        (gradient,) = torch.autograd.grad(scores.sum(), mixed, create_graph=True)
-        return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+
+def chosen_cases(quick: bool, only: str) -> Sequence[Case]:
+    found = [case for case in cases() if only in case.name]
+    return [case for case in found if case.name in QUICK] if quick and not only else found
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments()
     torch.set_num_threads(1)
-    runtime = Runtime.start()
-    batch, rounds = (16, 5) if options.quick else (64, 15)
-    images = torch.rand(batch, 3, 32, 32) * 2 - 1
-    rows = []
-    for objective in OBJECTIVES:
-        for network in NETWORKS:
-            for label, precision in PRECISIONS.items():
-                config = config_of(objective, network, precision, batch)
-                ours = Ours(config, runtime, images)
-                contestants: dict[str, Callable[[], None]] = {
-                    "ours": ours,
-                    "plain loop": HandWritten(config, ours, images, is_usual=False),
-                    "usual loop": HandWritten(config, ours, images, is_usual=True),
-                }
-                seconds = interleaved(contestants, rounds)
-                for rival in ("plain loop", "usual loop"):
-                    ratio, low, high = speedup(seconds[rival], seconds["ours"])
-                    name = f"{objective}/{network}/{label}"
-                    note = f"ours {1000 * min(seconds['ours']):.0f} ms a cycle of batch {batch}"
-                    rows.append(Row(name, rival, ratio, low, high, "x faster", note))
+    rows: list[Row] = []
+    for case in chosen_cases(options.quick, options.only):
+        batch = 64 if case.network.endswith("32") else 16
+        size = (16, 3, 1) if options.quick else (batch, 9, 2)
+        rows += measure(case, Runtime.start(), *size)
     report(rows, options.json)
 
 

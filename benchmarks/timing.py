@@ -4,23 +4,41 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import torch
+
 
 def interleaved(
-    contestants: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 2
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each round; in every round all run once, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warm_up + rounds):
         for name, run in contestants.items():
-            started = time.perf_counter()
+            started = clock()
             run()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
+
+
+def step_clock() -> float:
+    """Seconds of this process's processors, which others on the machine hardly change; with a GPU,
+    of the wall clock once it is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def speedup(rival: list[float], ours: list[float]) -> tuple[float, float, float]:
     """(median, lower, upper quartile) of rival / ours over the rounds: above 1 we are faster."""
-    ratios = [theirs / mine for theirs, mine in zip(rival, ours, strict=True)]
+    return spread([theirs / mine for theirs, mine in zip(rival, ours, strict=True)])
+
+
+def spread(ratios: list[float]) -> tuple[float, float, float]:
+    """(median, lower, upper quartile)."""
     lower, median, upper = statistics.quantiles(ratios, n=4)
     return median, lower, upper

@@ -29,7 +29,7 @@ DEFAULT = "default"
 # What may change when a run resumes without changing its curve.
 FREE_TO_CHANGE = (
     "run", "log", "samples", "checkpoint", "audit", "objective.panel", "resume", "runtime",
-    "data.path", "data.shards", "data.cache", "data.cache_gib", "data.retry_seconds",
+    "profile", "data.path", "data.shards", "data.cache", "data.cache_gib", "data.retry_seconds",
     "data.workers", "data.broken_limit", "training.total_images",
 )  # fmt: skip
 
@@ -284,6 +284,8 @@ def _cross_complaints(config: Config) -> Iterator[tuple[str, str]]:
     batch, parts = config.training.global_batch_size, config.training.accumulate
     if batch % parts:
         yield "training.accumulate", f"must divide the global batch of {batch}, not {parts}"
+    if config.training.reuse_fakes and parts > 1:
+        yield "training.reuse_fakes", "must be false with training.accumulate above 1"
 
 
 def _leaves(config: Config) -> dict[str, Any]:

@@ -19,3 +19,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file at once: readers see the old or the new one."""
+    with replacing(path) as file:
+        file.write(text.encode())

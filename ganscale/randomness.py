@@ -21,6 +21,7 @@ from torch import Tensor
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+_FEISTEL_ROUNDS = 24
 
 
 def purpose_id(purpose: str) -> int:
@@ -100,3 +101,60 @@ def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: i
     key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=[0, *stream])
     return np.argsort(bits.random_raw(length), kind="stable")
+
+
+def permuted(
+    seed: int,
+    purpose: str,
+    stream: tuple[int, int, int],
+    indices: np.ndarray,
+    length: int,
+    *,
+    inverse: bool = False,
+) -> np.ndarray:
+    """Where a random permutation of range(length) sends `indices`, both (n,) int64.
+
+    Each index is computed by itself, so a permutation of billions takes no memory. With `inverse`,
+    the way back. The same on every machine, and another permutation than that of the function
+    `permutation`. Raises ValueError for an index outside range(length).
+
+    A Feistel network over pairs (left, right) of numbers below two moduli, and cycle walking where
+    their product is above `length`: Black and Rogaway, "Ciphers with arbitrary finite domains",
+    CT-RSA 2002. As round function, word number x of the generator SplitMix64 (Steele, Lea, Flood:
+    "Fast splittable pseudorandom number generators", OOPSLA 2014) seeded with the round's key,
+    which is a Philox4x64 word. 24 rounds, as for "Bandwidth-optimal random shuffling for GPUs"
+    (Mitchell, Stokes, Frank, Holmes, 2021): so many are for tiny lengths, where with ideal round
+    functions the total variation distance to a uniform permutation is then below 0.0004.
+    """
+    if len(indices) and (indices.min() < 0 or indices.max() >= length):
+        raise ValueError(f"indices from {indices.min()} to {indices.max()}, length {length}")
+    key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
+    keys = np.random.Philox(key=key, counter=[0, *stream]).random_raw(_FEISTEL_ROUNDS)
+    # About the square root of the length each. An even one makes odd permutations possible.
+    right_modulus = max(2, 2 * ((math.isqrt(length) + 1) // 2))
+    moduli = -(-length // right_modulus), right_modulus
+    values = _feistel(indices.astype(np.uint64), keys, moduli, inverse)
+    while len(walking := np.flatnonzero(values >= length)):
+        values[walking] = _feistel(values[walking], keys, moduli, inverse)
+    return values.astype(np.int64)
+
+
+def _feistel(
+    values: np.ndarray, keys: np.ndarray, moduli: tuple[int, int], inverse: bool
+) -> np.ndarray:
+    """A bijection of range(product of moduli), on (n,) uint64."""
+    halves = list(np.divmod(values, np.uint64(moduli[1])))
+    rounds = range(len(keys))
+    for i in reversed(rounds) if inverse else rounds:
+        changed, modulus = i % 2, np.uint64(moduli[i % 2])
+        shift = _splitmix(keys[i], halves[1 - changed]) % modulus
+        halves[changed] = (halves[changed] + (modulus - shift if inverse else shift)) % modulus
+    return halves[0] * np.uint64(moduli[1]) + halves[1]
+
+
+def _splitmix(key: np.uint64, numbers: np.ndarray) -> np.ndarray:
+    """Word number x, from 0, of SplitMix64 seeded with `key`, for each x of `numbers`."""
+    words = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

@@ -126,6 +126,13 @@ class TrainingConfig:
     warmup_images: int = number(0, at_least=0)  # the rates rise linearly over these
     gradient_clip: float = number(0.0, at_least=0)  # largest global gradient norm; 0: no limit
     memory_format: str = choice("channels_last", "channels_last", "contiguous")
+    # autocast: the penalty in the training's precision, too; in bfloat16 its gradient errs by 2 %
+    # the generator's step judges the very fakes of the critic's last one, as the DCGAN tutorial of
+    # PyTorch does: one forward of the generator less a cycle, and another sampling
+    reuse_fakes: bool = False
+    penalty_precision: str = choice("float32", "float32", "autocast")
+    # bfloat16: half the traffic between ranks, and gradients that depend on the number of ranks
+    gradient_compression: str = choice("none", "none", "bfloat16")
 
 
 @dataclass
@@ -170,6 +177,11 @@ class RuntimeConfig:
 
 
 @dataclass
+class ProfileConfig:
+    steps: int = number(0, at_least=0)  # cycles that torch's profiler records, once a run is warm
+
+
+@dataclass
 class Config:
     seed: int = number(0, at_least=0, below=2**64)
     run: RunConfig = field(default_factory=RunConfig)
@@ -186,3 +198,4 @@ class Config:
     audit: AuditConfig = field(default_factory=AuditConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -161,7 +161,7 @@ def test_values_may_refer_to_other_values(folder):
             "did you mean `objective.penalties.wgan_gp.weight`?",
         ),
         ("total_images: 3", "total_images", "did you mean `training.total_images`?"),
-        ("data: {zzz: 3}", "data.zzz", "valid here: path, resolution,"),
+        ("data: {zzz: 3}", "data.zzz", "valid here: path, shards,"),
         ("3: 4", "3", "valid here: seed, run,"),
     ],
 )

@@ -23,13 +23,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     resolved = resolve(arguments.settings)
     if arguments.check:
-        from ganscale.data.manifest import Manifest, check_shards
+        from ganscale.data.dataset import open_data
         from ganscale.objectives.objective import build_objective
         from ganscale.training.networks import build_networks, class_count
 
         build_objective(resolved.config.objective)
-        manifest = Manifest.load(resolved.config.data.path)
-        check_shards(manifest)
-        build_networks(resolved.config, class_count(resolved.config, manifest))
+        data = open_data(resolved.config.data)
+        data.check()
+        build_networks(resolved.config, class_count(resolved.config, data))
     print(resolved.to_yaml(with_origin=True), end="")
     return 0

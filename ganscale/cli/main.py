@@ -11,7 +11,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from ganscale import __version__
-from ganscale.cli import config, sample, shards, train
+from ganscale.cli import config, plan, sample, shards, train
 from ganscale.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, sample, shards, config):
+    for module in (train, sample, shards, plan, config):
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -1,18 +1,22 @@
-"""`ganscale shards`: make, index and look at data sets of WebDataset shards."""
+"""`ganscale shards`: make, index, verify and look at data sets of WebDataset shards."""
 
 import argparse
 import os
 from pathlib import Path
 
+from ganscale.cli import shard_commands
+
 
 def add_parser(subparsers) -> None:
     """Registers `shards` and its subcommands; each sets `run`, a function of the parsed arguments
     that returns the exit code and raises UserError."""
-    shards = subparsers.add_parser("shards", help="make, index and look at data sets")
+    shards = subparsers.add_parser("shards", help="make, index, verify and look at data sets")
     commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     _add_write(commands)
     _add_index(commands)
+    _add_verify(commands)
     _add_show(commands)
+    _add_export(commands)
 
 
 def _add_write(commands) -> None:
@@ -72,19 +76,96 @@ def _add_write(commands) -> None:
         help="share of broken images that is left out without an error (default: 0.01)",
     )
     _add_workers(parser)
-    parser.set_defaults(run=write)
+    parser.set_defaults(run=shard_commands.write)
 
 
 def _add_index(commands) -> None:
     parser = commands.add_parser(
         "index",
         help="make the manifest of shards that something else has written",
-        description="Reads all *.tar of a folder and writes manifest.json and manifest.npy beside "
-        "them. Class names are taken from a list in classes.json, if there is one.",
+        description="Reads shards and writes manifest.json and manifest.npy, beside them or into "
+        "another folder. Run again, the command reads only shards that are new or have changed: "
+        "local ones by their size and time of change, remote ones by size and ETag or time, where "
+        "the server states these, else by their address. Class names are taken from a list in "
+        "classes.json beside the manifest, if there is one. Counts of img2dataset "
+        "(NNNNN_stats.json) beside local shards are compared. "
+        "Several machines can index one data set: each runs the same command with its own --part "
+        "and a shared --output, and a last call without --part, after all have ended, makes the "
+        "manifest.",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    parser.add_argument(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="a folder (its *.tar); a path or URL, with {000..099} or wildcards; a WebDataset "
+        "index (*.json); or 'pipe:COMMAND {}', which writes the shard of that name to its output",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where the manifest goes (default: to the shards; needed for remote ones)",
+    )
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of the shards behind a pipe, with {000..099}",
+    )
+    parser.add_argument("--again", action="store_true", help="read all shards, trust nothing kept")
+    parser.add_argument(
+        "--leave-out",
+        type=Path,
+        metavar="FILE",
+        help="leave the samples of this list out of the manifest, as `verify --leave-out` and a "
+        "failed `index` write it: JSON lines of shard, key (null: all of the shard), reason",
+    )
+    parser.add_argument(
+        "--trust-idx",
+        action="store_true",
+        help="take offsets from DALI's .idx beside a local shard, where there is one, instead of "
+        "reading it all; its checksum then stays unknown",
+    )
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)"
+    )
     _add_workers(parser)
-    parser.set_defaults(run=index)
+    parser.set_defaults(run=shard_commands.index)
+
+
+def _add_verify(commands) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="compare all shards with their manifest and decode every image",
+        description="Reads every shard once: compares its size and SHA-256 with the manifest and "
+        "decodes every image. Exit code 2 if anything is bad.",
+    )
+    parser.add_argument("folder", metavar="DATASET", type=Path)
+    parser.add_argument(
+        "--shards",
+        default="",
+        metavar="PLACE",
+        help="where the shards lie, if not where the manifest says: a folder, a URL or "
+        "'pipe:COMMAND {}'",
+    )
+    parser.add_argument(
+        "--leave-out",
+        type=Path,
+        metavar="FILE",
+        help="add the bad samples to this list, for `ganscale shards index --leave-out`",
+    )
+    _add_workers(parser)
+    parser.set_defaults(run=shard_commands.verify)
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser(
+        "export", help="write an index with which WebDataset's wids reads a data set"
+    )
+    parser.add_argument("folder", metavar="DATASET", type=Path)
+    parser.add_argument("output", metavar="JSON", type=Path)
+    parser.set_defaults(run=shard_commands.export)
 
 
 def _add_show(commands) -> None:
@@ -94,7 +175,7 @@ def _add_show(commands) -> None:
     parser.add_argument(
         "--count", type=_positive, default=64, metavar="N", help="images on the sheet (default: 64)"
     )
-    parser.set_defaults(run=show)
+    parser.set_defaults(run=shard_commands.show)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -121,101 +202,9 @@ def _positive(text: str) -> int:
     return value
 
 
-def write(args: argparse.Namespace) -> int:
-    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_broken, write_shards
-
-    report = write_shards(
-        args.source,
-        args.output,
-        resolution=args.resolution,
-        channels=args.channels,
-        image_format=args.format,
-        quality=args.quality,
-        classes=args.classes,
-        shard_samples=args.shard_samples,
-        shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
-        seed=args.seed,
-        workers=args.workers,
-        max_broken=args.max_broken,
-    )
-    if report.ignored:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in report.ignored.items())
-        print(f"not images, left out: {kinds}")
-    if report.broken:
-        print(f"broken, left out: {len(report.broken)}: {describe_broken(report.broken)}")
-    if report.kept_shards:
-        print(f"kept from an earlier run: {report.kept_shards} shards")
-    _print_summary(report.manifest)
-    return 0
-
-
-def index(args: argparse.Namespace) -> int:
-    from ganscale.shards.building import build_manifest
-
-    _print_summary(build_manifest(args.folder, args.workers))
-    return 0
-
-
-def show(args: argparse.Namespace) -> int:
-    from ganscale.data.manifest import Manifest, check_shards
-
-    manifest = Manifest.load(args.folder)
-    check_shards(manifest)
-    _print_summary(manifest)
-    if manifest.class_count:
-        _print_classes(manifest)
-    if args.sheet:
-        broken = _write_sheet(manifest, args.sheet, args.count)
-        print(f"sheet        {args.sheet}" + (f" ({broken} broken, black)" if broken else ""))
-    return 0
-
-
-def _print_summary(manifest) -> None:
-    shard_bytes = sum(shard.bytes for shard in manifest.shards)
-    resolution = "{} x {}".format(*manifest.resolution) if manifest.resolution else "varies"
-    print(f"folder       {manifest.root}")
-    print(f"samples      {len(manifest.samples):,}")
-    print(f"shards       {len(manifest.shards):,}")
-    print(f"bytes        {shard_bytes:,}")
-    print(f"images       {', '.join(manifest.extensions)}")
-    print(f"resolution   {resolution}")
-    print(f"classes      {manifest.class_count or 'none'}")
-    print(f"fingerprint  {manifest.fingerprint}")
-
-
-def _print_classes(manifest) -> None:
-    import numpy as np
-
-    counts = np.zeros(manifest.class_count, np.int64)
-    for first in range(0, len(manifest.samples), 1 << 20):
-        labels = manifest.samples["label"][first : first + (1 << 20)]
-        counts += np.bincount(labels, minlength=manifest.class_count)
-    for label, count in enumerate(counts):
-        name = manifest.class_names[label] if manifest.class_names else ""
-        print(f"  class {label:>5}  {count:>12,}  {name}".rstrip())
-
-
-def _write_sheet(manifest, path: Path, count: int) -> int:
-    """Writes `count` evenly spaced samples as a grid; returns how many are broken."""
-    import numpy as np
-    from PIL import Image
-
-    from ganscale.data.contact_sheet import image_grid
-    from ganscale.data.decoding import DecodeError, decode
-    from ganscale.data.store import BrokenSample, ShardStore
-
-    count = min(count, len(manifest.samples))
-    # Photographs of any size are shown small: a sheet is to be looked at as a whole.
-    resolution = min(128, *manifest.resolution) if manifest.resolution else 128
-    images = np.zeros((count, resolution, resolution, 3), np.uint8)
-    store = ShardStore(manifest)
-    broken = 0
-    for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
-        try:
-            images[cell] = decode(store.read(int(sample)), resolution, 3)
-        except (BrokenSample, DecodeError):
-            broken += 1
-    columns = int(np.ceil(np.sqrt(count)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image_grid(images, columns)).save(path, "PNG")
-    return broken
+def _part(text: str) -> tuple[int, int]:
+    """(part, parts), the part counted from 0."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not I/N with I from 1 to N")
+    return int(part) - 1, int(parts)

@@ -1,47 +1,58 @@
 """Finished batches for one rank: positions -> samples -> bytes -> pixels, decoded ahead by threads.
 
 Threads rather than processes: the decoders release Python's lock, a batch is never copied between
-processes, and there is nothing to clean up when a run is killed.
+processes, and there is nothing to clean up when a run is killed. A batch is cut into parts, one a
+thread, so that the first one is there soon; the decoders write into its rows.
 """
 
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Lock
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
-from torch import Tensor
 
-from ganscale.data.decoding import DecodeError, decode
+from ganscale.data.batch import Batch
+from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
+from ganscale.data.decoding import DecodeError, decode_into
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
-from ganscale.data.store import BrokenSample, ShardStore
+from ganscale.data.prefetching import WindowWatch, shards_ahead
+from ganscale.data.store import BrokenSample, open_store
+from ganscale.data.threads import Crew
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 
-_SUBSTITUTES_TRIED = 64
+_SAMPLES_TRIED = 64  # of a lane, one after the other, before its data is given up
+_PART_PIXELS = 1 << 14  # at least, of a part: what it costs besides is then little
+_CLOSE_SECONDS = 5.0
+
+
+def parts_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
+    """(parts that a batch of `images` is cut into, batches that are begun at one time)."""
+    parts = max(1, min(config.workers, images * config.resolution**2 // _PART_PIXELS))
+    # Every thread has a part to do while the consumer holds a batch and one is waiting for it.
+    return parts, 2 + config.workers // parts if config.workers else 1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """This rank's share of a global batch, on the host."""
+class _Pending:
+    """A batch whose rows are being filled; each part returns its broken samples."""
 
-    images: UInt8[Tensor, "batch height width channels"]
-    labels: Int64[Tensor, " batch"]  # -1 where the data set has none
-    slots: Int64[Tensor, " batch"]  # what random draws for these images go with
+    batch: Batch
+    parts: "list[Future[list[Broken]]]" = field(default_factory=list)
 
 
 class Loader:
     """The endless stream of this rank's batches from `images_seen` on.
 
-    Attribute `broken`: a Counter of unreadable samples met so far by this process, by
-    (shard, reason).
+    Attributes, over the batches that were handed out: `samples_read`, and `broken`, a Counter by
+    (shard, reason) of those among them that other samples took the place of.
     """
 
     def __init__(
@@ -65,87 +76,114 @@ class Loader:
             window_blocks=config.window_blocks,
         )
         self.broken: Counter[tuple[str, str]] = Counter()
+        self.samples_read = 0
         self._manifest = manifest
-        self._store = ShardStore(manifest)
-        self._config = config
+        self._store = open_store(manifest, config)
+        self._watch = WindowWatch(self.order)
+        self._image_shape = (config.resolution, config.resolution, config.channels)
         self._batch = (global_batch_size, self.order.lanes, rank, world_size)
         self._next = images_seen
         self._pin_memory = pin_memory
-        self._samples_read = 0
-        self._count_lock = Lock()
-        self._pool = ThreadPoolExecutor(config.workers, "decode") if config.workers else None
-        self._ahead: deque[Future[Batch]] = deque()
+        self._log = BrokenLog()
+        self._crew = Crew(config.workers, "decode")
+        self._parts, self._depth = parts_and_depth(config, global_batch_size // world_size)
+        self._ahead: deque[_Pending] = deque()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        """Raises UserError when more samples are broken than the config bears."""
-        if self._pool is None:
-            return self._load(self._advance())
-        while len(self._ahead) < self._config.workers + 2:
-            self._ahead.append(self._pool.submit(self._load, self._advance()))
-        return self._ahead.popleft().result()
+        """Raises UserError for a lane without a readable sample, and as the shards' store does;
+        again at every further call, since no batch is ever skipped."""
+        while len(self._ahead) < self._depth:
+            self._ahead.append(self._start(self._next))
+            self._next += self._batch[0]
+        pending = self._ahead[0]
+        broken = [broken for part in pending.parts for broken in part.result()]
+        self._ahead.popleft()
+        self.samples_read += len(pending.batch.slots)
+        self.broken.update((each.shard, each.reason) for each in broken)
+        self._log.tell(broken)
+        batch = pending.batch
+        return Batch(batch.images, batch.labels, batch.slots, tuple(broken))
 
     def close(self) -> None:
-        """Ends the threads; batches that were decoded ahead are dropped."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """Ends the threads; batches that were decoded ahead are dropped. Within seconds: a thread
+        that hangs in a read is left behind."""
+        self._ahead.clear()
+        if not self._crew.close(_CLOSE_SECONDS):
+            logger.warning("a thread still hangs in a read; it ends with this process")
         self._store.close()
 
-    def _advance(self) -> int:
-        start, self._next = self._next, self._next + self._batch[0]
-        return start
-
-    def _load(self, images_seen: int) -> Batch:
+    def _start(self, images_seen: int) -> _Pending:
+        """Hands the parts of a batch to the threads."""
         positions, slots = batch_positions(images_seen, *self._batch)
-        size, channels = self._config.resolution, self._config.channels
         images = torch.empty(
-            (len(positions), size, size, channels), dtype=torch.uint8, pin_memory=self._pin_memory
+            (len(positions), *self._image_shape), dtype=torch.uint8, pin_memory=self._pin_memory
         )
-        pixels = images.numpy()
-        samples = self.order.samples(positions)
-        for row, position in enumerate(positions):
-            samples[row] = self._read(int(position), int(samples[row]), pixels[row])
-        labels = self._manifest.samples["label"][samples].astype(np.int64)
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(slots))
+        labels = torch.empty(len(positions), dtype=torch.int64)
+        pending = _Pending(Batch(images, labels, torch.from_numpy(slots)))
+        self._fetch_ahead(positions, pending)
+        rows = zip(
+            *(
+                np.array_split(each, self._parts)
+                for each in (positions, images.numpy(), labels.numpy())
+            ),
+            strict=True,
+        )
+        for part in rows:
+            pending.parts.append(self._crew.submit(partial(self._fill, *part)))
+        return pending
 
-    def _read(self, position: int, sample: int, pixels: np.ndarray) -> int:
-        """Fills `pixels` from `sample`, or from the next readable one of its lane; returns which."""
-        mistake = ""
-        for _ in range(_SUBSTITUTES_TRIED):
-            try:
-                data = self._store.read(sample)
-                pixels[...] = decode(data, self._config.resolution, self._config.channels)
-            except (BrokenSample, DecodeError) as error:
-                reason = error.reason if isinstance(error, BrokenSample) else str(error)
-                self._note_broken(sample, reason)
-                mistake = f"{self._name(sample)}: {reason}"
-            except OSError as error:
-                raise UserError(f"{self._name(sample)} cannot be read: {error}") from error
-            else:
-                self._samples_read += 1
-                return sample
+    def _fetch_ahead(self, positions: np.ndarray, pending: _Pending) -> None:
+        """Tells the store of remote shards what the lanes read next, once a window."""
+        if not self._store.is_remote:
+            return
+        entered = self._watch.entered(positions)
+
+        def tell() -> list[Broken]:
+            self._store.prefetch(shards_ahead(self._manifest, self.order, entered).tolist())
+            return []
+
+        if len(entered):
+            pending.parts.append(self._crew.submit(tell))
+
+    def _fill(self, positions: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> list[Broken]:
+        """Decodes the samples at `positions` into the rows of `pixels`; the broken ones."""
+        samples = self.order.samples(positions)
+        broken: list[Broken] = []
+        for row, sample in enumerate(samples.tolist()):
+            found = self._decode(sample, pixels[row])
+            if found is not None:
+                broken.append(found)
+                samples[row] = self._substitute(int(positions[row]), pixels[row])
+        labels[...] = self._manifest.samples["label"][samples]
+        return broken
+
+    def _substitute(self, position: int, pixels: np.ndarray) -> int:
+        """Fills `pixels` from the next readable sample of the lane; returns which that is.
+
+        Unreadable ones on the way are counted where their own position comes up.
+        """
+        broken = None
+        for _ in range(_SAMPLES_TRIED - 1):
             position += self.order.lanes
             sample = int(self.order.samples(np.array([position]))[0])
+            broken = self._decode(sample, pixels)
+            if broken is None:
+                return sample
+        assert broken is not None
         raise UserError(
-            f"{_SUBSTITUTES_TRIED} samples in a row could not be decoded; the last: {mistake}"
+            f"{_SAMPLES_TRIED} samples in a row could not be used; the last: {name_of(broken)} "
+            f"{broken.detail}"
         )
 
-    def _note_broken(self, sample: int, reason: str) -> None:
-        """Counts and names an unreadable sample; raises UserError when there are too many."""
-        name = self._name(sample)
-        with self._count_lock:
-            self.broken[self._store.locate(sample)[0], reason] += 1
-            count = sum(self.broken.values())
-            read = self._samples_read + count
-        logger.warning("%s %s; another sample of its lane takes its place", name, reason)
-        if count > self._config.broken_limit * max(read, 1000):
-            raise UserError(
-                f"{count} of {read} samples could not be decoded, more than data.broken_limit="
-                f"{self._config.broken_limit:g} allows; the last: {name}: {reason}"
-            )
-
-    def _name(self, sample: int) -> str:
-        shard, key = self._store.locate(sample)
-        return f"sample {key} of shard {shard}"
+    def _decode(self, sample: int, pixels: np.ndarray) -> Broken | None:
+        """Fills `pixels` from `sample`, or says what is wrong with it."""
+        try:
+            decode_into(self._store.read(sample), pixels)
+        except (BrokenSample, DecodeError) as error:
+            shard, key = self._store.locate(sample)
+            detail = error.reason if isinstance(error, BrokenSample) else str(error)
+            return Broken(shard, reason_of(error), key, detail)
+        return None

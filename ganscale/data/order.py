@@ -3,7 +3,8 @@
 A pure function of (seed, fingerprint, position): the ranks, the loader's workers and restarts do
 not enter it. An epoch is made in four steps:
 
-1. every shard is cut into blocks of consecutive samples, and the blocks are permuted;
+1. every shard is cut into blocks of consecutive samples; what is left at the shards' ends, laid end
+   to end, is cut into further blocks; all blocks are permuted;
 2. the permuted blocks, laid end to end, are cut into `lanes` sequences of equal length;
 3. each lane is shuffled within windows of a few blocks;
 4. the lanes are interleaved: position p of the epoch belongs to lane p modulo lanes.
@@ -11,14 +12,22 @@ not enter it. An epoch is made in four steps:
 So a lane reads few blocks at a time, nearly in sequence, and a rank that owns lanes reads its own
 part of the data. Lanes of equal length leave less than one sample a lane out of each epoch (other
 ones every time); epochs follow each other as one endless stream.
+
+All blocks but the last have the same size, and their permutation is computed block by block: a
+place is found without a list of blocks. Memory and start-up grow with the shards only, and any
+position is as near as the first.
 """
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
+from threading import Lock
 
 import numpy as np
 
-from ganscale.randomness import derived_seed, permutation
+from ganscale.errors import UserError
+from ganscale.randomness import derived_seed, permutation, permuted
 
 
 def batch_positions(
@@ -38,10 +47,11 @@ def batch_positions(
 
 
 class Order:
-    """The order of one data set under one seed.
+    """The order of one data set under one seed. Any thread may ask.
 
     Attributes: `lanes`, at most the number of samples; `epoch_length`, in samples, a multiple of
-    `lanes`.
+    `lanes`; `lane_length`, its part of one lane; `window_length`, the samples of a lane that are
+    shuffled together (fewer in the last window of an epoch). Raises UserError without samples.
     """
 
     def __init__(
@@ -56,50 +66,125 @@ class Order:
     ) -> None:
         sizes = np.asarray(samples_per_shard, dtype=np.int64)
         total = int(sizes.sum())
+        if total == 0:
+            raise UserError(f"the data set has no samples: all its {len(sizes)} shards are empty")
         self._seed = derived_seed(seed, f"order/{fingerprint}")
-        self._window = block_samples * window_blocks
-        self._block_start, self._block_size = _blocks(sizes, block_samples)
+        self._blocks = _Blocks(sizes, block_samples)
         self.lanes = min(lanes, total)
         self.lane_length = total // self.lanes
         self.epoch_length = self.lanes * self.lane_length
-        self._epoch = lru_cache(maxsize=3)(self._permuted_blocks)
-        self._window_order = lru_cache(maxsize=4 * self.lanes)(self._shuffled_window)
+        self.window_length = min(block_samples * window_blocks, self.lane_length)
+        self._place_of_last_block = lru_cache(maxsize=4)(self._find_last_block)
+        # For each lane read here, the two windows used last: batches that are decoded ahead of
+        # each other straddle two.
+        self._recent: defaultdict[int, OrderedDict[tuple[int, int], np.ndarray]]
+        self._recent = defaultdict(OrderedDict)
+        self._recent_lock = Lock()
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
-        """The samples (indices into the manifest) at `positions`, both (n,) int64."""
+        """The samples (indices into the manifest) at `positions`, both (n,) int64.
+
+        Fastest for neighbours of one lane beside each other, as `batch_positions` has them.
+        """
+        epochs, lanes, windows, offsets = self._locate(positions)
+        samples = np.empty(len(positions), dtype=np.int64)
+        is_cut = (np.diff(epochs) != 0) | (np.diff(lanes) != 0) | (np.diff(windows) != 0)
+        cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(positions)]
+        for first, stop in pairwise(cuts) if len(positions) else ():
+            place = int(epochs[first]), int(lanes[first]), int(windows[first])
+            samples[first:stop] = self._recent_window(*place)[offsets[first:stop]]
+        return samples
+
+    def window(self, position: int) -> np.ndarray:
+        """All samples of the window that `position` is in, in the order of its lane, (n,) int64.
+
+        Computed anew each time, so that looking ahead does not push out what `samples` keeps.
+        """
+        epoch, lane, window, _ = (int(each[0]) for each in self._locate(np.array([position])))
+        return self._shuffled_window(epoch, lane, window)
+
+    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(epoch, lane, window of the lane, offset in the window) of each position."""
         epochs, within = np.divmod(positions, self.epoch_length)
-        lane_index, lanes = np.divmod(within, self.lanes)
-        found = [
-            self._sample(int(epoch), int(lane), int(index))
-            for epoch, lane, index in zip(epochs, lanes, lane_index, strict=True)
-        ]
-        return np.array(found, dtype=np.int64)
+        indices, lanes = np.divmod(within, self.lanes)
+        return epochs, lanes, *np.divmod(indices, self.window_length)
 
-    def _sample(self, epoch: int, lane: int, index: int) -> int:
-        window, offset = divmod(index, self._window)
-        index = window * self._window + int(self._window_order(epoch, lane, window)[offset])
-        start, ends = self._epoch(epoch)
-        place = lane * self.lane_length + index
-        block = int(np.searchsorted(ends, place, side="right"))
-        before = int(ends[block - 1]) if block else 0
-        return int(start[block]) + place - before
-
-    def _permuted_blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(first sample of each block, end of each block in the epoch), in the epoch's order."""
-        order = permutation(self._seed, "order/blocks", (epoch, 0, 0), len(self._block_start))
-        return self._block_start[order], np.cumsum(self._block_size[order])
+    def _recent_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        with self._recent_lock:
+            recent = self._recent[lane]
+            if (epoch, window) in recent:
+                recent.move_to_end((epoch, window))
+                return recent[epoch, window]
+        # Outside the lock: two threads that compute the same window get the same.
+        samples = self._shuffled_window(epoch, lane, window)
+        with self._recent_lock:
+            recent[epoch, window] = samples
+            while len(recent) > 2:
+                recent.popitem(last=False)
+        return samples
 
     def _shuffled_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        width = min(self._window, self.lane_length - window * self._window)
-        return permutation(self._seed, "order/window", (epoch, lane, window), width)
+        """The window's samples, in the order in which they are read, (n,) int64."""
+        first = window * self.window_length
+        width = min(self.window_length, self.lane_length - first)
+        shuffled = permutation(self._seed, "order/window", (epoch, lane, window), width)
+        return self._laid_out(epoch, lane * self.lane_length + first, width)[shuffled]
+
+    def _laid_out(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """The samples at places `first` to `first + count` of the permuted blocks, (count,)."""
+        places = first + np.arange(count)
+        size, short = self._blocks.size, self._blocks.last_size
+        # As if the shorter block were filled up: then place and block differ by a factor only.
+        places[places >= self._place_of_last_block(epoch) * size + short] += size - short
+        places, offsets = np.divmod(places, size)
+        low = int(places[0])
+        blocks = permuted(
+            self._seed,
+            "order/blocks",
+            (epoch, 0, 0),
+            np.arange(low, int(places[-1]) + 1),
+            self._blocks.count,
+        )
+        return self._blocks.samples(blocks[places - low], offsets)
+
+    def _find_last_block(self, epoch: int) -> int:
+        """At which place among the epoch's blocks the last one stands, which may be shorter."""
+        last = np.array([self._blocks.count - 1])
+        where = permuted(
+            self._seed, "order/blocks", (epoch, 0, 0), last, self._blocks.count, inverse=True
+        )
+        return int(where[0])
 
 
-def _blocks(shard_sizes: np.ndarray, block_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """(first sample, size) of each block; a shard's last block may be shorter."""
-    blocks_per_shard = -(-shard_sizes // block_samples)
-    first_block = np.cumsum(blocks_per_shard) - blocks_per_shard
-    within = np.arange(blocks_per_shard.sum()) - np.repeat(first_block, blocks_per_shard)
-    shard_start = np.repeat(np.cumsum(shard_sizes) - shard_sizes, blocks_per_shard)
-    start = shard_start + within * block_samples
-    left = np.repeat(shard_sizes, blocks_per_shard) - within * block_samples
-    return start, np.minimum(left, block_samples)
+class _Blocks:
+    """The samples of a data set, cut into blocks of `size` (the last one: of `last_size`).
+
+    First come the blocks that fill up, aligned to the start of their shard. Then the mixed ones:
+    what is left at the shards' ends, shard after shard, cut without regard to the shards.
+    """
+
+    def __init__(self, shard_sizes: np.ndarray, size: int) -> None:
+        total = int(shard_sizes.sum())
+        self.size = size
+        self.count = -(-total // size)
+        self.last_size = total - (self.count - 1) * size
+        full = shard_sizes // size
+        self._shard_start = np.cumsum(shard_sizes) - shard_sizes
+        self._full_end = np.cumsum(full)
+        self._rest_end = np.cumsum(shard_sizes - full * size)
+        # What to add to a sample's place among those of full blocks, or among the rest.
+        self._from_full = self._shard_start - (self._full_end - full) * size
+        self._from_rest = self._shard_start + shard_sizes - self._rest_end
+
+    def samples(self, blocks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """The sample at each `offset` of each block, all (n,) int64."""
+        places = blocks * self.size + offsets
+        mixed = blocks >= self._full_end[-1]
+        places[mixed] -= self._full_end[-1] * self.size
+        shards = np.where(
+            mixed,
+            np.searchsorted(self._rest_end, places, side="right"),
+            np.searchsorted(self._full_end, blocks, side="right"),
+        )
+        shards = np.minimum(shards, len(self._full_end) - 1)
+        return places + np.where(mixed, self._from_rest[shards], self._from_full[shards])

@@ -1,8 +1,9 @@
 """Gradient penalties as published: where the critic's input gradient is taken, and what it costs.
 
 The gradient is that of each sample's own logit, its norm is over all dimensions of the sample and
-coefficients are drawn per sample, as in the papers. Everything is in float32, also within autocast:
-in bfloat16 the penalty's gradient errs by several per cent, most where the norm nears 1.
+coefficients are drawn per sample, as in the papers. Everything is in float32, also within autocast,
+unless it is asked for otherwise: in bfloat16 the penalty's gradient errs by several per cent, most
+where the norm nears 1.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ganscale.objectives.double_backward import FastDoubleBackward
 from ganscale.randomness import uniform
-from ganscale.runtime import at_least_float32, sum_over_ranks, world_size
+from ganscale.runtime import at_least_float32, autocast, sum_over_ranks, world_size
 
 Critic = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -55,11 +57,16 @@ def input_gradients(
     critic: Critic,
     images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
+    precision: str = "float32",
 ) -> Float[Tensor, "batch *sample"]:
-    """d critic(x_i) / d x_i for each sample i, differentiable; a patch map is averaged."""
-    with torch.autocast(images.device.type, enabled=False):
+    """d critic(x_i) / d x_i for each sample i, differentiable; a patch map is averaged.
+
+    precision: of the critic's layers, as in the config; the gradients are in float32 or better
+    """
+    with autocast(images.device, precision):
         images = at_least_float32(images.detach()).requires_grad_()
-        logits = critic(images, labels)
+        with FastDoubleBackward():
+            logits = at_least_float32(critic(images, labels))
         # Samples do not see each other, so the gradient of the sum holds each one's own.
         scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
         (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)

@@ -1,107 +1,258 @@
-"""The manifest of a folder of shards: what `indexing` finds in each, put together."""
+"""The manifest of many shards: each is read by `indexing`, unless that was done before."""
 
-import hashlib
-import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+from tqdm import tqdm
 
-from ganscale.data.manifest import (
-    CLASSES_NAME,
-    JSON_NAME,
-    ROWS_NAME,
-    SAMPLE_ROW,
-    VERSION,
-    Manifest,
-    Shard,
-)
+from ganscale.data import remote
+from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
-from ganscale.files import replacing
-from ganscale.shards.indexing import ShardIndex, read_index
+from ganscale.shards.finished import FinishedShards, options_digest, save_shard, stamp_of
+from ganscale.shards.indexing import ShardIndex, describe_bad, index_members, read_index
+from ganscale.shards.interchange import IdxReader, check_img2dataset, idx_beside
+from ganscale.shards.leaving_out import BadSample, LeftOut, write_list
+from ganscale.shards.listing import Listing, list_shards
+from ganscale.shards.merging import write_manifest
+from ganscale.shards.parallel import run_all, saying_when_full
+
+BAD_NAME = "bad.jsonl"
+"""The list of what was bad, beside the manifest; `read_list` reads it."""
+
+DEFAULT_RETRY_SECONDS = 300.0
+
+_NAMED_BAD = 5
+_STAMPING_THREADS = 32
+
+
+class Report(NamedTuple):
+    """What `index_shards` did.
+
+    manifest: None when a part of the shards was indexed
+    listing: the shards it was asked for
+    read, kept: shards that were read now, and earlier
+    left_out: samples, and the shards that were left out as a whole
+    """
+
+    manifest: Manifest | None
+    listing: Listing
+    read: int
+    kept: int
+    left_out: int
+    left_out_shards: int
+
+
+class _Task(NamedTuple):
+    name: str
+    address: str
+    is_local: bool
+    output: Path
+    left_out: frozenset[str]
+    stated_samples: int | None
+    trusts_idx: bool
+    retry_seconds: float
+
+
+class _Outcome(NamedTuple):
+    problem: str
+    bad: tuple[tuple[str, str], ...]
 
 
 def build_manifest(folder: Path | str, workers: int = 1) -> Manifest:
     """Indexes all *.tar of `folder` with `workers` processes and writes their manifest there.
 
-    Class names are taken from `classes.json` in the folder, a list, if there is one. Raises
-    UserError for a folder without tars, a bad shard, and shards that do not go together.
+    Raises as `index_shards`.
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"no folder at {root}")
-    paths = sorted(root.glob("*.tar"))
-    if not paths:
-        raise UserError(f"no *.tar in {root}")
-    shards: list[Shard] = []
-    extensions: set[str] = set()
-    image_sizes: set[tuple[int, int]] = set()
-    class_count = 0
-    digest = hashlib.sha256()
-    with replacing(root / ROWS_NAME) as file:
-        write_header = np.lib.format.write_array_header_1_0
-        header = {"descr": SAMPLE_ROW.descr, "fortran_order": False, "shape": (0,)}
-        write_header(file, header)
-        for index in _read_indices(paths, workers):
-            is_labelled = bool(index.rows["label"][0] >= 0)
-            if shards and is_labelled != (class_count > 0):
-                raise UserError(
-                    f"{index.shard.name} is {'' if is_labelled else 'not '}labelled, unlike "
-                    f"{shards[0].name}: label all shards of {root} or none"
-                )
-            class_count = max(class_count, int(index.rows["label"].max()) + 1)
-            shards.append(index.shard)
-            extensions.update(index.extensions)
-            image_sizes.update(index.image_sizes)
-            shard = index.shard
-            digest.update(json.dumps([shard.name, shard.bytes, shard.sha256]).encode())
-            digest.update(index.rows.tobytes())
-            file.write(index.rows.tobytes())
-        # NumPy leaves room in a header for its first dimension to grow.
-        file.seek(0)
-        write_header(file, header | {"shape": (sum(shard.samples for shard in shards),)})
-        class_names = _class_names(root, class_count)
-        # Between the two renames there must be no old description of the new rows.
-        (root / JSON_NAME).unlink(missing_ok=True)
-    content = {
-        "version": VERSION,
-        "fingerprint": digest.hexdigest(),
-        "fields": {
-            "extensions": sorted(extensions),
-            "resolution": image_sizes.pop() if len(image_sizes) == 1 else None,
-            "class_count": len(class_names) or class_count,
-            "class_names": class_names,
-        },
-        "shards": [asdict(shard) for shard in shards],
-    }
-    with replacing(root / JSON_NAME) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-    return Manifest.load(root)
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder at {folder}")
+    manifest = index_shards([str(folder)], workers=workers).manifest
+    assert manifest is not None
+    return manifest
 
 
-def _read_indices(paths: Sequence[Path], workers: int) -> Iterator[ShardIndex]:
-    if workers <= 1 or len(paths) == 1:
-        yield from map(read_index, paths)
+def index_shards(
+    sources: Sequence[str],
+    output: Path | None = None,
+    *,
+    names: Sequence[str] = (),
+    workers: int = 1,
+    again: bool = False,
+    left_out: LeftOut | None = None,
+    trusts_idx: bool = False,
+    part: tuple[int, int] | None = None,
+    retry_seconds: float = DEFAULT_RETRY_SECONDS,
+) -> Report:
+    """Indexes the shards that `sources` and `names` mean (see `listing.list_shards`).
+
+    The manifest is written to `output`, by default the folder of local shards. Class names are
+    taken from a list in its `classes.json`, if there is one. Shards that were indexed before and
+    have not changed (see `finished`) are not read, unless `again`; the result is the same, whatever
+    was kept, and with any number of `workers`.
+
+    left_out: samples and shards that are not to be in the manifest
+    trusts_idx: take offsets from DALI's .idx beside a local shard, which is then not read, and has
+        no checksum
+    part: (i, n): only index the i-th of n parts, counted from 0, and write no manifest; a last call
+        without it finds all parts in the output
+    retry_seconds: a failing network is tried again so long
+
+    Raises UserError for shards that are missing, bad, or do not go together (after all were looked
+    at, with a list of what is bad in BAD_NAME), and UnavailableError.
+    """
+    listing = list_shards(sources, names, retry_seconds)
+    output = _output(listing, output)
+    left_out = left_out or LeftOut()
+    left_out_shards = left_out.shards() & set(listing.names)
+    kept_names = [name for name in listing.names if name not in left_out_shards]
+    if part is not None:
+        kept_names = kept_names[part[0] :: part[1]]
+    keys = left_out.keys()
+    tasks = [
+        _Task(
+            name,
+            listing.address(name),
+            listing.is_local,
+            output,
+            keys.get(name, frozenset()),
+            listing.counts.get(name),
+            trusts_idx,
+            retry_seconds,
+        )
+        for name in kept_names
+    ]
+    finished = FinishedShards(output)
+    todo = tasks if again else _unfinished(tasks, finished, listing.is_local)
+    with saying_when_full(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _read_all(todo, len(tasks), workers, output, left_out, is_part=part is not None)
+        if part is not None:
+            return Report(None, listing, len(todo), len(tasks) - len(todo), 0, len(left_out_shards))
+        location = "." if _is_beside(listing, output) else _location(listing)
+        left_out_samples = write_manifest(output, location, kept_names, finished)
+    manifest = Manifest.load(output)
+    return Report(
+        manifest,
+        listing,
+        len(todo),
+        len(tasks) - len(todo),
+        left_out_samples,
+        len(left_out_shards),
+    )
+
+
+def _output(listing: Listing, output: Path | None) -> Path:
+    if output is not None:
+        return output
+    if not listing.is_local:
+        raise UserError(
+            f"the shards of {remote.shown(listing.base)} are not on this machine: say where "
+            "the manifest is to go with --output FOLDER"
+        )
+    return Path(listing.base)
+
+
+def _is_beside(listing: Listing, output: Path) -> bool:
+    return listing.is_local and Path(listing.base).resolve() == output.resolve()
+
+
+def _location(listing: Listing) -> str:
+    """What the manifest says: never a command, which nobody should run for having read it, and
+    no password or signature."""
+    if listing.base.startswith(remote.PIPE):
+        return "."
+    if listing.is_local:
+        return os.path.abspath(listing.base)  # noqa: PTH100
+    return remote.shown(listing.base)
+
+
+def _unfinished(tasks: list[_Task], finished: FinishedShards, is_local: bool) -> list[_Task]:
+    """The tasks whose shard is new or has changed."""
+
+    def is_finished(task: _Task) -> bool:
+        try:
+            return finished.find(task.name, stamp_of(task.address), _options(task))
+        except UserError:
+            return False  # a missing shard: reading it says so
+
+    with ThreadPoolExecutor(1 if is_local else _STAMPING_THREADS) as threads:
+        flags = list(threads.map(is_finished, tasks))
+    return [task for task, is_done in zip(tasks, flags, strict=True) if not is_done]
+
+
+def _read_all(
+    todo: list[_Task], total: int, workers: int, output: Path, left_out: LeftOut, is_part: bool
+) -> None:
+    problems: dict[str, str] = {}
+    bad: list[BadSample] = []
+    # None: on a terminal only.
+    with tqdm(total=total, initial=total - len(todo), unit=" shards", disable=None) as progress:
+        for task, outcome in run_all(_index_one, todo, workers):
+            progress.update()
+            bad += [BadSample(task.name, key, reason) for key, reason in outcome.bad]
+            if outcome.problem:
+                problems[task.name] = outcome.problem
+                if not outcome.bad:
+                    bad.append(BadSample(task.name, None, outcome.problem))
+    if not problems:
         return
-    # Not fork: a caller with threads (torch has some) could pass a held lock on to its children.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(paths)), mp_context=spawn) as pool:
-        yield from pool.map(read_index, paths)
+    named = [problems[name] for name in sorted(problems)]
+    message = "; ".join(named[:_NAMED_BAD])
+    if len(named) > 1:
+        message = f"{len(named)} of {total:,} shards are bad: {message}"
+    if len(named) > _NAMED_BAD:
+        message += f"; and {len(named) - _NAMED_BAD} more"
+    if not is_part:  # parts run at the same time, and the last call looks at bad shards again
+        bad.sort(key=lambda sample: (sample.shard, sample.key or ""))
+        write_list(output / BAD_NAME, [*left_out.samples, *bad])
+        message += f" (to index the rest: --leave-out {output / BAD_NAME})"
+    raise UserError(message)
 
 
-def _class_names(root: Path, class_count: int) -> list[str]:
-    path = root / CLASSES_NAME
-    if class_count == 0 or not path.exists():
-        return []
+def _index_one(task: _Task) -> _Outcome:
+    """Reads one shard and keeps its index; what is wrong with it is in the outcome."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is no list of class names")
-    if len(names) < class_count:
-        raise UserError(f"{path} names {len(names)} classes, but labels go up to {class_count - 1}")
-    return names
+        stamp = stamp_of(task.address)
+        index = _read(task)
+        if task.is_local and stamp_of(task.address) != stamp:
+            raise UserError(f"{task.address} was changed while it was read")
+        samples = len(index.rows) + index.left_out + len(index.bad)
+        if task.stated_samples is not None and samples != task.stated_samples:
+            raise UserError(
+                f"{remote.shown(task.address)} has {samples:,} samples, but "
+                f"{task.stated_samples:,} in the WebDataset index that lists it"
+            )
+        if task.is_local:
+            check_img2dataset(Path(task.address), samples)
+    except UserError as error:
+        return _Outcome(str(error), ())
+    if index.bad:
+        return _Outcome(describe_bad(remote.shown(task.address), index.bad), index.bad)
+    save_shard(task.output, index, stamp, _options(task))
+    return _Outcome("", ())
+
+
+def _options(task: _Task) -> str:
+    return options_digest(task.left_out, _idx(task) is not None)
+
+
+def _idx(task: _Task) -> Path | None:
+    return idx_beside(Path(task.address)) if task.trusts_idx and task.is_local else None
+
+
+def _read(task: _Task) -> ShardIndex:
+    path = Path(task.address)
+    idx = _idx(task)
+    if idx is not None:
+        with path.open("rb") as file:
+            reader = IdxReader(file.fileno(), path, idx)
+            index = index_members(reader, task.left_out, looks_at_sizes=False)
+        return replace(index, shard=Shard(task.name, reader.bytes, "", len(index.rows)))
+    if not task.is_local:
+        with remote.open_stream(task.address, task.retry_seconds) as file:
+            return read_index(file, task.name, remote.shown(task.address), task.left_out)
+    with path.open("rb") as file:
+        return read_index(file, task.name, task.address, task.left_out)

@@ -7,28 +7,37 @@ tar, a repeated key, an image apart from its label), indexing stops with a sente
 """
 
 import hashlib
-import json
 import re
-import tarfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ganscale.data.decoding import DecodeError, image_size
+from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.errors import UserError
+from ganscale.shards.headers import MAGIC_BYTES, is_image, pixel_size
+from ganscale.shards.tar import Member, Reader, TarReader
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "npy")
-_LABEL_EXTENSIONS = ("cls", "json", "txt")
+MAX_IMAGE_BYTES = 256 << 20
+"""Larger images are refused: a rank holds many at once."""
 
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
+_MAX_LABEL_BYTES = 16 << 20
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # what WebDataset sets aside, such as __MACOSX/
-_BLOCK_BYTES = tarfile.BLOCKSIZE
-_CHUNK_BYTES = 1 << 20
+
+
+@runtime_checkable
+class MemberReader(Protocol):
+    """The members of a shard in order, and the bytes of the one that was reached last."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Member]: ...
+
+    def data(self, limit: int | None = None) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -38,22 +47,28 @@ class ShardIndex:
     rows: (samples,) SAMPLE_ROW, in the tar's order
     extensions: those of the images, sorted
     image_sizes: up to two different (height, width), enough to tell whether all are the same;
-        images without a readable header are left out
+        images without a readable header are left out; None: nobody looked
+    left_out: samples that were to be left out, and were found
+    bad: (key, sentence) of the samples that cannot be used and have no row
     """
 
     shard: Shard
     rows: np.ndarray
     extensions: tuple[str, ...]
-    image_sizes: tuple[tuple[int, int], ...]
+    image_sizes: tuple[tuple[int, int], ...] | None
+    left_out: int = 0
+    bad: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
     key: str
-    image: tarfile.TarInfo | None = None
+    offset: int = -1
+    size: int = 0
     extension: str = ""
-    extensions: set[str] = field(default_factory=set)
-    label_texts: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
+    members: dict[str, bytes] = field(default_factory=dict)
+    """Of every extension; the contents of labels only."""
 
 
 def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
@@ -62,170 +77,176 @@ def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
     Raises UserError, naming shard and member, for a file that is no tar, is cut, is empty, or whose
     members do not form samples of one image each, all of them labelled or none.
     """
-    index = read_index(path)
+    with path.open("rb") as file:
+        index = read_index(file, path.name, str(path))
+    if index.bad:
+        raise UserError(describe_bad(str(path), index.bad))
     return index.shard, index.rows
 
 
-def read_index(path: Path) -> ShardIndex:
-    """All that `build_manifest` wants to know of the shard at `path`. Raises as `index_shard`."""
+def describe_bad(label: str, bad: Collection[tuple[str, str]]) -> str:
+    """The first of a shard's bad samples, for a message."""
+    more = f" (and {len(bad) - 1} more bad samples)" if len(bad) > 1 else ""
+    return f"{label}: {next(iter(bad))[1]}{more}"
+
+
+def read_index(file: Reader, name: str, label: str, left_out: Collection[str] = ()) -> ShardIndex:
+    """The contents of a tar that is read to its end, once, from where `file` stands.
+
+    name, label: the shard's in the manifest, and in messages
+    left_out: keys of samples to pass over
+
+    Raises UserError for a tar whose samples cannot be told apart; bad samples are listed instead.
+    """
+    digest = hashlib.sha256()
+    reader = TarReader(file, label, digest)
+    index = index_members(reader, left_out)
+    shard = Shard(name, reader.bytes, digest.hexdigest(), len(index.rows))
+    return ShardIndex(
+        shard, index.rows, index.extensions, index.image_sizes, index.left_out, index.bad
+    )
+
+
+def index_members(
+    reader: MemberReader, left_out: Collection[str] = (), looks_at_sizes: bool = True
+) -> ShardIndex:
+    """The samples that the members form; the index's shard has neither name nor size yet.
+
+    `looks_at_sizes` reads images whole until two sizes are known. Raises as `read_index`.
+    """
     rows: list[tuple[int, int]] = []
-    label_texts: list[dict[str, bytes]] = []
+    texts: list[dict[str, bytes]] = []
     keys: list[str] = []
+    bad: list[tuple[str, str]] = []
     extensions: set[str] = set()
     sizes: set[tuple[int, int]] = set()
-    with path.open("rb") as file:
-        for sample in _samples(path, file):
-            if sample.image is None:
-                raise UserError(
-                    f"{path}: sample '{sample.key}' has no image, only "
-                    f"{', '.join(sorted(sample.extensions))} (images are: "
-                    f"{', '.join(IMAGE_EXTENSIONS)})"
-                )
-            rows.append((sample.image.offset_data, sample.image.size))
-            label_texts.append(sample.label_texts)
-            keys.append(sample.key)
-            extensions.add(sample.extension)
-            if len(sizes) < 2:
-                file.seek(sample.image.offset_data)
-                # The loader counts and replaces broken images: no reason to refuse a shard.
-                with suppress(DecodeError):
-                    sizes.add(image_size(file.read(sample.image.size)))
-        sha256, size = _checksum(file)
-    if not rows:
-        raise UserError(f"{path}: the tar is empty")
+    found = 0
+    for sample in _samples(reader, sizes if looks_at_sizes else None):
+        found += 1
+        if sample.key in left_out:
+            continue
+        if not sample.problem and sample.offset < 0:
+            sample.problem = (
+                f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
+                f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
+            )
+        if sample.problem:
+            bad.append((sample.key, sample.problem))
+            continue
+        rows.append((sample.offset, sample.size))
+        texts.append(sample.members)
+        keys.append(sample.key)
+        extensions.add(sample.extension)
+    if not found:
+        raise UserError(f"{reader.name}: the tar is empty")
     table = np.empty(len(rows), SAMPLE_ROW)
-    table["offset"], table["size"] = np.array(rows, np.uint64).T
-    table["label"] = _labels(path, keys, label_texts)
-    shard = Shard(path.name, size, sha256, len(rows))
-    return ShardIndex(shard, table, tuple(sorted(extensions)), tuple(sorted(sizes)))
+    if rows:
+        table["offset"], table["size"] = np.array(rows, np.uint64).T
+    labels, unlabelled = _labels(keys, texts)
+    table["label"] = labels
+    return ShardIndex(
+        Shard("", 0, "", len(rows)),
+        table,
+        tuple(sorted(extensions)),
+        tuple(sorted(sizes)) if looks_at_sizes else None,
+        found - len(rows) - len(bad),
+        (*bad, *unlabelled),
+    )
 
 
-def _samples(path: Path, file: BinaryIO) -> Iterator[_Sample]:
-    """The samples of a tar in order. What tarfile does not mind but would lose data, raises."""
+def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterator[_Sample]:
+    """The samples of a tar in order; `sizes` is given up to two different sizes of images."""
     seen: set[str] = set()
     sample: _Sample | None = None
-    for member in tar_members(path, file):
-        if _METADATA.match(member.name) or Path(member.name).name.startswith("."):
+    for member in reader:
+        name, offset, size = member
+        base = name.rfind("/") + 1
+        if name.startswith(".", base) or (name.startswith("__") and _METADATA.match(name)):
             continue
-        match = _NAME.fullmatch(member.name)
-        if match is None:
+        dot = name.find(".", base)
+        if dot < 0 or dot + 1 == len(name):
             raise UserError(
-                f"{path}: member '{member.name}' has no extension and so belongs to no sample"
+                f"{reader.name}: member '{name}' has no extension and so belongs to no sample"
             )
-        key, extension = match[1], match[2].lower()
+        key, extension = name[:dot], name[dot + 1 :].lower()
         if sample is None or key != sample.key:
             if sample is not None:
                 yield sample
             if key in seen:
                 raise UserError(
-                    f"{path}: sample '{key}' occurs twice (at member '{member.name}'); "
+                    f"{reader.name}: sample '{key}' occurs twice (at member '{name}'); "
                     "the members of a sample must follow each other, with a key of their own"
                 )
             seen.add(key)
             sample = _Sample(key)
-        if extension in sample.extensions:
-            raise UserError(f"{path}: member '{member.name}' occurs twice")
-        sample.extensions.add(extension)
+        if extension in sample.members:
+            sample.problem = f"member '{name}' occurs twice"
+            continue
+        sample.members[extension] = b""
         if extension in IMAGE_EXTENSIONS:
-            if sample.image is not None:
-                raise UserError(
-                    f"{path}: sample '{key}' has two images, .{sample.extension} and .{extension}"
+            if sample.offset >= 0:
+                sample.problem = (
+                    f"sample '{key}' has two images, .{sample.extension} and .{extension}"
                 )
-            if member.size >= 1 << 32:
-                raise UserError(f"{path}: member '{member.name}' is larger than 4 GiB")
-            sample.image, sample.extension = member, extension
-        elif extension in _LABEL_EXTENSIONS:
-            file.seek(member.offset_data)
-            sample.label_texts[extension] = file.read(member.size)
+            sample.offset, sample.size, sample.extension = offset, size, extension
+            if size > MAX_IMAGE_BYTES:
+                sample.problem = (
+                    f"member '{name}' has {size:,} bytes, more than the limit of "
+                    f"{MAX_IMAGE_BYTES:,}"
+                )
+                continue
+            wanted = sizes if sizes is not None and len(sizes) < 2 else None
+            data = reader.data(MAGIC_BYTES if wanted is None else None)
+            if not is_image(data):
+                sample.problem = sample.problem or (
+                    f"member '{name}' is no JPEG, PNG, WebP or .npy: it begins with "
+                    f"{data[:MAGIC_BYTES]!r}"
+                )
+            elif wanted is not None and (pixels := pixel_size(data)) is not None:
+                wanted.add(pixels)
+        elif extension in LABEL_EXTENSIONS:
+            if size > _MAX_LABEL_BYTES:
+                sample.problem = f"member '{name}' has {size:,} bytes, too many for a label"
+            else:
+                sample.members[extension] = reader.data()
     if sample is not None:
         yield sample
 
 
-def tar_members(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar, after the last of which the tar is known to be complete.
+def _labels(
+    keys: list[str], texts: list[dict[str, bytes]]
+) -> tuple[list[int], list[tuple[str, str]]]:
+    """The class of each sample, from the first kind of member that holds classes; else all -1.
 
-    `file` is the tar at `path`, open; it may be moved about in between. Raises UserError.
+    And (key, sentence) of the samples that have no class though others do, or none that can be.
     """
-    file_bytes = path.stat().st_size
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if member.offset_data + member.size > file_bytes:
-                    raise UserError(
-                        f"{path}: the tar is cut: member '{member.name}' ends at byte "
-                        f"{member.offset_data + member.size:,} of {file_bytes:,}"
-                    )
-                if member.issym() or member.islnk() or member.issparse():
-                    raise UserError(
-                        f"{path}: member '{member.name}' is a link or sparse, not a plain file "
-                        "(GNU tar writes plain files with --dereference --hard-dereference)"
-                    )
-                if member.isfile():
-                    yield member
-                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header for as long as it is open
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: not a readable tar ({error})") from error
-    # tarfile takes a missing end, or a header with a wrong checksum, for the end of the archive.
-    file.seek(end)
-    if file.read(2 * _BLOCK_BYTES) != bytes(2 * _BLOCK_BYTES):
-        raise UserError(
-            f"{path}: the tar is cut or damaged at byte {end:,}: no further member and no end of "
-            "archive there"
-        )
-    while chunk := file.read(_CHUNK_BYTES):
-        if chunk.strip(b"\0"):
-            raise UserError(
-                f"{path}: there is more data behind the end of the archive (byte {end:,}); "
-                "tars joined with cat have to be joined with `tar --concatenate`"
-            )
-
-
-def _checksum(file: BinaryIO) -> tuple[str, int]:
-    """SHA-256 in hexadecimal and size in bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-    return digest.hexdigest(), file.tell()
-
-
-def _labels(path: Path, keys: list[str], texts: list[dict[str, bytes]]) -> list[int]:
-    """The class of each sample, from the first kind of member that holds classes; else all -1."""
-    for extension in _LABEL_EXTENSIONS:
-        labels = []
+    for extension in LABEL_EXTENSIONS:
+        if not any(extension in members for members in texts):
+            continue
+        labels: list[int] = []
+        bad: list[tuple[str, str]] = []
+        has_label = False
         for key, members in zip(keys, texts, strict=True):
-            label = _label(members.get(extension), extension)
-            if label is not None and not 0 <= label < 1 << 31:
-                raise UserError(f"{path}: the label of '{key}.{extension}' is {label}, no class")
-            if label is None and extension == "cls" and extension in members:
-                raise UserError(
-                    f"{path}: the label in '{key}.cls' is no integer: {members['cls'][:40]!r}"
-                )
-            labels.append(label)
-        unlabelled = [key for key, label in zip(keys, labels, strict=True) if label is None]
-        if not unlabelled:
-            return labels
+            text = members.get(extension)
+            label = parse_label(text, extension)
+            if label is None:
+                if text is not None and extension == "cls":
+                    sentence = f"the label in '{key}.cls' is no integer: {text[:40]!r}"
+                else:
+                    sentence = (
+                        f"sample '{key}' has no label, but others have (.{extension}): "
+                        "label all samples or none"
+                    )
+                bad.append((key, sentence))
+            else:
+                has_label = True
+                if not 0 <= label < 1 << 31:
+                    bad.append((key, f"the label of '{key}.{extension}' is {label}, no class"))
+                    label = None
+            labels.append(-1 if label is None else label)
+        if not bad:
+            return labels, []
         # A text that is a number in one sample and words in another is a caption.
-        if len(unlabelled) < len(keys) and extension != "txt":
-            raise UserError(
-                f"{path}: sample '{unlabelled[0]}' has no label, but others have "
-                f"(.{extension}): label all samples or none"
-            )
-    return [-1] * len(keys)
-
-
-def _label(text: bytes | None, extension: str) -> int | None:
-    """The integer in `text`; of a JSON object, that of its "label" or "class". None without one."""
-    if text is None:
-        return None
-    try:
-        if extension != "json":
-            return int(text.decode("ascii"))
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(value, dict):
-        return None
-    label = value.get("label", value.get("class"))
-    return label if type(label) is int else None
+        if extension == "cls" or (extension == "json" and has_label):
+            return labels, bad
+    return [-1] * len(keys), []

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ganscale.data.decoding import DecodeError
+from ganscale.data.labels import IMAGE_EXTENSIONS
 from ganscale.errors import UserError
 from ganscale.shards import bundled
-from ganscale.shards.indexing import IMAGE_EXTENSIONS, tar_members
+from ganscale.shards.tar import TarReader
 
 _BUNDLED = "bundled:"
 
@@ -158,8 +159,8 @@ def _list_zip(path: Path) -> Iterator[SourceImage]:
 
 def _list_tar(path: Path) -> Iterator[SourceImage]:
     with path.open("rb") as file:
-        for member in tar_members(path, file):
-            yield SourceImage(member.name.removeprefix("./"), member.size, member.offset_data)
+        for name, offset, size in TarReader(file, str(path)):
+            yield SourceImage(name.removeprefix("./"), size, offset)
 
 
 def _only_images(files: Iterable[SourceImage]) -> tuple[list[SourceImage], dict[str, int]]:

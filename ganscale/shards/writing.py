@@ -8,10 +8,7 @@ again, goes on where it was stopped.
 
 import hashlib
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +22,7 @@ from ganscale.files import replacing
 from ganscale.shards import sources
 from ganscale.shards.building import build_manifest
 from ganscale.shards.encoding import Encoding
+from ganscale.shards.parallel import run_all, saying_when_full
 from ganscale.shards.sources import Source, SourceImage
 
 DEFAULT_SHARD_BYTES = 128 << 20
@@ -114,7 +112,8 @@ def write_shards(
         "images": len(order),
         "source": listing.digest(),
     }
-    finished = _open_journal(root, command)
+    with saying_when_full(root):
+        finished = _open_journal(root, command)
     tasks = [
         _ShardTask(
             root / f"shard-{first // shard_samples:06d}.tar",
@@ -133,9 +132,10 @@ def write_shards(
         return Report(Manifest.load(root), len(tasks), sorted(broken), listing.ignored)
     (root / JSON_NAME).unlink(missing_ok=True)  # until all is written, this is no data set
     progress = tqdm(total=len(order), unit=" images", disable=None)  # None: on a terminal only
-    with progress, (root / JOURNAL_NAME).open("a", encoding="utf-8") as journal:
+    journal_path = root / JOURNAL_NAME
+    with saying_when_full(root), progress, journal_path.open("a", encoding="utf-8") as journal:
         progress.update(len(order) - sum(len(task.images) for task in todo))
-        for task, shard in _write_all(todo, workers):
+        for task, shard in run_all(_write_shard, todo, workers):
             journal.write(json.dumps(shard) + "\n")
             journal.flush()
             progress.update(len(task.images))
@@ -144,7 +144,7 @@ def write_shards(
     if len(broken) == len(order):
         raise UserError(f"no image of {source} can be decoded: {describe_broken(broken)}")
     if listing.class_names:
-        with replacing(root / CLASSES_NAME) as file:
+        with saying_when_full(root), replacing(root / CLASSES_NAME) as file:
             file.write((json.dumps(listing.class_names) + "\n").encode())
     manifest = build_manifest(root, workers)
     return Report(manifest, len(tasks) - len(todo), sorted(broken), listing.ignored)
@@ -244,27 +244,6 @@ def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished
         with replacing(path) as file:
             file.write("".join(lines[:-1]).encode())
     return finished
-
-
-def _write_all(tasks: list[_ShardTask], workers: int) -> Iterator[tuple[_ShardTask, _Finished]]:
-    """Every task with its result, as they are finished."""
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            yield task, _write_shard(task)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=spawn)
-    try:
-        futures = {pool.submit(_write_shard, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a writing process was killed, perhaps for its memory; fewer --workers need less, and "
-            "the same command goes on from here"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _write_shard(task: _ShardTask) -> _Finished:

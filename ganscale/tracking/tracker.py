@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from ganscale.errors import UserError
+from ganscale.files import write_text
 from ganscale.tracking.record import IMAGES_SEEN, End, Record
 
 STEP = "progress/step"
@@ -165,9 +166,7 @@ class Tracker:
             stored = End(stored["images_seen"], stored["rows"], frozenset(stored["names"]))
             given = max(given, stored, key=lambda end: (end.images_seen, end.rows))
         content = {**dataclasses.asdict(given), "names": sorted(given.names)}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content))
-        partial.replace(path)
+        write_text(path, json.dumps(content))
         return given
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ganscale.data.loader import Batch
+from ganscale.data.batch import Batch
 from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import UserError
 from ganscale.networks.spectral import advance_power_iterations
@@ -21,6 +21,7 @@ from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
 from ganscale.training.ema import decay, update_average
+from ganscale.training.profiling import section
 from ganscale.training.state import TrainingState
 from ganscale.training.step import make
 
@@ -44,6 +45,7 @@ class Cycle:
         self.objective = objective
         self.runtime = runtime
         self.state = state
+        self._kept_fakes: Tensor | None = None
         self.clipped = []
         if objective.clip is not None:
             self.clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -55,14 +57,21 @@ class Cycle:
         """Images that the critic sees in a cycle."""
         return self.config.objective.n_critic * self.config.training.global_batch_size
 
-    def critic_step(self, batch: DeviceBatch, with_panel: bool) -> None:
-        """One update of the critic; afterwards the batch has been seen."""
+    def critic_step(self, batch: DeviceBatch, with_panel: bool, keeps_fakes: bool = False) -> None:
+        """One update of the critic; afterwards the batch has been seen.
+
+        keeps_fakes: for the generator's step, with their graph
+        """
         state, seed = self.state, self.config.seed
         latents = self._latents("latents/critic", batch.slots)
         advance_power_iterations(state.critic)
-        with torch.no_grad(), autocast(self.runtime.device, self.config.training.precision):
+        if keeps_fakes:
+            advance_power_iterations(state.generator)
+        computes = autocast(self.runtime.device, self.config.training.precision)
+        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes:
             fake_images = make(state.generator, latents, batch.labels)
-        fake_images = fake_images.to(batch.images.dtype)
+        self._kept_fakes = fake_images if keeps_fakes else None
+        fake_images = fake_images.detach().to(batch.images.dtype)
         draws = Draws(seed, batch.slots, first_slot=state.images_seen)
         update = state.images_seen // self.config.training.global_batch_size
         inputs = {
@@ -85,9 +94,14 @@ class Cycle:
     def generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
         """One update of the generator, for the classes that the critic has just seen."""
         state = self.state
-        advance_power_iterations(state.generator)
+        kept, self._kept_fakes = self._kept_fakes, None
+        latents = None
+        if kept is None:
+            advance_power_iterations(state.generator)
+            latents = self._latents("latents/generator", batch.slots)
         inputs = {
-            "latents": self._latents("latents/generator", batch.slots),
+            "latents": latents,
+            "fake_images": kept,
             "real_images": batch.images,
             "labels": batch.labels,
             "with_real_logits": with_panel,
@@ -98,12 +112,14 @@ class Cycle:
             state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
         state.steps += 1
 
+    @section("average")
     def update_average(self) -> None:
         """Moves the averaged generator over the images of a cycle."""
         average, state = self.config.average, self.state
         kept = decay(self.images, state.images_seen, average.half_life_images, average.ramp_up)
         update_average(state.average, state.generator, kept)
 
+    @section("to the device")
     def on_device(self, batch: Batch) -> DeviceBatch:
         device = self.runtime.device
         slots = batch.slots.to(device, non_blocking=True)

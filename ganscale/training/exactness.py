@@ -6,8 +6,21 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ganscale.errors import UserError
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
+from ganscale.schema import TrainingConfig
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBatchNorm2d)
+
+
+def check_batch(config: TrainingConfig, world_size: int) -> None:
+    """Raises UserError for a global batch that ranks and micro-batches do not divide."""
+    batch, parts = config.global_batch_size, world_size * config.accumulate
+    if batch % parts:
+        below, above = batch // parts * parts, -(-batch // parts) * parts
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"`training.global_batch_size` of {batch} cannot be dealt evenly to "
+            f"{world_size} ranks of {config.accumulate} micro-batches: choose {nearest}"
+        )
 
 
 def refuse_layers(generator: nn.Module, critic: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ganscale.data.manifest import Manifest
+from ganscale.data.dataset import DataSet
 from ganscale.errors import UserError
 from ganscale.networks.build import build_critic, build_generator
 from ganscale.networks.normalization import GlobalBatchNorm, with_global_batch_norm
@@ -21,6 +21,14 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
     Raises UserError for networks that cannot be built, do not fit the data or each other, or with
     which a run would depend on its cluster.
     """
+    generator, critic = untried_networks(config, num_classes)
+    with seeded(config.seed, "trial"):
+        _try(generator, critic, config, num_classes)
+    return generator, critic
+
+
+def untried_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """`build_networks` without a forward, so also on the meta device, without storage."""
     with seeded(config.seed, "initial weights"):
         generator = build_generator_of(config, num_classes)
         critic = build_critic(
@@ -30,10 +38,7 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
             num_classes=num_classes,
         )
     refuse_layers(generator, critic)
-    generator = with_global_batch_norm(generator)
-    with seeded(config.seed, "trial"):
-        _try(generator, critic, config, num_classes)
-    return generator, critic
+    return with_global_batch_norm(generator), critic
 
 
 def sample_shape(config: Config) -> tuple[int, int, int]:
@@ -50,19 +55,19 @@ def build_generator_of(config: Config, num_classes: int) -> nn.Module:
     )
 
 
-def class_count(config: Config, manifest: Manifest) -> int:
+def class_count(config: Config, data: DataSet) -> int:
     """The classes that the networks see, 0 in unconditional training.
 
     Raises UserError for conditional training on data without labels.
     """
     if not config.training.conditional:
         return 0
-    if manifest.class_count == 0:
+    if data.class_count == 0:
         raise UserError(
             "`training.conditional` needs class labels, but the shards in "
-            f"{manifest.root} have none"
+            f"{data.location} have none"
         )
-    return manifest.class_count
+    return data.class_count
 
 
 @contextlib.contextmanager

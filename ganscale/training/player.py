@@ -11,6 +11,7 @@ from ganscale.errors import UserError
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, rate_factor
+from ganscale.training.profiling import section
 from ganscale.training.step import (
     CriticStep,
     GeneratorStep,
@@ -78,7 +79,7 @@ class Player:
         self._step = step
         self._network = network
         self._is_checked = False
-        self._wrapped = runtime.prepare(step)
+        self._wrapped = runtime.prepare(step, training.gradient_compression)
         self._runtime = runtime
         self._training = training
         self._tripwire = tripwire
@@ -107,8 +108,11 @@ class Player:
             # Forward and backward both inside: with only one of them there, DDP skips the
             # averaging silently.
             with nullcontext() if is_last else self._runtime.no_sync(self._wrapped):
-                output: StepOutput = self._wrapped(**micro_batch(inputs, part, parts), parts=parts)
-                (output.loss / parts).backward(inputs=self.parameters)
+                with section(f"{self.name} forward"):
+                    given = micro_batch(inputs, part, parts)
+                    output: StepOutput = self._wrapped(**given, parts=parts)
+                with section(f"{self.name} backward"):
+                    (output.loss / parts).backward(inputs=self.parameters)
             outputs.append(output)
         if not self._is_checked:
             self._check_gradients()
@@ -116,7 +120,8 @@ class Player:
             name: torch.stack([output.meters[name] for output in outputs]).mean()
             for name in outputs[0].meters
         }
-        meters[f"optim/{self.name}_gradient_norm"] = self._apply(images_seen)
+        with section(f"{self.name} update"):
+            meters[f"optim/{self.name}_gradient_norm"] = self._apply(images_seen)
         return meters, _in_batch_order([output.logits for output in outputs])
 
     def _logit_gradients(self, inputs: dict[str, Any], parts: int) -> LogitGradients:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from ganscale.data.broken import broken_rows, check_broken_limit
 from ganscale.data.contact_sheet import image_grid, to_picture
-from ganscale.data.loader import Batch, Loader
 from ganscale.errors import NonFiniteError
 from ganscale.evaluation.sampling import generate_array, sample_labels, sample_latents
 from ganscale.runtime import Runtime
@@ -17,6 +17,8 @@ from ganscale.schema import Config
 from ganscale.tracking.console import Console
 from ganscale.tracking.tracker import Tracker
 from ganscale.training.checkpoint import newest_name
+from ganscale.training.feed import Feed
+from ganscale.training.profiling import section
 from ganscale.training.run_folder import RunFolder, write_summary
 from ganscale.training.state import TrainingState
 
@@ -34,15 +36,13 @@ class Reports:
         resumed_at: int | None,
         runtime: Runtime,
         state: TrainingState,
-        loader: Loader,
+        feed: Feed,
     ) -> None:
-        self._data_seconds = 0.0  # the loop has waited for data since the last logging
         self._config = config
         self._folder = folder
         self._runtime = runtime
         self._state = state
-        self._loader = loader
-        self._broken_before = state.broken_samples  # in earlier sessions
+        self._feed = feed
         self._last_row: dict[str, float] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
@@ -65,36 +65,36 @@ class Reports:
         if resumed_at is not None:
             self._console.message(f"continues at {resumed_at:,} images")
 
-    def waiting_for(self, loader: Loader) -> Batch:
-        """The loader's next batch; the time that takes is reported."""
-        started = time.perf_counter()
-        batch = next(loader)
-        self._data_seconds += time.perf_counter() - started
-        return batch
-
+    @section("logging")
     def metrics(self) -> None:
         """One row of everything since the last one. On every rank: it sums over the ranks."""
         state = self._state
         now, (then, images_then) = time.perf_counter(), self._since
         row = state.meters.read()
-        broken = torch.tensor([float(sum(self._loader.broken.values())), self._data_seconds])
-        broken_samples, data_seconds = self._runtime.sum(broken.to(self._runtime.device))
-        state.broken_samples = self._broken_before + round(broken_samples.item())
+        self._feed.count_broken(state.broken)
+        waited = torch.tensor(self._feed.waited_seconds, device=self._runtime.device)
+        waited_seconds = self._runtime.sum(waited).item() / self._runtime.world_size
         row |= {
             "logits/wasserstein": row["logits/real_mean"] - row["logits/fake_mean"],
             "optim/critic_learning_rate": state.critic_player.learning_rate(state.images_seen),
             "optim/generator_learning_rate": state.generator_player.learning_rate(
                 state.images_seen
             ),
-            "data/broken_samples": float(state.broken_samples),
+            "data/broken_samples": float(state.broken.total()),
             "perf/images_per_second": (state.images_seen - images_then) / (now - then),
-            "perf/data_wait_share": data_seconds.item() / self._runtime.world_size / (now - then),
+            "perf/data_wait_share": waited_seconds / (now - then),
         }
+        for (_, reason), count in state.broken.items():
+            name = f"data/broken_{reason.replace(' ', '_')}"
+            row[name] = row.get(name, 0.0) + count
         state.seconds += now - then
-        self._since, self._data_seconds, self._last_row = (now, state.images_seen), 0.0, row
+        self._since, self._feed.waited_seconds, self._last_row = (now, state.images_seen), 0.0, row
         if self._tracker is not None and self._console is not None:
             self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
             self._console.update(state.images_seen, row["perf/images_per_second"], row)
+        limit = self._config.data.broken_limit
+        worst = state.broken.most_common(3)
+        check_broken_limit(state.broken.total(), state.images_seen, limit, worst)
         for name, value in row.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise NonFiniteError(
@@ -103,6 +103,7 @@ class Reports:
                     "is the last good state"
                 )
 
+    @section("samples")
     def samples(self) -> None:
         """The grid of the averaged generator for the run's fixed latents."""
         if self._tracker is None:
@@ -133,7 +134,8 @@ class Reports:
             "training_seconds": round(state.seconds, 3),
             "images_per_second": round(state.images_seen / max(state.seconds, 1e-9), 1),
             "exit_code": exit_code,
-            "broken_samples": state.broken_samples,
+            "broken_samples": state.broken.total(),
+            "broken": broken_rows(state.broken),
             "sessions": state.sessions,
             "last": self._last_row,
         }
@@ -144,6 +146,11 @@ class Reports:
         self._tracker.finish(summary, exit_code)
         checkpoint = newest_name(folder.checkpoints)
         self._console.close()
+        if state.broken:
+            self._console.message(
+                f"broken:     {state.broken.total():,} samples, replaced by others; which: "
+                f"{folder.summary}"
+            )
         self._console.message(f"samples:    {folder.samples(state.images_seen)}")
         self._console.message(f"checkpoint: {checkpoint}")
         self._console.message(f"W&B record: {self._tracker.location}")

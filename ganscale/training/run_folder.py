@@ -12,6 +12,7 @@ from typing import Any
 
 from ganscale.config import Resolved, curve_changes, load_stored
 from ganscale.errors import UserError
+from ganscale.files import write_text
 from ganscale.training.checkpoint import newest_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -115,16 +116,6 @@ class RunFolder:
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): start no second run there", self.path, error)
         return descriptor
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file at once: readers see the old or the new one."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What a run is at one moment: networks, optimizers, average and counters; no random state."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ class TrainingState:
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         self.tripwire = Tripwire(runtime.device)
-        precision = config.training.precision
+        precision, penalty_precision = config.training.precision, "float32"
+        if config.training.penalty_precision == "autocast":
+            penalty_precision = precision
         self.critic_player = Player(
             "critic",
-            CriticStep(self.critic, objective, precision),
+            CriticStep(self.critic, objective, precision, penalty_precision),
             self.critic,
             lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
             config.training,
@@ -65,7 +68,8 @@ class TrainingState:
         self.meters = MeterSums(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
-        self.broken_samples = 0  # on all ranks and in all sessions, as of the last logged row
+        # Unreadable samples by (shard, reason), on all ranks and in all sessions.
+        self.broken: Counter[tuple[str, str]] = Counter()
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
 
@@ -85,7 +89,7 @@ class TrainingState:
             "images_seen": self.images_seen,
             "num_classes": self.num_classes,
             "steps": self.steps,
-            "broken_samples": self.broken_samples,
+            "broken": [[*place, count] for place, count in sorted(self.broken.items())],
             "seconds": self.seconds,
             "sessions": self.sessions,
             "meters": self.meters.state(),
@@ -109,7 +113,9 @@ class TrainingState:
                 "continue with the networks and kinds of optimizer that it was trained with"
             ) from error
         numbers = load_state(folder)
-        self.broken_samples = numbers["broken_samples"]
+        self.broken = Counter(
+            {(shard, reason): count for shard, reason, count in numbers["broken"]}
+        )
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.meters.load_state(numbers["meters"])

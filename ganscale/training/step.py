@@ -44,12 +44,19 @@ class StepOutput(NamedTuple):
 class CriticStep(nn.Module):
     """The critic's whole objective: adversarial loss plus weighted penalties."""
 
-    def __init__(self, critic: nn.Module, objective: Objective, precision: str) -> None:
+    def __init__(
+        self,
+        critic: nn.Module,
+        objective: Objective,
+        precision: str,
+        penalty_precision: str = "float32",
+    ) -> None:
         super().__init__()
         self.critic = critic
         self.spans_batch = objective.loss.spans_batch
         self._objective = objective
         self._precision = precision
+        self._penalty_precision = penalty_precision
 
     def forward(
         self,
@@ -80,7 +87,8 @@ class CriticStep(nn.Module):
         }
         for name, images in points.items():
             weighted = self._objective.penalties[name]
-            slopes = input_gradients(partial(score, self.critic), images, labels)
+            critic = partial(score, self.critic)
+            slopes = input_gradients(critic, images, labels, self._penalty_precision)
             penalty = weighted.penalty.value(slopes)
             loss = loss + weighted.weight * weighted.interval * penalty
             meters[f"penalty/{name}"] = penalty.detach()
@@ -120,18 +128,20 @@ class GeneratorStep(nn.Module):
 
     def forward(
         self,
-        latents: Float[Tensor, "batch latent"],
+        latents: Float[Tensor, "batch latent"] | None,
         real_images: Float[Tensor, "batch *sample"],
         labels: Int64[Tensor, " batch"] | None,
+        fake_images: Float[Tensor, "batch *sample"] | None = None,
         with_real_logits: bool = False,
         gradients: LogitGradients | None = None,
         parts: int = 1,
     ) -> StepOutput:
         """The loss is to be differentiated for the generator's parameters only.
 
+        fake_images: with the generator's graph, instead of latents
         with_real_logits: also where the loss does not need them (the panel does)
         """
-        logits = self.logits(latents, real_images, labels, with_real_logits)
+        logits = self.logits(latents, real_images, labels, fake_images, with_real_logits)
         if self.spans_batch:
             gradients = gradients or self.logit_gradients(logits)
             ordered = (logits["fake"],), (gradients.fake,)
@@ -143,16 +153,19 @@ class GeneratorStep(nn.Module):
 
     def logits(
         self,
-        latents: Tensor,
+        latents: Tensor | None,
         real_images: Tensor,
         labels: Tensor | None,
+        fake_images: Tensor | None = None,
         with_real_logits: bool = False,
         **_: object,
     ) -> dict[str, Tensor]:
         """`fake`, and `real` where it is needed, in float32 or better."""
         (critic,) = self._critic
-        with autocast(latents.device, self._precision):
-            fake_images = make(self.generator, latents, labels)
+        with autocast(real_images.device, self._precision):
+            if fake_images is None:
+                assert latents is not None
+                fake_images = make(self.generator, latents, labels)
             logits = {"fake": at_least_float32(score(critic, fake_images, labels))}
             if with_real_logits or self._loss.generator_needs_real:
                 with torch.no_grad():

@@ -3,18 +3,21 @@ checkpoint, stop. Time is counted in images that the critic has seen."""
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from ganscale.config import Resolved
-from ganscale.data.loader import Loader
-from ganscale.data.manifest import Manifest, check_shards
+from ganscale.data.dataset import open_data
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, NonFiniteError, UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.tracking.console import setup_logging
 from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
 from ganscale.training.cycle import Cycle
+from ganscale.training.exactness import check_batch
+from ganscale.training.feed import Feed
 from ganscale.training.networks import class_count
+from ganscale.training.profiling import profiled, section
 from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
@@ -22,6 +25,8 @@ from ganscale.training.signals import StopRequest, mark_stopped
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+_GOES_ON, _STOP_REQUESTED, _DATA_FAILED = range(3)
 
 
 class Trainer:
@@ -31,22 +36,22 @@ class Trainer:
         """Raises UserError for whatever can be known to be wrong before the first step."""
         self.config = config = resolved.config
         self.runtime = runtime
-        _check_batch(config.training.global_batch_size, config.training.accumulate, runtime)
+        check_batch(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
-        self.manifest = Manifest.load(config.data.path)
-        runtime.from_main(lambda: check_shards(self.manifest))
-        num_classes = class_count(config, self.manifest)
+        self.data = open_data(config.data)
+        runtime.from_main(self.data.check)
+        num_classes = class_count(config, self.data)
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
         setup_logging(self.folder.log, runtime.rank)
         self.run_id, checkpoint = runtime.from_main(
-            lambda: self.folder.open(resolved, self.manifest.fingerprint)
+            lambda: self.folder.open(resolved, self.data.fingerprint)
         )
         try:
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            runtime.from_main(lambda: self.folder.accept(resolved, self.manifest.fingerprint))
+            runtime.from_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
         except BaseException:
             self.folder.close()
             raise
@@ -66,9 +71,7 @@ class Trainer:
         state.sessions.append(
             {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
         )
-        loader = Loader(
-            self.manifest,
-            config.data,
+        loader = self.data.loader(
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=self.runtime.rank,
@@ -77,32 +80,45 @@ class Trainer:
             pin_memory=self.runtime.device.type == "cuda",
         )
         with contextlib.closing(loader):
+            feed = Feed(loader, self.runtime, config.objective.n_critic)
             reports = Reports(
-                config, self.folder, self.run_id, self.resumed_at, self.runtime, state, loader
+                config, self.folder, self.run_id, self.resumed_at, self.runtime, state, feed
             )
             try:
-                with StopRequest() as stop:
-                    exit_code = self._train(loader, reports, stop)
+                cycles = config.profile.steps if self.runtime.is_main else 0
+                profile = profiled(self.folder.path / "profile", cycles)
+                with StopRequest() as stop, profile as after_cycle:
+                    exit_code = self._train(feed, reports, stop, after_cycle)
             except BaseException:
                 reports.close(EXIT_FAILED)
                 raise
             reports.close(exit_code)
         return exit_code
 
-    def _train(self, loader: Loader, reports: Reports, stop: StopRequest) -> int:
+    def _train(
+        self, feed: Feed, reports: Reports, stop: StopRequest, after_cycle: Callable[[], None]
+    ) -> int:
         state, cycle, config = self.state, self.cycle, self.config
         if state.images_seen == 0:
             reports.samples()
+        feed.fetch()
+        if self.runtime.start_vote(feed.has_failed)():
+            raise feed.failure()
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
             logs = is_last or _crosses(before, after, config.log.every_images)
-            stop_vote = self.runtime.start_vote(stop.received is not None)
+            batches = feed.take()
+            if not is_last:
+                feed.fetch()
+            vote = self.runtime.start_vote(_ending(stop, feed))
 
             # Data and critic
-            for step in range(1, config.objective.n_critic + 1):
-                batch = cycle.on_device(reports.waiting_for(loader))
-                cycle.critic_step(batch, with_panel=logs and step == config.objective.n_critic)
+            for step, host_batch in enumerate(batches, 1):
+                batch = cycle.on_device(host_batch)
+                is_last_step = step == len(batches)
+                keeps_fakes = is_last_step and config.training.reuse_fakes
+                cycle.critic_step(batch, logs and is_last_step, keeps_fakes)
 
             # Generator and its average; on the CPU, looking at the tripwire waits for nothing
             cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -119,15 +135,19 @@ class Trainer:
                 reports.samples()
 
             # Audit and checkpoint: what is not the same on all ranks is never saved
-            stops = stop_vote() > 0 and not is_last
+            ending = vote()
+            stops = ending != _GOES_ON and not is_last
             saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
             if saves or _crosses(before, after, config.audit.every_images):
-                self._stop_if_not_finite()  # held back updates must not count as images seen
-                audit_replicas(state.audited(), self.runtime)
+                self._audit()
             if saves:
+                feed.count_broken(state.broken)
                 self._save(must_succeed=is_last or stops)
+            after_cycle()
 
             # Stop
+            if stops and ending == _DATA_FAILED:
+                raise feed.failure()
             if stops:
                 logger.warning(
                     "stopped on request at %s images; the same command continues",
@@ -137,6 +157,11 @@ class Trainer:
                     mark_stopped(f"stopped on request at {state.images_seen} images")
                 return EXIT_REQUEUE
         return EXIT_DONE
+
+    @section("audit")
+    def _audit(self) -> None:
+        self._stop_if_not_finite()  # held back updates must not count as images seen
+        audit_replicas(self.state.audited(), self.runtime)
 
     def _stop_if_not_finite(self) -> None:
         """Raises NonFiniteError after saving the state that the tripwire has held."""
@@ -158,6 +183,7 @@ class Trainer:
             "learning rate, say, and resume.allow=[optimizer]"
         )
 
+    @section("checkpoint")
     def _save(self, *, must_succeed: bool) -> None:
         """A failed periodic checkpoint is an error in the log; a failed last one ends the run."""
         numbers, keep = self.state.numbers(), self.config.checkpoint
@@ -178,18 +204,13 @@ class Trainer:
         self.runtime.from_main(save)
 
 
+def _ending(stop: StopRequest, feed: Feed) -> int:
+    """This rank's vote; the largest of all ranks counts."""
+    if feed.has_failed:
+        return _DATA_FAILED
+    return _STOP_REQUESTED if stop.received is not None else _GOES_ON
+
+
 def _crosses(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return after // every > before // every
-
-
-def _check_batch(batch: int, accumulate: int, runtime: Runtime) -> None:
-    """Raises UserError for a global batch that ranks and micro-batches do not divide."""
-    parts = runtime.world_size * accumulate
-    if batch % parts:
-        below, above = batch // parts * parts, -(-batch // parts) * parts
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"`training.global_batch_size` of {batch} cannot be dealt evenly to "
-            f"{runtime.world_size} ranks of {accumulate} micro-batches: choose {nearest}"
-        )

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from ganscale.data import decoding
-from ganscale.data.decoding import DecodeError, decode, image_extension, image_size
+from ganscale.data.decoding import DecodeError, decode, decode_into, image_extension, image_size
 
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:
@@ -88,10 +88,122 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
     assert result[:, :, 0].tolist() == [[0, 0, 1], [128, 254, 255]]
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "I;16"])
+@pytest.mark.parametrize("resolution", [None, 8, 24])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_png_has_the_same_pixels_whoever_decodes_it(monkeypatch, mode, resolution, channels):
+    values = np.random.default_rng(0).integers(0, 256, (24, 24, 4), dtype=np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(values.view(np.uint16)[:, :, 0].copy())
+    else:
+        image = Image.fromarray(values).convert(mode)
+    data = encoded(image, "PNG")
+    result = decode(data, resolution, channels)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "png_decode", None)
+        assert np.array_equal(decode(data, resolution, channels), result)
+        patch.setattr(decoding, "_decode_plain_png", lambda data, out: None)
+        assert np.array_equal(decode(data, resolution, channels), result)
+
+
+def test_a_png_in_several_chunks_with_text_and_a_colour_profile_is_read_right():
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    packed = zlib.compress(rows)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 7, 9, 8, 2, 0, 0, 0)),
+        (b"gAMA", struct.pack(">I", 45455)),
+        (b"tEXt", b"Comment\0none"),
+        (b"IDAT", packed[:50]),
+        (b"IDAT", b""),
+        (b"IDAT", packed[50:]),
+        (b"IEND", b""),
+    ]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, body) for kind, body in chunks)
+    assert np.array_equal(decode(data, None, 3), pixels)
+    assert np.array_equal(decode(data + b"what follows the image", None, 3), pixels)
+
+
+def test_a_transparent_colour_and_a_palette_in_a_png_are_heeded():
+    image = Image.new("RGB", (8, 8), (9, 9, 9))
+    data = encoded(image, "PNG", transparency=(9, 9, 9))
+    assert (decode(data, 8, 3) == 255).all()
+
+
+def test_any_flipped_bit_in_a_png_is_an_error():
+    """Without the checksums most would pass, as noise."""
+    data = encoded(colours(32, 32), "PNG")
+    for position in np.random.default_rng(0).integers(0, len(data), 100).tolist():
+        damaged = bytearray(data)
+        damaged[position] ^= 16
+        with pytest.raises(DecodeError):
+            decode(bytes(damaged), 32, 3)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "NPY"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(32, 32), (128, 128), (100, 37)])
+def test_decoding_into_a_batch_gives_the_same_pixels_and_touches_no_other_row(
+    file_format, channels, size
+):
+    image = colours(*size)
+    data = npy(np.asarray(image)) if file_format == "NPY" else encoded(image, file_format)
+    for batch in (
+        np.full((3, 32, 32, channels), 7, np.uint8),
+        np.full((3, channels, 32, 32), 7, np.uint8).transpose(0, 2, 3, 1),
+    ):
+        decode_into(data, batch[1])
+        assert np.array_equal(batch[1], decode(data, 32, channels))
+        assert (batch[[0, 2]] == 7).all()
+
+
+def test_decoding_a_damaged_file_into_a_batch_is_an_error():
+    data = encoded(colours(32, 32), "JPEG")
+    with pytest.raises(DecodeError):
+        decode_into(data[: len(data) // 2], np.empty((32, 32, 3), np.uint8))
+
+
+def test_a_ycck_jpeg_has_its_colours():
+    """Inks stored as luma, chroma and black, which Pillow cannot write: so by hand."""
+    original = colours(64, 64)
+    *inks, black = original.convert("CMYK").split()
+    luma_chroma = Image.merge("RGB", inks).convert("YCbCr").split()
+    stored = Image.merge("CMYK", [*luma_chroma, black.point(lambda value: 255 - value)])
+    # Pillow stores the complements of inks.
+    complements = stored.point(lambda value: 255 - value)
+    data = bytearray(encoded(complements, "JPEG", quality=95))
+    adobe = data.index(b"Adobe")
+    assert data[adobe + 11] == 0  # the transform: none
+    data[adobe + 11] = 2  # YCCK
+    assert difference(decode(bytes(data), 64, 3), np.asarray(original)) < 6
+
+
 def test_a_cmyk_jpeg_has_its_colours():
     original = colours(64, 64)
     data = encoded(original.convert("CMYK"), "JPEG", quality=95)
     assert difference(decode(data, 64, 3), np.asarray(original)) < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("resolution", [None, 16])
+def test_every_exif_orientation_is_undone(orientation, resolution):
+    upright = colours(40, 24)
+    # How each is turned or mirrored to be viewed (Exif 2.32, 4.6.4, tag 0x0112), undone.
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, "JPEG", exif=exif, quality=95, subsampling=0)
+    plain = decode(encoded(upright, "PNG"), resolution, 3)
+    assert difference(decode(data, resolution, 3), plain) < 4
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
@@ -116,6 +228,16 @@ def test_the_centre_of_a_wide_image_is_kept():
         assert result.shape == (size, size, 3)
         # A Lanczos filter reaches three pixels beyond the crop.
         assert (result[:, 3:-3] == [0, 0, 255]).all()
+
+
+@pytest.mark.parametrize(("size", "resolution"), [(300, 64), (75, 64), (28, 32), (64, 63)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resizing_is_pillows_lanczos_filter_to_one_level(size, resolution, channels):
+    values = np.random.default_rng(0).integers(0, 256, (size, size, channels), dtype=np.uint8)
+    small = Image.fromarray(values.squeeze(2) if channels == 1 else values)
+    small = small.resize((resolution, resolution), Image.Resampling.LANCZOS)
+    expected = np.asarray(small).reshape(resolution, resolution, channels).astype(int)
+    assert np.abs(decode(npy(values), resolution, channels) - expected).max() <= 1
 
 
 def test_downscaling_is_antialiased():
@@ -155,14 +277,13 @@ def test_extensions_follow_the_contents():
     assert image_extension(npy(np.asarray(image))) == "npy"
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of some bytes whose header promises any number of pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return (

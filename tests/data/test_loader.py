@@ -1,10 +1,16 @@
 """Batches are the same for every cluster and restart; broken samples are replaced, not hidden."""
 
+import contextlib
+import http.server
 import io
 import itertools
 import logging
+import os
 import tarfile
 import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +18,16 @@ import pytest
 import torch
 from PIL import Image
 
-from ganscale.data.loader import Batch, Loader
+from ganscale.data.batch import Batch
+from ganscale.data.broken import Broken, BrokenLog, broken_rows, check_broken_limit
+from ganscale.data.dataset import open_data
+from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
-from ganscale.shards.building import build_manifest
-from ganscale.data.order import Order
+from ganscale.data.order import Order, batch_positions
+from ganscale.data.prefetching import WindowWatch, shards_ahead
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
+from ganscale.shards.building import build_manifest
 
 SHARDS = (11, 5, 14)  # samples each
 TOTAL = sum(SHARDS)
@@ -52,6 +62,12 @@ def write_shards(folder: Path, *, labelled: bool = True) -> Manifest:
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     return write_shards(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def parts_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else batches as small as these are not dealt out to several threads."""
+    monkeypatch.setattr("ganscale.data.loader._PART_PIXELS", RESOLUTION**2)
 
 
 class Loaders:
@@ -106,10 +122,9 @@ def joined(ranks: list[list[Batch]]) -> list[Batch]:
     """The global batches of which each rank had a share."""
     return [
         Batch(
-            *(
-                torch.cat([getattr(b, name) for b in parts])
-                for name in ("images", "labels", "slots")
-            )
+            torch.cat([part.images for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.slots for part in parts]),
         )
         for parts in zip(*ranks, strict=True)
     ]
@@ -248,12 +263,93 @@ def test_a_broken_sample_is_counted_and_named_in_the_log(loaders, caplog):
     with caplog.at_level(logging.WARNING):
         batch = next(loader)
     assert 12 not in samples_in(batch)
-    assert sum(loader.broken.values()) == 1
-    (((shard, reason), count),) = loader.broken.items()
-    assert (shard, count) == ("shard-1.tar", 1)
+    assert loader.broken == {("shard-1.tar", "no image"): 1}
+    (broken,) = batch.broken
+    assert (broken.shard, broken.reason, broken.key) == ("shard-1.tar", "no image", "00012")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"sample 00012 of shard shard-1.tar {reason}" in record.getMessage()
+    assert f"sample 00012 of shard shard-1.tar {broken.detail}" in record.getMessage()
+
+
+def damage_some(manifest: Manifest) -> set[int]:
+    """Two neighbours, one elsewhere, and the end of a shard; returns which samples these are."""
+    for sample in (3, 4, 12):
+        overwrite(manifest, sample)
+    path, offset, _ = member_of(manifest, 27)
+    with path.open("r+b") as file:
+        file.truncate(offset + 10)
+    return {3, 4, 12, 27, 28, 29}
+
+
+def counts_by_hand(loader: Loader, damaged: set[int], images: range) -> Counter:
+    """How often the order comes by each broken sample."""
+    shard_of = loader._manifest.shard_of
+    positions = np.array(images)
+    return Counter(
+        (f"shard-{shard_of(sample)}.tar", "cut" if sample >= 27 else "no image")
+        for sample in loader.order.samples(positions).tolist()
+        if sample in damaged
+    )
+
+
+def test_broken_samples_are_counted_once_a_position_whatever_the_cluster(loaders):
+    """The oracle is the order alone; that substitutes are broken too is not counted again."""
+    damaged = damage_some(loaders.manifest)
+    for world_size, workers in ((1, 0), (1, 3), (2, 2), (4, 1)):
+        ranks = [loaders(rank=r, world_size=world_size, workers=workers) for r in range(world_size)]
+        for images_seen in range(8, 100, 8):
+            for loader in ranks:
+                next(loader)
+            found = sum((Counter(loader.broken) for loader in ranks), Counter())
+            assert found == counts_by_hand(ranks[0], damaged, range(images_seen))
+            assert sum(loader.samples_read for loader in ranks) == images_seen
+
+
+def test_counts_of_two_sessions_add_up_to_those_of_one(loaders):
+    damage_some(loaders.manifest)
+    whole, first, second = (
+        loaders(workers=2),
+        loaders(workers=3),
+        loaders(images_seen=40, workers=1),
+    )
+    for loader, batches in ((whole, 12), (first, 5), (second, 7)):
+        list(itertools.islice(loader, batches))
+    assert Counter(first.broken) + Counter(second.broken) == whole.broken
+    assert whole.samples_read == 96
+
+
+def test_the_batch_carries_what_was_broken_in_the_order_of_its_rows(loaders):
+    damaged = damage_some(loaders.manifest)
+    for workers in (0, 2):
+        loader = loaders(workers=workers, batch=TOTAL)
+        batch = next(loader)
+        wanted = [s for s in expected_samples(loader, batch) if s in damaged]
+        assert [int(broken.key) for broken in batch.broken] == wanted
+
+
+def test_a_flood_of_broken_samples_is_a_few_lines_in_the_log(caplog):
+    log = BrokenLog()
+    with caplog.at_level(logging.WARNING):
+        for number in range(100_000):
+            log.tell([Broken(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")])
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages[0] == (
+        "sample 0 of shard 0.tar is cut: 1 of 2 bytes; another one takes its place"
+    )
+    assert len(messages) < 130
+    assert "65,536 broken samples so far on this rank" in messages[-1]
+
+
+def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
+    log = BrokenLog()
+    with caplog.at_level(logging.WARNING):
+        log.tell(Broken("a.tar", "cut", str(number), "is cut") for number in range(15))
+        log.tell([Broken("b.tar", "cut", "first", "is cut"), Broken("b.tar", "cut", "x", "is cut")])
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("shard a.tar" in message for message in messages) == 10
+    assert [message for message in messages if "b.tar" in message] == [
+        "sample first of shard b.tar is cut; another one takes its place"
+    ]
 
 
 def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
@@ -264,46 +360,109 @@ def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
     found = [s for batch in itertools.islice(loader, 3) for s in samples_in(batch)]
     assert 29 not in found
     assert {*found} == {*range(29)}
-    assert {shard for shard, _ in loader.broken} == {"shard-2.tar"}
-    assert all("is cut" in reason for _, reason in loader.broken)
+    assert set(loader.broken) == {("shard-2.tar", "cut")}
 
 
-def test_more_broken_samples_than_allowed_end_the_run_with_their_number_and_the_key(loaders):
-    overwrite(loaders.manifest, 12)
-    loader = loaders(batch=TOTAL, broken_limit=0.0)
-    with pytest.raises(UserError, match=r"data\.broken_limit=0 allows; the last: sample 00012 of"):
-        list(itertools.islice(loader, 2))
+@pytest.mark.parametrize(
+    ("broken", "read", "limit", "is_too_much"),
+    [
+        (0, 0, 0.0, False),
+        (1, 10**9, 0.0, True),
+        (10, 64, 0.01, False),  # ten of the first thousand
+        (11, 64, 0.01, True),
+        (20, 2000, 0.01, False),
+        (21, 2000, 0.01, True),
+    ],
+)
+def test_the_limit_is_a_share_of_what_was_read_but_at_least_of_a_thousand(
+    broken, read, limit, is_too_much
+):
+    worst = Counter({("b.tar", "cut"): broken - 1, ("a.tar", "no image"): 1}).most_common()
+    if not is_too_much:
+        return check_broken_limit(broken, read, limit, worst)
+    with pytest.raises(UserError) as raised:
+        check_broken_limit(broken, read, limit, worst)
+    assert f"{broken:,} of {read:,} samples could not be used" in str(raised.value)
+    assert f"data.broken_limit={limit:g} allows" in str(raised.value)
+    assert broken == 1 or f"b.tar: {broken - 1} cut; a.tar: 1 no image" in str(raised.value)
 
 
-def test_a_share_of_broken_samples_is_borne_up_to_the_limit(loaders):
-    """Of the first thousand: a limit of 1 % is ten samples."""
-    for sample in range(3):
-        overwrite(loaders.manifest, sample)
-    loader = loaders(batch=TOTAL, broken_limit=0.01)
-    with pytest.raises(UserError, match=r"^11 of \d+ samples could not be decoded"):
-        list(itertools.islice(loader, 12))
-    patient = loaders(batch=TOTAL, broken_limit=0.5)
-    list(itertools.islice(patient, 12))
-    assert sum(patient.broken.values()) > 30
+def test_a_summary_lists_the_worst_and_sums_the_rest():
+    counts = Counter({(f"{n}.tar", "cut"): n for n in range(1, 6)})
+    assert broken_rows(counts, most=3) == [
+        {"shard": "5.tar", "reason": "cut", "count": 5},
+        {"shard": "4.tar", "reason": "cut", "count": 4},
+        {"shard": "3.tar", "reason": "cut", "count": 3},
+        {"shard": "(2 more)", "reason": "any", "count": 3},
+    ]
+    assert len(broken_rows(counts)) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("limit", [0.01, 0.99])
-def test_a_data_set_without_a_good_sample_is_an_error_and_no_endless_search(
-    loaders, workers, limit
-):
+def test_a_data_set_without_a_good_sample_is_an_error_and_no_endless_search(loaders, workers):
     for sample in range(TOTAL):
         overwrite(loaders.manifest, sample)
-    loader = loaders(workers=workers, broken_limit=limit)
-    with pytest.raises(UserError, match="could not be decoded") as raised:
+    loader = loaders(workers=workers)
+    with pytest.raises(UserError, match="64 samples in a row could not be used") as raised:
         next(loader)
     assert "sample 000" in str(raised.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_error_stands_where_its_batch_would_and_no_batch_is_skipped(loaders, workers):
+    settings = {"batch": 1, "lanes": 1}
+    expected = loaders.batches(TOTAL, **settings)
+    shards = [loaders.manifest.shard_of(samples_in(batch)[0]) for batch in expected]
+    first_use, missing = max((shards.index(shard), shard) for shard in range(3))
+    assert first_use >= 2
+    (loaders.manifest.root / f"shard-{missing}.tar").unlink()
+    loader = loaders(workers=workers, **settings)
+    assert same(list(itertools.islice(loader, first_use)), expected[:first_use])
+    for _ in range(3):
+        with pytest.raises(UserError, match=rf"shard-{missing}\.tar .*is missing"):
+            next(loader)
+
+
 def test_a_missing_shard_is_named(loaders):
     (loaders.manifest.root / "shard-1.tar").unlink()
-    with pytest.raises(UserError, match=r"shard-1\.tar of the manifest is missing"):
+    with pytest.raises(UserError, match=r"shard-1\.tar .*is missing"):
         loaders.batches(6, workers=2)
+
+
+def test_close_does_not_wait_for_a_read_that_hangs(loaders, monkeypatch):
+    """A pipe that nobody writes to stands for a dead file server: opening it hangs."""
+    monkeypatch.setattr("ganscale.data.loader._CLOSE_SECONDS", 0.5)
+    shard = loaders.manifest.root / "shard-1.tar"
+    content = shard.read_bytes()
+    shard.unlink()
+    os.mkfifo(shard)
+    before = set(threading.enumerate())
+    loader = loaders(workers=2, batch=TOTAL)
+    loaders.made.remove(loader)
+
+    def wait_for_a_batch() -> None:
+        with contextlib.suppress(Exception):  # it is closed meanwhile
+            next(loader)
+
+    waiting = threading.Thread(target=wait_for_a_batch, daemon=True)
+    waiting.start()
+    deadline = time.monotonic() + 20
+    submitted = loader._depth * loader._parts
+    while len(loader._ahead) < loader._depth or loader._crew._tasks.qsize() > submitted - 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)  # what a thread has taken, it has begun
+    started = time.monotonic()
+    loader.close()
+    assert time.monotonic() - started < 5
+    hanging = [t for t in set(threading.enumerate()) - before if t.name.startswith("decode")]
+    assert hanging  # and these hold nothing up: they are daemons
+    assert all(thread.daemon for thread in hanging)
+    with shard.open("wb") as pipe, contextlib.suppress(BrokenPipeError):
+        pipe.write(content)
+    for thread in [*hanging, waiting]:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_close_ends_the_threads_and_drops_what_was_decoded_ahead(loaders):
@@ -323,3 +482,104 @@ def test_two_loaders_of_one_process_do_not_disturb_each_other(loaders):
     pairs = [(next(first), next(second)) for _ in range(6)]
     assert same([a for a, _ in pairs], expected)
     assert same([b for _, b in pairs], expected)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (2, 4)])
+def test_a_shard_is_announced_once_a_window_and_before_it_is_needed(loaders, rank, world_size):
+    """The oracle walks the order position by position."""
+    manifest = loaders.manifest
+    order = loaders(lanes=4, block_samples=2, window_blocks=2).order
+    watch, announced, last_announced = WindowWatch(order), set(), 0
+    positions = np.arange(0)
+    for step in range(60):
+        positions, _ = batch_positions(8 * step, 8, order.lanes, rank, world_size)
+        entered = watch.entered(positions)
+        if len(entered):
+            ahead = shards_ahead(manifest, order, entered).tolist()
+            assert len(set(ahead)) == len(ahead)
+            announced |= {(step, shard) for shard in ahead}
+            last_announced = step
+            assert ahead == needed_by_hand(manifest, order, entered.tolist())
+        recent = {shard for at, shard in announced if at >= step - 4}
+        assert {manifest.shard_of(int(s)) for s in order.samples(positions)} <= recent
+    assert last_announced > 50
+    assert len({at for at, _ in announced}) < 45  # not at every batch: a window has 4 samples
+    assert not len(watch.entered(positions))
+
+
+def needed_by_hand(manifest: Manifest, order: Order, positions: list[int]) -> list[int]:
+    """The shards of the lanes' windows in turn: this one's rest, and the whole next one."""
+    queues = []
+    for position in positions:
+        index = position % order.epoch_length // order.lanes
+        window = index // order.window_length
+        samples = []
+        for _ in range(2):
+            while index // order.window_length == window and index < order.lane_length:
+                samples.append(int(order.samples(np.array([position]))[0]))
+                position, index = position + order.lanes, index + 1
+            index = index % order.lane_length
+            window = index // order.window_length
+        queues.append(samples)
+    found: list[int] = []
+    for row in itertools.zip_longest(*queues):
+        for sample in row:
+            if sample is not None and manifest.shard_of(sample) not in found:
+                found.append(manifest.shard_of(sample))
+    return found
+
+
+@pytest.fixture
+def address(manifest: Manifest) -> Iterator[str]:
+    """The data set on a web server."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(manifest.root), **kwargs)
+
+        def log_message(self, format: str, *args) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def remote_loader(address: str, cache: Path, *, batch: int = 8, workers: int = 0) -> Loader:
+    config = DataConfig(
+        path=address,
+        cache=str(cache),
+        resolution=RESOLUTION,
+        workers=workers,
+        lanes=1,
+        block_samples=3,
+        window_blocks=2,
+    )
+    loader = open_data(config).loader(
+        seed=3, global_batch_size=batch, rank=0, world_size=1, images_seen=0
+    )
+    assert isinstance(loader, Loader)
+    return loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_from_a_web_server_give_the_same_batches(loaders, address, tmp_path, workers):
+    expected = loaders.batches(10, lanes=1)
+    with contextlib.closing(remote_loader(address, tmp_path / "cache", workers=workers)) as loader:
+        assert same(list(itertools.islice(loader, 10)), expected)
+
+
+def test_the_shards_of_the_next_window_are_fetched_before_they_are_read(loaders, address, tmp_path):
+    """One image was read, of one shard."""
+    order = loaders(lanes=1).order
+    announced = shards_ahead(loaders.manifest, order, np.array([0])).tolist()
+    assert len(announced) == 3
+    with contextlib.closing(remote_loader(address, tmp_path / "cache", batch=1)) as loader:
+        next(loader)
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.data.order import Order, batch_positions
+from ganscale.errors import UserError
+from ganscale.randomness import derived_seed, permutation, permuted
 
 
 def make_order(shards, seed=0, fingerprint="digits", lanes=4, block_samples=4, window_blocks=2):
@@ -23,7 +25,7 @@ def make_order(shards, seed=0, fingerprint="digits", lanes=4, block_samples=4, w
 
 layouts = st.fixed_dictionaries(
     {
-        "shards": st.lists(st.integers(1, 40), min_size=1, max_size=12),
+        "shards": st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
         "seed": st.integers(0, 2**64 - 1),
         "lanes": st.integers(1, 70),
         "block_samples": st.integers(1, 50),
@@ -36,6 +38,63 @@ clusters = st.tuples(st.integers(1, 8), st.integers(1, 12)).map(lambda c: (c[0],
 
 def epoch_of(order: Order, epoch: int) -> np.ndarray:
     return order.samples(epoch * order.epoch_length + np.arange(order.epoch_length))
+
+
+def naive_epoch(shards, seed, fingerprint, lanes, block_samples, window_blocks, epoch) -> list[int]:
+    """The four steps of the module's docstring, on lists of all samples."""
+    blocks, rest, first = [], [], 0
+    for size in shards:
+        samples = list(range(first, first + size))
+        while len(samples) >= block_samples:
+            blocks.append(samples[:block_samples])
+            del samples[:block_samples]
+        rest += samples
+        first += size
+    while rest:
+        blocks.append(rest[:block_samples])
+        del rest[:block_samples]
+    seed = derived_seed(seed, f"order/{fingerprint}")
+    order = permuted(seed, "order/blocks", (epoch, 0, 0), np.arange(len(blocks)), len(blocks))
+    laid_out = [sample for block in order for sample in blocks[block]]
+    lanes = min(lanes, len(laid_out))
+    length = len(laid_out) // lanes
+    sequences = []
+    for lane in range(lanes):
+        sequence = laid_out[lane * length : (lane + 1) * length]
+        shuffled = []
+        for window, start in enumerate(range(0, length, block_samples * window_blocks)):
+            part = sequence[start : start + block_samples * window_blocks]
+            where = permutation(seed, "order/window", (epoch, lane, window), len(part))
+            shuffled += [part[place] for place in where]
+        sequences.append(shuffled)
+    return [sample for column in zip(*sequences, strict=True) for sample in column]
+
+
+@settings(deadline=None, max_examples=100)
+@given(layout=layouts, epoch=st.integers(0, 5))
+def test_the_order_is_the_described_one(layout, epoch):
+    expected = naive_epoch(**layout, fingerprint="digits", epoch=epoch)
+    assert epoch_of(make_order(**layout), epoch).tolist() == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=layouts, epoch=st.integers(0, 5), data=st.data())
+def test_a_window_holds_its_lanes_samples_in_the_order_in_which_they_come(layout, epoch, data):
+    order = make_order(**layout)
+    lane = data.draw(st.integers(0, order.lanes - 1))
+    start = epoch * order.epoch_length + lane
+    positions = start + order.lanes * np.arange(order.lane_length)
+    samples = order.samples(positions)
+    for first in range(0, order.lane_length, order.window_length):
+        inside = samples[first : first + order.window_length]
+        anywhere = data.draw(st.integers(first, first + len(inside) - 1))
+        assert np.array_equal(order.window(int(positions[anywhere])), inside)
+
+
+@pytest.mark.parametrize("shards", [[], [0], [0, 0, 0]])
+def test_a_data_set_without_samples_is_refused(shards):
+    with pytest.raises(UserError, match="no samples"):
+        make_order(shards)
 
 
 @settings(deadline=None, max_examples=60)
@@ -69,7 +128,7 @@ def test_a_global_batch_is_the_same_slot_by_slot_for_every_world_size(layout, cl
 
 
 @settings(deadline=None, max_examples=50)
-@given(layout=layouts, start=st.integers(0, 10**7), count=st.integers(1, 300), data=st.data())
+@given(layout=layouts, start=st.integers(0, 10**7), count=st.integers(1, 200), data=st.data())
 def test_starting_anywhere_continues_as_if_never_stopped(layout, start, count, data):
     stop_at = data.draw(st.integers(0, count))
     order = make_order(**layout)
@@ -135,8 +194,10 @@ def test_every_sample_is_seen_about_equally_often():
     order = make_order([13, 8, 2], lanes=5, block_samples=3)
     seen = Counter(order.samples(np.arange(200 * order.epoch_length)).tolist())
     assert len(seen) == 23
-    # 20 of 23 samples an epoch; a sample's chance of being left out depends on its block's size.
-    assert min(seen.values()) > 130
+    # 20 of 23 samples an epoch: 174 of 200, give or take 5. A block as short as the last one is
+    # left out more often, whole, than a part of another.
+    assert min(seen.values()) > 150
+    assert max(seen.values()) < 195
 
 
 @pytest.mark.parametrize("position", [10**12, 2**53 + 1, 2**62])
@@ -151,8 +212,8 @@ def test_a_huge_position_is_as_good_as_any(position):
 def test_the_order_stays_what_it_has_always_been():
     """Another order would be another run for everybody who resumes."""
     order = make_order([10, 7, 3], seed=5, fingerprint="abc")
-    first = [4, 1, 13, 9, 0, 10, 15, 19, 5, 2, 14, 8, 6, 11, 12, 18, 7, 3, 16, 17]
-    second = [4, 5, 9, 16, 12, 18, 15, 2, 11, 7, 19, 1, 13, 17, 14, 0, 10, 6, 8, 3]
+    first = [4, 11, 19, 8, 10, 16, 1, 15, 5, 12, 0, 3, 6, 17, 18, 14, 7, 13, 2, 9]
+    second = [4, 5, 10, 13, 18, 1, 12, 14, 17, 7, 2, 9, 19, 0, 11, 8, 16, 6, 3, 15]
     assert order.samples(np.arange(40)).tolist() == first + second
     positions, slots = batch_positions(6, 8, 4, 1, 2)
     assert (positions.tolist(), slots.tolist()) == ([6, 10, 7, 11], [10, 11, 12, 13])
@@ -176,41 +237,3 @@ def test_a_rank_owns_its_lanes_when_lanes_and_batch_divide_each_other(lanes, bat
     assert all(len(each_time) == 1 for each_time in owners.values())
     if lanes % world_size == 0:
         assert all(len(sharing) == 1 for (sharing,) in owners.values())
-
-
-def test_ranks_that_own_lanes_read_few_blocks_that_others_do_not_read():
-    shards, block, lanes, batch = [100, 300, 250, 150], 10, 8, 16
-    order = make_order(shards, lanes=lanes, block_samples=block, window_blocks=3)
-    blocks = sum(-(-shard // block) for shard in shards)
-    ends = np.cumsum(shards)
-
-    def block_of(sample: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        return shard, (sample - int(ends[shard]) + shards[shard]) // block
-
-    for world_size in (1, 2, 4, 8):
-        touched: list[set[tuple[int, int]]] = []
-        for rank in range(world_size):
-            mine = set()
-            for seen in range(0, order.epoch_length, batch):
-                positions, _ = batch_positions(seen, batch, lanes, rank, world_size)
-                mine |= {block_of(int(sample)) for sample in order.samples(positions)}
-            touched.append(mine)
-        # Neighbouring lanes share at most the block that the cut between them goes through.
-        assert sum(map(len, touched)) <= blocks + world_size - 1
-        assert max(map(len, touched)) <= blocks / world_size + 2
-
-
-def test_a_lane_reads_within_a_window_of_few_blocks_at_a_time():
-    block, window_blocks, lanes = 10, 3, 4
-    order = make_order([1000], lanes=lanes, block_samples=block, window_blocks=window_blocks)
-    window = block * window_blocks
-    for lane in range(lanes):
-        samples = order.samples(lane + lanes * np.arange(order.lane_length))
-        for start in range(0, len(samples), window):
-            # A window's samples stand anywhere in it, and it may begin and end inside a block.
-            assert (
-                len(set((samples[start : start + window] // block).tolist())) <= window_blocks + 1
-            )
-        inside = np.diff(samples[:window])
-        assert (inside != 1).mean() > 0.5  # shuffled, not in the order of the shard

@@ -34,6 +34,7 @@ def run(folder: Path) -> None:
     found = {
         "runtime": collectives(runtime),
         "sums": differentiable_sums(runtime),
+        "compressed": compressed_gradients(runtime),
         "norms": batch_norms(runtime),
         "audits": audits(runtime),
         "reductions": {
@@ -83,6 +84,18 @@ def collectives(runtime: Runtime) -> dict[str, Any]:
         "deviation": global_deviation(share(images, runtime)),
         "batch": gather_batch(share(images, runtime).transpose(1, 3)),
     }
+
+
+def compressed_gradients(runtime: Runtime) -> dict[str, Tensor]:
+    """Of a linear layer, whose gradient is the mean of its inputs."""
+    gradients = {}
+    for compression in ("none", "bfloat16"):
+        layer = nn.Linear(64, 1, bias=False)
+        wrapped = runtime.prepare(layer, compression)
+        wrapped(share(draw(GLOBAL_BATCH, 64, seed=4), runtime).float()).mean().backward()
+        assert layer.weight.grad is not None
+        gradients[compression] = layer.weight.grad
+    return gradients
 
 
 def statistic_loss(weights: Tensor, images: Tensor, mean_of: Any) -> Tensor:

@@ -64,9 +64,10 @@ _LENGTH = (
                 "training.precision=float64",
                 str(REPOSITORY / "configs" / "objective" / "wgan.yaml"),
                 "objective.clip.value=0.05",
+                "training.reuse_fakes=true",
             ),
             1e-7,
-            id="clipped_wgan",
+            id="clipped_wgan_on_kept_fakes",
         ),
     ],
 )

@@ -47,6 +47,16 @@ def test_an_update_averages_all_gradients_once_after_its_last_micro_batch(
             assert not collectives
 
 
+def test_compressed_gradients_are_the_mean_of_rounded_ones(found: Found) -> None:
+    local = [part.float().mean(0) / RANKS for part in rank_cases.draw(8, 64, seed=4).chunk(RANKS)]
+    rounded = sum((part.bfloat16() for part in local), torch.zeros(64, dtype=torch.bfloat16))
+    for rank in found:
+        compressed = rank["compressed"]
+        assert torch.equal(compressed["bfloat16"][0], rounded.float())
+        assert not torch.equal(compressed["none"], compressed["bfloat16"])
+        torch.testing.assert_close(compressed["none"][0], sum(local))
+
+
 def test_a_generator_update_leaves_the_critic_without_gradients(found: Found) -> None:
     for rank in found:
         for seen in rank["reductions"].values():

@@ -15,8 +15,11 @@ from PIL import Image
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
 from ganscale.data.store import BrokenSample, ShardStore
 from ganscale.errors import UserError
+from ganscale.shards import indexing
 from ganscale.shards.building import build_manifest
 from ganscale.shards.indexing import index_shard
+
+BROKEN = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
 
 
 def png(seed: int, size: int = 4) -> bytes:
@@ -85,7 +88,7 @@ def test_a_plain_tar_of_any_format_indexes_to_its_members_bytes(tmp_path, tar_fo
 def test_labels_are_read_from_where_they_are_usual(tmp_path, extension, texts, labels):
     members = []
     for i, text in enumerate(texts):
-        members += [(f"{i}.jpg", b"broken images are indexed too"), (f"{i}.{extension}", text)]
+        members += [(f"{i}.jpg", BROKEN), (f"{i}.{extension}", text)]
     _, rows = index_shard(write_tar(tmp_path / "a.tar", members))
     assert rows["label"].tolist() == labels
 
@@ -101,13 +104,16 @@ def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
     [
         ([], r"a\.tar: the tar is empty"),
         ([("0.cls", b"1"), ("0.txt", b"x")], r"sample '0' has no image, only cls, txt"),
-        ([("0.png", b""), ("0.jpg", b"")], r"sample '0' has two images, \.png and \.jpg"),
-        ([("0.png", b""), ("0.PNG", b"")], r"member '0\.PNG' occurs twice"),
-        ([("0.png", b""), ("1.png", b""), ("0.cls", b"1")], r"sample '0' occurs twice"),
-        ([("0.png", b""), ("README", b"")], r"member 'README' has no extension"),
-        ([("0.png", b""), ("0.cls", b"cat")], r"'0\.cls' is no integer: b'cat'"),
-        ([("0.png", b""), ("0.cls", b"-2")], r"'0\.cls' is -2"),
-        ([("0.png", b""), ("0.cls", b"1"), ("1.png", b"")], r"sample '1' has no label"),
+        ([("0.png", BROKEN), ("0.jpg", BROKEN)], r"sample '0' has two images, \.png and \.jpg"),
+        ([("0.png", BROKEN), ("0.PNG", BROKEN)], r"member '0\.PNG' occurs twice"),
+        ([("0.png", BROKEN), ("1.png", BROKEN), ("0.cls", b"1")], r"sample '0' occurs twice"),
+        ([("0.png", BROKEN), ("README", b"")], r"member 'README' has no extension"),
+        ([("0.png", BROKEN), ("0.cls", b"cat")], r"'0\.cls' is no integer: b'cat'"),
+        ([("0.png", BROKEN), ("0.cls", b"-2")], r"'0\.cls' is -2"),
+        ([("0.png", BROKEN), ("0.cls", b"1"), ("1.png", BROKEN)], r"sample '1' has no label"),
+        ([("0.png", b"<html>404</html>")], r"'0\.png' is no JPEG, .*begins with b'<html>404</h'"),
+        ([("0.png", b"")], r"'0\.png' is no JPEG"),
+        ([("0.cls", b"1"), ("1.cls", b"1")], r"'0' has no image, .* \(and 1 more bad samples\)"),
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],
 )
@@ -153,8 +159,15 @@ def test_links_and_compressed_tars_are_refused(tmp_path):
         index_shard(path)
     with tarfile.open(path, "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("0.png"))
-    with pytest.raises(UserError, match="not a readable tar"):
+    with pytest.raises(UserError, match=r"a\.tar: not a readable tar: it is compressed \(gzip\)"):
         index_shard(path)
+
+
+def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexing, "MAX_IMAGE_BYTES", 1 << 20)
+    members = [("0.png", png(0)), ("1.png", png(0) + bytes(1 << 20))]
+    with pytest.raises(UserError, match=r"'1\.png' has 1,048,\d+ bytes, more than the limit"):
+        index_shard(write_tar(tmp_path / "a.tar", members))
 
 
 def test_the_manifest_counts_shards_samples_classes_and_pixels(data_set):
@@ -228,8 +241,8 @@ def test_loading_says_what_is_wrong_and_what_to_do(data_set):
         description.write_text(damaged)
         with pytest.raises(UserError, match=f"is damaged .*{index_again}"):
             Manifest.load(data_set)
-    description.write_text(json.dumps(json.loads(text) | {"version": 2}))
-    with pytest.raises(UserError, match=f"has version 2, not 1; .*{index_again}"):
+    description.write_text(json.dumps(json.loads(text) | {"version": 3}))
+    with pytest.raises(UserError, match=f"has version 3, not 2; .*{index_again}"):
         Manifest.load(data_set)
     description.write_text(text)
     np.save(data_set / "manifest.npy", manifest.samples[:11])

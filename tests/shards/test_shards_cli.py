@@ -36,6 +36,9 @@ def test_write_index_and_show_print_the_same_data_set(digits, capsys):
         "images       npy",
     ):
         assert line in indexed
+    kept, indexed = indexed.split("\n", 1)
+    assert kept == "unchanged, not read again: 1 of 1 shards"
+    assert "location     .\n" in indexed
     run("show", digits)
     shown = capsys.readouterr().out
     assert shown.startswith(indexed)

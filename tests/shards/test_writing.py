@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def photos(tmp_path_factory) -> Path:
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
-    """All that makes the data set; the journal may list shards in any order."""
-    files = [p for p in folder.iterdir() if p.name != "writing.jsonl"]
+    """All that makes the data set; the journals tell of when and in which order it was made."""
+    journals = ("writing.jsonl", "indexing.json")
+    files = [p for p in folder.iterdir() if p.name not in journals]
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -263,6 +265,35 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert 0 < report.kept_shards < 50
     write_shards("bundled:mnist", tmp_path / "whole", **options)
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KiB, mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, timeout=60).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(small_disk, tmp_path):
+    """Once more room is there, at the shard that found none."""
+    photos = write_files(tmp_path / "photos", {f"{i:02d}.png": png(i, size=64) for i in range(30)})
+    options: dict[str, Any] = {"shard_samples": 5}
+    with pytest.raises(UserError, match=r"^cannot write to .*disk: the disk is full; .* goes on"):
+        write_shards(str(photos), small_disk, **options)
+    finished = len(list(small_disk.glob("*.tar")))
+    assert 1 <= finished < 6
+    assert not list(small_disk.glob("*.partial"))
+    remount = ["mount", "-o", "remount,size=8m", str(small_disk)]
+    subprocess.run(remount, check=True, timeout=60)
+    report = write_shards(str(photos), small_disk, **options)
+    assert report.kept_shards >= 1
+    write_shards(str(photos), tmp_path / "whole", **options)
+    assert shard_bytes(small_disk) == shard_bytes(tmp_path / "whole")
 
 
 def test_another_command_into_the_same_folder_is_refused(photos, tmp_path):

@@ -280,6 +280,22 @@ def test_a_critic_update_leaves_the_generator_without_gradients(runtime):
     assert all(parameter.grad is not None for parameter in critic.parameters())
 
 
+def test_fakes_that_were_kept_give_the_update_of_fakes_made_again(runtime):
+    """Also when the critic has moved in between, as it has in a run."""
+    made, kept, critic = SmallGenerator(), SmallGenerator(), SmoothCritic()
+    inputs = generator_inputs()
+    fakes = kept(inputs["latents"])
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter *= 1.5
+    results = []
+    for generator, given in ((made, {}), (kept, {"latents": None, "fake_images": fakes})):
+        step = GeneratorStep(generator, critic, objective("relativistic"), "float64")
+        results.append(player(step, generator, runtime).update({**inputs, **given}, 0))
+    close(list(made.parameters()), list(kept.parameters()), rtol=1e-15)
+    close(*results, rtol=1e-15)
+
+
 def test_nothing_that_a_step_reports_keeps_its_graph_alive(runtime):
     critic, built = SmoothCritic(), objective("lsgan", **GRADIENT_PENALTY)
     output = CriticStep(critic, built, "float64")(**critic_inputs(built))

@@ -1,0 +1,195 @@
+"""What a whole run leaves of the bare step's speed.
+
+    python -m benchmarks.loop [--quick] [--json FILE]
+
+`ganscale train` as a user has it, with shards read and decoded by threads, meters, the panel, rows
+in W&B (offline), the average, samples, audits and checkpoints, against its own cycle alone on a
+batch that lies ready. Both live in one process and take turns, a block of cycles each, so whatever
+else the machine does hits both. While the bare steps run, the loader's threads fill their few
+batches ahead and then wait, as they do during training.
+
+- `demo`: configs/demo.yaml, the bundled digits
+- `bce_dcgan32`: the lightest step, one critic step an image, on the bundled emoji
+- `wgan_gp_resnet32`: a heavy one
+
+The ratio is images a second of the run over those of the bare step, in percent: the median over
+periods from one checkpoint to the next, low and high their quartiles. Reports cost the same time
+however small the networks are, so their intervals are set by time: a row about every four seconds,
+samples about every 20, an audit and a checkpoint about every 40 (--quick: 8), as short as on a GPU
+with the default intervals. One thread for torch, `data.workers` more for the loader.
+"""
+
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ours import CONFIGS, Ours
+from benchmarks.report import Row, arguments, report
+from benchmarks.timing import spread
+from ganscale.cli.main import main as ganscale
+from ganscale.config import resolve
+from ganscale.runtime import Runtime
+from ganscale.training.cycle import Cycle, DeviceBatch
+from ganscale.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Case:
+    """block_cycles: from one logged row to the next, and to a turn; blocks: to a period"""
+
+    name: str
+    data: str
+    settings: tuple[str, ...]
+    block_cycles: int
+    blocks: int
+    periods: int
+
+
+_SMALL = ("generator.options.width=32", "critic.options.width=32", "generator.latent_dim=64")
+_BCE = (
+    str(CONFIGS / "resnet32.yaml"),
+    str(CONFIGS / "objective" / "non_saturating.yaml"),
+    "generator.target=dcgan",
+    "critic.target=dcgan",
+    *_SMALL,
+)
+CASES = (
+    Case("demo", "mnist", (str(CONFIGS / "demo.yaml"),), 80, 10, 5),
+    Case("bce_dcgan32", "emoji", _BCE, 60, 10, 5),
+    Case("wgan_gp_resnet32", "emoji", (str(CONFIGS / "resnet32.yaml"), *_SMALL), 4, 10, 3),
+)
+QUICK = (Case("demo", "mnist", (str(CONFIGS / "demo.yaml"),), 25, 8, 2),)
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds: of the wall, of this thread's processor, of all threads' processors."""
+
+    wall: float
+    thread: float
+    process: float
+
+    @classmethod
+    def read(cls) -> "Clocks":
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return cls(time.perf_counter(), time.thread_time(), time.process_time())
+
+    def since(self, before: "Clocks") -> "Clocks":
+        return Clocks(
+            self.wall - before.wall, self.thread - before.thread, self.process - before.process
+        )
+
+    @classmethod
+    def total(cls, parts: Sequence["Clocks"]) -> "Clocks":
+        return cls(
+            sum(part.wall for part in parts),
+            sum(part.thread for part in parts),
+            sum(part.process for part in parts),
+        )
+
+
+class TakesTurns(Cycle):
+    """A run's cycle that, at the start of every block, stands aside for as many bare cycles."""
+
+    def __init__(self, trainer: Trainer, block_cycles: int) -> None:
+        super().__init__(trainer.config, trainer.objective, trainer.runtime, trainer.state)
+        self.training: list[Clocks] = []
+        self.bare: list[Clocks] = []
+        self._block_cycles = block_cycles
+        self._blocks_begun = 0
+        self._began: Clocks | None = None
+        self._ours: Ours | None = None
+
+    def critic_step(self, batch: DeviceBatch, *args: Any, **kwargs: Any) -> None:
+        if self.state.steps == self._blocks_begun * self._block_cycles:
+            self._switch(batch)
+            self._blocks_begun += 1
+        super().critic_step(batch, *args, **kwargs)
+
+    def _switch(self, batch: DeviceBatch) -> None:
+        now = Clocks.read()
+        if self._began is not None:
+            self.training.append(now.since(self._began))
+        if self._ours is None:
+            self._ours = Ours(self.config, self.runtime, batch.images.clone())
+            self._ours()
+            self._ours()
+        began = Clocks.read()
+        for _ in range(self._block_cycles):
+            self._ours()
+        self.bare.append(Clocks.read().since(began))
+        self._began = Clocks.read()
+
+
+def measure(case: Case) -> Row:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with contextlib.redirect_stdout(sys.stderr):
+            if ganscale(["shards", "write", f"bundled:{case.data}", str(folder / "data")]) != 0:
+                raise RuntimeError("no shards were written")
+        probe = resolve([*case.settings, f"data.path={folder / 'data'}"]).config
+        cycle_images = probe.objective.n_critic * probe.training.global_batch_size
+        block = case.block_cycles * cycle_images
+        period = case.blocks * block
+        resolved = resolve(
+            [
+                *case.settings,
+                f"data.path={folder / 'data'}",
+                f"run.folder={folder / 'runs'}",
+                "log.wandb=offline",
+                f"log.every_images={block}",
+                f"samples.every_images={period // 2}",
+                f"checkpoint.every_images={period}",
+                f"audit.every_images={period}",
+                # A block to warm up, and a cycle that ends the last one.
+                f"training.total_images={block + case.periods * period + cycle_images}",
+            ]
+        )
+        trainer = Trainer(resolved, Runtime.start())
+        cycle = trainer.cycle = TakesTurns(trainer, case.block_cycles)
+        if trainer.run() != 0:
+            raise RuntimeError("the run did not end as it should")
+    return row_of(case, cycle)
+
+
+def row_of(case: Case, cycle: TakesTurns) -> Row:
+    """Over whole periods, after the first block."""
+    shares: list[float] = []
+    of_thread: list[float] = []
+    cores: list[tuple[float, float]] = []
+    for start in range(1, 1 + case.blocks * case.periods, case.blocks):
+        training = Clocks.total(cycle.training[start : start + case.blocks])
+        # The turns before and after each block of training, half of each.
+        turns = cycle.bare[start : start + case.blocks + 1]
+        bare = Clocks.total([*turns[:-1], *turns[1:]])
+        shares.append(50 * bare.wall / training.wall)
+        of_thread.append(50 * bare.thread / training.thread)
+        cores.append((training.process / training.wall, bare.process / bare.wall))
+    images = case.blocks * case.block_cycles * cycle.images
+    seconds = Clocks.total(cycle.training[1:]).wall / case.periods
+    note = (
+        f"by its own thread's processor time {statistics.median(of_thread):.1f} %; "
+        f"cores used {statistics.median(c for c, _ in cores):.2f} (bare step "
+        f"{statistics.median(c for _, c in cores):.2f}); {case.periods} periods of {images:,} "
+        f"images in {seconds:.0f} s, {case.blocks} rows, 2 sample grids and 1 checkpoint each"
+    )
+    return Row(case.name, "bare step", *spread(shares), "% of its images/s", note)
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    torch.set_num_threads(1)
+    report([measure(case) for case in (QUICK if options.quick else CASES)], options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Loops in plain PyTorch and in Accelerate.
+
+All draw their noise by `torch.randn` and `torch.rand`, and have the config's optimizers, fused as
+ganscale's are.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from benchmarks.rivals.formulas import LOSSES, clip, penalty
+from ganscale.schema import Config
+from ganscale.training.optimizers import build_optimizer
+
+
+@dataclass
+class Task:
+    """What a contestant trains: networks of its own, and one real batch again and again."""
+
+    config: Config
+    generator: nn.Module
+    critic: nn.Module
+    images: Tensor  # (batch, channels, height, width) in [-1, 1]
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.config.training.precision == "bfloat16"
+
+    def optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        """(the critic's, the generator's)."""
+        settings = self.config.optimizer
+        return (
+            build_optimizer(self.critic.parameters(), settings.critic),
+            build_optimizer(self.generator.parameters(), settings.generator),
+        )
+
+    def latents(self) -> Tensor:
+        latent_dim = self.config.generator.latent_dim
+        return torch.randn(len(self.images), latent_dim, device=self.images.device)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.is_bfloat16)
+
+
+class PlainLoop:
+    """Well written: fakes without a graph; real, fake and penalty in a forward each; one backward;
+    in the generator's step the generator's gradients only."""
+
+    name = "plain loop"
+
+    def __init__(self, task: Task, *, penalty_in_float32: bool = False) -> None:
+        self.task = task
+        self.objective = task.config.objective
+        self.loss = LOSSES[self.objective.loss.name]
+        self.generator, self.critic = task.generator, task.critic
+        self.optimizers: tuple[Any, Any] = task.optimizers()
+        self._penalty_in_float32 = penalty_in_float32
+        self._clipped = [
+            parameter
+            for parameter in task.critic.parameters()
+            if self.objective.clip is not None
+            and (self.objective.clip.scope == "all" or parameter.ndim > 1)
+        ]
+
+    def __call__(self) -> None:
+        """A cycle."""
+        for _ in range(self.objective.n_critic):
+            self.update_critic(self.fakes_of_critic())
+        self.update_generator(None)
+
+    def close(self) -> None:
+        """Ends whatever else runs on."""
+
+    def fakes_of_critic(self) -> Tensor:
+        with torch.no_grad():
+            return self.fakes()
+
+    def fakes(self) -> Tensor:
+        with self.computes():
+            return self.generator(self.task.latents()).to(self.task.images.dtype)
+
+    def update_critic(self, fake: Tensor) -> None:
+        self.optimizers[0].zero_grad()
+        with self.computes():
+            terms = self.critic_terms(self.task.images, fake)
+        self.backward_critic(terms)
+        self.optimizers[0].step()
+        self.clip_critic()
+
+    def clip_critic(self) -> None:
+        if self.objective.clip is not None:
+            clip(self._clipped, self.objective.clip.value)
+
+    def critic_terms(self, real: Tensor, fake: Tensor) -> list[Tensor]:
+        """What the critic minimises the sum of."""
+        terms = self.loss.critic(self.score(real), self.score(fake))
+        with self.in_float32() if self._penalty_in_float32 else contextlib.nullcontext():
+            for name, settings in self.objective.penalties.items():
+                terms.append(settings.weight * penalty(name, self.score, real, fake))
+        return terms
+
+    def score(self, images: Tensor) -> Tensor:
+        """Logits, in float32 or better."""
+        logits = self.critic(images)
+        return logits.float() if logits.dtype == torch.bfloat16 else logits
+
+    def backward_critic(self, terms: list[Tensor]) -> None:
+        torch.stack(terms).sum().backward()
+
+    def update_generator(self, fake: Tensor | None) -> None:
+        """fake: with their graph; None for new ones"""
+        self.optimizers[1].zero_grad()
+        with self.computes():
+            loss = self.generator_loss(self.fakes() if fake is None else fake)
+        self.backward_generator(loss)
+        self.optimizers[1].step()
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        real_logits = None
+        if self.loss.generator_needs_real:
+            with torch.no_grad():
+                real_logits = self.score(self.task.images)
+        return self.loss.generator(self.score(fake), real_logits)
+
+    def backward_generator(self, loss: Tensor) -> None:
+        loss.backward(inputs=list(self.generator.parameters()))
+
+    def computes(self) -> contextlib.AbstractContextManager[Any]:
+        return self.task.autocast()
+
+    def in_float32(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.task.images.device.type, enabled=False)
+
+
+class UsualLoop(PlainLoop):
+    """As it is often written: a backward per term, and the critic's gradients computed in the
+    generator's step, too, for nothing."""
+
+    name = "usual loop"
+
+    def backward_critic(self, terms: list[Tensor]) -> None:
+        for term in terms:
+            term.backward()
+
+    def backward_generator(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class PyTorchGAN(PlainLoop):
+    """The loops of the repository PyTorch-GAN, https://github.com/eriklindernoren/PyTorch-GAN.
+
+    With several critic steps that of `wgan_gp.py`: fakes keep the generator's graph, through which
+    the critic's backward runs. With one that of `dcgan.py`: the generator's step comes first, and
+    the critic judges its fakes once more, so the generator runs forward once less.
+    """
+
+    name = "PyTorch-GAN"
+
+    def __call__(self) -> None:
+        if self.objective.n_critic == 1:
+            fake = self.fakes()
+            self.update_generator(fake)
+            self.update_critic(fake.detach())
+            return
+        for _ in range(self.objective.n_critic):
+            self.update_critic(self.fakes())
+        self.update_generator(None)
+
+    def backward_generator(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class AccelerateLoop(PlainLoop):
+    """The plain loop with everything prepared by Accelerate, and its `backward`."""
+
+    name = "Accelerate loop"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        # Its precision holds for a process. What is prepared keeps its own.
+        AcceleratorState._reset_state()
+        self._accelerator = Accelerator(
+            cpu=task.images.device.type == "cpu",
+            mixed_precision="bf16" if task.is_bfloat16 else "no",
+        )
+        self.generator, self.critic, *optimizers = self._accelerator.prepare(
+            task.generator, task.critic, *self.optimizers
+        )
+        self.optimizers = (optimizers[0], optimizers[1])
+        AcceleratorState._reset_state()
+        Accelerator(cpu=task.images.device.type == "cpu", mixed_precision="no")
+
+    def backward_critic(self, terms: list[Tensor]) -> None:
+        self._accelerator.backward(torch.stack(terms).sum())
+
+    def backward_generator(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def computes(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # prepared networks have it in their forward

@@ -1,0 +1,50 @@
+"""`ganscale plan CONFIG... key=value...`: what a run means on a cluster, without the cluster."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="print what a run means on a cluster of any size, without having it",
+        description="Prints batches, epochs, bytes read, cache, memory, traffic and checkpoints of "
+        "a run on a cluster, from its settings and the manifest of its data. A run that is not "
+        "possible there is refused with the nearest that is, and exit code 2.",
+    )
+    parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
+    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="ranks on each node (default: 1)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    import json
+
+    from ganscale.config import resolve
+    from ganscale.errors import EXIT_DONE, UserError
+    from ganscale.plan.planning import make_plan
+
+    config = resolve(arguments.settings).config
+    plan = make_plan(config, arguments.nodes, arguments.gpus_per_node)
+    if arguments.json:
+        try:
+            arguments.json.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"the plan cannot be written: {error}") from error
+    print(plan.table(), end="")
+    return EXIT_DONE

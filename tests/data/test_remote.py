@@ -1,0 +1,333 @@
+"""Objects on real servers come whole and right, whatever happens to the connection, or not at all.
+
+The S3 server is moto's, in a process of its own; faults are put before it by a proxy.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ganscale.data import remote
+from ganscale.errors import UnavailableError, UserError
+from tests.conftest import REPOSITORY, end_tree
+from tests.data.fault_server import Fault, FaultServer
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+PATH = "/set/a.tar"
+STALL = 0.5  # seconds
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer().running() as server:
+        server.objects[PATH] = CONTENT
+        yield server
+
+
+def read(url: str, retry_seconds: float = 20.0) -> bytes:
+    with remote.open_stream(url, retry_seconds, stall_seconds=STALL) as stream:
+        return stream.read()
+
+
+def test_names_are_joined_to_a_base_of_any_kind():
+    assert remote.join("s3://bucket/set/", "a.tar") == "s3://bucket/set/a.tar"
+    assert remote.join("/disk/set", "train/a.tar") == "/disk/set/train/a.tar"
+    assert remote.join("http://h/set?token=x", "a b?%.tar") == "http://h/set/a%20b%3F%25.tar?token=x"
+    command = remote.join("pipe:cat /set/{} | zcat", "a; touch 'b'.tar")
+    printed = subprocess.run(
+        ["sh", "-c", command.removeprefix("pipe:cat /set/").replace(" | zcat", "").join(["echo ", ""])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert printed.stdout == "a; touch 'b'.tar\n"
+    with pytest.raises(UserError, match=r"has no \{\} where"):
+        remote.join("pipe:cat", "a.tar")
+
+
+@pytest.mark.parametrize(
+    ("location", "is_remote", "may_stand_in_a_manifest"),
+    [
+        ("http://h/x", True, True),
+        ("https://h/x", True, True),
+        ("s3://b/x", True, True),
+        ("gs://b/x", True, True),
+        ("hf://datasets/a/b", True, True),
+        ("pipe:cat {}", True, False),
+        ("file:///etc", False, False),
+        ("simplecache::s3://b/x", True, False),
+        ("s3://b/x::file:///etc", True, False),
+        ("sftp://h/x", True, False),
+        ("memory://x", True, False),
+        ("/disk", False, False),
+        (".", False, False),
+    ],
+)
+def test_locations_are_told_apart(location, is_remote, may_stand_in_a_manifest):
+    assert remote.is_remote(location) == is_remote
+    assert remote.is_object_store(location) == may_stand_in_a_manifest
+
+
+def test_messages_show_neither_password_nor_signature():
+    shown = remote.shown("https://user:secret@host/a.tar?X-Amz-Signature=secret")
+    assert shown == "https://host/a.tar"
+
+
+def test_patterns_expand_as_shells_do_on_disk_and_on_a_server(server, tmp_path):
+    for name in ("a-000.tar", "a-001.tar", "b-000.tar", "c.txt"):
+        (tmp_path / name).touch()
+    here = [str(tmp_path / name) for name in ("a-000.tar", "a-001.tar", "b-000.tar")]
+    assert remote.expand(f"{tmp_path}/{{a-{{000..001}},b-000}}.tar") == here
+    assert remote.expand(f"{tmp_path}/*.tar") == here
+    assert remote.expand(f"{tmp_path}/a-00?.tar") == here[:2]
+    assert remote.expand(f"{server.url}/{{08..10}}.tar") == [
+        f"{server.url}/{name}.tar" for name in ("08", "09", "10")
+    ]
+    links = "".join(f'<a href="{name}">x</a>' for name in ("b.tar", "a.tar", "c.txt"))
+    server.objects["/listed/"] = server.objects["/listed"] = links.encode()
+    assert remote.expand(f"{server.url}/listed/*.tar") == [
+        f"{server.url}/listed/{name}.tar" for name in "ab"
+    ]
+    with pytest.raises(UserError, match=r"no file matches .*/b-001\.tar, which .* stands for"):
+        remote.expand(f"{tmp_path}/b-{{000..001}}.tar")
+    with pytest.raises(UserError, match="no file matches"):
+        remote.expand(f"{server.url}/listed/*.zip")
+    with pytest.raises(UserError, match="do not pair"):
+        remote.expand(f"{tmp_path}/{{a")
+
+
+def test_an_object_is_streamed_with_exact_reads_in_one_request(server):
+    with remote.open_stream(server.url + PATH, 0) as stream:
+        assert stream.read(512) == CONTENT[:512]
+        assert stream.read(100_000) == CONTENT[512:100_512]
+        assert stream.read() == CONTENT[100_512:]
+    assert remote.read_bytes(server.url + PATH, 0) == CONTENT
+    assert (server.gets[PATH], server.heads[PATH]) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(status=503), Fault(status=500), Fault(status=429)],
+        [Fault(cut_after=100_000), Fault(cut_after=50_000)],
+        [Fault(cut_after=0)],
+        [Fault(stall_after=70_000)],
+        [Fault(stall_after=0)],
+        [Fault(cut_after=200_000), Fault(status=503), Fault(stall_after=10), Fault(status=408)],
+    ],
+)
+def test_what_passes_is_borne_and_a_cut_connection_is_taken_up_where_it_was(server, faults):
+    server.faults[PATH].extend(faults)
+    assert read(server.url + PATH) == CONTENT
+    assert server.gets[PATH] == len(faults) + 1
+    received = sum(fault.cut_after or fault.stall_after or 0 for fault in faults)
+    assert server.ranges[PATH][-1] == received
+    assert server.bytes_sent[PATH] == len(CONTENT)  # no byte twice
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_server_without_ranges_is_read_again_from_the_start(server, has_length):
+    server.has_ranges, server.has_length = False, has_length
+    server.faults[PATH].extend([Fault(cut_after=100_000), Fault(cut_after=200_000)])
+    url = server.url + PATH
+    with remote.RemoteObject(url, 20, expected_size=len(CONTENT), stall_seconds=STALL) as source:
+        assert source.readall() == CONTENT
+        assert source.size == (len(CONTENT) if has_length else None)
+    assert server.ranges[PATH] == [0, 100_000, 200_000]
+
+
+def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(server):
+    server.has_length = False
+    short = server.objects[PATH] = CONTENT[:-1000]
+    with pytest.raises(UserError, match="has 299,000 bytes, not the expected 300,000"):
+        with remote.RemoteObject(server.url + PATH, 20, expected_size=len(CONTENT)) as source:
+            source.readall()
+    assert read(server.url + PATH) == short  # nobody could tell
+
+
+@pytest.mark.parametrize("has_identity", [True, False])
+def test_an_object_that_changes_meanwhile_is_not_mixed(server, has_identity):
+    server.has_identity = has_identity
+    server.faults[PATH].append(Fault(cut_after=100_000))
+    other = CONTENT[::-1] if has_identity else CONTENT[::-1] + b"longer"
+    with pytest.raises(remote.ObjectChanged, match=r"/set/a\.tar changed while it was read"):
+        with remote.open_stream(server.url + PATH, 20) as stream:
+            stream.read(4096)
+            server.objects[PATH] = other
+            stream.read()
+    server.objects[PATH] = CONTENT
+    server.faults[PATH].append(Fault(cut_after=100_000))
+    with pytest.raises(remote.ObjectChanged, match="became shorter"):
+        with remote.open_stream(server.url + PATH, 20) as stream:
+            stream.read(4096)
+            server.objects[PATH] = CONTENT[:50_000]
+            stream.read()
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("{server}/set/none.tar", "none.tar: there is no such object"),
+        ("nosuch://x/y", "nothing can read nosuch:// addresses"),
+        ("sftp://h/x", r"sftp:// needs a package that is not installed.*'ganscale\[remote\]'"),
+        ("http://[x/y", "Invalid"),
+    ],
+)
+def test_what_trying_again_cannot_mend_is_said_at_once(server, url, sentence):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=sentence):
+        read(url.format(server=server.url), retry_seconds=60)
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("status", [401, 403, 410])
+def test_no_access_is_said_at_once(server, status):
+    server.faults[PATH].append(Fault(status=status))
+    with pytest.raises(UserError, match=f"HTTP status {status}"):
+        read(server.url + PATH, retry_seconds=60)
+    assert server.gets[PATH] == 1
+
+
+def test_what_does_not_pass_in_time_asks_for_a_requeue(server):
+    server.faults[PATH].extend([Fault(status=503)] * 1000)
+    with pytest.raises(UnavailableError, match=r"a\.tar cannot be read.*503.*tried for 1 s"):
+        read(server.url + PATH, retry_seconds=1)
+    assert 2 <= server.gets[PATH] < 30
+    with pytest.raises(UnavailableError, match="127.0.0.1:9"):
+        read("http://127.0.0.1:9/a.tar", retry_seconds=0)
+
+
+def test_time_is_counted_from_the_last_byte_that_came(server):
+    # Each request brings a little: all of them together take longer than may pass without any.
+    server.faults[PATH].extend([Fault(stall_after=20_000)] * 4)
+    with remote.open_stream(server.url + PATH, 0.7, stall_seconds=0.4) as stream:
+        assert stream.read() == CONTENT
+
+
+def test_what_a_command_prints_is_read_and_its_failure_is_one(tmp_path):
+    (tmp_path / "a b.tar").write_bytes(CONTENT)
+    assert read(remote.join(f"pipe:cat {tmp_path}/{{}}", "a b.tar")) == CONTENT
+    half = f"pipe:head -c 1000 '{tmp_path}/a b.tar'; echo it broke >&2; exit 3"
+    with pytest.raises(UnavailableError, match="exit code 3: it broke"):
+        read(half, retry_seconds=0)
+    once = f"if [ -e {tmp_path}/was ]; then cat '{tmp_path}/a b.tar'; "
+    once += f"else touch {tmp_path}/was; head -c 1000 '{tmp_path}/a b.tar'; exit 1; fi"
+    assert read(f"pipe:{once}") == CONTENT  # started again, what was read is skipped
+    with pytest.raises(UserError, match=r"exit code 127: .*not found"):
+        read("pipe:no-such-command-anywhere", retry_seconds=60)
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    command = f"pipe:sh -c 'echo $$ > {tmp_path}/pid; sleep 1000' | cat"
+    with pytest.raises(UnavailableError, match="printed nothing for 0.5 s"):
+        read(command, retry_seconds=0)
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.01)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
+    program = (
+        "import sys; from ganscale.data import remote\n"
+        "for url in sys.argv[1:]: print(len(remote.read_bytes(url, 5)))\n"
+        "with remote.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", "-X", "dev", "-W", "ignore::DeprecationWarning", "-c",
+         program, server.url + PATH, "s3://bucket/a.tar"],
+        capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=os.environ,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == f"{len(CONTENT)}\n" * 2
+
+
+@pytest.fixture(scope="module")
+def s3_port() -> Iterator[int]:
+    program = [sys.executable, str(Path(__file__).with_name("s3_server.py"))]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    with process.stdin, process.stdout:
+        try:
+            yield int(process.stdout.readline())
+        finally:
+            end_tree(process)
+
+
+@pytest.fixture
+def s3(s3_port, monkeypatch) -> Iterator[FaultServer]:
+    """A proxy before the S3 server; bucket/a.tar holds CONTENT."""
+    import boto3
+    from botocore.config import Config
+
+    from ganscale.data import connections
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    direct = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{s3_port}", config=Config())
+    direct.create_bucket(Bucket="bucket")
+    direct.put_object(Bucket="bucket", Key="a.tar", Body=CONTENT)
+    direct.put_object(Bucket="bucket", Key="set/b.tar", Body=b"b")
+    direct.close()
+    with FaultServer(upstream=f"127.0.0.1:{s3_port}").running() as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        connections._made.cache_clear()
+        yield proxy
+        connections._made.cache_clear()
+
+
+def test_s3_is_read_as_the_store_has_it_and_faults_are_borne(s3):
+    assert read("s3://bucket/a.tar") == CONTENT
+    assert remote.expand("s3://bucket/*/*.tar") == ["s3://bucket/set/b.tar"]
+    for fault in (Fault(status=503), Fault(status=500), Fault(cut_after=100_000),
+                  Fault(stall_after=5)):  # fmt: skip
+        s3.faults["/bucket/a.tar"].append(fault)
+        assert read("s3://bucket/a.tar") == CONTENT
+    with remote.RemoteObject("s3://bucket/a.tar", 0, start=250_000) as source:
+        assert source.size == len(CONTENT)
+        assert source.identity
+        assert source.readall() == CONTENT[250_000:]
+    digest = hashlib.sha256()
+    with remote.open_stream("s3://bucket/a.tar", 0) as stream:
+        gets = s3.gets["/bucket/a.tar"]
+        while data := stream.read(10_000):
+            digest.update(data)
+    assert digest.digest() == hashlib.sha256(CONTENT).digest()
+    assert s3.gets["/bucket/a.tar"] == gets + 1  # small reads are no small requests
+
+
+def test_what_s3_refuses_is_said_at_once_and_what_lasts_asks_for_a_requeue(s3, monkeypatch):
+    for missing in ("s3://bucket/none.tar", "s3://nowhere/a.tar"):
+        with pytest.raises(UserError, match="there is no such object"):
+            read(missing)
+    s3.faults["/bucket/a.tar"].append(Fault(status=403))
+    with pytest.raises(UserError, match="no access"):
+        read("s3://bucket/a.tar")
+    s3.faults["/bucket/a.tar"].extend([Fault(status=503)] * 100)
+    with pytest.raises(UnavailableError, match=r"s3://bucket/a\.tar cannot be read"):
+        read("s3://bucket/a.tar", retry_seconds=0.5)
+
+
+def test_s3_without_credentials_says_so(s3, monkeypatch, tmp_path):
+    from ganscale.data import connections
+
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    connections._made.cache_clear()
+    with pytest.raises(UserError, match="no valid credentials"):
+        read("s3://bucket/a.tar")

@@ -1,0 +1,407 @@
+"""Tars without a manifest train at once: safely, with no endless wait and nothing in silence."""
+
+import http.server
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ganscale.data.batch import Batch
+from ganscale.data.dataset import open_data
+from ganscale.data.streaming import StreamLoader
+from ganscale.data.tar_reader import check_urls, is_streamed, stream_identity, stream_urls
+from ganscale.errors import UnavailableError, UserError
+from ganscale.schema import DataConfig
+
+RESOLUTION = 4
+SHARDS, PER_SHARD = 3, 10
+
+
+def png(number: int) -> bytes:
+    """An image whose every pixel tells its number."""
+    stream = io.BytesIO()
+    Image.new("RGB", (RESOLUTION, RESOLUTION), (number, 255 - number, 7)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def members_of(shard: int, count: int = PER_SHARD) -> list[tuple[str, bytes]]:
+    numbers = range(shard * PER_SHARD, shard * PER_SHARD + count)
+    return [
+        member
+        for n in numbers
+        for member in ((f"{n:03d}.png", png(n)), (f"{n:03d}.cls", str(n % 3).encode()))
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for shard in range(SHARDS):
+        write_tar(tmp_path / f"shard-{shard}.tar", members_of(shard))
+    return tmp_path
+
+
+class Streams:
+    """Opens streams and closes them."""
+
+    def __init__(self) -> None:
+        self.made: list[StreamLoader] = []
+
+    def __call__(
+        self, path: Path | str, *, rank=0, world_size=1, images_seen=0, batch=8, seed=3, **settings
+    ) -> StreamLoader:
+        config = DataConfig(
+            path=str(path),
+            resolution=RESOLUTION,
+            **{"workers": 1, "block_samples": 4, "window_blocks": 2, **settings},
+        )
+        loader = open_data(config).loader(
+            seed=seed,
+            global_batch_size=batch,
+            rank=rank,
+            world_size=world_size,
+            images_seen=images_seen,
+        )
+        assert isinstance(loader, StreamLoader)
+        self.made.append(loader)
+        return loader
+
+
+@pytest.fixture
+def streams() -> Iterator[Streams]:
+    streams = Streams()
+    yield streams
+    for loader in streams.made:
+        loader.close()
+
+
+def numbers_in(batches: list[Batch]) -> list[int]:
+    return [int(n) for batch in batches for n in batch.images[:, 0, 0, 0]]
+
+
+def some(loader: StreamLoader, count: int) -> list[Batch]:
+    return list(itertools.islice(loader, count))
+
+
+@pytest.mark.parametrize(
+    ("path", "streams"),
+    [
+        ("data/a.tar", True),
+        ("data/shard-{000..099}.tar", True),
+        ("data/*.tar", True),
+        ("https://host/a-{0..9}.tar?key=1", True),
+        ("pipe:cat a.tar", True),
+        ("s3://bucket/folder", False),
+        ("data/folder", False),
+        ("data/manifest.json", False),
+        ("data/folder.tars", False),
+    ],
+)
+def test_a_path_that_names_tars_is_streamed(path: str, streams: bool) -> None:
+    assert is_streamed(path) is streams
+
+
+def test_braces_and_wildcards_name_the_shards(folder: Path) -> None:
+    names = [str(folder / f"shard-{shard}.tar") for shard in range(SHARDS)]
+    assert stream_urls(f"{folder}/shard-{{0..2}}.tar") == names
+    assert stream_urls(f"{folder}/shard-*.tar") == names
+    assert stream_urls(f"{folder}/shard-{{0,[12]}}.tar") == names
+    assert stream_urls(f"file:{names[0]}::{names[1]}") == names[:2]
+    assert stream_urls("https://host/{0..1}.tar") == ["https://host/0.tar", "https://host/1.tar"]
+
+
+def test_the_identity_knows_the_shards_but_not_their_folder(folder: Path, tmp_path: Path) -> None:
+    here = stream_identity(stream_urls(f"{folder}/shard-*.tar"))
+    assert stream_identity([f"https://host/other/shard-{n}.tar?key=2" for n in range(3)]) == here
+    assert stream_identity(stream_urls(f"{folder}/shard-{{0..1}}.tar")) != here
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_images_come_with_their_labels_and_slots_go_on_from_the_images_seen(
+    streams: Streams, folder: Path, workers: int
+) -> None:
+    loader = streams(folder / "*.tar", images_seen=96, workers=workers)
+    batches = some(loader, 30)
+    for step, batch in enumerate(batches):
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (8, RESOLUTION, RESOLUTION, 3)
+        assert batch.slots.tolist() == list(range(96 + 8 * step, 104 + 8 * step))
+        for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):
+            number = int(image[0, 0, 0])
+            assert (image == np.array([number, 255 - number, 7])).all()
+            assert label == number % 3
+    assert {*numbers_in(batches)} == {*range(SHARDS * PER_SHARD)}
+    assert loader.samples_read == 240
+    assert not loader.broken
+
+
+def test_ranks_have_slots_of_their_own_and_see_different_images(
+    streams: Streams, folder: Path
+) -> None:
+    ranks = [some(streams(folder / "*.tar", rank=r, world_size=2), 10) for r in range(2)]
+    for first, second in zip(*ranks, strict=True):
+        assert first.slots.tolist() + second.slots.tolist() == list(
+            range(int(first.slots[0]), int(first.slots[0]) + 8)
+        )
+    assert numbers_in(ranks[0]) != numbers_in(ranks[1])
+
+
+def test_a_seed_makes_the_choice_and_a_resumed_run_makes_another(
+    streams: Streams, folder: Path
+) -> None:
+    path = folder / "*.tar"
+    first = numbers_in(some(streams(path, workers=2), 10))
+    assert numbers_in(some(streams(path, workers=2), 10)) == first
+    assert numbers_in(some(streams(path, workers=2, images_seen=8), 10)) != first
+    assert numbers_in(some(streams(path, workers=2, seed=4), 10)) != first
+
+
+def test_it_is_said_once_that_the_order_is_not_exact(
+    streams: Streams, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for rank in range(2):
+            some(streams(folder / "*.tar", rank=rank, world_size=2), 3)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "streamed in random order" in message
+    assert "ganscale shards index" in message
+
+
+def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_path: Path) -> None:
+    bad = {0: b"", 2: b"not an image", 4: png(4)[:40]}
+    members = [(name, bad.get(int(name[:3]), data) if ".png" in name else data)
+               for name, data in members_of(0)]  # fmt: skip
+    loader = streams(write_tar(tmp_path / "a.tar", members), workers=1)
+    started = time.monotonic()
+    batches = some(loader, 40)
+    # webdataset's own handler sleeps for half a second each time: 60 s here.
+    assert time.monotonic() - started < 20
+    assert {*numbers_in(batches)} == {*range(PER_SHARD)} - bad.keys()
+    found = Counter(key for batch in batches for _, _, key, _ in batch.broken)
+    assert {*found} == {"000", "002", "004"}
+    assert sum(loader.broken.values()) == found.total() > 40
+    assert {shard for shard, _ in loader.broken} == {"a.tar"}
+    assert loader.samples_read == 320 + found.total()
+
+
+def cut_in_an_image(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.read_bytes().index(png(14)) + 20)
+
+
+def cut_between_members(path: Path) -> None:
+    content = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(content.index(b"014.png"))
+
+
+def damaged_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    start = content.index(b"014.png")
+    content[start + 148 : start + 156] = b"99999999"  # its checksum
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (cut_in_an_image, "cut"),
+        (cut_between_members, "cut"),
+        (damaged_header, "damaged"),
+        (lambda path: path.write_bytes(b"text " * 1000), "no tar"),
+        (lambda path: path.write_bytes(b""), "no tar"),
+        (lambda path: path.unlink(), "cannot be read"),
+    ],
+)
+def test_what_webdataset_leaves_out_in_silence_is_counted(
+    streams: Streams, folder: Path, damage, reason: str
+) -> None:
+    damage(folder / "shard-1.tar")
+    loader = streams(str(folder / "shard-{0..2}.tar"))
+    batches = some(loader, 40)
+    assert loader.broken.keys() == {("shard-1.tar", reason)}
+    whole = {*range(10), *range(20, 30)}
+    rest = {10, 11, 12, 13} if reason in ("cut", "damaged") else set()
+    assert {*numbers_in(batches)} == whole | rest
+
+
+def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path: Path) -> None:
+    """Both shards have the keys 000 and 001; the first is cut behind an image."""
+    first = write_tar(tmp_path / "0.tar", [("000.png", png(0)), ("000.cls", b"0"),
+                                           ("001.png", png(1)), ("001.cls", b"0")])  # fmt: skip
+    with first.open("r+b") as file:
+        file.truncate(first.read_bytes().index(b"001.cls") + 100)
+    write_tar(tmp_path / "1.tar", [("001.cls", b"1"), ("001.png", png(101))])
+    loader = streams(tmp_path / "*.tar", class_count=2)
+    batches = some(loader, 30)
+    for batch in batches:
+        for number, label in zip(batch.images[:, 0, 0, 0], batch.labels, strict=True):
+            assert int(label) == int(number) // 100
+    assert 1 not in numbers_in(batches)
+    assert loader.broken[("0.tar", "no class")] > 0
+
+
+@pytest.mark.parametrize(
+    ("extension", "text", "label"),
+    [("cls", b"2\n", 2), ("json", b'{"label": 1}', 1), ("txt", b"0", 0), ("txt", b"a cat", -1)],
+)
+def test_labels_are_read_as_indexing_reads_them(
+    streams: Streams, tmp_path: Path, extension: str, text: bytes, label: int
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), (f"0.{extension}", text)])
+    (batch,) = some(streams(path), 1)
+    assert batch.labels.tolist() == [label] * 8
+
+
+def test_labels_beyond_the_classes_are_refused_with_what_would_be_right(
+    streams: Streams, tmp_path: Path
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"7")])
+    with pytest.raises(UserError, match=r"has label 7, not one of data\.class_count=5 classes"):
+        next(streams(path, class_count=5))
+
+
+def test_nothing_in_a_tar_is_run(streams: Streams, tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/harmed",)
+
+    harm = pickle.dumps(Attack())
+    members = [(f"0.{end}", harm) for end in ("pyd", "pkl", "pickle", "pth", "pkl.gz", "npy")]
+    write_tar(tmp_path / "a.tar", [*members, ("1.png", png(1)), ("1.pth", harm)])
+    batches = some(streams(tmp_path / "a.tar"), 10)
+    assert {*numbers_in(batches)} == {1}
+    assert not (tmp_path / "harmed").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_without_an_image_are_an_error_and_no_endless_search(
+    streams: Streams, tmp_path: Path, workers: int
+) -> None:
+    write_tar(tmp_path / "empty.tar", [])
+    write_tar(tmp_path / "texts.tar", [(f"{n}.png", b"text") for n in range(100)])
+    write_tar(tmp_path / "labels.tar", [(f"{n}.cls", b"1") for n in range(100)])
+    for name, sentence in (
+        ("empty", r"32 shards in a row gave no sample; the last: .*empty\.tar is empty"),
+        ("texts", r"64 samples in a row could not be used; .* of shard texts\.tar"),
+        ("labels", r"64 samples in a row .* shard labels\.tar has no image"),
+    ):
+        loader = streams(tmp_path / f"{name}.tar", workers=workers)
+        for _ in range(2):
+            with pytest.raises(UserError, match=sentence):
+                next(loader)
+
+
+def test_shards_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no shards at .*/none-\*\.tar"):
+        open_data(DataConfig(path=f"{tmp_path}/none-*.tar", resolution=4))
+    data = open_data(DataConfig(path=f"{folder}/shard-{{1..3}}.tar", resolution=4))
+    with pytest.raises(UserError, match=r"there is no shard .*/shard-3\.tar, which data\.path"):
+        data.check()
+    check_urls(stream_urls(f"{folder}/*.tar"))
+
+
+def test_a_commands_output_is_a_shard_and_its_failure_is_noticed(
+    streams: Streams, folder: Path
+) -> None:
+    good = streams(f"pipe:cat {folder}/shard-{{0..2}}.tar", workers=2)
+    assert {*numbers_in(some(good, 30))} == {*range(30)}
+    assert not good.broken
+    fails = streams(f"pipe:cat {folder}/shard-0.tar; echo secret >/dev/null; exit 3")
+    batches = some(fails, 5)
+    assert {*numbers_in(batches)} <= {*range(10)}
+    (((shard, reason), count),) = fails.broken.items()
+    assert (shard.startswith("pipe:"), reason, count > 0) == (True, "cannot be read", True)
+    details = {broken.detail for batch in batches for broken in batch.broken}
+    assert details == {"cannot be read: its command ended with 3"}
+    with pytest.raises(UserError, match="its command ended with 1"):
+        next(streams(f"pipe:cat {folder}/none 2>/dev/null"))
+
+
+def test_a_command_is_refused_where_the_environment_forbids_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webdataset.utils.enforce_security", True)
+    with pytest.raises(UserError, match="WDS_SECURE=1"):
+        open_data(DataConfig(path=f"pipe:cat {folder}/shard-0.tar", resolution=4))
+
+
+def test_a_source_that_falls_silent_asks_for_a_requeue(
+    streams: Streams, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ganscale.data.streaming._STALL_SECONDS", 1.0)
+    command = f"pipe:head -c 4000 {folder}/shard-0.tar; exec sleep 600"
+    loader = streams(command, retry_seconds=0)
+    started = time.monotonic()
+    with pytest.raises(UnavailableError, match="no sample came from pipe:head"):
+        next(loader)
+    loader.close()
+    assert time.monotonic() - started < 20
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(folder), **kwargs)
+
+        def log_message(self, format: str, *args) -> None:
+            pass
+
+    with _Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_shards_are_streamed_from_a_web_server(streams: Streams, address: str) -> None:
+    loader = streams(f"{address}/shard-{{0..2}}.tar", workers=2)
+    assert {*numbers_in(some(loader, 40))} == {*range(30)}
+    assert not loader.broken
+    missing = streams(f"{address}/none.tar")
+    with pytest.raises(UserError, match=r"none\.tar cannot be read: its command ended with 22"):
+        next(missing)
+
+
+def test_close_ends_the_threads(streams: Streams, folder: Path) -> None:
+    before = set(threading.enumerate())
+    loader = streams(folder / "*.tar", workers=3)
+    some(loader, 3)
+    assert len(set(threading.enumerate()) - before) == 3
+    loader.close()
+    assert set(threading.enumerate()) <= before
+    loader.close()
+
+
+def test_a_summary_of_what_was_broken_is_plain_json(streams: Streams, folder: Path) -> None:
+    cut_in_an_image(folder / "shard-1.tar")
+    loader = streams(folder / "*.tar")
+    batches = some(loader, 20)
+    assert json.loads(json.dumps([broken for batch in batches for broken in batch.broken]))

@@ -1,0 +1,46 @@
+"""One rank that only reads: what the processes of test_elastic.py do until they are killed."""
+
+import json
+import os
+from pathlib import Path
+
+from ganscale.data.loader import Loader
+from ganscale.data.manifest import Manifest
+from ganscale.schema import DataConfig
+
+GLOBAL_BATCH = 12
+RESOLUTION = 4
+SEED = 11
+
+
+def config_of(data: Path, workers: int) -> DataConfig:
+    return DataConfig(
+        path=str(data),
+        resolution=RESOLUTION,
+        workers=workers,
+        lanes=24,
+        block_samples=4,
+        window_blocks=2,
+    )
+
+
+def consume(
+    data: Path, record: Path, rank: int, world_size: int, workers: int, start: int, stop: int
+) -> None:
+    """Appends one line a batch: its first slot, the samples in it, and the broken ones."""
+    loader = Loader(
+        Manifest.load(data),
+        config_of(data, workers),
+        seed=SEED,
+        global_batch_size=GLOBAL_BATCH,
+        rank=rank,
+        world_size=world_size,
+        images_seen=start,
+    )
+    file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for _ in range(start, stop, GLOBAL_BATCH):
+        batch = next(loader)
+        samples = batch.images[:, 0, 0, 0].tolist()
+        line = json.dumps([int(batch.slots[0]), samples, [broken.key for broken in batch.broken]])
+        os.write(file, f"{line}\n".encode())
+    loader.close()

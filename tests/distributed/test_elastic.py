@@ -1,0 +1,168 @@
+"""Ranks are killed twenty times and come back as another number of ranks with other workers: what
+was committed is, sample by sample, what one undisturbed process would have seen."""
+
+import io
+import itertools
+import json
+import multiprocessing
+import random
+import tarfile
+import time
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganscale.data.manifest import Manifest
+from ganscale.data.order import Order, batch_positions
+from ganscale.shards.building import build_manifest
+from tests.conftest import REPOSITORY
+from tests.distributed.elastic_rank import GLOBAL_BATCH, RESOLUTION, SEED, config_of, consume
+
+KILLS = 20
+IMAGES = 200 * GLOBAL_BATCH  # eleven epochs of 216 samples
+COMMIT_EVERY = 4 * GLOBAL_BATCH  # what was read behind the last commit is read again
+DEADLINE_SECONDS = 120
+SHARDS = (60, 11, 90, 55)
+DAMAGED = {5, 6, 7, 70, 150, *range(211, 216)}  # the last five by cutting their shard
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerContext]:
+    """Processes that need not import torch: they are forked from one that has."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.elastic_rank"])
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else it lives as long as pytest
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Images that tell their number; some are damaged after they were indexed."""
+    folder, numbers = tmp_path / "data", itertools.count()
+    folder.mkdir()
+    for shard, count in enumerate(SHARDS):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for number in itertools.islice(numbers, count):
+                stream = io.BytesIO()
+                Image.new("RGB", (RESOLUTION, RESOLUTION), (number, 0, 0)).save(stream, "PNG")
+                member = tarfile.TarInfo(f"{number:03d}.png")
+                member.size = len(stream.getvalue())
+                tar.addfile(member, io.BytesIO(stream.getvalue()))
+    manifest = build_manifest(folder)
+    for number in sorted(DAMAGED):
+        shard = manifest.shard_of(number)
+        with (folder / manifest.shards[shard].name).open("r+b") as tar:
+            offset = int(manifest.samples[number]["offset"])
+            if number == 211:
+                tar.truncate(offset + 20)
+            elif number < 211:
+                tar.seek(offset)
+                tar.write(b"damage")
+    return folder
+
+
+def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
+    """(samples, keys of the order's broken ones) slot by slot, from the order alone."""
+    manifest, config = Manifest.load(data), config_of(data, 0)
+    order = Order(
+        np.diff(manifest.first_sample),
+        seed=SEED,
+        fingerprint=manifest.fingerprint,
+        lanes=config.lanes,
+        block_samples=config.block_samples,
+        window_blocks=config.window_blocks,
+    )
+    samples, broken = [], []
+    for images_seen in range(0, IMAGES, GLOBAL_BATCH):
+        positions, _ = batch_positions(images_seen, GLOBAL_BATCH, order.lanes, 0, 1)
+        for position in positions.tolist():
+            (sample,) = order.samples(np.array([position])).tolist()
+            if sample in DAMAGED:
+                # Behind the cut, no name can be read any more.
+                offset = int(manifest.samples[sample]["offset"])
+                broken.append(f"{sample:03d}" if sample <= 211 else f"byte {offset}")
+            while sample in DAMAGED:
+                position += order.lanes
+                (sample,) = order.samples(np.array([position])).tolist()
+            samples.append(sample)
+    return samples, broken
+
+
+def read_record(record: Path) -> list[tuple[int, list[int], list[str]]]:
+    """(first slot, samples, keys of broken ones) of each whole line: a kill may tear the last."""
+    if not record.exists():
+        return []
+    lines = record.read_text().splitlines(keepends=True)
+    return [tuple(json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def end(processes: list[ForkServerProcess]) -> None:
+    for process in processes:
+        process.kill()
+        process.join(20)
+        process.close()
+
+
+@pytest.mark.timeout(DEADLINE_SECONDS + 30)
+def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
+    ranks: ForkServerContext, data: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(7)
+    expected_samples, expected_broken = uninterrupted(data)
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    samples: list[int] = []
+    broken: list[str] = []
+    world_sizes = itertools.cycle((1, 2, 4, 3))
+    committed_kills = 0
+    for session in range(KILLS + 1):
+        world_size, start = next(world_sizes), len(samples)
+        records = [tmp_path / f"session{session}-rank{rank}" for rank in range(world_size)]
+        # A session reads a limited part, so that there is something left for the last one.
+        is_last = session == KILLS
+        stop = IMAGES if is_last else min(IMAGES, start + 3 * COMMIT_EVERY)
+        processes = [
+            ranks.Process(
+                target=consume,
+                args=(data, record, rank, world_size, chance.randrange(4), start, stop),
+            )
+            for rank, record in enumerate(records)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            if is_last:
+                for process in processes:
+                    process.join(deadline - time.monotonic())
+                    assert process.exitcode == 0
+            else:
+                watched = chance.choice(records)
+                batches = chance.randrange(0, (stop - start) // GLOBAL_BATCH + 1)
+                while len(read_record(watched)) < batches:
+                    assert time.monotonic() < deadline
+                    assert all(process.exitcode in (None, 0) for process in processes)
+                    time.sleep(0.005)
+                chance.shuffle(processes)
+        finally:
+            end(processes)
+
+        found = [read_record(record) for record in records]
+        whole = min(len(lines) for lines in found) * GLOBAL_BATCH
+        kept = whole if is_last else whole // COMMIT_EVERY * COMMIT_EVERY
+        committed_kills += 0 < kept < stop - start
+        for batch in range(kept // GLOBAL_BATCH):
+            for rank, lines in enumerate(found):
+                slot, rank_samples, rank_broken = lines[batch]
+                assert slot == start + batch * GLOBAL_BATCH + rank * GLOBAL_BATCH // world_size
+                samples += rank_samples
+                broken += rank_broken
+    assert samples == expected_samples
+    assert broken == expected_broken
+    assert len({*broken}) == len(DAMAGED)
+    assert committed_kills >= 3  # killed in the middle of what they had committed

@@ -1,0 +1,346 @@
+"""The fast double backward against autograd's own, in float64, for all kinds of critics."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.tiny_networks import TinyCritic
+from ganscale.networks.dcgan import DCGANCritic
+from ganscale.networks.mlp import MLPCritic
+from ganscale.networks.resnet import ResNetCritic
+from ganscale.objectives.double_backward import FastDoubleBackward
+from ganscale.objectives.penalties import PENALTIES, input_gradients
+
+BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def autograds_input_gradients(critic: Callable, images: Tensor, labels: Tensor | None) -> Tensor:
+    images = images.clone().requires_grad_()
+    logits = critic(images, labels)
+    scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
+    return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
+
+
+def assert_as_autograd(
+    critic: nn.Module, images: Tensor, labels: Tensor | None = None, takes_labels: bool = False
+) -> None:
+    """Every penalty's points, value and gradients, to a few units in the last place."""
+
+    def score(images: Tensor, labels: Tensor | None) -> Tensor:
+        return critic(images, labels) if takes_labels else critic(images)
+
+    parameters = [p for p in critic.parameters() if p.requires_grad]
+    for name, make in PENALTIES.items():
+        found, expected = [], []
+        ways = (found, input_gradients), (expected, autograds_input_gradients)
+        for results, gradients_of in ways:
+            slopes = gradients_of(score, images, labels)
+            value = make().value(slopes)
+            gradients = torch.autograd.grad(
+                value, parameters, allow_unused=True, materialize_grads=True
+            )
+            results += [slopes.detach(), value.detach(), *gradients]
+        scale = max(1.0, max(tensor.abs().max().item() for tensor in expected[2:]))
+        assert any(tensor.abs().max() > 0 for tensor in expected[2:]) or expected[1] == 0
+        for mine, theirs in zip(found, expected, strict=True):
+            assert (mine - theirs).abs().max().item() <= 1e-14 * scale, name
+
+
+CRITICS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: MLPCritic(SHAPE, width=16),
+    "dcgan": lambda: DCGANCritic(SHAPE, width=4),
+    "dcgan, no slope": lambda: DCGANCritic(SHAPE, width=4, negative_slope=0.0),
+    "dcgan, layer norm": lambda: DCGANCritic(SHAPE, width=4, norm="layer"),
+    "dcgan, instance norm": lambda: DCGANCritic(SHAPE, width=4, norm="instance"),
+    "resnet": lambda: ResNetCritic(SHAPE, width=4),
+    "resnet, spectral norm": lambda: ResNetCritic(SHAPE, width=4, spectral_norm=True),
+    "resnet, classes": lambda: ResNetCritic(SHAPE, CLASSES, width=4, spectral_norm=True),
+    "patches": lambda: TinyCritic(SHAPE, patches=True),
+    "bias last": lambda: TinyCritic(SHAPE, norm="layer", final_bias=True),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", CRITICS)
+def test_penalties_of_every_critic_are_autograds(name: str, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    critic = CRITICS[name]().double().to(memory_format=layout).eval()  # type: ignore[call-overload]
+    if "dcgan" in name:
+        for parameter in critic.parameters():  # N(0, 0.02) gives slopes next to nothing
+            parameter.data *= 10
+    images = (2 * draw(BATCH, *SHAPE)).to(memory_format=layout)
+    assert_as_autograd(critic, images, torch.tensor([0, 2, 1, 1, 0]), takes_labels=True)
+
+
+# Between two convolutions of 3 to 4, and of 4 to 2 channels.
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "nothing": nn.Identity,
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "leaky relu": lambda: nn.LeakyReLU(0.2),
+    "leaky relu in place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "leaky relu of a negative slope": lambda: nn.LeakyReLU(-0.2),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "prelu": nn.PReLU,
+    "group norm and silu": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()),
+    "batch norm and relu": lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+    "average pool": lambda: nn.AvgPool2d(2),
+    "average pool, overlapping": lambda: nn.AvgPool2d(
+        3, 2, 1, ceil_mode=True, count_include_pad=False
+    ),
+    "average pool, divided": lambda: nn.AvgPool2d((2, 3), (1, 2), (0, 1), divisor_override=5),
+    "adaptive pool": lambda: nn.AdaptiveAvgPool2d(5),
+    "max pool": lambda: nn.MaxPool2d(2),
+    "nearest": lambda: nn.Upsample(scale_factor=2),
+    "convolution without bias": lambda: nn.Conv2d(4, 4, 3, bias=False),
+    "strides": lambda: nn.Conv2d(4, 4, (3, 2), stride=(2, 3), padding=(1, 0)),
+    "dilation and groups": lambda: nn.Conv2d(4, 4, 3, dilation=2, groups=2),
+    "one filter a channel": lambda: nn.Conv2d(4, 8, 3, groups=4),
+    "padding by name": lambda: nn.Conv2d(4, 4, 3, dilation=2, padding="same"),
+    "reflection": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    "a circle": lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3, stride=2, padding=1, output_padding=1),
+    "transposed, groups": lambda: nn.ConvTranspose2d(4, 4, 3, 2, groups=2, dilation=2, bias=False),
+    "spectral norm": lambda: spectral_norm(nn.Conv2d(4, 4, 3)).eval(),
+    "frozen": lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
+}
+
+
+def around(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    after = [nn.LeakyReLU(0.1), nn.LazyConv2d(2, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(1)]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), layer, *after).double()
+    network(torch.zeros(BATCH, 3, 11, 11).double())
+    return network
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", LAYERS)
+def test_penalties_through_every_layer_are_autograds(
+    name: str, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    critic = around(LAYERS[name]()).to(memory_format=layout)  # type: ignore[call-overload]
+    assert_as_autograd(critic, draw(BATCH, 3, 11, 11).to(memory_format=layout))
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_penalties_in_one_and_three_dimensions_are_autograds(places: int) -> None:
+    torch.manual_seed(0)
+    conv = {1: nn.Conv1d, 3: nn.Conv3d}[places]
+    transposed = {1: nn.ConvTranspose1d, 3: nn.ConvTranspose3d}[places]
+    critic = nn.Sequential(
+        conv(2, 3, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        transposed(3, 2, 2, stride=2),
+        nn.ReLU(),
+        conv(2, 1, 3),
+    )
+    assert_as_autograd(critic.double(), draw(BATCH, 2, *[7] * places))
+
+
+class Critic(nn.Module):
+    """Parameters and layers for the forwards below, which any user might write."""
+
+    def __init__(self, score: "Callable[[Critic, Tensor], Tensor]") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.input, self.middle = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1)
+        self.output, self.maker = nn.Linear(4, 1), nn.Linear(3, 4 * 4 * 9)
+        self.score = score
+        self.double()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.output(self.score(self, images).mean([2, 3])).squeeze(1)
+
+
+def shared_weights(critic: Critic, images: Tensor) -> Tensor:
+    features = critic.middle(critic.input(images).relu())
+    return F.leaky_relu_(critic.middle(F.relu_(features)), 0.3)
+
+
+def skip_of_what_was_changed_in_place(critic: Critic, images: Tensor) -> Tensor:
+    features = critic.input(images)
+    return features + critic.middle(F.relu(features, inplace=True))
+
+
+def a_part_changed_in_place(critic: Critic, images: Tensor) -> Tensor:
+    features = critic.input(images)
+    features[:, :2].relu_()
+    return critic.middle(features)
+
+
+def output_changed_in_place(critic: Critic, images: Tensor) -> Tensor:
+    features = F.leaky_relu(critic.input(images), negative_slope=0.2)
+    features *= 2**0.5
+    features += 1
+    return torch.relu(input=critic.middle(features))
+
+
+def weights_made_of_images(critic: Critic, images: Tensor) -> Tensor:
+    weight = critic.maker(images.mean([0, 2, 3])).view(4, 4, 3, 3)
+    return F.leaky_relu(F.conv2d(critic.input(images), weight, weight[0, :, 0, 0], padding=1))
+
+
+def a_map_that_no_image_made(critic: Critic, images: Tensor) -> Tensor:
+    learned = F.avg_pool2d(F.relu(critic.middle(critic.middle.weight)), 3)
+    return critic.input(images) * learned
+
+
+def recomputed(critic: Critic, images: Tensor) -> Tensor:
+    features = checkpoint(shared_weights, critic, images, use_reentrant=False)
+    assert isinstance(features, Tensor)
+    return checkpoint(
+        lambda x: F.silu(critic.middle(F.avg_pool2d(x, 2))), features, use_reentrant=False
+    )  # type: ignore[return-value]
+
+
+def one_image_at_a_time(critic: Critic, images: Tensor) -> Tensor:
+    return torch.stack([F.relu(F.avg_pool2d(critic.input(image), 2)) for image in images])
+
+
+def functional(critic: Critic, images: Tensor) -> Tensor:
+    return torch.func.vjp(lambda x: F.relu(critic.input(x)), images)[0]
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        shared_weights,
+        skip_of_what_was_changed_in_place,
+        a_part_changed_in_place,
+        output_changed_in_place,
+        weights_made_of_images,
+        a_map_that_no_image_made,
+        recomputed,
+        one_image_at_a_time,
+        functional,
+    ],
+)
+def test_penalties_of_what_users_write_are_autograds(score) -> None:
+    assert_as_autograd(Critic(score), draw(4, 3, 8, 8))
+
+
+WEIGHT, TRANSPOSED = draw(2, 2, 3, 3, seed=1) / 3, draw(4, 1, 2, 2, seed=1)
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+    "relu": (F.relu, []),
+    "relu in place": (lambda x: torch.relu_(x * 2), []),
+    "leaky relu": (partial(F.leaky_relu, negative_slope=0.2), []),
+    "leaky relu in place": (lambda x: F.leaky_relu_(x * 2, 0.2), []),
+    "average pool": (partial(F.avg_pool2d, kernel_size=3, stride=2, padding=1), []),
+    "convolution": (
+        partial(F.conv2d, stride=2, padding=1, groups=2),
+        [WEIGHT[:, :1], draw(2, seed=2)],
+    ),
+    "convolution without bias": (partial(F.conv2d, dilation=2), [WEIGHT]),
+    "transposed": (
+        partial(F.conv_transpose2d, stride=2, output_padding=1, groups=2),
+        [TRANSPOSED[:2], draw(2)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_first_and_second_derivatives_are_differences(name: str) -> None:
+    function, weights = FUNCTIONS[name]
+    arguments = [tensor.clone().requires_grad_() for tensor in (draw(2, 2, 5, 5), *weights)]
+
+    def fast(*arguments: Tensor) -> Tensor:
+        with FastDoubleBackward():
+            return function(*arguments)
+
+    assert gradcheck(fast, arguments)
+    assert gradgradcheck(fast, arguments)
+
+
+@pytest.mark.parametrize("name", ["nothing", "leaky relu", "average pool", "silu", "strides"])
+def test_third_derivatives_are_autograds(name: str) -> None:
+    torch.manual_seed(0)
+    critic = around(LAYERS[name]())
+    found = []
+    for gradients_of in (input_gradients, autograds_input_gradients):
+        slopes = gradients_of(lambda x, _: critic(x), draw(BATCH, 3, 11, 11), None)
+        parameters = list(critic.parameters())[:-1]
+        gradients = torch.autograd.grad(
+            slopes.pow(4).sum(), parameters, create_graph=True, materialize_grads=True
+        )
+        total = torch.stack([gradient.pow(3).sum() for gradient in gradients]).sum()
+        found.append(torch.autograd.grad(total, parameters, materialize_grads=True))
+    assert max(tensor.abs().max() for tensor in found[1]) > 0
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the multiplications of convolutions, those with zeros as well."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.count += flop_registry[func._overloadpacket](
+                *args, **(kwargs or {}), out_val=output
+            )
+        return output
+
+
+def test_a_penalty_costs_four_forwards_where_autograd_takes_more_than_five() -> None:
+    critic, images = DCGANCritic(SHAPE, width=4), torch.zeros(BATCH, *SHAPE)
+
+    def penalty(gradients_of: Callable[..., Tensor]) -> None:
+        slopes = gradients_of(lambda x, _: critic(x), images, None)
+        slopes.square().sum().backward(inputs=list(critic.parameters()))
+
+    with Operations() as forward:
+        critic(images)
+    with Operations() as fast:
+        penalty(input_gradients)
+    with Operations() as autograds:
+        penalty(autograds_input_gradients)
+    # Nearly four: nothing goes back to the logits through the last layer, whose slope is one.
+    assert 3.9 * forward.count < fast.count <= 4 * forward.count
+    assert autograds.count > 5.25 * forward.count  # six, but for the first layer and the last
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3, stride=2)])
+def test_under_autocast_convolutions_are_cast_as_autograd_casts_them(layer: nn.Module) -> None:
+    images, found = draw(4, 3, 9, 9).float(), []
+    for context in (FastDoubleBackward, torch.enable_grad):
+        leaf = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), context():
+            output = F.leaky_relu(layer(F.avg_pool2d(leaf, 2)), 0.2)
+            (slopes,) = torch.autograd.grad(output.float().sum(), leaf, create_graph=True)
+        (weight,) = torch.autograd.grad(slopes.square().sum(), layer.weight)  # type: ignore[arg-type]
+        assert (output.dtype, slopes.dtype, weight.dtype) == (torch.bfloat16, *[torch.float32] * 2)
+        found.append((output, slopes, weight))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(*[each[1:] for each in found], rtol=0.02, atol=0.02)
+
+
+def test_what_needs_no_second_derivative_is_left_to_autograd() -> None:
+    layer, images = nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 5, 5)
+    with FastDoubleBackward():
+        assert type(layer(images).grad_fn).__name__ == "ConvolutionBackward0"
+        with torch.no_grad():
+            assert not layer(images.clone().requires_grad_()).requires_grad
+        assert "_Convolution" in type(layer(images.clone().requires_grad_()).grad_fn).__name__
+    assert type(layer(images.requires_grad_()).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_a_leaf_cannot_be_changed_in_place_as_ever() -> None:
+    with FastDoubleBackward(), pytest.raises(RuntimeError, match="in-place"):
+        F.relu_(torch.zeros(3, requires_grad=True))

@@ -1,0 +1,12 @@
+"""What the tests of plans share."""
+
+from pathlib import Path
+
+from ganscale.config import resolve
+from ganscale.schema import Config
+from tests.conftest import TINY
+
+
+def config_of(data: Path, *settings: str) -> Config:
+    """The tiny run on a data set, with other settings."""
+    return resolve([*TINY, f"data.path={data}", *settings]).config

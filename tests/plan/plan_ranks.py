@@ -1,0 +1,60 @@
+"""What the ranks of test_communication.py do: each notes what really goes over the wire."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ganscale.config import resolve
+from ganscale.data.batch import Batch
+from ganscale.objectives.objective import build_objective
+from ganscale.runtime import Runtime
+from ganscale.training.cycle import Cycle
+from ganscale.training.state import TrainingState
+from ganscale.training.trainer import Trainer
+
+
+def run(folder: Path) -> None:
+    torch.set_num_threads(1)
+    runtime = Runtime.start(timeout_seconds=60)
+    cases = json.loads((folder / "cases.json").read_text())
+    found: dict[str, Any] = {name: steps(each, runtime) for name, each in cases.items()}
+    found["run"] = whole_run(cases["plain"], runtime)
+    if runtime.is_main:
+        (folder / "found.json").write_text(json.dumps(found))
+    runtime.close()
+
+
+def whole_run(settings: list[str], runtime: Runtime) -> list[tuple[str, list[int]]]:
+    trainer = Trainer(resolve(settings), runtime)
+    return operands(trainer.run)
+
+
+def steps(settings: list[str], runtime: Runtime) -> dict[str, list[tuple[str, list[int]]]]:
+    """Of a critic and of a generator step, once DDP has agreed on its buckets."""
+    config = resolve(settings).config
+    objective = build_objective(config.objective)
+    cycle = Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
+    share = config.training.global_batch_size // runtime.world_size
+    images = torch.zeros(share, config.data.resolution, config.data.resolution, 1).byte()
+    slots = torch.arange(share) + runtime.rank * share
+    batch = cycle.on_device(Batch(images, slots, slots))
+    found = {}
+    for _ in range(2):
+        found["critic"] = operands(lambda: cycle.critic_step(batch, with_panel=False))
+        found["generator"] = operands(lambda: cycle.generator_step(batch, with_panel=False))
+    return found
+
+
+def operands(step: Callable[[], Any]) -> list[tuple[str, list[int]]]:
+    """(collective, shape of this rank's operand) of each."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    return [
+        (event.name, event.input_shapes[0])
+        for event in profiler.events() or []
+        if event.name in ("gloo:all_reduce", "gloo:all_gather")
+    ]

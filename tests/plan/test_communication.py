@@ -1,0 +1,83 @@
+"""Planned traffic is what two real ranks give to their collectives."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.ranks import run_ranks
+from ganscale.plan.planning import make_plan
+from tests.conftest import TINY
+from tests.plan.conftest import config_of
+
+DEADLINE_SECONDS = 150
+CASES = {
+    "plain": [],
+    "micro batches": ["training.accumulate=2"],
+    "global means": ["objective.loss.name=relativistic_average", "training.accumulate=2"],
+    "dragan": ["objective.penalties={dragan: {weight: 1}}"],
+    "compressed": ["training.gradient_compression=bfloat16"],
+    "buckets": [
+        "generator.target=mlp",
+        "generator.options={width: 2048}",
+        "critic.target=mlp",
+        "critic.options={width: 2048}",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def wire(tmp_path_factory, digits) -> dict:
+    """What rank 0 of two gave to collectives, in each case."""
+    folder = tmp_path_factory.mktemp("wire")
+    common = [f"run.folder={folder}", f"data.path={digits}", "training.total_images=96"]
+    often = ["audit.every_images=32", "log.every_images=48", "samples.count=1"]
+    cases = {name: [*TINY, *common, *often, *each] for name, each in CASES.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_ranks("tests.plan.plan_ranks:run", folder, 2, DEADLINE_SECONDS)
+    return json.loads((folder / "found.json").read_text())
+
+
+def reduced_bytes(operands: list, gradient_bytes: int) -> int:
+    """Gradients travel flat, statistics as rows of mean and square in float64."""
+    return sum(
+        int(np.prod(shape)) * (8 if shape[0] == 2 else gradient_bytes)
+        for name, shape in operands
+        if name == "gloo:all_reduce"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_collectives_and_their_bytes_are_those_of_two_real_ranks(digits, wire, name):
+    plan = make_plan(config_of(digits, *CASES[name]), nodes=2, gpus_per_node=1).communication
+    found = wire[name]
+    size = 2 if name == "compressed" else 4
+    assert plan.critic_step_collectives == len(found["critic"])
+    assert plan.generator_step_collectives == len(found["generator"])
+    assert plan.critic_step_bytes == reduced_bytes(found["critic"], size)
+    assert plan.generator_step_bytes == reduced_bytes(found["generator"], size)
+    # Two ranks: a ring sends 2 * 1/2 of what is reduced, and once what is gathered.
+    gathered = sum(
+        4 * int(np.prod(shape))
+        for kind, times in (("critic", 2), ("generator", 1))
+        for operation, shape in found[kind] * times
+        if operation == "gloo:all_gather"
+    )
+    assert plan.rank_traffic_bytes_per_cycle == plan.cycle_bytes + gathered
+    assert plan.cycle_bytes == 2 * plan.critic_step_bytes + plan.generator_step_bytes + 8
+
+
+def test_a_run_has_no_other_collectives_than_those_planned(digits, wire):
+    """Three cycles, of which two end with a row in the log and the last with a checkpoint."""
+    plan = make_plan(config_of(digits), nodes=2, gpus_per_node=1).communication
+    reduced = [shape for name, shape in wire["run"] if name == "gloo:all_reduce"]
+    gathered = [shape for name, shape in wire["run"] if name == "gloo:all_gather"]
+    rows, audits = 2, 3
+    first_vote, broken_before_saving = 1, 1
+    count = 3 * plan.cycle_collectives + rows * plan.log_row_collectives
+    count += audits + first_vote + broken_before_saving
+    assert len(reduced) == count
+    audited = [shape for shape in reduced if shape == [2, plan.audit_bytes // 16]]
+    assert len(audited) == audits
+    panels = 4  # of losses that look at the global batch: they gather logits for a row in the log
+    assert len(gathered) in (0, rows * panels, 2 * rows * panels)
