@@ -126,10 +126,10 @@ class TrainingConfig:
     warmup_images: int = number(0, at_least=0)  # the rates rise linearly over these
     gradient_clip: float = number(0.0, at_least=0)  # largest global gradient norm; 0: no limit
     memory_format: str = choice("channels_last", "channels_last", "contiguous")
-    # autocast: the penalty in the training's precision, too; in bfloat16 its gradient errs by 2 %
     # the generator's step judges the very fakes of the critic's last one, as the DCGAN tutorial of
     # PyTorch does: one forward of the generator less a cycle, and another sampling
     reuse_fakes: bool = False
+    # autocast: the penalty in the training's precision, too; in bfloat16 its gradient errs by 2 %
     penalty_precision: str = choice("float32", "float32", "autocast")
     # bfloat16: half the traffic between ranks, and gradients that depend on the number of ranks
     gradient_compression: str = choice("none", "none", "bfloat16")

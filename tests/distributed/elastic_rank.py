@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from ganscale.data import loader as loading
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
 from ganscale.schema import DataConfig
@@ -28,6 +29,7 @@ def consume(
     data: Path, record: Path, rank: int, world_size: int, workers: int, start: int, stop: int
 ) -> None:
     """Appends one line a batch: its first slot, the samples in it, and the broken ones."""
+    loading._PART_PIXELS = RESOLUTION**2  # else one thread would do such small batches
     loader = Loader(
         Manifest.load(data),
         config_of(data, workers),

@@ -24,8 +24,8 @@ from tests.conftest import REPOSITORY
 from tests.distributed.elastic_rank import GLOBAL_BATCH, RESOLUTION, SEED, config_of, consume
 
 KILLS = 20
-IMAGES = 200 * GLOBAL_BATCH  # eleven epochs of 216 samples
-COMMIT_EVERY = 4 * GLOBAL_BATCH  # what was read behind the last commit is read again
+IMAGES = 250 * GLOBAL_BATCH  # fourteen epochs of 216 samples
+COMMIT_EVERY = 5 * GLOBAL_BATCH  # what was read behind the last commit is read again
 DEADLINE_SECONDS = 120
 SHARDS = (60, 11, 90, 55)
 DAMAGED = {5, 6, 7, 70, 150, *range(211, 216)}  # the last five by cutting their shard
