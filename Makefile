@@ -36,6 +36,9 @@ bench: install
 	$(BIN)/python -m benchmarks.loop --quick
 	$(BIN)/python -m benchmarks.scaling --quick
 	$(BIN)/python -m benchmarks.limit --quick
+	$(BIN)/python -m benchmarks.data --quick
+	$(BIN)/python -m benchmarks.shuffle --quick
+	$(BIN)/python -m benchmarks.manifest --quick
 	$(BIN)/python -m benchmarks.gaussians --quick
 
 # GAN libraries for `benchmarks.step`, without the packages of their own that it does not need.

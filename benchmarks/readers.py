@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ganscale.data.decoding import decode_into
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
+from ganscale.runtime import keep_freed_memory
 from ganscale.schema import DataConfig
 
 BATCH = 64
@@ -47,6 +48,7 @@ def ganscale(case: Case) -> Iterator[Any]:
     config = DataConfig(
         path=str(case.root / "shards"), resolution=case.resolution, channels=3, workers=1
     )
+    keep_freed_memory()  # as a run does
     loader = Loader(
         Manifest.load(case.root / "shards"),
         config,

@@ -26,6 +26,7 @@ PIECE_BYTES = 8 << 20
 """The largest piece that is asked of a store at once."""
 
 _PIPE = "pipe:"
+_IN_EXTRA = ("http", "https", "s3", "s3a", "gs", "gcs")
 _WEB_BUFFER_BYTES = 256 << 10  # twice as much is lost when a connection is cut
 _TEMPORARY_STATUS = (408, 421, 425, 429)  # of those from 400 to 499
 _COMMAND_NOT_FOUND = (126, 127)
@@ -119,10 +120,10 @@ def _filesystem(url: str, stall_seconds: float) -> Any:
         with _lock:
             return _made(filesystem, protocol, stall_seconds, tuple(sorted(options.items())))
     except ImportError as error:
-        raise UserError(
-            f"{protocol}:// needs a package that is not installed ({error}): "
-            "pip install 'ganscale[remote]'"
-        ) from error
+        problem = f"{protocol}:// needs a package that is not installed ({error})"
+        if protocol in _IN_EXTRA:
+            problem += "; pip install 'ganscale[remote]' brings it"
+        raise UserError(problem) from error
     except ValueError as error:
         raise UserError(f"nothing can read {protocol}:// addresses: {error}") from error
 

@@ -21,7 +21,7 @@ from ganscale.data.decoding import DecodeError, decode_into
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
 from ganscale.data.prefetching import WindowWatch, shards_ahead
-from ganscale.data.store import BrokenSample, open_store
+from ganscale.data.store import BrokenSample, Place, open_store
 from ganscale.data.threads import Crew
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
@@ -80,10 +80,11 @@ class Loader:
         self._manifest = manifest
         self._store = open_store(manifest, config)
         self._watch = WindowWatch(self.order)
-        self._image_shape = (config.resolution, config.resolution, config.channels)
+        share = global_batch_size // world_size
+        self._shape = (share, config.resolution, config.resolution, config.channels)
+        self._pin_memory = pin_memory
         self._batch = (global_batch_size, self.order.lanes, rank, world_size)
         self._next = images_seen
-        self._pin_memory = pin_memory
         self._log = BrokenLog()
         self._crew = Crew(config.workers, "decode")
         self._parts, self._depth = parts_and_depth(config, global_batch_size // world_size)
@@ -118,9 +119,7 @@ class Loader:
     def _start(self, images_seen: int) -> _Pending:
         """Hands the parts of a batch to the threads."""
         positions, slots = batch_positions(images_seen, *self._batch)
-        images = torch.empty(
-            (len(positions), *self._image_shape), dtype=torch.uint8, pin_memory=self._pin_memory
-        )
+        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin_memory)
         labels = torch.empty(len(positions), dtype=torch.int64)
         pending = _Pending(Batch(images, labels, torch.from_numpy(slots)))
         self._fetch_ahead(positions, pending)
@@ -152,8 +151,8 @@ class Loader:
         """Decodes the samples at `positions` into the rows of `pixels`; the broken ones."""
         samples = self.order.samples(positions)
         broken: list[Broken] = []
-        for row, sample in enumerate(samples.tolist()):
-            found = self._decode(sample, pixels[row])
+        for row, place in enumerate(self._store.places(samples)):
+            found = self._decode(place, pixels[row])
             if found is not None:
                 broken.append(found)
                 samples[row] = self._substitute(int(positions[row]), pixels[row])
@@ -168,22 +167,22 @@ class Loader:
         broken = None
         for _ in range(_SAMPLES_TRIED - 1):
             position += self.order.lanes
-            sample = int(self.order.samples(np.array([position]))[0])
-            broken = self._decode(sample, pixels)
+            (place,) = self._store.places(self.order.samples(np.array([position])))
+            broken = self._decode(place, pixels)
             if broken is None:
-                return sample
+                return place.sample
         assert broken is not None
         raise UserError(
             f"{_SAMPLES_TRIED} samples in a row could not be used; the last: {name_of(broken)} "
             f"{broken.detail}"
         )
 
-    def _decode(self, sample: int, pixels: np.ndarray) -> Broken | None:
-        """Fills `pixels` from `sample`, or says what is wrong with it."""
+    def _decode(self, place: Place, pixels: np.ndarray) -> Broken | None:
+        """Fills `pixels` from a sample, or says what is wrong with it."""
         try:
-            decode_into(self._store.read(sample), pixels)
+            decode_into(self._store.read_place(place), pixels)
         except (BrokenSample, DecodeError) as error:
-            shard, key = self._store.locate(sample)
+            shard, key = self._store.locate(place.sample)
             detail = error.reason if isinstance(error, BrokenSample) else str(error)
             return Broken(shard, reason_of(error), key, detail)
         return None

@@ -286,7 +286,7 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
                 replacing(partial / ROWS_NAME) as file,
             ):
                 shutil.copyfileobj(rows, file, 1 << 20)
-            _verify(Manifest._read(partial, source, ""))
+            _verify(Manifest._read(partial, source, BESIDE))
             partial.rename(copy)
         write_text(known, json.dumps({"identity": identity, "folder": copy.name}))
         return copy

@@ -7,6 +7,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from ganscale.data import remote
 from ganscale.data.manifest import Manifest
@@ -35,6 +38,15 @@ class BrokenSample(Exception):
     def __init__(self, shard: str, sample: int, reason: str):
         super().__init__(f"sample {sample} of shard {shard} {reason}")
         self.shard, self.sample, self.reason = shard, sample, reason
+
+
+class Place(NamedTuple):
+    """A sample by its index, and the bytes of its image in a shard."""
+
+    sample: int
+    shard: int
+    offset: int
+    size: int
 
 
 class _OpenShard:
@@ -89,15 +101,26 @@ class ShardStore:
         """Whether shards are fetched before they are read, so that `prefetch` helps."""
         return self._cache is not None
 
+    def places(self, samples: np.ndarray) -> list[Place]:
+        """Where the samples lie; for many at once a tenth of what each of them would cost."""
+        rows = self.manifest.samples[samples]
+        shards = np.searchsorted(self.manifest.first_sample, samples, side="right") - 1
+        columns = samples, shards, rows["offset"], rows["size"]
+        return [Place(*each) for each in zip(*(c.tolist() for c in columns), strict=True)]
+
     def read(self, sample: int) -> bytes:
+        """`read_place` for a sample by its index."""
+        (place,) = self.places(np.array([sample]))
+        return self.read_place(place)
+
+    def read_place(self, place: Place) -> bytes:
         """The image file of a sample, as its bytes stand in the tar.
 
         Raises BrokenSample when the shard ends before them, UserError when the shard is missing or
         may not be read, and UnavailableError for a disk or network that fails for too long.
         """
-        shard = self.manifest.shard_of(sample)
-        row, about = self.manifest.samples[sample], self.manifest.shards[shard]
-        size, offset = int(row["size"]), int(row["offset"])
+        sample, shard, offset, size = place
+        about = self.manifest.shards[shard]
         if size > LARGEST_IMAGE_BYTES:
             limit = f"more than {LARGEST_IMAGE_BYTES >> 20} MiB"
             raise BrokenSample(about.name, sample, f"has {size:,} bytes, {limit}")
@@ -112,8 +135,7 @@ class ShardStore:
 
     def locate(self, sample: int) -> tuple[str, str]:
         """(shard name, key) of a sample, for messages; "byte N" where its header is unreadable."""
-        shard = self.manifest.shard_of(sample)
-        offset = int(self.manifest.samples[sample]["offset"])
+        ((_, shard, offset, _),) = self.places(np.array([sample]))
         name = self.manifest.shards[shard].name
         if not tarfile.BLOCKSIZE <= offset <= self.manifest.shards[shard].bytes:
             return name, f"byte {offset}"

@@ -57,15 +57,8 @@ def write_wids(manifest: Manifest, path: Path, samples: list[int]) -> None:
     Shards beside the index have relative addresses, so that both can be moved together.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_beside = (
-        manifest.location == "."
-        and path.parent.resolve() == manifest.root.resolve()
-    )
-    base = (
-        str(manifest.root.resolve())
-        if manifest.location == "."
-        else manifest.location
-    )
+    is_beside = manifest.location == "." and path.parent.resolve() == manifest.root.resolve()
+    base = str(manifest.root.resolve()) if manifest.location == "." else manifest.location
     shards: list[dict[str, Any]] = [
         {
             "url": shard.name if is_beside else remote.join(base, shard.name),
