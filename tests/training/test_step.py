@@ -321,3 +321,9 @@ def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
     of_logits = [meters["logits/real_mean"].item() for meters in found.values()]
     assert of_logits[0] != of_logits[1]  # the logits, though, are bfloat16's
     assert of_logits[0] == pytest.approx(of_logits[1], abs=0.02)
+
+    rounded = CriticStep(layers, built, "bfloat16", penalty_precision="bfloat16")(**inputs)
+    exact = found["float32"]["penalty/wgan_gp"]
+    assert rounded.meters["penalty/wgan_gp"].dtype == torch.float32
+    assert rounded.meters["penalty/wgan_gp"] != exact
+    assert rounded.meters["penalty/wgan_gp"].item() == pytest.approx(exact.item(), rel=0.05)

@@ -1,6 +1,7 @@
 """The loop as a whole, in this process, on networks of a few hundred weights."""
 
 import io
+import json
 import math
 import shutil
 import tarfile
@@ -102,3 +103,27 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def test_a_profile_tells_where_the_time_of_a_cycle_goes(folder, runtime):
+    trainer = trainer_of(
+        folder, runtime, "profiled", "profile.steps=3", "checkpoint.every_images=8"
+    )
+    assert trainer.run() == 0
+    written = trainer.folder.path / "profile"
+    events = json.loads((written / "trace.json").read_text())["traceEvents"]
+    spans = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    # 3 cycles of 2 critic steps, each cycle with a checkpoint
+    for name, count in (("critic forward", 6), ("generator backward", 3), ("checkpoint", 3)):
+        assert spans.count(name) == count
+    sections = (written / "table.txt").read_text().partition("\n\n")[0].splitlines()[1:]
+    assert {"data wait", "critic update", "average", "checkpoint"} <= {
+        s[:36].strip() for s in sections
+    }
+    assert sum(float(line[46:54].strip(" %")) for line in sections) == pytest.approx(100, abs=1)
+
+
+def test_a_run_too_short_to_be_profiled_says_so(folder, runtime):
+    trainer = trainer_of(folder, runtime, "short", "profile.steps=30", "training.total_images=16")
+    assert trainer.run() == 0
+    assert "ended before 30 cycles could be profiled" in trainer.folder.log.read_text()
