@@ -163,7 +163,7 @@ class ShardStore:
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         """Up to `size` bytes at `offset`; fewer only at the end of the file."""
-        patience = Patience(self.retry_seconds)
+        patience: Patience | None = None
         was_missing = False
         while True:
             try:
@@ -181,6 +181,7 @@ class ShardStore:
                 problem = f"the shard {self._path(shard)} cannot be read"
                 if error.errno not in _TRANSIENT:
                     raise UserError(f"{problem}: {error.strerror}") from error
+                patience = patience or Patience(self.retry_seconds)
                 patience.wait(error, problem)
 
     def _path(self, shard: int) -> str:

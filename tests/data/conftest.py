@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import end_tree
 from tests.data.fault_server import FaultServer
+from tests.data.shard_caches import SHARDS, Caches, content_of
 
 
 def png(seed: int) -> bytes:
@@ -85,3 +86,19 @@ def s3(s3_port, monkeypatch) -> Iterator[S3]:
         yield S3(proxy, put)
         direct.close()
         connections._made.cache_clear()
+
+
+@pytest.fixture
+def shard_server() -> Iterator[FaultServer]:
+    with FaultServer().running() as server:
+        for number, shard in enumerate(SHARDS):
+            server.objects[f"/{shard.name}"] = content_of(number)
+        yield server
+
+
+@pytest.fixture
+def caches(tmp_path, shard_server) -> Iterator[Caches]:
+    caches = Caches(tmp_path / "cache", shard_server.url)
+    yield caches
+    for cache in caches.made:
+        cache.close()
