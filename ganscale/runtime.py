@@ -118,6 +118,11 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node_share(self) -> float:
+        """The share of all ranks that this machine has."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / self.world_size
+
     def prepare(self, module: nn.Module, compression: str = "none") -> nn.Module:
         """Moves `module` to the device and, on several ranks, wraps it in DDP.
 

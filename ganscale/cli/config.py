@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         build_objective(resolved.config.objective)
         data = open_data(resolved.config.data)
-        data.check()
+        data.check(1.0)
         build_networks(resolved.config, class_count(resolved.config, data))
     print(resolved.to_yaml(with_origin=True), end="")
     return 0

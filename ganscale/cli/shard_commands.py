@@ -184,13 +184,14 @@ def _write_sheet(manifest, path: Path, count: int) -> int:
 
     from ganscale.data.contact_sheet import image_grid
     from ganscale.data.decoding import DecodeError, decode
-    from ganscale.data.store import BrokenSample, ShardStore
+    from ganscale.data.store import BrokenSample, open_store
+    from ganscale.schema import DataConfig
 
     count = min(count, len(manifest.samples))
     # Photographs of any size are shown small: a sheet is to be looked at as a whole.
     resolution = min(128, *manifest.resolution) if manifest.resolution else 128
     images = np.zeros((count, resolution, resolution, 3), np.uint8)
-    store = ShardStore(manifest)
+    store = open_store(manifest, DataConfig(path=manifest.source))
     broken = 0
     for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
         try:

@@ -1,14 +1,21 @@
 """A run's data, of either kind that `data.path` may name."""
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
+from ganscale.data.staging import working_set
 from ganscale.data.streaming import StreamLoader
 from ganscale.data.tar_reader import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.schema import DataConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,8 @@ class DataSet:
     location: for messages
     fingerprint: a run continues on the same one only
     class_count: 0 without labels
-    check: raises UserError for shards that are missing or not as they were indexed; for one rank
+    check: raises UserError for shards that are missing or not as they were indexed, and warns of a
+        cache that is too small, given the share of all ranks that one machine has; for one rank
     loader: a loader's arguments but for data and config -> this rank's batches
     manifest: None for shards that are streamed without one
     """
@@ -26,7 +34,7 @@ class DataSet:
     location: str
     fingerprint: str
     class_count: int
-    check: Callable[[], None]
+    check: Callable[[float], None]
     loader: Callable[..., Loader | StreamLoader]
     manifest: Manifest | None = None
 
@@ -40,7 +48,7 @@ def open_data(config: DataConfig) -> DataSet:
             config.path,
             stream_identity(urls),
             config.class_count,
-            check=partial(check_urls, urls),
+            check=lambda _: check_urls(urls),
             loader=partial(StreamLoader, urls, config),
         )
     manifest = Manifest.load(
@@ -53,7 +61,28 @@ def open_data(config: DataConfig) -> DataSet:
         config.path,
         manifest.fingerprint,
         manifest.class_count,
-        check=partial(check_shards, manifest, config.retry_seconds),
+        check=partial(_check, manifest, config),
         loader=partial(Loader, manifest, config),
         manifest=manifest,
     )
+
+
+def _check(manifest: Manifest, config: DataConfig, node_share: float) -> None:
+    check_shards(manifest, config.retry_seconds)
+    if not manifest.is_remote:
+        return
+    need = working_set(
+        np.array([shard.bytes for shard in manifest.shards]),
+        np.diff(manifest.first_sample),
+        node_lanes=math.ceil(config.lanes * node_share),
+        lanes=config.lanes,
+        block_samples=config.block_samples,
+        window_blocks=config.window_blocks,
+    )
+    if need > config.cache_gib * 2**30:
+        logger.warning(
+            "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads from at one "
+            "time: they will be fetched again and again (`ganscale plan` says what would do)",
+            config.cache_gib,
+            need / 2**30,
+        )

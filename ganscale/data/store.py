@@ -71,7 +71,7 @@ class ShardStore:
     cache: where shards that lie elsewhere are staged; needed for these only
     retry_seconds: how long a disk may fail
     max_open_shards: so many local files are kept open; the least recently used is closed first.
-        Staged copies are opened for each read (4 us): one that is open cannot be evicted.
+        Staged copies are opened for each read (9 us): one that is open cannot be evicted.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class Trainer:
         check_batch(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         self.data = open_data(config.data)
-        runtime.from_main(self.data.check)
+        runtime.from_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ganscale.data.dataset import open_data
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards, update_fingerprint
 from ganscale.errors import UnavailableError, UserError
+from ganscale.schema import DataConfig
 from ganscale.shards.building import build_manifest
 from tests.data.fault_server import Fault, FaultServer
 
@@ -216,3 +218,22 @@ def test_the_fingerprint_is_that_of_the_builder(data_set):
     for shard, first in zip(manifest.shards, manifest.first_sample, strict=False):
         update_fingerprint(digest, shard, manifest.samples[first : first + shard.samples])
     assert digest.hexdigest() == manifest.fingerprint
+
+
+def test_a_cache_too_small_for_what_is_read_at_one_time_is_told_at_the_start(
+    server, data_set, tmp_path, caplog
+):
+    shard_bytes = (data_set / "0.tar").stat().st_size
+    for shards, is_told in ((2.9, True), (3.1, False)):
+        config = DataConfig(
+            path=f"{server.url}/set",
+            resolution=4,
+            cache=str(tmp_path / "cache"),
+            cache_gib=shards * shard_bytes / 2**30,
+            lanes=1,
+            block_samples=4,
+            window_blocks=1,
+        )
+        caplog.clear()
+        open_data(config).check(1.0)
+        assert ("will be fetched again and again" in caplog.text) == is_told

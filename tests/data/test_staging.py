@@ -153,9 +153,7 @@ def test_what_is_being_fetched_counts_as_a_whole(caches, shard_server):
     until(lambda: caches.partials() and caches.partials()[0].stat().st_size)
     # There is room for the 1,000 bytes that came and this one, but not for both in the end.
     assert bytes_in(caches(1.5).open(caches.address(SHARDS[1]), SHARDS[1])) == content_of(1)
-    assert (
-        shard_server.gets[f"/{SHARDS[0].name}"] == 2
-    )  # the first one was taken up and done before
+    assert shard_server.gets[f"/{SHARDS[0].name}"] == 2  # begun first, done first
     assert caches.copies() == [SHARDS[1].sha256]
 
 

@@ -318,7 +318,7 @@ def test_shards_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> No
         open_data(DataConfig(path=f"{tmp_path}/none-*.tar", resolution=4))
     data = open_data(DataConfig(path=f"{folder}/shard-{{1..3}}.tar", resolution=4))
     with pytest.raises(UserError, match=r"there is no shard .*/shard-3\.tar, which data\.path"):
-        data.check()
+        data.check(1.0)
     check_urls(stream_urls(f"{folder}/*.tar"))
 
 
