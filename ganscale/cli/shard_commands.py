@@ -96,7 +96,8 @@ def verify(args: argparse.Namespace) -> int:
         known = earlier.samples if earlier else ()
         write_list(args.leave_out, dict.fromkeys([*known, *bad]))
     if not found:
-        print(f"all {len(manifest.samples):,} images of {len(manifest.shards):,} shards are good")
+        counts = f"{len(manifest.samples):,} images in {len(manifest.shards):,}"
+        print(f"all {counts} shard{'s' * (len(manifest.shards) > 1)} are good")
         return 0
     _print_findings(found)
     changed = sum(bool(findings.problem) for findings in found)

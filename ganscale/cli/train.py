@@ -16,7 +16,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
+    from ganscale.errors import UnavailableError
     from ganscale.runtime import Runtime
+    from ganscale.training.signals import mark_stopped
     from ganscale.training.trainer import Trainer
 
     resolved = resolve(arguments.settings)
@@ -25,5 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         exit_code = Trainer(resolved, runtime).run()
         runtime.wait_for_all()
         return exit_code
+    except UnavailableError as error:
+        mark_stopped(str(error))
+        raise
     finally:
         runtime.close()

@@ -108,7 +108,7 @@ def test_the_command_tells_all_and_its_list_leaves_the_bad_ones_out(photos, tmp_
     assert "left out: 2 samples, 0 whole shards\n" in said
     assert Manifest.load(photos).fingerprint != before
     assert run("verify", str(photos), "--workers", "1") == 0
-    assert capsys.readouterr().out == "all 22 images of 4 shards are good\n"
+    assert capsys.readouterr().out == "all 22 images in 4 shards are good\n"
 
 
 def test_the_command_says_what_to_do_about_a_changed_shard(photos, capsys):
