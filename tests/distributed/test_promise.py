@@ -26,16 +26,18 @@ _LENGTH = (
     ("settings", "tolerance"),
     [
         # Adam amplifies the last bits from step to step: in 100 critic and 50 generator steps from
-        # 1e-16 to 2e-9, and in float32 within 50 critic steps from 1e-7 to 6e-5, with an epsilon
-        # that keeps tiny second moments from dividing. A wrong gradient is off by 1e-2 at once.
+        # 1e-16 to 2e-9. In float32 curves stay within 2e-7 (with an epsilon that keeps tiny second
+        # moments from dividing) until a ReLU's input changes its sign by rounding, in the 7th to
+        # the 16th cycle of three seeds, with or without a fast double backward; after 25 cycles
+        # they are within 5e-3. A wrong gradient is off by 1e-2 at once.
         pytest.param(("training.precision=float64",), 1e-7, id="float64"),
         pytest.param(
             (
-                "training.total_images=800",
+                "training.total_images=160",
                 "optimizer.critic.eps=1e-3",
                 "optimizer.generator.eps=1e-3",
             ),
-            1e-3,
+            1e-5,
             id="float32",
         ),
         pytest.param(
@@ -78,7 +80,7 @@ def test_two_ranks_log_the_same_curve_as_one(
     output = runs.finish("two", *_LENGTH, *settings, ranks=2)
     assert runs.summary("two")["sessions"] == [{"images_seen": 0, "world_size": 2}]
     one, two = curve(runs.rows("one")), curve(runs.rows("two"))
-    assert len(one) == len(two) == runs.summary("one")["steps"] >= 25, output
+    assert len(one) == len(two) == runs.summary("one")["steps"] >= 5, output
     for row_of_one, row_of_two in zip(one, two, strict=True):
         assert row_of_one.keys() == row_of_two.keys()
         for name, value in row_of_one.items():
