@@ -1,11 +1,12 @@
 """A run from shards on a server is the run from the same shards on disk, bit for bit."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Runs
+from tests.conftest import Runs, end_tree
 from tests.data.fault_server import Fault, FaultServer
 
 SETTINGS = (
@@ -74,3 +75,25 @@ def test_a_server_that_stays_away_asks_for_a_requeue_and_the_run_goes_on(
     server.faults.clear()
     runs.finish("cut", *command)
     assert results(runs.rows("cut")) == results(runs.rows("whole"))
+
+
+def test_a_request_to_stop_is_heard_while_the_data_does_not_come(
+    runs: Runs, server: FaultServer, tmp_path: Path
+) -> None:
+    first, *others = shard_paths(server)
+    server.faults[first].append(Fault())  # the check at the start
+    for path in (first, *others):
+        server.faults[path].extend([Fault(status=503)] * 10_000)
+    elsewhere = (f"data.path={server.url}/digits", f"data.cache={tmp_path}/cache")
+    process = runs.start("waiting", *SETTINGS, *elsewhere)
+    log, deadline = runs.folder / "waiting" / "log.txt", time.monotonic() + 60
+    try:
+        while not (log.exists() and "tried again for up to" in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.terminate()
+        output, _ = process.communicate(timeout=20)
+    finally:
+        end_tree(process)
+    assert process.returncode == 75, output
+    assert "stopped on request at 0 images" in output

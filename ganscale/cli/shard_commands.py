@@ -156,7 +156,7 @@ def _print_summary(manifest) -> None:
     shard_bytes = sum(shard.bytes for shard in manifest.shards)
     resolution = "{} x {}".format(*manifest.resolution) if manifest.resolution else "varies"
     print(f"folder       {manifest.root}")
-    print(f"location     {getattr(manifest, 'location', '.')}")
+    print(f"location     {manifest.location}")
     print(f"samples      {len(manifest.samples):,}")
     print(f"shards       {len(manifest.shards):,}")
     print(f"bytes        {shard_bytes:,}")

@@ -96,7 +96,7 @@ def check_broken_limit(
     places = "; ".join(f"{shard}: {count:,} {reason}" for (shard, reason), count in worst[:3])
     raise UserError(
         f"{broken:,} of {read:,} samples could not be used, more than data.broken_limit={limit:g} "
-        f"allows; most of them in {places}"
+        f"allows; most of them in {places} (`ganscale shards verify --leave-out` lists them all)"
     )
 
 

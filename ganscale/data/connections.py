@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _USERS = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError,
     TypeError, NotImplementedError,
 )  # fmt: skip
+_LOOK_SECONDS = 0.2  # how often a silent command is left to see whether it is still wanted
 _lock = threading.Lock()
 
 
@@ -55,25 +57,23 @@ class Connection:
     close: Callable[[], None]
 
 
-def connect(url: str, start: int, stall_seconds: float) -> Connection:
+def connect(
+    url: str, start: int, stall_seconds: float, stopped: threading.Event | None = None
+) -> Connection:
     """A connection to the object from byte `start` on; raises whatever its library does, and
-    UserError for an address that none understands."""
+    UserError for an address that none understands. `stopped` ends the wait for a command."""
     if url.startswith(_PIPE):
-        return _run(url.removeprefix(_PIPE), stall_seconds)
+        return _run(url.removeprefix(_PIPE), stall_seconds, stopped or threading.Event())
     if url.startswith(("http://", "https://")):
         return _request(url, start, stall_seconds)
     return _open(url, start, stall_seconds)
 
 
 def matching(pattern: str, stall_seconds: float) -> list[str]:
-    """The URLs that match a pattern with wildcards, sorted; raises UserError when it fails."""
+    """The URLs that match a pattern with wildcards, sorted; raises as `connect`."""
     filesystem = _filesystem(pattern, stall_seconds)
-    try:
-        filesystem.invalidate_cache()
-        found = filesystem.glob(pattern)
-    except Exception as error:
-        reason = permanent_reason(error) or str(error) or type(error).__name__
-        raise UserError(f"{pattern} cannot be listed: {reason}") from error
+    filesystem.invalidate_cache()
+    found = filesystem.glob(pattern)
     return sorted(filesystem.unstrip_protocol(path) for path in map(str, found))
 
 
@@ -206,7 +206,7 @@ class _PastEnd(Exception):
     status = 416
 
 
-def _run(command: str, stall_seconds: float) -> Connection:
+def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connection:
     """What a shell command prints."""
     complaints = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
     process = subprocess.Popen(
@@ -222,8 +222,12 @@ def _run(command: str, stall_seconds: float) -> Connection:
     selector.register(output, selectors.EVENT_READ)
 
     def read(at_most: int) -> bytes:
-        if not selector.select(stall_seconds):
-            raise TimeoutError(f"printed nothing for {stall_seconds:g} s")
+        deadline = time.monotonic() + stall_seconds
+        while not selector.select(min(_LOOK_SECONDS, stall_seconds)):
+            if stopped.is_set():
+                raise ConnectionAbortedError("no longer wanted")
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"printed nothing for {stall_seconds:g} s")
         data = os.read(output, min(at_most, 1 << 20))
         if not data and (code := process.wait()):
             complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 300))

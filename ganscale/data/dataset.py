@@ -43,7 +43,7 @@ def open_data(config: DataConfig) -> DataSet:
     """The data set of `config.path`. Raises UserError when there is none, and UnavailableError for
     one elsewhere that cannot be reached."""
     if is_streamed(config.path):
-        urls = stream_urls(config.path)
+        urls = stream_urls(config.path, config.retry_seconds)
         return DataSet(
             config.path,
             stream_identity(urls),

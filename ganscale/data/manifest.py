@@ -192,6 +192,9 @@ def check_shards(manifest: Manifest, retry_seconds: float = 300.0) -> None:
     On disk, one `stat` a shard; contents are not read. Of shards that lie elsewhere, only the first
     one is asked for, to find a wrong address or credential early; a command is not run.
     """
+    if not manifest.shards:
+        return
+    address, shard = manifest.address(0), manifest.shards[0]
     if not manifest.is_remote:
         with ThreadPoolExecutor(min(_STAT_THREADS, 1 + len(manifest.shards) // 64)) as pool:
             # On a parallel file system a stat is a message and its answer: many at a time.
@@ -199,8 +202,7 @@ def check_shards(manifest: Manifest, retry_seconds: float = 300.0) -> None:
                 if mistake:
                     pool.shutdown(cancel_futures=True)
                     raise UserError(mistake)
-    elif manifest.shards and not manifest.location.startswith(remote.PIPE):
-        address, shard = manifest.address(0), manifest.shards[0]
+    elif not manifest.location.startswith(remote.PIPE):
         with remote.RemoteObject(address, retry_seconds) as source:
             if source.size not in (None, shard.bytes):
                 raise UserError(_other_size(manifest, remote.shown(address), source.size, shard))

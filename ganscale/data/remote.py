@@ -9,6 +9,7 @@ import glob
 import io
 import re
 import shlex
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -71,33 +72,47 @@ def shown(address: str) -> str:
     return bare.partition("?")[0] if bare.startswith(_WEB) else bare
 
 
-def expand(pattern: str) -> list[str]:
+def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
     """The addresses that `pattern` stands for: {000..099} and {a,b} in order, * and ? sorted.
 
-    Raises UserError for a local file that is not there and wildcards that nothing matches; whether
-    a single remote object is there shows when it is opened.
+    Raises UserError for a local file that is not there and wildcards that nothing matches, and
+    UnavailableError for a store that could not be listed for `retry_seconds`; whether a single
+    remote object is there shows when it is opened.
     """
     try:
         patterns = list(braceexpand.braceexpand(pattern))
     except ValueError as error:
         raise UserError(f"the braces of {pattern} do not pair: {error}") from error
-    return [address for each in patterns for address in _matches(each, pattern)]
+    return [address for each in patterns for address in _matches(each, pattern, retry_seconds)]
 
 
-def _matches(pattern: str, given: str) -> list[str]:
+def _matches(pattern: str, given: str, retry_seconds: float) -> list[str]:
     if pattern.startswith(PIPE):
         return [pattern]
     if not is_remote(pattern):
         found = sorted(glob.glob(pattern.removeprefix("file://")))  # noqa: PTH207
     # A question mark in a web address begins its query.
     elif any(each in pattern for each in ("*" if pattern.startswith(_WEB) else "*?[")):
-        found = connections.matching(pattern, STALL_SECONDS)
+        found = _listed(pattern, Patience(retry_seconds))
     else:
         return [pattern]
     if not found:
         within = "" if pattern == given else f", which {given} stands for"
         raise UserError(f"no file matches {shown(pattern)}{within}")
     return found
+
+
+def _listed(pattern: str, patience: Patience) -> list[str]:
+    problem = f"{shown(pattern)} cannot be listed"
+    while True:
+        try:
+            return connections.matching(pattern, STALL_SECONDS)
+        except UserError:
+            raise
+        except Exception as error:
+            if reason := connections.permanent_reason(error):
+                raise UserError(f"{problem}: {reason}") from error
+            patience.wait(error, problem)
 
 
 def read_bytes(url: str, retry_seconds: float) -> bytes:
@@ -108,15 +123,19 @@ def read_bytes(url: str, retry_seconds: float) -> bytes:
 
 @contextmanager
 def open_stream(
-    url: str, retry_seconds: float, *, stall_seconds: float = STALL_SECONDS
+    url: str,
+    retry_seconds: float,
+    *,
+    stall_seconds: float = STALL_SECONDS,
+    stopped: threading.Event | None = None,
 ) -> Iterator[BinaryIO]:
     """A sequential reader of an object from its first to its last byte; `read(n)` is complete.
 
     Opening and reading raise UserError for what trying again cannot mend (no such object, no
     access, an object that changes meanwhile), and UnavailableError for what failed for longer than
-    `retry_seconds`.
+    `retry_seconds`. `stopped` as in `RemoteObject`.
     """
-    source = RemoteObject(url, retry_seconds, stall_seconds=stall_seconds)
+    source = RemoteObject(url, retry_seconds, stall_seconds=stall_seconds, stopped=stopped)
     with io.BufferedReader(source, _BUFFER_BYTES) as stream:
         yield stream
 
@@ -128,6 +147,7 @@ class RemoteObject(io.RawIOBase):
     start: the first byte to read
     expected_size: of the whole object, in bytes: what tells a short body from a complete one where
         the server does not say
+    stopped: set by another thread, it ends commands and waits; reading then raises any exception
     Attributes: `size`, of the whole object as its server says, or None; `identity`, what changes
     when the object does (an ETag), or "".
     """
@@ -140,6 +160,7 @@ class RemoteObject(io.RawIOBase):
         start: int = 0,
         expected_size: int | None = None,
         stall_seconds: float = STALL_SECONDS,
+        stopped: threading.Event | None = None,
     ) -> None:
         super().__init__()
         self.url = url
@@ -148,7 +169,8 @@ class RemoteObject(io.RawIOBase):
         self.identity = ""
         self._expected_size = expected_size
         self._stall_seconds = stall_seconds
-        self._patience = Patience(retry_seconds)
+        self._stopped = stopped or threading.Event()
+        self._patience = Patience(retry_seconds, self._stopped)
         self._connection: Connection | None = None
         self._ended_at = -1
         self._has_begun = False
@@ -189,7 +211,9 @@ class RemoteObject(io.RawIOBase):
         """The connection, anew at the present position if there is none."""
         while self._connection is None:
             try:
-                self._connection = connections.connect(self.url, self.position, self._stall_seconds)
+                self._connection = connections.connect(
+                    self.url, self.position, self._stall_seconds, self._stopped
+                )
                 self._compare(self._connection)
                 self._skip(self._connection, self.position - self._connection.start)
             except Exception as error:
@@ -238,6 +262,8 @@ class RemoteObject(io.RawIOBase):
         if reason:
             raise UserError(f"{shown(self.url)}: {reason}") from error
         self._patience.wait(error, f"{shown(self.url)} cannot be read")
+        if self._stopped.is_set():
+            raise error
 
     def _disconnect(self) -> None:
         if self._connection is not None:

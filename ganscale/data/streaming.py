@@ -5,9 +5,8 @@ their beginning and shuffles samples in a buffer. So nothing has to be split bet
 rank runs dry; but what is seen depends on the cluster, an epoch repeats some samples and leaves
 others out, and a resumed run goes on with other images than an uninterrupted one.
 
-webdataset opens, parses and groups; its `.decode()`, which runs code from some members, is never
-called. What it skips in silence (a tar that is cut between members, a damaged header) is noticed
-here by what stands at the end.
+webdataset draws, groups and shuffles; its `.decode()`, which runs code from some members, is never
+called. `tar_reader` opens and parses, from wherever `remote` reads.
 """
 
 import contextlib
@@ -26,10 +25,12 @@ from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import ResampledShards
 
+from ganscale.data import remote
 from ganscale.data.batch import Batch
 from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
 from ganscale.data.decoding import DecodeError, decode_into
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
+from ganscale.data.store import LARGEST_IMAGE_BYTES
 from ganscale.data.tar_reader import TarReader, shard_name
 from ganscale.data.threads import Crew
 from ganscale.errors import UnavailableError, UserError
@@ -40,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 _SAMPLES_TRIED = 64  # in a row, before the data is given up
 _SHARDS_TRIED = 32  # in a row that have no sample at all
-_STALL_SECONDS = 60.0  # at least: how long to wait for any sample
+_STALL_SECONDS = (
+    120.0  # of silence, after data.retry_seconds: remote reads end sooner by themselves
+)
 _CLOSE_SECONDS = 5.0
 
 
@@ -76,7 +79,7 @@ class StreamLoader:
         self._slots = images_seen + rank * share + torch.arange(share)
         self._global_batch_size = global_batch_size
         self._log = BrokenLog()
-        self._stall_seconds = max(_STALL_SECONDS, config.retry_seconds)
+        self._stall_seconds = config.retry_seconds + _STALL_SECONDS
         count = max(1, config.workers)
         place = f"stream/{images_seen}/{rank} of {world_size}"
         self._streams = [
@@ -123,7 +126,7 @@ class StreamLoader:
             if crew.close(max(0.0, deadline - time.monotonic())):
                 stream.close()
             else:
-                where = stream.tars.url
+                where = remote.shown(stream.tars.url)
                 logger.warning("a thread still hangs in %s; it ends with this process", where)
 
     def _wait(self, stream: "_Stream", future: "Future[Batch]") -> Batch:
@@ -134,7 +137,7 @@ class StreamLoader:
                 silence = time.monotonic() - stream.tars.heard_at
                 if not future.done() and silence > self._stall_seconds:
                     raise UnavailableError(
-                        f"no sample came from {stream.tars.url} for {silence:.0f} s"
+                        f"nothing came from {remote.shown(stream.tars.url)} for {silence:.0f} s"
                     ) from None
 
 
@@ -150,7 +153,7 @@ class _Stream:
         pin_memory: bool,
         streams: int,
     ) -> None:
-        self.tars = TarReader()
+        self.tars = TarReader(config.retry_seconds)
         self._config = config
         self._batch_size = batch_size
         self._pin_memory = pin_memory
@@ -186,6 +189,7 @@ class _Stream:
             sample = next(self._samples)
             shard, key = shard_name(sample["__url__"]), sample["__key__"]
             try:
+                _check_sizes(sample)
                 label = self._label(sample)
                 decode_into(_image(sample), pixels)
             except DecodeError as error:
@@ -221,9 +225,16 @@ class _Stream:
             if barren >= _SHARDS_TRIED:
                 kind = UnavailableError if self._has_worked else UserError
                 raise kind(
-                    f"{barren} shards in a row gave no sample; the last: {self.tars.url} "
-                    f"{self.tars.damage or 'is empty'}"
+                    f"{barren} shards in a row gave no sample; the last: "
+                    f"{remote.shown(self.tars.url)} {self.tars.damage or 'is empty'}"
                 )
+
+
+def _check_sizes(sample: dict[str, Any]) -> None:
+    """Raises DecodeError when a member was too large to be read."""
+    for size in sample.values():
+        if isinstance(size, int):
+            raise DecodeError(f"has {size:,} bytes, more than {LARGEST_IMAGE_BYTES >> 20} MiB")
 
 
 def _image(sample: dict[str, Any]) -> bytes:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ganscale.data import remote
 from ganscale.data.manifest import Manifest, Shard
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.shards.finished import FinishedShards, options_digest, save_shard, stamp_of
 from ganscale.shards.indexing import ShardIndex, describe_bad, index_members, read_index
 from ganscale.shards.interchange import IdxReader, check_img2dataset, idx_beside
@@ -60,6 +60,7 @@ class _Task(NamedTuple):
 class _Outcome(NamedTuple):
     problem: str
     bad: tuple[tuple[str, str], ...]
+    may_pass: bool = False  # a network's trouble, not the shard's
 
 
 def build_manifest(folder: Path | str, workers: int = 1) -> Manifest:
@@ -187,6 +188,7 @@ def _read_all(
     todo: list[_Task], total: int, workers: int, output: Path, left_out: LeftOut, is_part: bool
 ) -> None:
     problems: dict[str, str] = {}
+    unavailable = 0
     bad: list[BadSample] = []
     # None: on a terminal only.
     with tqdm(total=total, initial=total - len(todo), unit=" shards", disable=None) as progress:
@@ -195,7 +197,8 @@ def _read_all(
             bad += [BadSample(task.name, key, reason) for key, reason in outcome.bad]
             if outcome.problem:
                 problems[task.name] = outcome.problem
-                if not outcome.bad:
+                unavailable += outcome.may_pass
+                if not outcome.bad and not outcome.may_pass:
                     bad.append(BadSample(task.name, None, outcome.problem))
     if not problems:
         return
@@ -205,11 +208,13 @@ def _read_all(
         message = f"{len(named)} of {total:,} shards are bad: {message}"
     if len(named) > _NAMED_BAD:
         message += f"; and {len(named) - _NAMED_BAD} more"
-    if not is_part:  # parts run at the same time, and the last call looks at bad shards again
+    if (
+        not is_part and bad
+    ):  # parts run at the same time, and the last call looks at bad shards again
         bad.sort(key=lambda sample: (sample.shard, sample.key or ""))
         write_list(output / BAD_NAME, [*left_out.samples, *bad])
         message += f" (to index the rest: --leave-out {output / BAD_NAME})"
-    raise UserError(message)
+    raise UnavailableError(message) if unavailable == len(problems) else UserError(message)
 
 
 def _index_one(task: _Task) -> _Outcome:
@@ -229,6 +234,10 @@ def _index_one(task: _Task) -> _Outcome:
             check_img2dataset(Path(task.address), samples)
     except UserError as error:
         return _Outcome(str(error), ())
+    except UnavailableError as error:
+        return _Outcome(str(error), (), may_pass=True)
+    except OSError as error:
+        return _Outcome(f"{task.address} cannot be read: {error.strerror or error}", ())
     if index.bad:
         return _Outcome(describe_bad(remote.shown(task.address), index.bad), index.bad)
     save_shard(task.output, index, stamp, _options(task))

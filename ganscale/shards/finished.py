@@ -11,6 +11,7 @@ size and ETag or time, as its server states them; where that states nothing, the
 import hashlib
 import json
 import shutil
+import stat
 import urllib.request
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
@@ -145,6 +146,8 @@ def stamp_of(address: str) -> list:
             status = Path(address).stat()
         except FileNotFoundError as error:
             raise UserError(f"no shard at {address}") from error
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise UserError(f"{address} is no file")
         return [status.st_size, status.st_mtime_ns]
     if address.startswith(("http://", "https://")):
         return _http_stamp(address)

@@ -14,6 +14,7 @@ from ganscale.data.manifest import (
     SAMPLE_ROW,
     VERSION,
     Shard,
+    update_fingerprint,
 )
 from ganscale.errors import UserError
 from ganscale.files import replacing
@@ -50,8 +51,7 @@ def write_manifest(root: Path, location: str, names: list[str], finished: Finish
             # None counts as a size of its own: then it is not known that all are the same.
             image_sizes.update((None,) if index.image_sizes is None else index.image_sizes)
             shard = index.shard
-            digest.update(json.dumps([shard.name, shard.bytes, shard.sha256]).encode())
-            digest.update(index.rows.tobytes())
+            update_fingerprint(digest, shard, index.rows)
             file.write(index.rows.tobytes())
         if not shards:
             raise UserError(f"no sample is left for the manifest in {root}")

@@ -2,6 +2,9 @@
 
 import errno
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ganscale.errors import UserError
+
+_LOOK_SECONDS = 1.0
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,7 +34,10 @@ def run_all(
         return
     # Not fork: a caller with threads (torch has some) could pass a held lock on to its children.
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=spawn)
+    processes = min(workers, len(tasks))
+    pool = ProcessPoolExecutor(
+        processes, spawn, initializer=_end_with_parent, initargs=(os.getpid(),)
+    )
     try:
         futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):
@@ -41,6 +49,17 @@ def run_all(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when `parent` is killed, of which a pool's processes do not learn."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

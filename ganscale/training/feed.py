@@ -7,15 +7,20 @@ loader is done while the device is still busy with the cycle before.
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import wait
 
 import torch
 
 from ganscale.data.batch import Batch
 from ganscale.data.loader import Loader
 from ganscale.data.streaming import StreamLoader
+from ganscale.data.threads import Crew
 from ganscale.errors import UnavailableError, UserError
 from ganscale.runtime import Runtime
 from ganscale.training.profiling import section
+
+_LOOK_SECONDS = 0.5
 
 
 class Feed:
@@ -30,6 +35,7 @@ class Feed:
         self._loader = loader
         self._runtime = runtime
         self._steps = steps
+        self._crew = Crew(1, "feed")
         self._ahead: list[Batch] = []
         self._failure: UserError | UnavailableError | None = None
         self._broken: Counter[tuple[str, str]] = Counter()  # since `count_broken`
@@ -39,15 +45,25 @@ class Feed:
         """Whether the batches that were fetched last cannot be had on this rank."""
         return self._failure is not None
 
-    def fetch(self) -> None:
-        """Gets the next cycle's batches; a failure is kept for all ranks to agree on."""
+    def fetch(self, is_stopped: Callable[[], bool]) -> None:
+        """Gets the next cycle's batches; a failure is kept for all ranks to agree on.
+
+        Returns without them within a second of a stop: data may be slow to come, or never come.
+        """
         started = time.perf_counter()
         with section("data wait"):
+            batches = self._crew.submit(lambda: [next(self._loader) for _ in range(self._steps)])
+            while not batches.done() and not is_stopped():
+                wait([batches], timeout=_LOOK_SECONDS)
             try:
-                self._ahead = [next(self._loader) for _ in range(self._steps)]
+                self._ahead = batches.result() if batches.done() else []
             except (UserError, UnavailableError) as error:
                 self._failure = error
         self.waited_seconds += time.perf_counter() - started
+
+    def close(self) -> None:
+        """Leaves a fetch that still waits to itself."""
+        self._crew.close(0.0)
 
     def take(self) -> list[Batch]:
         """What was fetched, to be trained on now."""

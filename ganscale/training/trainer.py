@@ -79,8 +79,8 @@ class Trainer:
             images_seen=state.images_seen,
             pin_memory=self.runtime.device.type == "cuda",
         )
-        with contextlib.closing(loader):
-            feed = Feed(loader, self.runtime, config.objective.n_critic)
+        feed = Feed(loader, self.runtime, config.objective.n_critic)
+        with contextlib.closing(loader), contextlib.closing(feed):
             reports = Reports(
                 config, self.folder, self.run_id, self.resumed_at, self.runtime, state, feed
             )
@@ -101,16 +101,17 @@ class Trainer:
         state, cycle, config = self.state, self.cycle, self.config
         if state.images_seen == 0:
             reports.samples()
-        feed.fetch()
-        if self.runtime.start_vote(feed.has_failed)():
-            raise feed.failure()
+        feed.fetch(stop.is_requested)
+        ending = self.runtime.start_vote(_ending(stop, feed))()
+        if ending != _GOES_ON:
+            return self._stopped(ending, feed)
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
             logs = is_last or _crosses(before, after, config.log.every_images)
             batches = feed.take()
             if not is_last:
-                feed.fetch()
+                feed.fetch(stop.is_requested)
             vote = self.runtime.start_vote(_ending(stop, feed))
 
             # Data and critic
@@ -146,17 +147,21 @@ class Trainer:
             after_cycle()
 
             # Stop
-            if stops and ending == _DATA_FAILED:
-                raise feed.failure()
             if stops:
-                logger.warning(
-                    "stopped on request at %s images; the same command continues",
-                    f"{state.images_seen:,}",
-                )
-                if self.runtime.is_main:
-                    mark_stopped(f"stopped on request at {state.images_seen} images")
-                return EXIT_REQUEUE
+                return self._stopped(ending, feed)
         return EXIT_DONE
+
+    def _stopped(self, ending: int, feed: Feed) -> int:
+        """Ends the session on all ranks. Raises what ended the data, if that is why."""
+        if ending == _DATA_FAILED:
+            raise feed.failure()
+        images_seen = self.state.images_seen
+        logger.warning(
+            "stopped on request at %s images; the same command continues", f"{images_seen:,}"
+        )
+        if self.runtime.is_main:
+            mark_stopped(f"stopped on request at {images_seen} images")
+        return EXIT_REQUEUE
 
     @section("audit")
     def _audit(self) -> None:
@@ -208,7 +213,7 @@ def _ending(stop: StopRequest, feed: Feed) -> int:
     """This rank's vote; the largest of all ranks counts."""
     if feed.has_failed:
         return _DATA_FAILED
-    return _STOP_REQUESTED if stop.received is not None else _GOES_ON
+    return _STOP_REQUESTED if stop.is_requested() else _GOES_ON
 
 
 def _crosses(before: int, after: int, every: int) -> bool:

@@ -1,6 +1,6 @@
 """Tars without a manifest train at once: safely, with no endless wait and nothing in silence."""
 
-import http.server
+import contextlib
 import io
 import itertools
 import json
@@ -25,6 +25,8 @@ from ganscale.data.streaming import StreamLoader
 from ganscale.data.tar_reader import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
+from tests.data.conftest import S3
+from tests.data.fault_server import Fault, FaultServer
 
 RESOLUTION = 4
 SHARDS, PER_SHARD = 3, 10
@@ -314,8 +316,10 @@ def test_shards_without_an_image_are_an_error_and_no_endless_search(
 
 
 def test_shards_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"no shards at .*/none-\*\.tar"):
+    with pytest.raises(UserError, match=r"no file matches .*/none-\*\.tar"):
         open_data(DataConfig(path=f"{tmp_path}/none-*.tar", resolution=4))
+    with pytest.raises(UserError, match=r"the braces of .* do not pair"):
+        open_data(DataConfig(path=f"{folder}/shard-{{1..3.tar", resolution=4))
     data = open_data(DataConfig(path=f"{folder}/shard-{{1..3}}.tar", resolution=4))
     with pytest.raises(UserError, match=r"there is no shard .*/shard-3\.tar, which data\.path"):
         data.check(1.0)
@@ -328,15 +332,17 @@ def test_a_commands_output_is_a_shard_and_its_failure_is_noticed(
     good = streams(f"pipe:cat {folder}/shard-{{0..2}}.tar", workers=2)
     assert {*numbers_in(some(good, 30))} == {*range(30)}
     assert not good.broken
-    fails = streams(f"pipe:cat {folder}/shard-0.tar; echo secret >/dev/null; exit 3")
-    batches = some(fails, 5)
-    assert {*numbers_in(batches)} <= {*range(10)}
-    (((shard, reason), count),) = fails.broken.items()
-    assert (shard.startswith("pipe:"), reason, count > 0) == (True, "cannot be read", True)
-    details = {broken.detail for batch in batches for broken in batch.broken}
-    assert details == {"cannot be read: its command ended with 3"}
-    with pytest.raises(UserError, match="its command ended with 1"):
-        next(streams(f"pipe:cat {folder}/none 2>/dev/null"))
+    once = f"[ -e {folder}/failed ] || {{ touch {folder}/failed; "
+    once += f"head -c 5000 {folder}/shard-0.tar; exit 3; }}"
+    borne = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
+    assert {*numbers_in(some(borne, 5))} == {*range(10)}
+    assert not borne.broken
+    for command, code in ((f"cat {folder}/shard-0.tar; exit 3", 3), (f"cat {folder}/none", 1)):
+        with pytest.raises(UnavailableError, match=f"failed with exit code {code}"):
+            next(streams(f"pipe:{command}", retry_seconds=0))
+    absent = streams("pipe:no-such-command-anywhere")
+    with pytest.raises(UserError, match=r"cannot be read: .*the command failed with exit code 127"):
+        next(absent)
 
 
 def test_a_command_is_refused_where_the_environment_forbids_it(
@@ -354,40 +360,169 @@ def test_a_source_that_falls_silent_asks_for_a_requeue(
     command = f"pipe:head -c 4000 {folder}/shard-0.tar; exec sleep 600"
     loader = streams(command, retry_seconds=0)
     started = time.monotonic()
-    with pytest.raises(UnavailableError, match="no sample came from pipe:head"):
+    with pytest.raises(UnavailableError, match="nothing came from pipe:head"):
         next(loader)
     loader.close()
     assert time.monotonic() - started < 20
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-
 @pytest.fixture
-def address(folder: Path) -> Iterator[str]:
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, directory=str(folder), **kwargs)
-
-        def log_message(self, format: str, *args) -> None:
-            pass
-
-    with _Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+def server(folder: Path) -> Iterator[FaultServer]:
+    with FaultServer().running() as server:
+        for shard in range(SHARDS):
+            path = folder / f"shard-{shard}.tar"
+            server.objects[f"/{path.name}"] = path.read_bytes()
+        yield server
 
 
-def test_shards_are_streamed_from_a_web_server(streams: Streams, address: str) -> None:
-    loader = streams(f"{address}/shard-{{0..2}}.tar", workers=2)
-    assert {*numbers_in(some(loader, 40))} == {*range(30)}
+CUTS = [Fault(cut_after=6_000), Fault(status=503), Fault(cut_after=10)]
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_cuts_and_a_busy_server_change_no_image(
+    streams: Streams, server: FaultServer, has_ranges: bool
+) -> None:
+    path = f"{server.url}/shard-{{0..2}}.tar"
+    expected = some(streams(path), 20)
+    assert {*numbers_in(expected)} == {*range(30)}
+    server.has_ranges = has_ranges
+    server.faults["/shard-1.tar"].extend(CUTS)
+    loader = streams(path)
+    for batch, other in zip(some(loader, 20), expected, strict=True):
+        assert batch.images.equal(other.images)
+        assert batch.labels.equal(other.labels)
+    assert not any(server.faults.values())
     assert not loader.broken
-    missing = streams(f"{address}/none.tar")
-    with pytest.raises(UserError, match=r"none\.tar cannot be read: its command ended with 22"):
+
+
+def test_a_cut_that_the_protocol_cannot_show_is_counted(
+    streams: Streams, server: FaultServer
+) -> None:
+    server.has_length = False
+    server.faults["/shard-1.tar"].append(Fault(cut_after=6_000))
+    loader = streams(f"{server.url}/shard-{{0..2}}.tar")
+    assert {*numbers_in(some(loader, 40))} == {*range(30)}
+    assert loader.broken == {("shard-1.tar", "cut"): 1}
+
+
+def test_shards_are_streamed_from_s3_also_by_wildcard(
+    streams: Streams, folder: Path, s3: S3
+) -> None:
+    for shard in range(SHARDS):
+        s3.put(f"stream/shard-{shard}.tar", (folder / f"shard-{shard}.tar").read_bytes())
+    s3.proxy.faults["/bucket/stream/shard-1.tar"].extend(CUTS)
+    assert stream_urls("s3://bucket/stream/*.tar") == [
+        f"s3://bucket/stream/shard-{shard}.tar" for shard in range(SHARDS)
+    ]
+    s3.proxy.faults["/bucket"].append(Fault(status=503))
+    loader = streams("s3://bucket/stream/*.tar", workers=2)
+    assert {*numbers_in(some(loader, 30))} == {*range(30)}
+    assert not loader.broken
+    assert not any(s3.proxy.faults.values())
+
+
+def test_one_shard_that_is_not_there_is_counted_and_none_at_all_is_an_error(
+    streams: Streams, server: FaultServer
+) -> None:
+    loader = streams(f"{server.url}/shard-{{0..3}}.tar?token=secret")
+    batches = some(loader, 20)
+    assert {*numbers_in(batches)} == {*range(30)}
+    assert loader.broken.keys() == {("shard-3.tar", "cannot be read")}
+    details = {broken.detail for batch in batches for broken in batch.broken}
+    assert details == {"cannot be read: there is no such object"}
+    missing = streams(f"{server.url}/none.tar?token=secret")
+    with pytest.raises(UserError, match=r"/none\.tar cannot be read: there is no such object$"):
         next(missing)
+
+
+def test_a_network_that_is_away_asks_for_a_requeue_at_the_start_and_later(
+    streams: Streams, server: FaultServer
+) -> None:
+    for name in ("{0..9}", "*"):
+        with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:9"):
+            next(streams(f"http://127.0.0.1:9/{name}.tar", retry_seconds=0))
+    for shard in range(SHARDS):
+        server.faults[f"/shard-{shard}.tar"].extend([Fault()] * 9 + [Fault(cut_after=6_000)])
+        server.faults[f"/shard-{shard}.tar"].extend([Fault(status=503)] * 1000)
+    loader = streams(f"{server.url}/shard-{{0..2}}.tar", retry_seconds=0.5)
+    some(loader, 5)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match=r"shard-.\.tar cannot be read: 503"):
+            some(loader, 200)
+    assert not loader.broken
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A member's header that says that it has `size` bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (header("900.png", 1 << 40), "too large"),
+        (header("900.cls", 1 << 62), "too large"),
+        (header("900.bin", 1 << 62), "cut"),
+        (header("././@PaxHeader", 1 << 40, tarfile.XHDTYPE), "damaged"),
+        (header("././@LongLink", 1 << 40, tarfile.GNUTYPE_LONGNAME), "damaged"),
+    ],
+)
+def test_a_size_that_only_a_header_claims_costs_neither_memory_nor_time(
+    streams: Streams, tmp_path: Path, lie: bytes, reason: str
+) -> None:
+    good = write_tar(tmp_path / "a.tar", members_of(0)).read_bytes().rstrip(b"\0")
+    good += bytes(-len(good) % tarfile.BLOCKSIZE)
+    (tmp_path / "a.tar").write_bytes(good + lie + bytes(20_000))
+    loader = streams(tmp_path / "a.tar")
+    assert {*numbers_in(some(loader, 10))} == {*range(10)}
+    assert ("a.tar", reason) in loader.broken
+    assert loader.broken.keys() <= {("a.tar", reason), ("a.tar", "cut")}
+
+
+def test_a_member_beyond_the_limit_is_left_out_and_the_rest_is_read(
+    streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ganscale.data.tar_reader.LARGEST_IMAGE_BYTES", 50_000)
+    members = [(name, data + bytes(50_000) if name == "004.png" else data)
+               for name, data in members_of(0)]  # fmt: skip
+    loader = streams(write_tar(tmp_path / "a.tar", members))
+    batches = some(loader, 20)
+    assert {*numbers_in(batches)} == {*range(10)} - {4}
+    assert loader.broken.keys() == {("a.tar", "too large")}
+    found = {(broken.key, broken.detail) for batch in batches for broken in batch.broken}
+    assert found == {("004", f"has {50_000 + len(png(4)):,} bytes, more than 256 MiB")}
+
+
+@pytest.mark.parametrize(
+    "path", ["pipe:echo $$ > {pid}; exec sleep 600", "http://127.0.0.1:9/a.tar"]
+)
+def test_close_ends_a_read_that_hangs_and_its_command(
+    streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("ganscale.data.retrying._FIRST_DELAY_SECONDS", 30.0)
+    monkeypatch.setattr("random.uniform", max)
+    pid_file = tmp_path / "pid"
+    loader = streams(path.format(pid=pid_file), retry_seconds=600)
+
+    def wait() -> None:
+        with contextlib.suppress(BaseException):
+            next(loader)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    deadline = time.monotonic() + 20
+    if path.startswith("pipe:"):
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    started = time.monotonic()
+    loader.close()
+    waiting.join(10)
+    assert time.monotonic() - started < 4  # of the 5 s after which a thread is left to itself
+    assert not any(thread.name.startswith("stream-") for thread in threading.enumerate())
+    if path.startswith("pipe:"):
+        assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()
 
 
 def test_close_ends_the_threads(streams: Streams, folder: Path) -> None:

@@ -92,10 +92,10 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
     )
     try:
         feed = Feed(loader, Runtime.start(), 3)
-        feed.fetch()
+        feed.fetch(lambda: False)
         for _ in range(3):
             batches = feed.take()  # kept while the next ones are fetched, as the loop does
-            feed.fetch()
+            feed.fetch(lambda: False)
             assert len(batches) == 3
         gc.collect()
         alive = {

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ganscale.data.manifest import Manifest
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import building, parallel
 from ganscale.shards.building import Report, build_manifest, index_shards
 from ganscale.shards.leaving_out import BadSample, LeftOut, read_list
@@ -309,3 +309,24 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
         run = [sys.executable, "-c", program, str(folder)]
         peaks.append(int(subprocess.run(run, capture_output=True, timeout=120, check=True).stdout))
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
+
+
+def test_what_cannot_be_read_does_not_hide_the_other_bad_shards(shards):
+    (shards / "folder.tar").mkdir()
+    os.mkfifo(shards / "pipe.tar")
+    (shards / "text.tar").write_text("no tar")
+    with pytest.raises(UserError, match=r"3 of \d+ shards are bad") as caught:
+        index(shards)
+    for said in ("folder.tar is no file", "pipe.tar is no file", "text.tar"):
+        assert said in str(caught.value)
+
+
+def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(shards, tmp_path):
+    command = f"pipe:test {{}} != away.tar && cat {shards}/{{}}"
+    names = [path.name for path in sorted(shards.glob("*.tar"))]
+    output = tmp_path / "output"
+    with pytest.raises(UnavailableError, match=r"away\.tar"):
+        index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
+    assert not (output / "bad.jsonl").exists()
+    again = index_shards([command], output, names=names, retry_seconds=0)
+    assert same(again.manifest, build_manifest(shards))
