@@ -53,13 +53,13 @@ def index(args: argparse.Namespace) -> int:
         print(f"unchanged, not read again: {report.kept:,} of {report.kept + report.read:,} shards")
     if args.leave_out:
         print(f"left out: {report.left_out:,} samples, {report.left_out_shards:,} whole shards")
+    if report.in_again:
+        print(f"in again: {report.in_again:,} samples left out before; --leave-out FILE omits them")
     if report.manifest is None:
         print(f"indexed {report.read + report.kept:,} shards; the call without --part is still due")
         return 0
     _print_summary(report.manifest)
-    if not report.listing.is_local and report.listing.base != getattr(
-        report.manifest, "location", "."
-    ):
+    if not report.listing.is_local and report.listing.base != report.manifest.location:
         base = report.listing.base
         print(
             f"no manifest holds a command, password or signature: train with data.shards='{base}'"

@@ -31,7 +31,7 @@ from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
 from ganscale.data.decoding import DecodeError, decode_into
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.store import LARGEST_IMAGE_BYTES
-from ganscale.data.tar_reader import TarReader, shard_name
+from ganscale.data.tar_reader import StreamedTars, shard_name
 from ganscale.data.threads import Crew
 from ganscale.errors import UnavailableError, UserError
 from ganscale.randomness import derived_seed
@@ -153,7 +153,7 @@ class _Stream:
         pin_memory: bool,
         streams: int,
     ) -> None:
-        self.tars = TarReader(config.retry_seconds)
+        self.tars = StreamedTars(config.retry_seconds)
         self._config = config
         self._batch_size = batch_size
         self._pin_memory = pin_memory

@@ -71,7 +71,7 @@ def stream_identity(urls: list[str]) -> str:
     return f"streamed {derived_seed(0, chr(10).join(map(shard_name, urls))):016x}"
 
 
-class TarReader:
+class StreamedTars:
     """Reads one tar after the other, for one thread; any other may `stop` it.
 
     retry_seconds: how long a store or command may fail

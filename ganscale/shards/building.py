@@ -36,6 +36,7 @@ class Report(NamedTuple):
     listing: the shards it was asked for
     read, kept: shards that were read now, and earlier
     left_out: samples, and the shards that were left out as a whole
+    in_again: samples that the index before this one had left out
     """
 
     manifest: Manifest | None
@@ -44,6 +45,7 @@ class Report(NamedTuple):
     kept: int
     left_out: int
     left_out_shards: int
+    in_again: int = 0
 
 
 class _Task(NamedTuple):
@@ -126,6 +128,7 @@ def index_shards(
         for name in kept_names
     ]
     finished = FinishedShards(output)
+    left_out_before = sum(map(finished.left_out, kept_names))
     todo = tasks if again else _unfinished(tasks, finished, listing.is_local)
     with saying_when_full(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,7 @@ def index_shards(
         len(tasks) - len(todo),
         left_out_samples,
         len(left_out_shards),
+        max(0, left_out_before - left_out_samples),
     )
 
 

@@ -17,12 +17,10 @@ import numpy as np
 
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.manifest import SAMPLE_ROW, Shard
+from ganscale.data.store import LARGEST_IMAGE_BYTES
 from ganscale.errors import UserError
 from ganscale.shards.headers import MAGIC_BYTES, is_image, pixel_size
 from ganscale.shards.tar import Member, Reader, TarReader
-
-MAX_IMAGE_BYTES = 256 << 20
-"""Larger images are refused: a rank holds many at once."""
 
 _MAX_LABEL_BYTES = 16 << 20
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # what WebDataset sets aside, such as __MACOSX/
@@ -189,10 +187,10 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
                     f"sample '{key}' has two images, .{sample.extension} and .{extension}"
                 )
             sample.offset, sample.size, sample.extension = offset, size, extension
-            if size > MAX_IMAGE_BYTES:
+            if size > LARGEST_IMAGE_BYTES:
                 sample.problem = (
                     f"member '{name}' has {size:,} bytes, more than the limit of "
-                    f"{MAX_IMAGE_BYTES:,}"
+                    f"{LARGEST_IMAGE_BYTES:,}"
                 )
                 continue
             wanted = sizes if sizes is not None and len(sizes) < 2 else None

@@ -239,7 +239,10 @@ def test_left_out_samples_are_in_no_row_and_change_the_fingerprint(shards):
     assert manifest.fingerprint != whole.fingerprint
     expected = np.concatenate([whole.samples[:1], whole.samples[2 + 3 + 4 :]])
     assert manifest.samples.tobytes() == expected.tobytes()
-    assert same(index(shards).manifest, whole)
+    restored = index(shards)
+    assert same(restored.manifest, whole)
+    assert restored.in_again >= 1  # of shards that kept a sample, at least
+    assert index(shards).in_again == 0
     with pytest.raises(UserError, match="no sample is left"):
         index(shards, left_out=LeftOut(tuple(BadSample(f"{i}.tar", None, "") for i in range(6))))
 
@@ -329,4 +332,5 @@ def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(sh
         index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
     assert not (output / "bad.jsonl").exists()
     again = index_shards([command], output, names=names, retry_seconds=0)
+    assert (again.kept, again.read) == (len(names), 0)  # they were not held up
     assert same(again.manifest, build_manifest(shards))

@@ -164,7 +164,7 @@ def test_links_and_compressed_tars_are_refused(tmp_path):
 
 
 def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "MAX_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(indexing, "LARGEST_IMAGE_BYTES", 1 << 20)
     members = [("0.png", png(0)), ("1.png", png(0) + bytes(1 << 20))]
     with pytest.raises(UserError, match=r"'1\.png' has 1,048,\d+ bytes, more than the limit"):
         index_shard(write_tar(tmp_path / "a.tar", members))
