@@ -1,14 +1,15 @@
-"""For `accelerate launch launch/train.py CONFIG... key=value...`: the same as `ganscale train`."""
+"""For `accelerate launch launch/train.py CONFIG... key=value...`, and for one process a rank under
+srun: the same as `ganscale train`."""
 
 import os
 import sys
 
 from ganscale.cli.main import main
 from ganscale.errors import EXIT_DONE, EXIT_REQUEUE
-from ganscale.training.signals import STOPPED_FILE
+from ganscale.training.attempts import ATTEMPTS_FILE
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])
-    # To the launcher any other code is a failure: it would end the ranks that are still closing
+    # To a launcher any other code is a failure: it would end the ranks that are still closing
     # their records, show a traceback, and exit with 1. The file tells the batch script instead.
-    sys.exit(EXIT_DONE if code == EXIT_REQUEUE and STOPPED_FILE in os.environ else code)
+    sys.exit(EXIT_DONE if code == EXIT_REQUEUE and ATTEMPTS_FILE in os.environ else code)

@@ -1,6 +1,7 @@
 """`ganscale train CONFIG... key=value...`: starts a run, or continues it."""
 
 import argparse
+import os
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,20 +16,40 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ganscale.config import resolve
-    from ganscale.errors import UnavailableError
-    from ganscale.runtime import Runtime
-    from ganscale.training.signals import mark_stopped
-    from ganscale.training.trainer import Trainer
+    from ganscale.training.signals import StopRequest
 
-    resolved = resolve(arguments.settings)
-    runtime = Runtime.start(resolved.config.runtime.timeout_seconds)
+    stop = StopRequest.listening()  # before torch is imported, which starts threads
+
+    from ganscale.config import resolve
+    from ganscale.errors import EXIT_FAILED, GanscaleError
+    from ganscale.runtime import Runtime
+    from ganscale.training.attempts import note_ended
+    from ganscale.training.trainer import Trainer
+    from ganscale.training.watchdog import Progress, Watchdog
+
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        exit_code = Trainer(resolved, runtime).run()
-        runtime.wait_for_all()
-        return exit_code
-    except UnavailableError as error:
-        mark_stopped(str(error))
+        config = (resolved := resolve(arguments.settings)).config
+        limit = config.runtime.timeout_seconds
+        # Longer than the watchdog waits: it says which rank is to blame.
+        runtime = Runtime.start(1.5 * limit + config.data.retry_seconds)
+        try:
+            progress = Progress()
+            watchdog = Watchdog(runtime, progress, limit, stop)
+            try:
+                exit_code = Trainer(resolved, runtime, stop, progress).run()
+                runtime.wait_for_all()
+            except BaseException as error:
+                watchdog.failed(error)
+                raise
+            watchdog.close()
+        finally:
+            runtime.close()
+    except Exception as error:
+        if is_main:
+            known = isinstance(error, GanscaleError)
+            note_ended(error.exit_code if known else EXIT_FAILED, str(error))
         raise
-    finally:
-        runtime.close()
+    if is_main:
+        note_ended(exit_code, "done" if exit_code == 0 else "stopped on request")
+    return exit_code

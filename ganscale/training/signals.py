@@ -1,45 +1,56 @@
-"""Requests to stop: a signal sets a flag; the loop acts on it when all ranks have agreed."""
+"""Requests to stop: a signal is noted; the loop acts on it when all ranks have agreed."""
 
 import os
 import signal
-from pathlib import Path
-from types import FrameType
+import sys
+import threading
+
+from ganscale.errors import EXIT_INTERRUPTED
 
 # Time limit or preemption (SLURM sends what the batch script asks for), scancel, Ctrl-C.
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-STOPPED_FILE = "GANSCALE_STOPPED_FILE"
-
-
-def mark_stopped(reason: str) -> None:
-    """Writes `reason` into the file that the environment names, if it does.
-
-    A batch script that launches through `accelerate launch` reads it there: the launcher replaces
-    the exit codes of its workers by its own.
-    """
-    if path := os.environ.get(STOPPED_FILE):
-        Path(path).write_text(reason + "\n")
-
 
 class StopRequest:
-    """While entered, the first signal is remembered; a second Ctrl-C ends the process at once."""
+    """The first request to stop is remembered; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._asked = threading.Event()
 
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        return self
+    @classmethod
+    def listening(cls) -> "StopRequest":
+        """Takes the signals from here on; to be called before any other thread is started.
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        They are blocked in every thread and waited for in one of our own. So none is lost while
+        torch is still being imported, none cuts a system call short, and none reaches the processes
+        that we start, which inherit the mask.
+        """
+        request = cls()
+        signals = {*_SIGNALS}
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job
+            signals.remove(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=request._listen, args=[signals], name="stop", daemon=True).start()
+        return request
 
     def is_requested(self) -> bool:
-        return self.received is not None
+        return self._asked.is_set()
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+    def request(self) -> None:
+        """Does what a signal would."""
+        self._asked.set()
+
+    def _listen(self, signals: set[signal.Signals]) -> None:
+        was_interrupted = False
+        while True:
+            received = signal.sigwait(signals)
+            self.request()
+            if received == signal.SIGINT:
+                if was_interrupted:
+                    os._exit(EXIT_INTERRUPTED)
+                was_interrupted = True
+                if os.environ.get("RANK", "0") == "0":
+                    sys.stderr.write(
+                        "\nstops after this cycle, with a checkpoint; Ctrl-C again leaves at once\n"
+                    )
+                    sys.stderr.flush()

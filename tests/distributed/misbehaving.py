@@ -1,0 +1,31 @@
+"""A critic that hangs or fails on one rank, some way into a run, as the environment says:
+MISBEHAVE=RANK:hang, RANK:fail or RANK:slow."""
+
+import os
+import time
+from typing import Any
+
+from torch import Tensor
+
+from ganscale.networks.dcgan import DCGANCritic
+
+_FORWARDS_BEFORE = 20
+
+
+class Critic(DCGANCritic):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._forwards = 0
+        rank, _, self._how = os.environ.get("MISBEHAVE", "-1:").partition(":")
+        self._is_to = rank == os.environ.get("RANK", "0")
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        self._forwards += 1
+        if self._is_to and self._forwards > _FORWARDS_BEFORE:
+            if self._how == "hang":
+                time.sleep(1e6)
+            elif self._how == "slow":
+                time.sleep(5)
+            else:
+                raise RuntimeError("the weights of this rank are tired")
+        return super().forward(images, labels)

@@ -1,0 +1,221 @@
+"""A rank that is killed, stopped, stuck or wrong ends its run within seconds, and is named."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import REPOSITORY, Runs, end_tree
+from tests.distributed.test_resume import wait_for_checkpoints
+
+HOST = socket.gethostname()
+NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320")
+IMPATIENT = ("runtime.timeout_seconds=6", "data.retry_seconds=1")
+MISBEHAVES = (*NEVER_ENDS, "critic.target=tests.distributed.misbehaving:Critic")
+
+
+class Ranks:
+    """The ranks of one run without a launcher, as under srun: nobody ends the others for them."""
+
+    def __init__(self, runs: Runs, count: int, *settings: str, **environment: str) -> None:
+        with socket.create_server(("", 0)) as free:
+            port = str(free.getsockname()[1])
+        _, *arguments = runs.command("run", *settings)
+        arguments = arguments[arguments.index("train") + 1 :]
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        self.folder = runs.folder / "run"
+        self.outputs = [runs.folder / f"rank-{rank}.log" for rank in range(count)]
+        runs.folder.mkdir(exist_ok=True)
+        self.processes: list[subprocess.Popen[str]] = []
+        for rank, output in enumerate(self.outputs):
+            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            of_world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            with output.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments],
+                        stdout=file, stderr=file, text=True,
+                        env={**common, **(of_rank | of_world if count > 1 else {})},
+                    )
+                )  # fmt: skip
+
+    def exit_code(self, rank: int, seconds: float) -> int:
+        return self.processes[rank].wait(timeout=seconds)
+
+    def said(self, rank: int) -> str:
+        return self.outputs[rank].read_text()
+
+    def end(self) -> None:
+        for process in self.processes:
+            end_tree(process)
+
+
+@pytest.fixture
+def started() -> Iterator[list[Ranks]]:
+    """Whatever is appended here is ended after the test."""
+    ranks: list[Ranks] = []
+    yield ranks
+    for each in ranks:
+        each.end()
+
+
+def test_the_others_leave_when_a_rank_is_killed_and_say_which(
+    runs: Runs, started: list[Ranks], tmp_path: Path
+) -> None:
+    attempts = tmp_path / "attempts"
+    ranks = Ranks(runs, 3, "training.global_batch_size=24", *NEVER_ENDS,
+                  GANSCALE_ATTEMPTS_FILE=str(attempts))  # fmt: skip
+    started.append(ranks)
+    wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
+    ranks.processes[2].kill()
+    killed_at = time.monotonic()
+    assert [ranks.exit_code(rank, seconds=15) for rank in (0, 1)] == [76, 76]
+    assert time.monotonic() - killed_at < 10
+    last = ranks.said(0).splitlines()[-1]
+    assert last.startswith(f"error: rank 2 on {HOST} was lost: the process died in `")
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    assert attempts.read_text().splitlines()[0] == "started 0"
+    assert attempts.read_text().splitlines()[-1] == f"ended 76 {last.removeprefix('error: ')}"
+    assert last.removeprefix("error: ") in (ranks.folder / "log.txt").read_text()
+
+
+def test_rank_0_is_missed_by_the_others(runs: Runs, started: list[Ranks]) -> None:
+    ranks = Ranks(runs, 2, *NEVER_ENDS)
+    started.append(ranks)
+    wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
+    ranks.processes[0].kill()
+    assert ranks.exit_code(1, seconds=15) == 76
+    last = ranks.said(1).splitlines()[-1]
+    assert last.startswith(f"error: rank 0 on {HOST} was lost: the process died in `")
+    runs.finish("run", "checkpoint.every_images=320", "training.total_images=1280")  # on one
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_whose_process_is_stopped_is_given_up(
+    runs: Runs, started: list[Ranks], stopped: int
+) -> None:
+    ranks = Ranks(runs, 2, *NEVER_ENDS, "runtime.timeout_seconds=6")
+    started.append(ranks)
+    wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
+    ranks.processes[stopped].send_signal(signal.SIGSTOP)
+    other = 1 - stopped
+    assert ranks.exit_code(other, seconds=30) == 76
+    last = ranks.said(other).splitlines()[-1]
+    assert last.startswith(f"error: rank {stopped} on {HOST} was lost: no sign of life for ")
+    stacks = (ranks.folder / "stacks" / f"rank-{other:04d}.txt").read_text()
+    assert "trainer.py" in stacks  # what its main thread was waiting in
+
+
+def test_a_rank_that_is_stuck_is_told_from_those_that_wait_for_it(
+    runs: Runs, started: list[Ranks]
+) -> None:
+    ranks = Ranks(runs, 2, *MISBEHAVES, *IMPATIENT, MISBEHAVE="1:hang")
+    started.append(ranks)
+    assert [ranks.exit_code(rank, seconds=60) for rank in (0, 1)] == [76, 76]
+    stacks = (ranks.folder / "stacks" / "rank-0000.txt").read_text()
+    said = ranks.said(0).splitlines()[-1]
+    assert said.startswith(f"error: rank 1 on {HOST} hangs: in `"), stacks
+    assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0001.txt").read_text()
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+
+
+def test_a_run_on_one_rank_does_not_hang_for_ever_either(runs: Runs, started: list[Ranks]) -> None:
+    ranks = Ranks(
+        runs,
+        1,
+        *MISBEHAVES,
+        "runtime.timeout_seconds=6",
+        "data.retry_seconds=1",
+        MISBEHAVE="0:hang",
+    )
+    started.append(ranks)
+    assert ranks.exit_code(0, seconds=60) == 76
+    assert "hangs: in `" in ranks.said(0).splitlines()[-1]
+    assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0000.txt").read_text()
+
+
+def test_an_error_on_one_rank_ends_all_with_its_words(runs: Runs, started: list[Ranks]) -> None:
+    ranks = Ranks(runs, 2, *MISBEHAVES, MISBEHAVE="1:fail")
+    started.append(ranks)
+    assert [ranks.exit_code(rank, seconds=60) for rank in (0, 1)] == [1, 1]
+    sentence = f"rank 1 on {HOST}: RuntimeError: the weights of this rank are tired"
+    assert ranks.said(0).splitlines()[-1] == f"error: {sentence}"
+    assert "Traceback" not in ranks.said(0)
+    assert ranks.said(1).count("Traceback") == 1
+
+
+def test_a_mistake_is_told_once_for_all_ranks(runs: Runs, started: list[Ranks]) -> None:
+    ranks = Ranks(runs, 2, "training.global_batch_size=15")
+    started.append(ranks)
+    assert [ranks.exit_code(rank, seconds=60) for rank in (0, 1)] == [2, 2]
+    assert ranks.said(0).startswith("error: `training.global_batch_size` of 15 cannot be dealt")
+    assert ranks.said(1) == ""
+
+
+def test_ranks_whose_launcher_was_killed_save_and_leave(runs: Runs) -> None:
+    process = runs.start("run", *NEVER_ENDS, ranks=2)
+    ranks: list[psutil.Process] = []
+    try:
+        wait_for_checkpoints(runs, "run", 2, process)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+    finally:
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+        end_tree(process)
+        process.communicate()
+    assert alive == []
+    assert runs.summary("run")["exit_code"] == 75
+    newest = int(runs.checkpoints("run")[-1].name.removeprefix("images-"))
+    assert newest == runs.summary("run")["images_seen"]
+
+
+def blocks(process: subprocess.Popen[str], number: signal.Signals) -> bool:
+    """Whether the signal waits until the process takes it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
+    process = runs.start("run", *NEVER_ENDS)
+    try:
+        deadline = time.monotonic() + 20
+        while not blocks(process, signal.SIGUSR1):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGUSR1)  # torch is not even imported yet
+        output, _ = process.communicate(timeout=60)
+    finally:
+        end_tree(process)
+    assert process.returncode == 75, output
+    assert "stopped on request at 0 images" in output
+
+
+def test_a_second_ctrl_c_leaves_in_the_middle_of_a_step(runs: Runs, started: list[Ranks]) -> None:
+    ranks = Ranks(runs, 1, *MISBEHAVES, MISBEHAVE="0:slow")
+    started.append(ranks)
+    deadline = time.monotonic() + 60
+    while not (ranks.folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline, ranks.said(0)
+        time.sleep(0.05)
+    ranks.processes[0].send_signal(signal.SIGINT)
+    while "Ctrl-C again leaves at once" not in ranks.said(0):
+        assert time.monotonic() < deadline, ranks.said(0)
+        time.sleep(0.05)
+    ranks.processes[0].send_signal(signal.SIGINT)
+    assert ranks.exit_code(0, seconds=3) == 130
