@@ -1,10 +1,14 @@
 """Files that are whole or not there."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -25,3 +29,23 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a small file at once: readers see the old or the new one."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Writes a new safetensors file of CPU tensors that are contiguous and share no memory.
+
+    Raises OSError with the number that the system gave.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)

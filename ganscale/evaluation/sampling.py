@@ -44,11 +44,11 @@ def interpolated_latents(
     return (walk / torch.sin(angle)).reshape(rows * columns, latent_dim)
 
 
-@torch.no_grad()
-def generate(
+def generate_images(
     generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
-) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
-    """The images of `latents`, on the host, at most CHUNK at a time; in evaluation mode."""
+) -> Iterator[Float[Tensor, "chunk channels height width"]]:
+    """The images of `latents`, on the generator's device, at most CHUNK at a time; in evaluation
+    mode."""
     weights = next(generator.parameters())
     was_training = generator.training
     generator.eval()
@@ -57,10 +57,19 @@ def generate(
             inputs = [_padded(latents[start : start + CHUNK]).to(weights)]
             if labels is not None:
                 inputs.append(_padded(labels[start : start + CHUNK]).to(weights.device))
-            images = generator(*inputs)
-            yield to_bytes(images)[: len(latents) - start].cpu()
+            with torch.no_grad():  # not around the yield: it would hold for the caller, too
+                images = generator(*inputs)
+            yield images[: len(latents) - start]
     finally:
         generator.train(was_training)
+
+
+def generate(
+    generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
+) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
+    """The same as bytes, on the host."""
+    for images in generate_images(generator, latents, labels):
+        yield to_bytes(images).cpu()
 
 
 def generate_array(

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import nn
 
+from ganscale.schema import CheckpointConfig
 from ganscale.training.checkpoint import (
     damage,
     load_state,
     load_tensors,
     newest_checkpoint,
-    prune_checkpoints,
     save_checkpoint,
 )
+from ganscale.training.retention import prune
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -103,7 +104,7 @@ def test_the_newest_is_the_one_with_the_most_images_whatever_their_digits(tmp_pa
     for images_seen in (999_999_999, 1_000_000_000, 25_000_000_000, 64):
         save_checkpoint(tmp_path, images_seen, weights(), {})
     assert newest_checkpoint(tmp_path) == tmp_path / "images-25000000000"
-    prune_checkpoints(tmp_path, keep_last=2, keep_every_images=0)
+    prune(tmp_path, CheckpointConfig(keep_last=2))
     assert names(tmp_path) == ["images-1000000000", "images-25000000000"]
 
 
@@ -114,7 +115,7 @@ def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path):
     (tmp_path / "images-000000064.zip").write_bytes(b"")
     (tmp_path / ".unfinished-images-000000064").mkdir()
     assert newest_checkpoint(tmp_path) is None
-    prune_checkpoints(tmp_path, keep_last=1, keep_every_images=0)
+    prune(tmp_path, CheckpointConfig(keep_last=1))
     assert len(names(tmp_path)) == 3
 
 
@@ -197,6 +198,29 @@ def test_what_a_killed_process_left_half_written_is_never_chosen_and_swept_up(tm
     assert names(tmp_path) == ["images-000000064", "images-000000192"]
 
 
+def test_a_replacement_that_was_killed_half_way_is_undone_by_the_next_save_too(tmp_path):
+    old = save_checkpoint(tmp_path, 64, weights(seed=1), {})
+    content = bytes_of(old)
+    old.rename(tmp_path / ".replaced-images-000000064")
+    save_checkpoint(tmp_path, 128, weights(), {})
+    assert names(tmp_path) == ["images-000000064", "images-000000128"]
+    assert bytes_of(old) == content
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    """A stand-in: root may read everything."""
+    folder = save_checkpoint(tmp_path, 64, weights(), {})
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refused)
+        with pytest.raises(PermissionError):
+            newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path) == folder
+
+
 def no_space(folder: Path) -> None:
     """A file system of 200 KiB, as the kernel makes it."""
     command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
@@ -249,24 +273,6 @@ def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_as_it_was(tmp_p
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert_the_old_one_stands(tmp_path, old, content)
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "kept"),
-    [
-        (1, 0, [600]),
-        (3, 0, [400, 500, 600]),
-        (99, 0, [100, 200, 300, 400, 500, 600]),
-        (1, 200, [200, 400, 600]),
-        (2, 300, [300, 500, 600]),
-        (1, 1000, [600]),
-    ],
-)
-def test_retention_keeps_the_last_ones_and_the_multiples(tmp_path, keep_last, keep_every, kept):
-    for images_seen in range(100, 700, 100):
-        save_checkpoint(tmp_path, images_seen, {}, {})
-    prune_checkpoints(tmp_path, keep_last, keep_every)
-    assert names(tmp_path) == [f"images-{images_seen:09d}" for images_seen in kept]
 
 
 def test_checkpoints_hold_nothing_but_safetensors_and_json(tmp_path):

@@ -1,0 +1,370 @@
+"""The training waits for a copy; what becomes of the write is told, and harms nothing."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from ganscale.schema import CheckpointConfig
+from ganscale.training import checkpoint
+from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
+from ganscale.training.checkpoint_writer import CheckpointWriter
+
+Files = dict[str, dict[str, torch.Tensor]]
+
+
+def files_of(value: float, elements: int = 6) -> Files:
+    return {"generator": {"weight": torch.full((elements,), value)}}
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk whose every flush waits for this event."""
+    is_free, flush = threading.Event(), os.fsync
+
+    def slow(descriptor: int) -> None:
+        assert is_free.wait(60)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    yield is_free
+    is_free.set()
+
+
+def test_what_is_saved_is_what_was_given_however_it_changes_meanwhile(root, disk):
+    root.mkdir()
+    conv = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    tensors = {"conv": conv, "step": torch.tensor(3.0), "tied": conv, "parameter": conv.clone()}
+    tensors["parameter"].requires_grad_()
+    numbers = {"sessions": [{"world_size": 1}]}
+    expected = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    writer = CheckpointWriter(root, CheckpointConfig())
+    writer.save(5, {"critic": tensors}, numbers)
+    assert not list(root.glob("images-*"))  # it returned before anything was written
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.zero_()
+    numbers["sessions"].append({"world_size": 2})
+    disk.set()
+    writer.finish()
+    saved = load_tensors(root / "images-000000005", "critic")
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(saved[name], tensor), name
+    assert load_state(root / "images-000000005") == {"sessions": [{"world_size": 1}]}
+
+
+def test_one_write_is_in_flight_and_the_next_waits_for_it(root, disk):
+    root.mkdir()
+    writer = CheckpointWriter(root, CheckpointConfig())
+    writer.save(1, files_of(1.0), {})
+    second = threading.Thread(target=writer.save, args=(2, files_of(2.0), {}))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    assert not list(root.glob("images-*"))
+    disk.set()
+    second.join(60)
+    writer.finish()
+    assert names(root) == ["images-000000001", "images-000000002"]
+    for images_seen in (1, 2):  # the memory that both were copied to was not shared in time
+        saved = load_tensors(root / f"images-00000000{images_seen}", "generator")["weight"]
+        assert torch.equal(saved, torch.full((6,), float(images_seen)))
+
+
+def test_tensors_that_come_go_and_change_their_shape_are_saved_as_they_are(root):
+    writer = CheckpointWriter(root, CheckpointConfig())
+    states: list[Files] = [
+        {"critic": {}, "generator": {"weight": torch.randn(2, 3)}},
+        {"critic": {"0.step": torch.tensor(1.0)}, "generator": {"weight": torch.randn(2, 3)}},
+        {"generator": {"weight": torch.randn(5), "bias": torch.randn(1).double()}},
+        {"generator": {"weight": torch.arange(5)}},
+    ]
+    for images_seen, files in enumerate(states):
+        writer.save(images_seen, files, {})
+    writer.finish()
+    for images_seen in (1, 2, 3):
+        for file, tensors in states[images_seen].items():
+            saved = load_tensors(root / f"images-{images_seen:09d}", file)
+            assert saved.keys() == tensors.keys()
+            for name, tensor in tensors.items():
+                assert saved[name].dtype == tensor.dtype
+                assert torch.equal(saved[name], tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_copy_from_a_gpu_is_of_the_moment_of_the_save(root, disk):
+    root.mkdir()
+    weight = torch.zeros(1 << 24, device="cuda")
+    writer = CheckpointWriter(root, CheckpointConfig())
+    for step in range(200):
+        weight += 1
+        if step == 99:
+            writer.save(1, {"generator": {"weight": weight}}, {})
+    disk.set()
+    writer.finish()
+    assert load_tensors(root / "images-000000001", "generator")["weight"].unique().tolist() == [100]
+
+
+def mounted(folder: Path, options: str) -> None:
+    """A file system in memory; skips the test where none can be mounted."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("file systems can only be mounted by root")
+
+
+@contextmanager
+def full(root: Path) -> Iterator[None]:
+    """Not a block is left."""
+    filler = root / "filler"
+    with filler.open("wb", buffering=0) as file:
+        with suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        try:
+            yield
+        finally:
+            filler.unlink()
+
+
+@contextmanager
+def read_only(root: Path) -> Iterator[None]:
+    subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(root)], check=True)
+
+
+@contextmanager
+def not_permitted(root: Path) -> Iterator[None]:
+    """As another user than the one that the folder belongs to."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def limited(root: Path) -> Iterator[None]:
+    """Files may not grow beyond a kibibyte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+OBSTACLES = {
+    "full": (full, errno.ENOSPC),
+    "read-only": (read_only, errno.EROFS),
+    "permission": (not_permitted, errno.EACCES),
+    "file size": (limited, errno.EFBIG),
+}
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 200 KiB, which others may read."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are for their owner only
+        folder = Path(name)
+        folder.chmod(0o755)
+        mounted(folder, "size=200k,mode=755")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("images_seen", [64, 128])  # 64: in the place of the one that is there
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
+    small_disk, caplog, obstacle, images_seen, on_failure
+):
+    prevented, code = OBSTACLES[obstacle]
+    writer = CheckpointWriter(small_disk, CheckpointConfig(on_failure=on_failure))
+    writer.save(64, files_of(1.0), {"images_seen": 64})
+    writer.finish()
+    old = small_disk / "images-000000064"
+    content = bytes_of(old)
+    with prevented(small_disk):
+        writer.save(images_seen, files_of(2.0, 10_000), {})
+        writer.close()
+        assert names(small_disk) in ([old.name], ["filler", old.name])
+        assert bytes_of(old) == content
+        assert newest_checkpoint(small_disk) == old
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    said = record.getMessage()
+    assert f"no checkpoint could be written at {images_seen} images" in said
+    assert os.strerror(code) in said
+    assert writer.has_failed is (on_failure == "stop")
+    assert writer.failed_writes == 1
+    with pytest.raises(OSError, match=os.strerror(code)) as raised:
+        writer.finish()
+    assert raised.value.errno == code
+
+    writer.save(192, files_of(3.0), {})  # the disk is well again, and so is the run
+    writer.finish()
+    assert not writer.has_failed
+    assert names(small_disk) == [old.name, "images-000000192"]
+
+
+def test_a_folder_that_vanishes_meanwhile_is_a_failed_write_and_made_again(root, disk, caplog):
+    root.mkdir()
+    writer = CheckpointWriter(root, CheckpointConfig())
+    writer.save(64, files_of(1.0), {})
+    deadline = time.monotonic() + 60
+    while not list(root.glob(".unfinished-*/generator.safetensors")):
+        assert time.monotonic() < deadline
+    shutil.rmtree(root)
+    disk.set()
+    with pytest.raises(FileNotFoundError):
+        writer.finish()
+    assert "no checkpoint could be written at 64 images" in caplog.text
+    writer.save(128, files_of(2.0), {})
+    writer.finish()
+    assert names(root) == ["images-000000128"]
+
+
+def test_where_the_run_folder_is_gone_none_is_made_for_a_checkpoint_alone(root):
+    shutil.rmtree(root.parent)
+    writer = CheckpointWriter(root, CheckpointConfig())
+    writer.save(64, files_of(1.0), {})
+    with pytest.raises(FileNotFoundError):
+        writer.finish()
+    assert not root.parent.exists()
+
+
+@pytest.mark.parametrize("images_seen", [128, 192])  # 128: in the place of the newest
+def test_an_error_of_any_operation_leaves_all_as_it_was(root, monkeypatch, caplog, images_seen):
+    """A stand-in for a disk that fails once, at the n-th operation, for every n."""
+    operations = {(os, "fsync"), (os, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "open")}
+    left, failed_at = 0, 0
+
+    def failing(call):
+        def operation(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*arguments, **options)
+
+        return operation
+
+    while True:
+        shutil.rmtree(root, ignore_errors=True)
+        writer = CheckpointWriter(root, CheckpointConfig(keep_last=2))
+        for images in (64, 128):
+            writer.save(images, files_of(float(images)), {})
+        writer.finish()
+        before = {path.name: bytes_of(path) for path in root.iterdir()}
+        failed_at += 1
+        with monkeypatch.context() as patched:
+            for owner, name in operations:
+                patched.setattr(owner, name, failing(getattr(owner, name)))
+            left = failed_at
+            writer.save(images_seen, files_of(7.0), {})
+            writer.close()
+        if left > 0:
+            break  # so many operations there are not
+        after = {path.name: bytes_of(path) for path in root.iterdir()}
+        newest = newest_checkpoint(root)
+        assert newest is not None
+        value = float(load_tensors(newest, "generator")["weight"][0])
+        assert (newest.name, value) in [
+            ("images-000000128", 128.0),
+            (f"images-{images_seen:09d}", 7.0),
+        ], failed_at
+        if value == 128.0:  # not in place
+            assert writer.failed_writes == 1
+            assert after == before, failed_at
+    assert failed_at > 12
+    assert "Input/output error" in caplog.text
+
+
+def test_bits_that_read_back_otherwise_are_no_checkpoint(root, monkeypatch):
+    """Memory or a disk that turns one bit, once the file is written."""
+    writer = CheckpointWriter(root, CheckpointConfig())
+    writer.save(64, files_of(1.0), {})
+    writer.finish()
+    save_tensors = checkpoint.save_tensors
+
+    def turning(path, tensors):
+        save_tensors(path, tensors)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    monkeypatch.setattr(checkpoint, "save_tensors", turning)
+    writer.save(128, files_of(2.0), {})
+    with pytest.raises(OSError, match="other bits of weight"):
+        writer.finish()
+    assert names(root) == ["images-000000064"]
+
+
+def test_what_is_no_fault_of_the_disk_is_raised_also_by_the_next_save(root):
+    writer = CheckpointWriter(root, CheckpointConfig())
+    with pytest.raises(TypeError):
+        writer.save(1, files_of(1.0), {"not JSON": object()})
+    sparse = torch.eye(2).to_sparse()
+    writer.save(1, {"generator": {"sparse": sparse}}, {})
+    with pytest.raises(Exception, match=r"(?i)sparse|contiguous|memory"):
+        writer.save(2, files_of(1.0), {})
+
+
+def test_whoever_may_read_other_files_may_read_a_checkpoint(root):
+    writer = CheckpointWriter(root, CheckpointConfig())
+    before = os.umask(0o027)
+    try:
+        writer.save(64, files_of(1.0), {})
+        writer.finish()
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (root / "images-000000064").iterdir()}
+    assert modes == {0o640}
+
+
+def test_the_score_is_kept_and_the_best_stays(root, caplog):
+    writer = CheckpointWriter(root, CheckpointConfig(keep_last=1, best="eval/fid"))
+    scores = [None, 30.0, 10.0, 20.0, float("nan"), [1.0], 10.0, 11.0]
+    for images_seen, score in enumerate(scores):
+        writer.save(images_seen, files_of(1.0), {"steps": 3}, score)
+    writer.finish()
+    # Of equal scores, the older: the later one may be the same evaluation's.
+    assert names(root) == ["images-000000002", "images-000000007"]
+    state = json.loads((root / "images-000000002" / "state.json").read_text())
+    assert state == {"steps": 3, "score": {"name": "eval/fid", "value": 10.0}}
+    (record,) = caplog.records
+    assert (
+        "no row so far has a number `eval/fid`, which checkpoint.best names" in record.getMessage()
+    )
