@@ -1,0 +1,267 @@
+"""Curves for a page: grouped by what they show, and few enough points to draw."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ganscale.report.reading import Curve, Run
+
+COLOURS = 6
+"""Line colours in style.css."""
+
+# Of one curve. A card is some 500 pixels wide, and a bucket of rows gives two points.
+_MOST_POINTS = 2000
+_FEWEST_POINTS = 400
+_NON_FINITE_NAMED = 50  # marks of one curve
+
+SECTIONS = {
+    "eval": ("Evaluation", "Scores of generated images; lower is better for distances."),
+    "collapse": (
+        "Diversity",
+        "Distances among generated images over those among real ones: 1 is as different as the "
+        "data, near 0 for long a generator that has collapsed.",
+    ),
+    "panel": (
+        "Panel",
+        "Every loss on the same logits, whatever the run trains: these can be compared between "
+        "runs of different objectives.",
+    ),
+    "panel/critic": (
+        "Panel: critic",
+        "Every critic loss on the run's own logits, whatever it trains: these can be compared "
+        "between runs of different objectives.",
+    ),
+    "panel/generator": (
+        "Panel: generator",
+        "Every generator loss on the run's own logits, whatever it trains.",
+    ),
+    "loss": ("Loss", "What the run minimises, and its parts; comparable within one objective."),
+    "logits": ("Logits", "The critic's raw scores of real and generated images."),
+    "penalty": ("Penalties", "Gradient penalties and the norms that they look at."),
+    "clip": ("Clipping", "Weight clipping."),
+    "optim": ("Optimization", "Gradients, weights, learning rates, the average."),
+    "perf": ("Speed", "Throughput, and where the time of a step goes."),
+    "data": ("Data", "The health of the data."),
+    "audit": ("Audits", "Comparisons of the ranks' replicas, and stops on NaN or infinity."),
+}
+"""Known sections in the order of the page: (title, what it shows). Others follow by name."""
+
+# In a report of one run these figures share a chart: (row name, title, label).
+_TOGETHER = (
+    (r"loss/(?:critic(?:_(?P<label>.+))?|(?P<also>penalty_.+))", "critic, with its parts", "sum"),
+    (r"loss/generator(?:_(?P<label>.+))?", "generator, with its parts", "sum"),
+    (r"perf/(?P<label>.+)_ms", "time of a cycle", ""),
+    (r"logits/(?P<label>.+)_histogram_(?P<also>p\d\d)", "distribution: 5, 50, 95 %", ""),
+)
+# So do figures of the two players, of the two kinds of images, and statistics of one thing.
+_ROLES = (("critic", "generator"), ("real", "fake"))
+_STATISTICS = ("min", "mean", "max", "std")
+_PERCENTILES = ("p50", "p05", "p95")
+_ORDER = ("sum", "cycle", "critic", "generator", "real", "fake", *_STATISTICS)
+
+_UNITS = (
+    (r"_per_second(_|$)", "1/s"),
+    (r"_seconds(_|$)", "s"),
+    (r"_ms(_|$)", "ms"),
+    (r"_us(_|$)", "µs"),
+    (r"_bytes(_|$)", "bytes"),
+    (r"_gib(_|$)", "GiB"),
+    (r"_mib(_|$)", "MiB"),
+    (r"(_|/)(share|fraction)(_(min|mean|max))?$", "share"),
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What one pair of axes shows: (row name, label) of each line, for every run that has it.
+
+    colours: of the lines; those after them have the same ones again, dashed, then dotted
+    """
+
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str], ...]
+    colours: int = COLOURS
+
+
+def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Chart]]:
+    """Charts by section, in the order of the page.
+
+    overlays_runs: lines are runs, so that a chart shows one figure; otherwise figures that belong
+    together (critic and generator, real and fake, minimum, mean and maximum) share one.
+    """
+    by_section: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        by_section.setdefault(_section(name, overlays_runs), []).append(name)
+    known = list(SECTIONS)
+    ordered = sorted(
+        by_section,
+        key=lambda name: (known.index(name) if name in known else len(known), name == "", name),
+    )
+    make = _single_charts if overlays_runs else _shared_charts
+    return {section: make(section, by_section[section]) for section in ordered}
+
+
+def title_of_section(section: str) -> tuple[str, str]:
+    """(title, description) for a heading; the bare name for a section that is not known."""
+    return SECTIONS.get(section, (section.replace("_", " ").capitalize() or "Other", ""))
+
+
+def unit_of(name: str) -> str:
+    """The unit that the end of a row's name tells, else nothing."""
+    if "images_per_second" in name:
+        return "images/s"
+    return next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "")
+
+
+def most_points(runs: int) -> int:
+    """The points that one curve may have on a page of so many runs."""
+    return max(_FEWEST_POINTS, _MOST_POINTS // runs)
+
+
+def drawable(curve: Curve, most: int) -> dict[str, Any]:
+    """A curve for JSON: `x`, `y` (None breaks the line where a figure was not finite), `rows`, and
+    `nonfinite`, its first ones as [x, text].
+
+    With more than `most` rows, each of `most / 2` stretches of equal length keeps its minimum and
+    its maximum in their places, so that no spike is lost; `mean_x` and `mean_y` are the stretches'
+    means, for a smoothed line that is not drawn from extremes.
+    """
+    is_finite = np.isfinite(curve.y)
+    lost = np.flatnonzero(~is_finite)
+    line: dict[str, Any] = {
+        "rows": len(curve.x),
+        "nonfinite": [
+            [int(curve.x[i]), _word(float(curve.y[i]))] for i in lost[:_NON_FINITE_NAMED]
+        ],
+        "nonfinite_rows": len(lost),
+    }
+    if len(curve.x) <= most:
+        return {**line, "x": curve.x.tolist(), "y": _numbers(curve.y)}
+    kept, mean_x, mean_y = [0, len(curve.x) - 1], [], []
+    for stretch in np.array_split(np.arange(len(curve.x)), max(1, most // 2 - 1)):
+        finite = stretch[is_finite[stretch]]
+        if len(finite) < len(stretch):
+            kept.append(int(stretch[~is_finite[stretch]][0]))
+        if len(finite):
+            values = curve.y[finite]
+            kept += [int(finite[values.argmin()]), int(finite[values.argmax()])]
+            mean_x.append(int(curve.x[finite].mean()))
+            mean_y.append(float(f"{values.mean():.6g}"))  # is only looked at
+    places = np.unique(kept)
+    return {
+        **line,
+        "x": curve.x[places].tolist(),
+        "y": _numbers(curve.y[places]),
+        "mean_x": mean_x,
+        "mean_y": mean_y,
+    }
+
+
+def late_mean(curve: Curve) -> float:
+    """The mean of the finite figures in the last tenth of a curve's images; NaN without any."""
+    late = curve.y[curve.x >= curve.x[0] + 0.9 * (curve.x[-1] - curve.x[0])]
+    late = late[np.isfinite(late)]
+    return float(late.mean()) if len(late) else math.nan
+
+
+def all_names(runs: Sequence[Run]) -> list[str]:
+    """The row names that any of the runs has."""
+    return sorted({name for run in runs for name in run.metrics.curves})
+
+
+def trained_by(chart: Chart, runs: Sequence[Run]) -> list[int]:
+    """The numbers of the runs that train the loss which a chart of the panel shows."""
+    name = chart.lines[0][0]
+    loss = name.rpartition("/")[2] if name.startswith("panel/") else None
+    return [
+        number
+        for number, run in enumerate(runs)
+        if loss is not None and run.setting("objective.loss.name") == loss
+    ]
+
+
+def _section(name: str, overlays_runs: bool) -> str:
+    parts = name.split("/")
+    if len(parts) == 1:
+        return ""
+    if overlays_runs and len(parts) > 2 and parts[0] == "panel":
+        return "/".join(parts[:2])
+    return parts[0]
+
+
+def _single_charts(section: str, names: list[str]) -> list[Chart]:
+    return [
+        Chart(_title(section, name), unit_of(name), ((name, ""),))
+        for name in names
+        if not re.search(r"_histogram_p\d\d$", name)  # their means and deviations are there
+    ]
+
+
+def _shared_charts(section: str, names: list[str]) -> list[Chart]:
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        title, label = _shared(section, name, set(names))
+        groups.setdefault(title, []).append((name, label))
+    charts = []
+    for title, lines in groups.items():
+        lines.sort(key=lambda line: _order(line[1]))
+        # Percentiles of one distribution have its colour, the median's line is solid.
+        is_paired = len(lines) == 2 * len(_PERCENTILES) and lines[0][1].endswith(_PERCENTILES[0])
+        colours = 2 if is_paired else COLOURS
+        charts.append(Chart(title, unit_of(lines[0][0]), tuple(lines), colours))
+    return charts
+
+
+def _shared(section: str, name: str, names: set[str]) -> tuple[str, str]:
+    """(the title of the chart that shows a figure, its label there)."""
+    for pattern, title, total in _TOGETHER:
+        if (match := re.fullmatch(pattern, name)) is not None:
+            parts = [part for part in match.groupdict().values() if part]
+            return title, " ".join(parts).replace("_", " ") or total
+    words = re.split(r"([/_])", name)
+    for roles in _ROLES:
+        for place, word in enumerate(words):
+            siblings = {"".join([*words[:place], role, *words[place + 1 :]]) for role in roles}
+            if word in roles and siblings <= names:
+                shared = "".join([*words[:place], *words[place + 2 :]]).rstrip("_/")
+                return _title(section, shared), word
+    stem, _, statistic = name.rpartition("_")
+    if statistic in _STATISTICS and _has_statistics(stem, names):
+        return _title(section, stem), statistic
+    if _has_statistics(name, names):
+        return _title(section, name), "mean"
+    return _title(section, name), ""
+
+
+def _has_statistics(stem: str, names: set[str]) -> bool:
+    found = {stem, *(f"{stem}_{statistic}" for statistic in _STATISTICS)} & names
+    return len(found) > 1
+
+
+def _order(label: str) -> tuple[int, int]:
+    kind, _, percentile = label.rpartition(" ")
+    if percentile in _PERCENTILES:
+        return _PERCENTILES.index(percentile), _ORDER.index(kind) if kind in _ORDER else -1
+    return _ORDER.index(label) if label in _ORDER else len(_ORDER), 0
+
+
+def _title(section: str, name: str) -> str:
+    if section and name.startswith(f"{section}/"):
+        name = name.removeprefix(f"{section}/")
+    elif name == section:
+        return title_of_section(section)[0].lower()
+    words = name.replace("_", " ").replace("/", " / ")
+    return re.sub(r" (ms|us|bytes|seconds|gib|mib|share)$", "", words)  # the unit stands beside it
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _word(value: float) -> str:
+    return "NaN" if math.isnan(value) else "+infinity" if value > 0 else "-infinity"
