@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ganscale.tracking.record import Value
+
 _SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
 
 
@@ -32,9 +34,7 @@ class Console:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}",
             )
 
-    def update(
-        self, images_seen: int, images_per_second: float, row: Mapping[str, float | int | str]
-    ) -> None:
+    def update(self, images_seen: int, images_per_second: float, row: Mapping[str, Value]) -> None:
         """Shows one logging interval; `row` gives `loss/critic` and `loss/generator`."""
         parts = [f"{label} {row[name]:.4f}" for label, name in _SHOWN_LOSSES.items() if name in row]
         parts.append(f"{images_per_second:,.0f} img/s")
@@ -46,12 +46,12 @@ class Console:
         else:
             self._bar.n = images_seen
             self._bar.set_postfix_str(progress)
-        _append_line(self._log_path, line)
+        append_line(self._log_path, line)
 
     def message(self, text: str) -> None:
         """Shows `text` above the bar, and keeps it in the log file."""
         _print_above_bar(text)
-        _append_line(self._log_path, text)
+        append_line(self._log_path, text)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
@@ -98,7 +98,7 @@ class _ConsoleAndFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
         _print_above_bar(text)
-        _append_line(self._log_path, text)
+        append_line(self._log_path, text)
 
 
 # A job's stdout is often a file on the disk that holds the run. When that is full, a line is given
@@ -111,6 +111,7 @@ def _print_above_bar(text: str) -> None:
         sys.stdout.flush()
 
 
-def _append_line(path: Path, text: str) -> None:
+def append_line(path: Path, text: str) -> None:
+    """Adds `text` to a log, with date and time."""
     with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")

@@ -6,7 +6,6 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,10 @@ import numpy as np
 IMAGES_SEEN = "progress/images_seen"
 """The name that every row carries: the time of the run, in images."""
 
+Value = float | int | str | dict[str, Any]
+"""A number (numpy's, too), a text, a picture's path in the run folder (under `samples/`), or a
+histogram: {"counts": n numbers, "edges": n + 1 numbers}."""
+
 # JSON has no such numbers, and the literal NaN that Python writes by default breaks other readers.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -22,15 +25,6 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _MAX_PENDING_ROWS = 10_000
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class End:
-    """Where a record ends: its last `images_seen`, and the rows and names logged at that point."""
-
-    images_seen: int = -1
-    rows: int = 0
-    names: frozenset[str] = frozenset()
 
 
 class Record:
@@ -52,7 +46,7 @@ class Record:
         """The rows that wait in memory for room on the disk."""
         return len(self._waiting)
 
-    def append(self, row: Mapping[str, float | int | str]) -> None:
+    def append(self, row: Mapping[str, Value]) -> None:
         """Writes one row with its names sorted; values may be numpy scalars.
 
         Raises ValueError for a row without an integer `progress/images_seen`.
@@ -65,14 +59,6 @@ class Record:
         else:
             self.lost_rows += 1
         self._write_waiting()
-
-    def end(self) -> End:
-        """Where the file ends now, which is where an earlier process stopped."""
-        end = End()
-        for line in self._lines():
-            if (row := _parse(line)) is not None:
-                end = _extended(end, row)
-        return end
 
     def rewind(self, images_seen: int) -> int:
         """Drops the rows after `images_seen`, and returns how many lines that were.
@@ -127,19 +113,24 @@ class Record:
                 self._has_warned = True
 
 
-def read_rows(path: Path) -> Iterator[dict[str, float | int | str]]:
+def read_rows(path: Path) -> Iterator[dict[str, Value]]:
     """The rows of a record, in order; damaged lines are passed over with a warning."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            row = _parse(line)
-            if row is None:
-                logger.warning("%s: line %d is damaged", path, number)
+            if (row := parse_row(line)) is not None:
+                yield row
             else:
-                yield {name: _from_json(value) for name, value in row.items()}
+                logger.warning("%s: line %d is damaged", path, number)
 
 
-def _parse(line: bytes) -> dict | None:
-    """The row of a line, its values still as JSON has them; None where the line is not whole."""
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None where the line is not whole."""
+    row = _parse(line)
+    return None if row is None else {name: _from_json(value) for name, value in row.items()}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """`parse_row` with values as JSON has them."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
@@ -147,17 +138,11 @@ def _parse(line: bytes) -> dict | None:
     return row if isinstance(row, dict) and isinstance(row.get(IMAGES_SEEN), int) else None
 
 
-def _extended(end: End, row: dict) -> End:
-    if row[IMAGES_SEEN] > end.images_seen:
-        return End(row[IMAGES_SEEN], 1, frozenset(row))
-    return End(end.images_seen, end.rows + 1, end.names | frozenset(row))
-
-
-def _to_json(value: Any) -> float | int | str:
+def _to_json(value: Any) -> Value:
     if isinstance(value, np.generic):
         value = value.item()
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _from_json(value: float | int | str) -> float | int | str:
+def _from_json(value: Value) -> Value:
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ganscale.tracking.record import End, Record, read_rows
+from ganscale.tracking.following import Rows
+from ganscale.tracking.record import Record, read_rows
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ def test_non_finite_and_numpy_values_survive_in_json_that_any_reader_takes(path)
     json.loads(path.read_text(), parse_constant=refuse)
     (read,) = read_rows(path)
     assert list(read) == sorted(row)
-    assert math.isnan(float(read.pop("loss/critic")))
+    assert math.isnan(float(read.pop("loss/critic")))  # type: ignore[arg-type]
     assert read == {name: row[name] for name in read}
 
 
@@ -63,7 +64,7 @@ def test_rewinding_drops_the_rows_after_a_checkpoint_and_keeps_its_own(path):
 
 def test_rewinding_a_run_without_a_record_drops_nothing(path):
     assert Record(path).rewind(-1) == 0
-    assert Record(path).end() == End()
+    assert list(Rows(path).read()) == []
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 20, 51])
@@ -80,15 +81,38 @@ def test_a_torn_last_line_is_dropped_and_reported(path, caplog, kept_bytes):
     assert images_seen(path) == [64, 192]
 
 
-def test_the_end_names_all_that_was_logged_at_the_last_images_seen(path):
+def test_rows_of_one_moment_have_steps_one_after_the_other(path):
+    write(path, [64, 64, 64, 65, 128, 128])
+    assert [step for step, _ in Rows(path).read()] == [64, 65, 66, 67, 128, 129]
+
+
+def test_a_row_has_the_same_step_whoever_reads_it_and_when(path):
+    rows = Rows(path)
+    followed = []
+    for images_seen in (64, 64, 128):
+        write(path, [images_seen])
+        followed += rows.read()
+    assert followed == list(Rows(path).read())
+    assert list(rows.read()) == []
+
+
+def test_half_a_line_is_left_until_it_is_whole(path):
+    write(path, [64, 128])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    rows = Rows(path)
+    assert [step for step, _ in rows.read()] == [64]
+    path.write_bytes(whole)
+    assert [step for step, _ in rows.read()] == [128]
+
+
+def test_a_histogram_is_kept_as_it_is(path):
+    histogram = {"counts": [1, 2], "edges": [-0.5, 0.0, 0.5]}
     record = Record(path)
-    record.append({"progress/images_seen": 64, "loss/critic": 1.0})
-    record.append({"progress/images_seen": 128, "loss/critic": 1.0})
-    record.append({"progress/images_seen": 128, "eval/fid": 50.0})
+    record.append({"progress/images_seen": 64, "logits/real_histogram": histogram})
     record.close()
-    assert record.end() == End(
-        128, 2, frozenset({"progress/images_seen", "loss/critic", "eval/fid"})
-    )
+    (row,) = read_rows(path)
+    assert row["logits/real_histogram"] == histogram
 
 
 def test_a_row_without_images_seen_is_refused(path):
@@ -118,7 +142,7 @@ for step in range(1, 10**9):
         process.kill()
         process.communicate(timeout=20)
 
-    last = Record(path).end().images_seen
+    last = [step for step, _ in Rows(path).read()][-1]
     assert last >= 500
     Record(path).rewind(400)
     assert images_seen(path) == list(range(1, 401))

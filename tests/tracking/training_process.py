@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ganscale.tracking import Tracker, setup_logging
+from ganscale.tracking.messages import Checkpoint, Identity
 
 IMAGES_PER_STEP = 64
 
@@ -22,36 +24,39 @@ def main(
     first_step: int,
     last_step: int,
     evaluation_interval: int = 10,
-    pause_at: int | None = None,
+    pause_at: int = 0,
+    pause_again_at: int = 0,
+    checkpoints: list[dict] | None = None,
+    finish_seconds: float = 30.0,
 ) -> None:
     setup_logging(Path(run_folder) / "log.txt", rank=0)
     started = time.monotonic()
     tracker = Tracker(
         Path(run_folder),
-        project="tests",
-        name="a run",
-        mode=mode,  # type: ignore[arg-type]
-        config={"world_size": first_step},
-        run_id="same-run",
-        resumed_at=(first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
+        Identity("same-run", "tests", "a run", {"world_size": first_step}),
+        mode,  # type: ignore[arg-type]
+        (first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
+        retry_seconds=0.6,
+        finish_seconds=finish_seconds,
     )
     start_seconds = time.monotonic() - started
-    location = tracker.location
     for step in range(first_step, last_step + 1):
         position = {"step": step, "images_seen": step * IMAGES_PER_STEP}
         tracker.log({"loss/critic": 1 / step, "loss/generator": float("nan")}, **position)
         if evaluation_interval and step % evaluation_interval == 0:
-            grid = np.full((16, 32, 3), step, np.uint8)
-            tracker.log_samples("samples/images", grid, **position)
+            path = Path(run_folder) / "samples" / f"images-{step:09d}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((16, 32, 3), step, np.uint8)).save(path)
+            tracker.log_pictures({"samples/images": path}, **position)
             tracker.log({"eval/fid": 100.0 / step}, **position)
-        if step == pause_at:
+        if step in (pause_at, pause_again_at):
             print(json.dumps({"logged": step}), flush=True)
             sys.stdin.readline()
     started = time.monotonic()
-    tracker.finish({"final/critic": 0.5}, exit_code=0)
+    kept = [Checkpoint(**each) for each in checkpoints or []]
+    tracker.finish({"final/critic": 0.5}, exit_code=0, checkpoints=kept)
     report = {
-        "location": location,
-        "degraded": tracker.degraded,
+        "location": tracker.location,
         "start_seconds": start_seconds,
         "finish_seconds": time.monotonic() - started,
     }

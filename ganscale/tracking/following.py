@@ -1,0 +1,42 @@
+"""Reading a record for W&B: rows as they come, each with the step that it has there."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ganscale.tracking.record import IMAGES_SEEN, parse_row
+
+
+class Rows:
+    """The rows of a record that may still be growing.
+
+    W&B keeps one row per value of its own step and drops what comes later with the same one, while
+    at one moment of a run there may be a row of meters, one of pictures and one of scores. So its
+    step is `images_seen`, moved on by one where that is taken: a function of the record alone, so
+    that whoever sends a row, and whenever, gives it the same step. Charts have
+    `progress/images_seen` as their axis, which is exact.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._position = 0  # in bytes: the file before it was read
+        self._last_step = -1
+        self.count = 0  # of the rows that were read so far
+
+    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(W&B's step, row) for what is new in the file; half a line at its end is left for later.
+
+        Raises OSError where the file cannot be read; to ask again loses nothing.
+        """
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._position += len(line)
+                if (row := parse_row(line)) is not None:
+                    self.count += 1
+                    self._last_step = max(row[IMAGES_SEEN], self._last_step + 1)
+                    yield self._last_step, row

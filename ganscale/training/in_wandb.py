@@ -1,0 +1,39 @@
+"""What a run folder says that its run in W&B should be."""
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ganscale.schema import Config
+from ganscale.tracking.messages import Checkpoint, Identity
+from ganscale.training.provenance import read_sessions
+from ganscale.training.retention import best_of, survey
+from ganscale.training.run_folder import RunFolder
+
+
+def identity_of(config: Config, folder: RunFolder) -> Identity:
+    """The run's id, project and name in W&B, and its config there: the settings, and where each
+    session came from (the newest under `session`, where a table shows its parts as columns)."""
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    sessions = read_sessions(folder.sessions)
+    return Identity(
+        run_id=json.loads(folder.identity.read_text())["id"],
+        project=config.log.project,
+        name=config.run.name,
+        config={str(key): value for key, value in settings.items()}
+        | {"session": sessions[-1] if sessions else {}, "sessions": sessions},
+    )
+
+
+def kept_in_wandb(root: Path, config: Config) -> list[Checkpoint]:
+    """The checkpoints that `log.artifacts` asks for, with their aliases there."""
+    wanted = config.log.artifacts
+    saved = [each for each in survey(root) if each.fault is None] if wanted != "none" else []
+    aliases: dict[Path, list[str]] = {}
+    if saved and wanted in ("last", "both"):
+        aliases.setdefault(saved[-1].folder, []).append("last")
+    if wanted in ("best", "both") and (best := best_of(saved, config.checkpoint)) is not None:
+        aliases.setdefault(best.folder, []).append("best")
+    return [Checkpoint(str(folder), names) for folder, names in aliases.items()]

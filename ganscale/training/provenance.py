@@ -1,0 +1,101 @@
+"""Where a session of a run comes from: code, versions, cluster, data."""
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ganscale import __version__
+from ganscale.runtime import Runtime
+
+_GIT_SECONDS = 5.0
+
+
+def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
+    """What is kept of each session; texts and numbers only."""
+    nodes = max(1, round(1 / runtime.node_share))
+    cluster = {
+        "world_size": runtime.world_size,
+        "nodes": nodes,
+        "ranks_per_node": runtime.world_size // nodes,
+        "device": _device_name(runtime.device),
+        "host": platform.node(),
+    }
+    if job := os.environ.get("SLURM_JOB_ID"):
+        cluster["slurm_job_id"] = job
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "images_seen": images_seen,
+        "command": sys.argv,
+        "git": git_revision(Path.cwd()),
+        "versions": {
+            "ganscale": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda or "none",
+            **{name: _version(name) for name in ("accelerate", "numpy", "wandb")},
+        },
+        "cluster": cluster,
+        "data_fingerprint": fingerprint,
+    }
+
+
+def append_session(path: Path, facts: dict[str, Any]) -> None:
+    """Adds a session to a file of one JSON object a line, if the disk takes it."""
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(facts) + "\n")
+
+
+def read_sessions(path: Path) -> list[dict[str, Any]]:
+    """All sessions of a run, in order; a damaged line is passed over."""
+    sessions = []
+    with contextlib.suppress(OSError):
+        for line in path.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                sessions.append(json.loads(line))
+    return sessions
+
+
+def git_revision(folder: Path) -> dict[str, Any]:
+    """{"revision", "is_dirty"} of the working tree that holds `folder`; {} outside of any."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        revision = _git(folder, "rev-parse", "HEAD").strip()
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        return {"revision": revision, "is_dirty": bool(changes.strip())}
+    return {}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=_GIT_SECONDS,
+        env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+    ).stdout
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,21 @@
+"""Synchronizes a run folder as `ganscale sync` does, and prints what came of it as JSON."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from ganscale.errors import GanscaleError
+from ganscale.tracking.messages import Checkpoint, Identity
+from ganscale.tracking.sync import synchronize
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[2])
+    checkpoints = [Checkpoint(**each) for each in arguments.pop("checkpoints", [])]
+    project = arguments.pop("project", "tests")
+    identity = Identity("same-run", project, "a run", {"world_size": 1})
+    try:
+        done = synchronize(Path(sys.argv[1]), identity, checkpoints, **arguments)
+        print(json.dumps(asdict(done)))
+    except GanscaleError as error:
+        print(json.dumps({"error": f"{type(error).__name__}: {error}"}))

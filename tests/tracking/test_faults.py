@@ -1,0 +1,176 @@
+"""Whatever becomes of W&B, training goes on, ends in time, and loses nothing: `sync` sends it."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from subprocess import Popen
+
+import psutil
+import pytest
+from sessions import (
+    DEADLINE_SECONDS,
+    RUN_ID,
+    end,
+    go_on,
+    recorded_steps,
+    start,
+    steps,
+    synchronize,
+    wait_until,
+    wait_until_paused,
+)
+from wandb_server import WandbServer
+
+pytestmark = pytest.mark.timeout(2 * DEADLINE_SECONDS)
+
+LAST_STEP = 30
+FINISH_SECONDS = 5
+
+
+def paused(environment, run_folder, mode="auto", finish_seconds=FINISH_SECONDS) -> Popen[str]:
+    """A session that has logged 15 of its rows, and goes on when it is ended."""
+    process = start(
+        environment,
+        run_folder=run_folder,
+        mode=mode,
+        first_step=1,
+        last_step=LAST_STEP,
+        pause_at=15,
+        finish_seconds=finish_seconds,
+    )
+    wait_until_paused(process)
+    return process
+
+
+def services(process: Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "wandb-core" in child.name()]
+
+
+def sent(server: WandbServer, name: str = "loss/critic") -> list[int]:
+    return steps(server.runs[RUN_ID].history, name) if RUN_ID in server.runs else []
+
+
+def expect_all_rows_once(server: WandbServer) -> None:
+    assert sent(server) == list(range(1, LAST_STEP + 1))
+    assert sent(server, "eval/fid") == sent(server, "samples/images") == [10, 20, 30]
+
+
+@pytest.mark.parametrize("fault", [401, 429, 503, "hang", "dead"])
+def test_a_server_that_fails_at_the_start(fault, with_account, run_folder, server):
+    if fault == "dead":
+        server.stop()
+    server.fault = lambda path: None if fault == "dead" else fault
+    process = paused(with_account, run_folder)
+    report = end(process)
+    assert report["start_seconds"] < 1
+    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    assert report["output"].count("ganscale sync") == 1
+    assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
+    assert not sent(server)
+
+
+@pytest.mark.parametrize("fault", [403, 429, "hang", "dead"])
+def test_a_server_that_fails_in_the_middle(fault, with_account, run_folder, server):
+    process = paused(with_account, run_folder)
+    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+    if fault == "dead":
+        server.stop()
+    server.fault = lambda path: None if fault == "dead" else fault
+    report = end(process)
+    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    assert report["output"].count("ganscale sync") == 1
+    assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
+
+    server.fault = lambda path: None
+    if fault == "dead":
+        server.start()
+    assert synchronize(with_account, run_folder)["rows"] == LAST_STEP + 6
+    expect_all_rows_once(server)
+
+
+def test_a_server_that_comes_back_gets_all_rows_within_the_session(
+    with_account, run_folder, server
+):
+    server.stop()
+    process = paused(with_account, run_folder, finish_seconds=30)
+    time.sleep(1)
+    server.start()
+    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+    # The client gives rows up when they are refused, and does not say so.
+    server.fault = lambda path: 403 if path.endswith("file_stream") else None
+    wait_until(lambda: server.requests["file_stream"] > 1, "refused rows")
+    server.fault = lambda path: None
+    end(process)
+    expect_all_rows_once(server)
+
+
+def test_a_server_that_dies_after_the_last_row(with_account, run_folder, server):
+    server.fault = lambda path: 503 if server.requests["file_stream"] > 1 else None
+    process = paused(with_account, run_folder)
+    report = end(process)
+    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    server.fault = lambda path: None
+    synchronize(with_account, run_folder)
+    expect_all_rows_once(server)
+    assert server.runs[RUN_ID].exit_code == 1  # there is no summary that says otherwise
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_service_that_dies_or_hangs(number, with_account, run_folder, server):
+    process = paused(with_account, run_folder)
+    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+    (service,) = services(process)
+    service.send_signal(number)
+    report = end(process)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        service.kill()
+    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
+    synchronize(with_account, run_folder)
+    expect_all_rows_once(server)
+
+
+def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk takes root")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(run_folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no disk can be mounted here")
+    try:
+        process = start(
+            with_account,
+            run_folder=run_folder,
+            mode="auto",
+            first_step=1,
+            last_step=LAST_STEP,
+            pause_at=15,
+            pause_again_at=25,
+            evaluation_interval=0,
+        )
+        wait_until_paused(process)
+        wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+        ballast = run_folder / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while file.write(b"0" * 512):
+                pass
+        go_on(process)
+        wait_until_paused(process)
+        ballast.unlink()
+        end(process)
+        assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
+        synchronize(with_account, run_folder)
+        assert sent(server) == list(range(1, LAST_STEP + 1))
+    finally:
+        subprocess.run(["umount", "--lazy", str(run_folder)], check=True)
+
+
+def test_an_uploader_that_dies_is_told_of_once(with_account, run_folder, server):
+    process = paused(with_account, run_folder)
+    for child in psutil.Process(process.pid).children():
+        child.kill()
+    report = end(process)
+    assert report["output"].count("W&B is off") == 1
+    assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))

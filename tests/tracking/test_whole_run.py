@@ -1,0 +1,137 @@
+"""What W&B has of runs that the commands trained, sent and swept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sessions import recorded_steps, steps
+from wandb_server import StoredRun, WandbServer
+
+from ganscale.data.manifest import Manifest
+from ganscale.tracking import read_rows
+from tests.conftest import REPOSITORY, TINY
+
+pytestmark = pytest.mark.timeout(180)
+
+SETTINGS = [
+    *(setting for setting in TINY if not setting.startswith("log.wandb")),
+    "training.total_images=160",
+    "samples.every_images=80",
+    "checkpoint.every_images=80",
+    "log.artifacts=last",
+]
+
+
+def ganscale(environment: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "ganscale", *arguments],
+        cwd=REPOSITORY,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def trained(
+    with_account: dict[str, str], server: WandbServer, digits: Path, tmp_path: Path
+) -> tuple[Path, StoredRun]:
+    """The folder of a run of two sessions, and what the server has of it."""
+    where = [f"run.folder={tmp_path}", "run.name=tiny", f"data.path={digits}"]
+    ganscale(with_account, "train", *SETTINGS, *where, "training.total_images=64")
+    ganscale(with_account, "train", *SETTINGS, *where)
+    (run,) = server.runs.values()
+    return tmp_path / "tiny", run
+
+
+def test_a_run_is_in_wandb_with_all_that_belongs_to_it(trained, server, digits, with_account):
+    folder, run = trained
+    rows: list[dict[str, Any]] = list(read_rows(folder / "metrics.jsonl"))
+    assert len(run.history) == len(rows)
+    assert steps(run.history) == recorded_steps(folder)
+    assert [row["progress/images_seen"] for row in run.history] == [
+        row["progress/images_seen"] for row in rows
+    ]
+    numbers = [(k, v) for k, v in rows[-2].items() if isinstance(v, float)]
+    assert len(numbers) > 50
+    sent = run.history[-2]
+    assert all(sent[name] == pytest.approx(value, nan_ok=True) for name, value in numbers)
+    histogram = sent["logits/real_histogram"]
+    assert histogram["_type"] == "histogram"
+    assert histogram["values"] == rows[-2]["logits/real_histogram"]["counts"]
+
+    for name, count in {"average": 4, "raw": 4, "walk": 4, "real": 1}.items():
+        shown = [row[f"samples/{name}"] for row in run.history if f"samples/{name}" in row]
+        assert len(shown) == count
+        assert all(picture["path"] in run.files and picture["format"] == "jpg" for picture in shown)
+
+    config = {
+        name: entry["value"] for name, entry in json.loads(run.config).items() if name != "_wandb"
+    }
+    assert config["generator"]["options"] == {"width": 4}
+    assert [session["images_seen"] for session in config["sessions"]] == [0, 64]
+    session = config["session"]
+    assert session["data_fingerprint"] == Manifest.load(str(digits)).fingerprint
+    revision = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if revision.returncode == 0:  # not where only the files were copied to
+        assert session["git"]["revision"] == revision.stdout.strip()
+    assert session["cluster"]["world_size"] == 1
+    assert {"python", "torch", "cuda", "ganscale", "wandb"} <= {*session["versions"]}
+
+    assert run.alerts == ["tiny: done"]
+    newest = [each for each in server.artifacts.values() if "latest" in each.aliases][-1]
+    weights = folder / "checkpoints" / "images-000000160" / "generator.safetensors"
+    assert newest.files["generator.safetensors"] == weights.read_bytes()
+
+    artifacts = len(server.artifacts)
+    assert "(0 sent now)" in ganscale(with_account, "sync", str(folder))
+    assert len(run.history) == len(rows)
+    assert len(server.artifacts) == artifacts
+
+
+def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits, tmp_path):
+    """The file as it is, but for the config: the demo takes minutes."""
+    sweep = yaml.safe_load((REPOSITORY / "configs/sweeps/objectives.yaml").read_text())
+    chosen = sweep["parameters"]["objective_file"]["values"]
+    files = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("configs/objective/*"))
+    assert chosen == files
+    tiny = " ".join([*SETTINGS, f"data.path={digits}"])
+    assert "configs/demo.yaml" in sweep["command"][2]
+    sweep["command"][2] = sweep["command"][2].replace("configs/demo.yaml", tiny)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    server.sweep_runs = [
+        {
+            "run_id": "swept",
+            "program": None,
+            "args": {"objective_file": {"value": str(REPOSITORY / "configs/objective/hinge.yaml")}},
+        }
+    ]
+    scripts = str(Path(sys.executable).parent)
+    environment = {**with_account, "PATH": f"{scripts}:{with_account['PATH']}"}
+    for command in (["sweep", "sweep.yaml"], ["agent", "tester/ganscale/sweep"]):
+        done = subprocess.run(
+            ["wandb", *command],
+            cwd=tmp_path,
+            env={**environment, "OMP_NUM_THREADS": "1", "WANDB_ENTITY": "tester"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout
+    folder = tmp_path / "runs" / "objectives" / "hinge-swept"
+    assert steps(server.runs["swept"].history) == recorded_steps(folder)
+    assert len(recorded_steps(folder)) == 5
+    assert json.loads((folder / "run.json").read_text())["id"] == "swept"  # for `ganscale sync`
+    config = json.loads(server.runs["swept"].config)
+    assert config["objective"]["value"]["loss"]["name"] == "hinge"
