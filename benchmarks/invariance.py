@@ -58,6 +58,7 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.cycle import Cycle
+from ganscale.training.measures import curve_row
 from ganscale.training.state import TrainingState
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -192,16 +193,28 @@ def record(config: Config, runtime: Runtime) -> Record:
         cycle.generator_step(batch, with_panel=True)  # pyright: ignore[reportPossiblyUnboundVariable]
         found[f"generator gradients at {state.images_seen} images"] = gradients(state.generator)
         cycle.update_average()
-        meters = state.meters.read()
-        found[f"meters at {state.images_seen} images"] = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in meters.items()
-        }
+        row = curve_row(state, runtime, config.training.total_images)
+        found[f"meters at {state.images_seen} images"] = _as_tensors(row, config)
     for name, tensor in state.audited().items():
         # A network's weights are of one kind, an optimizer's first and second moments of two.
         file, _, key = name.partition(".")
         kind = f"{file} {key.partition('.')[2]}" if file.endswith("_optimizer") else file
         found.setdefault(kind, {})[key] = tensor.detach().clone()
     return found
+
+
+def _as_tensors(row: dict[str, Any], config: Config) -> dict[str, Tensor]:
+    """The figures of a row; of histograms the edges and, where nothing is rounded from one bin into
+    the next, the counts."""
+    figures: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, float):
+            figures[name] = value
+            continue
+        figures[f"{name} edges"] = value["edges"]
+        if config.training.precision == "float64":
+            figures[f"{name} counts"] = value["counts"]
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
 
 def synthetic_batch(config: Config, runtime: Runtime, images_seen: int) -> Batch:

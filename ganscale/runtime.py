@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 
 T = TypeVar("T")
 
@@ -131,7 +131,26 @@ class Runtime:
         prepared = self._accelerator.prepare_model(module)
         if compression == "bfloat16" and self.world_size > 1:
             prepared.register_comm_hook(None, _average_in_bfloat16)
+        self.watch_averaging(prepared, False)
+        if self.world_size > 1:
+            _settle_buckets(prepared)
         return prepared
+
+    def watch_averaging(self, wrapped: nn.Module, watched: bool) -> None:
+        """Whether DDP notes the times of its next backward passes, which by itself it does at every
+        hundredth, waiting for the device."""
+        if self.world_size > 1:
+            wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)  # type: ignore[operator]
+
+    def seconds_of_averaging(self, wrapped: nn.Module) -> float:
+        """From the end of this rank's own gradients to the end of their averaging over the ranks,
+        in the last backward, if it was watched. Waits for the device."""
+        if self.world_size == 1:
+            return 0.0
+        wrapped.logger.set_runtime_stats_and_log()  # type: ignore[union-attr, operator]
+        data = wrapped._get_ddp_logging_data()  # type: ignore[operator]
+        nanoseconds = data["backward_comm_time"] - data["backward_compute_comm_overlap_time"]
+        return max(nanoseconds, 0) / 1e9
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """Inside, backward leaves this rank's gradients unsynchronized (accumulation)."""
@@ -141,6 +160,12 @@ class Runtime:
         """The sum of a small detached tensor over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """The largest of each element of a small tensor over all ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
         return tensor
 
     def is_equal_everywhere(self, numbers: Tensor) -> bool:
@@ -171,18 +196,20 @@ class Runtime:
         return result
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make()` returns on rank 0, on every rank; its UserError is raised on every rank."""
+        """What `make()` returns on rank 0, on every rank; its UserError or
+        UnavailableError is raised on every rank."""
         if self.world_size == 1:
             return make()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
-            except UserError as error:
-                outcome[1] = str(error)
+            except (UserError, UnavailableError) as error:
+                outcome[1] = type(error), str(error)
         dist.broadcast_object_list(outcome, src=0, group=self._control_group)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            kind, message = outcome[1]
+            raise kind(message)
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
@@ -203,6 +230,27 @@ class Runtime:
         """Leaves the process group; safe to call twice."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether `error` is what a collective raises when another rank is gone or late."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def _settle_buckets(wrapped: nn.Module) -> None:
+    """Has DDP arrange its buckets now, by a backward of zeros, and not after the first real one.
+
+    In which order a gradient is summed over more than two ranks depends on its place in a bucket:
+    the first step of a resumed run would differ in its last bits from that of the undisturbed one.
+    """
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    wrapped.reducer.prepare_for_backward([])  # type: ignore[union-attr, operator]
+    torch.stack([0 * parameter.sum() for parameter in parameters]).sum().backward()
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

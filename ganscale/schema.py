@@ -144,14 +144,22 @@ class AverageConfig:
 @dataclass
 class LogConfig:
     every_images: int = number(6_400, at_least=1)
+    # of one device at the run's precision, for perf/peak_share; 0: as known for some GPUs
+    peak_tflops: float = number(0.0, at_least=0)
     wandb: str = choice("auto", "auto", "online", "offline", "disabled")
     project: str = "ganscale"
+    alerts: bool = True  # the first NaN, a collapse and the end of the run are told, once each
+    # checkpoints that are uploaded when the run is done; best: of `checkpoint.best`
+    artifacts: str = choice("none", "none", "last", "best", "both")
 
 
 @dataclass
 class SamplesConfig:
     every_images: int = number(50_000, at_least=1)
     count: int = number(64, at_least=1)
+    raw: bool = True  # the same latents also through the weights as trained, beside their average
+    walks: int = number(4, at_least=0)  # rows of images from one latent to another; 0: none
+    real: bool = True  # a picture of the first real images, too
 
 
 @dataclass
@@ -159,6 +167,10 @@ class CheckpointConfig:
     every_images: int = number(100_000, at_least=1)
     keep_last: int = number(3, at_least=1)
     keep_every_images: int = number(0, at_least=0)  # checkpoints at its multiples stay; 0: none
+    best: str = ""  # a logged value whose best checkpoint stays, too (eval/fid, say); "": none
+    best_is: str = choice("lowest", "lowest", "highest")
+    # where one cannot be written: log an error and train on, or stop once the step is done
+    on_failure: str = choice("continue", "continue", "stop")
 
 
 @dataclass
@@ -173,7 +185,9 @@ class ResumeConfig:
 
 @dataclass
 class RuntimeConfig:
-    timeout_seconds: float = number(600.0, above=0)  # a collective that takes longer ends the run
+    # without progress on any rank, the run is given up and the rank to blame is named; a process
+    # without a sign of life already after a tenth of it, but no sooner than after 30 s
+    timeout_seconds: float = number(600.0, above=0)
 
 
 @dataclass

@@ -11,17 +11,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from ganscale import __version__
-from ganscale.cli import config, plan, sample, shards, train
-from ganscale.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
-    EXIT_USER_ERROR,
-    NonFiniteError,
-    ReplicaError,
-    UnavailableError,
-    UserError,
-)
+from ganscale.cli import checkpoint, config, plan, report, sample, shards, sync, train
+from ganscale.errors import EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,20 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, sample, shards, plan, config):
+    for module in (train, sample, report, sync, checkpoint, shards, plan, config):
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)
-    except UserError as error:
+    except GanscaleError as error:
         _say(f"error: {error}")
-        return EXIT_USER_ERROR
-    except UnavailableError as error:
-        _say(f"error: {error}")
-        return EXIT_REQUEUE
-    except (NonFiniteError, ReplicaError) as error:
-        _say(f"error: {error}")
-        return EXIT_FAILED
+        return error.exit_code
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED

@@ -10,6 +10,7 @@ A loss of the user's own is a function that returns a `Loss`, named `package.mod
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from torch.nn.functional import relu, softplus
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
+
+Parts = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,17 @@ class Loss:
     generator_needs_real: otherwise the generator's second argument may be None
     spans_batch: the loss is not a mean of one term per image or pair, so it is taken on the logits
         of the global batch rather than averaged over ranks and micro-batches
+    critic_parts, generator_parts: (the part for real images, the part for fakes), of the same
+        arguments, with the loss for their sum; to be looked at. A loss of pairs has none. A
+        generator's loss that does not look at real images is its own part for fakes
     """
 
     critic: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) -> scalar
     generator: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits) -> scalar
     generator_needs_real: bool = False
     spans_batch: bool = False
+    critic_parts: Callable[[Tensor, Tensor], Parts] | None = None
+    generator_parts: Callable[[Tensor, Tensor | None], Parts] | None = None
 
 
 def minimax(smoothing: float = 0.0) -> Loss:
@@ -39,12 +47,12 @@ def minimax(smoothing: float = 0.0) -> Loss:
 
     The generator minimises E[log(1 - D(G(z)))] = -E[softplus(logit)].
     """
-    return Loss(_cross_entropy(smoothing), lambda fake_logits, _: -softplus(fake_logits).mean())
+    return _split(_cross_entropy(smoothing), lambda fake_logits, _: -softplus(fake_logits).mean())
 
 
 def non_saturating(smoothing: float = 0.0) -> Loss:
     """Goodfellow et al. 2014 (arXiv:1406.2661), section 3: the generator maximises log D(G(z))."""
-    return Loss(_cross_entropy(smoothing), lambda fake_logits, _: softplus(-fake_logits).mean())
+    return _split(_cross_entropy(smoothing), lambda fake_logits, _: softplus(-fake_logits).mean())
 
 
 def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
@@ -53,9 +61,10 @@ def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     `a` is the critic's label for fake, `b` for real, `c` what the generator wants to read:
     (0, 1, 1) is equation 9 of the paper, (-1, 1, 0) equation 8.
     """
-    return Loss(
+    return _split(
         lambda real_logits, fake_logits: (
-            0.5 * (real_logits - b).square().mean() + 0.5 * (fake_logits - a).square().mean()
+            0.5 * (real_logits - b).square().mean(),
+            0.5 * (fake_logits - a).square().mean(),
         ),
         lambda fake_logits, _: 0.5 * (fake_logits - c).square().mean(),
     )
@@ -66,8 +75,8 @@ def wgan() -> Loss:
 
     Needs a Lipschitz critic: `clip`, or a penalty.
     """
-    return Loss(
-        lambda real_logits, fake_logits: fake_logits.mean() - real_logits.mean(),
+    return _split(
+        lambda real_logits, fake_logits: (-real_logits.mean(), fake_logits.mean()),
         lambda fake_logits, _: -fake_logits.mean(),
     )
 
@@ -75,9 +84,10 @@ def wgan() -> Loss:
 def hinge() -> Loss:
     """Lim, Ye 2017, "Geometric GAN" (arXiv:1705.02894), equations 12 and 13; Miyato et al. 2018
     (arXiv:1802.05957), equations 16 and 17."""
-    return Loss(
+    return _split(
         lambda real_logits, fake_logits: (
-            relu(1 - real_logits).mean() + relu(1 + fake_logits).mean()
+            relu(1 - real_logits).mean(),
+            relu(1 + fake_logits).mean(),
         ),
         lambda fake_logits, _: -fake_logits.mean(),
     )
@@ -101,17 +111,41 @@ def relativistic_average() -> Loss:
     equations 9 to 11: each image is compared with the mean of the other kind, over the whole batch.
     """
 
-    def loss(better: Tensor, worse: Tensor) -> Tensor:
+    def parts(better: Tensor, worse: Tensor) -> Parts:
         return (
-            softplus(worse.mean() - better).mean() + softplus(worse - better.mean()).mean()
+            softplus(worse.mean() - better).mean(),
+            softplus(worse - better.mean()).mean(),
         )  # fmt: skip
 
-    return Loss(
-        loss,
-        lambda fake_logits, real_logits: loss(fake_logits, _given(real_logits)),
+    def generator_parts(fake_logits: Tensor, real_logits: Tensor | None) -> Parts:
+        fake, real = parts(fake_logits, _given(real_logits))
+        return real, fake
+
+    def generator(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
+        real, fake = generator_parts(fake_logits, real_logits)
+        return fake + real
+
+    return _split(
+        parts,
+        generator,
         generator_needs_real=True,
         spans_batch=True,
+        generator_parts=generator_parts,
     )
+
+
+def _split(
+    parts: Callable[[Tensor, Tensor], Parts],
+    generator: Callable[[Tensor, Tensor | None], Tensor],
+    **settings: Any,
+) -> Loss:
+    """A loss whose critic minimises the sum of `parts`: one for real images, one for fakes."""
+
+    def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        of_real, of_fake = parts(real_logits, fake_logits)
+        return of_real + of_fake
+
+    return Loss(critic, generator, critic_parts=parts, **settings)
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -151,21 +185,30 @@ def _try(name: str, loss: Loss) -> None:
         raise UserError(f"loss {name} fails: {type(error).__name__}: {error}{hint}") from error
     if any(not isinstance(value, Tensor) or value.ndim for value in values):
         raise UserError(f"loss {name} must give one number a batch, a tensor without dimensions")
+    real_logits, fake_logits = torch.tensor([0.5, -1.5]), torch.tensor([2.0, -0.25])
+    for player, part_of, loss_of, logits in (
+        ("critic", loss.critic_parts, loss.critic, (real_logits, fake_logits)),
+        ("generator", loss.generator_parts, loss.generator, (fake_logits, real_logits)),
+    ):
+        if part_of is not None:
+            of_real, of_fake = part_of(*logits)
+            if not (of_real + of_fake).isclose(loss_of(*logits)):
+                raise UserError(f"loss {name}: {player}_parts must add up to what {player} gives")
 
 
-def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """-E[log D(x)] - E[log(1 - D(G(z)))]: Goodfellow et al. 2014, equation 1, negated.
+def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Parts]:
+    """-E[log D(x)] and -E[log(1 - D(G(z)))]: Goodfellow et al. 2014, equation 1, negated.
 
     With one-sided label smoothing the label of real images is 1 - smoothing (Salimans et al. 2016,
     arXiv:1606.03498, section 3.4).
     """
 
-    def loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    def parts(real_logits: Tensor, fake_logits: Tensor) -> Parts:
         # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
         real = softplus(-real_logits) + smoothing * real_logits
-        return real.mean() + softplus(fake_logits).mean()
+        return real.mean(), softplus(fake_logits).mean()
 
-    return loss
+    return parts
 
 
 def _given(real_logits: Tensor | None) -> Tensor:

@@ -11,14 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ganscale.objectives.losses import Parts
 from ganscale.runtime import gather_batch, rank
 
 
 @torch.no_grad()
 def logit_gradients(
-    loss: Callable[..., Tensor], *logits: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(the loss on the global batch, its gradient with respect to this rank's part of each logits).
+    loss: Callable[..., Tensor], *logits: Tensor, parts: Callable[..., Parts] | None = None
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(the loss on the global batch, its gradient with respect to this rank's part of each logits,
+    its parts for real images and for fakes, if it has such).
 
     `logits`: (batch, ...) each, of equal batch on all ranks.
     """
@@ -30,7 +32,8 @@ def logit_gradients(
         )
     batch = len(logits[0])
     own = slice(rank() * batch, (rank() + 1) * batch)
-    return value.detach(), tuple(gradient[own] for gradient in gradients)
+    of_kinds = () if parts is None else parts(*(logit.detach() for logit in everywhere))
+    return value.detach(), tuple(gradient[own] for gradient in gradients), of_kinds
 
 
 def with_gradients(

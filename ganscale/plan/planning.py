@@ -35,7 +35,8 @@ from ganscale.training.exactness import check_batch
 from ganscale.training.networks import class_count
 
 _VOTE_BYTES = 8  # one int64 a cycle, on the hosts
-_LOG_ROW_COLLECTIVES = 3  # meters, unreadable samples, seconds of waiting
+# Means, maxima, unreadable samples, images for `collapse/`, edges and counts of histograms.
+_LOG_ROW_COLLECTIVES = 6
 
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
@@ -136,7 +137,9 @@ def _kept(config: Config, saved_at: np.ndarray) -> int:
     keep = config.checkpoint
     older = saved_at[: -keep.keep_last]
     every = keep.keep_every_images
-    return min(len(saved_at), keep.keep_last) + (int((older % every == 0).sum()) if every else 0)
+    multiples = int((older % every == 0).sum()) if every else 0
+    best = 1 if keep.best else 0  # unless it is among the others
+    return min(len(saved_at), keep.keep_last + multiples + best)
 
 
 def _host_memory(

@@ -100,7 +100,7 @@ class Communication:
     collectives_per_image: float
     rank_traffic_bytes_per_cycle: Annotated[int, "sent by each rank, and as many received"]
     rank_traffic_bytes_per_image: float
-    log_row_collectives: Annotated[int, "meters and counts, a few numbers each"]
+    log_row_collectives: Annotated[int, "meters, counts and small images"]
     audit_bytes: Annotated[int, "one reduction before every checkpoint"]
 
 

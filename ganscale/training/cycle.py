@@ -20,8 +20,9 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
+from ganscale.training.collapse import collapse_meters
 from ganscale.training.ema import decay, update_average
-from ganscale.training.profiling import section
+from ganscale.training.profiling import section, stopwatch
 from ganscale.training.state import TrainingState
 from ganscale.training.step import make
 
@@ -46,6 +47,7 @@ class Cycle:
         self.runtime = runtime
         self.state = state
         self._kept_fakes: Tensor | None = None
+        stopwatch.reset(runtime.device)
         self.clipped = []
         if objective.clip is not None:
             self.clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -63,6 +65,7 @@ class Cycle:
         keeps_fakes: for the generator's step, with their graph
         """
         state, seed = self.state, self.config.seed
+        stopwatch.run(with_panel)
         latents = self._latents("latents/critic", batch.slots)
         advance_power_iterations(state.critic)
         if keeps_fakes:
@@ -80,16 +83,29 @@ class Cycle:
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
         }
-        meters, logits = state.critic_player.update(inputs, state.images_seen)
-        state.meters.add(meters)
+        meters, maxima, logits = state.critic_player.update(inputs, state.images_seen)
+        state.meters.add(meters, maxima)
         if self.objective.clip is not None:
             clip_weights(self.clipped, self.objective.clip.value)
         if with_panel:
-            state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
-            if self.objective.clip is not None:
-                share = clipped_fraction(self.clipped, self.objective.clip.value)
-                state.meters.add({"clip/fraction": share})
+            self._look_closely(batch, fake_images, logits)
         state.images_seen += self.config.training.global_batch_size
+
+    @section("logging")
+    def _look_closely(
+        self, batch: DeviceBatch, fake_images: Tensor, logits: dict[str, Tensor]
+    ) -> None:
+        """What is looked at only in a step that is logged; it waits for no device."""
+        state, global_batch_size = self.state, self.config.training.global_batch_size
+        state.meters.logits = logits
+        state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+        if self.objective.clip is not None:
+            share = clipped_fraction(self.clipped, self.objective.clip.value)
+            state.meters.add({"clip/fraction": share})
+        if global_batch_size > 1:
+            places = batch.slots - state.images_seen
+            images = batch.images, fake_images
+            state.meters.add(collapse_meters(*images, places, global_batch_size, self.runtime))
 
     def generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
         """One update of the generator, for the classes that the critic has just seen."""
@@ -106,8 +122,8 @@ class Cycle:
             "labels": batch.labels,
             "with_real_logits": with_panel,
         }
-        meters, logits = state.generator_player.update(inputs, state.images_seen)
-        state.meters.add(meters)
+        meters, maxima, logits = state.generator_player.update(inputs, state.images_seen)
+        state.meters.add(meters, maxima)
         if with_panel:
             state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
         state.steps += 1

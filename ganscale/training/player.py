@@ -1,7 +1,8 @@
 """A player of the two-player game: a network, its wrapped step and its optimizer."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ganscale.errors import UserError
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, rate_factor
-from ganscale.training.profiling import section
+from ganscale.training.profiling import section, stopwatch
 from ganscale.training.step import (
     CriticStep,
     GeneratorStep,
@@ -62,6 +63,19 @@ def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([o[name] for o in logits], dim=1).flatten(0, 1) for name in logits[0]}
 
 
+def _over_parts(parts: list[Meters], reduce: Callable[[Tensor], Tensor]) -> Meters:
+    return {name: reduce(torch.stack([part[name] for part in parts])) for name in parts[0]}
+
+
+class Update(NamedTuple):
+    """What is seen of an optimizer step on this rank: means and maxima over its images, detached,
+    and its logits in the order of its batch."""
+
+    meters: Meters
+    maxima: Meters
+    logits: dict[str, Tensor]
+
+
 class Player:
     """Updates one network from its step's loss, in micro-batches, on all ranks alike."""
 
@@ -91,14 +105,14 @@ class Player:
         if self._skips_on_device:
             self.optimizer.found_inf = tripwire.tripped  # type: ignore[attr-defined]
 
-    def update(self, inputs: dict[str, Any], images_seen: int) -> tuple[Meters, dict[str, Tensor]]:
+    def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
         """One optimizer step on `inputs`, whose tensors have this rank's batch first.
 
-        Returns detached meters, and this rank's logits in the order of its batch. Micro-batch k of
-        K is every K-th image from the k-th on, so that over all ranks it holds the same images for
-        every world size.
+        Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
+        the same images for every world size.
         """
         parts = self._training.accumulate
+        self._runtime.watch_averaging(self._wrapped, stopwatch.is_running)
         self.optimizer.zero_grad(set_to_none=True)
         if parts > 1 and self._step.spans_batch:
             inputs = {**inputs, "gradients": self._logit_gradients(inputs, parts)}
@@ -116,13 +130,15 @@ class Player:
             outputs.append(output)
         if not self._is_checked:
             self._check_gradients()
-        meters = {
-            name: torch.stack([output.meters[name] for output in outputs]).mean()
-            for name in outputs[0].meters
-        }
+        meters, maxima = outputs[0].meters, outputs[0].maxima
+        if parts > 1:
+            meters = _over_parts([output.meters for output in outputs], Tensor.mean)
+            maxima = _over_parts([output.maxima for output in outputs], Tensor.amax)
         with section(f"{self.name} update"):
-            meters[f"optim/{self.name}_gradient_norm"] = self._apply(images_seen)
-        return meters, _in_batch_order([output.logits for output in outputs])
+            norm = self._apply(images_seen)
+        meters[f"optim/{self.name}_gradient_norm"] = norm
+        maxima[f"optim/{self.name}_gradient_norm_max"] = norm
+        return Update(meters, maxima, _in_batch_order([output.logits for output in outputs]))
 
     def _logit_gradients(self, inputs: dict[str, Any], parts: int) -> LogitGradients:
         """What a loss that spans the batch has to know before its first micro-batch: a forward
@@ -134,6 +150,11 @@ class Player:
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
         return self._step.logit_gradients(_in_batch_order(logits))
+
+    def seconds_of_averaging(self) -> float:
+        """Of the last timed update: what its backward took after its own gradients were there,
+        for the averaging over the ranks and for the slowest of them. Waits for the device."""
+        return self._runtime.seconds_of_averaging(self._wrapped)
 
     def learning_rate(self, images_seen: int) -> float:
         return self._learning_rate * rate_factor(self._training, images_seen)

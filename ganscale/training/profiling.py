@@ -1,11 +1,14 @@
 """Where the time of a cycle goes: torch's profiler over a few of them, once a run is warm."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 logger = logging.getLogger(__name__)
@@ -13,14 +16,105 @@ logger = logging.getLogger(__name__)
 _WARM_UP_CYCLES = 5
 _OPERATORS_LISTED = 25
 
-section = record_function
-"""Names a part of a cycle in the trace: a context manager, and a decorator."""
 
+class Stopwatch:
+    """Seconds of the parts of a cycle; it waits for the device only when it is read.
+
+    What the host does between steps (`HOST_SECTIONS`) is always timed. What the device does is
+    timed while the watch runs: the last critic step of a cycle that is logged, and what follows.
+    On CUDA that is by events in the stream of the computation, on the CPU by the clock.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self._is_cuda = False
+        self._opened: dict[str, Any] = {}
+        self._laps: list[tuple[str, Any, Any]] = []
+        self._host_opened: dict[str, float] = {}
+        self._host_seconds: dict[str, float] = {}
+
+    def reset(self, device: torch.device) -> None:
+        """Before a run."""
+        self.__init__()
+        self._is_cuda = device.type == "cuda"
+
+    def run(self, runs: bool) -> None:
+        """Starts anew, or stops."""
+        self.is_running = runs
+        self._laps.clear()
+
+    def begin(self, name: str) -> None:
+        if name in HOST_SECTIONS:
+            self._host_opened[name] = time.perf_counter()
+        elif self.is_running:
+            self._opened[name] = self._now()
+
+    def end(self, name: str) -> None:
+        if name in HOST_SECTIONS:
+            passed = time.perf_counter() - self._host_opened[name]
+            self._host_seconds[name] = self._host_seconds.get(name, 0.0) + passed
+        elif self.is_running and name in self._opened:
+            self._laps.append((name, self._opened.pop(name), self._now()))
+
+    def split_backward(self, loss: Tensor, name: str) -> None:
+        """Adds to `name` the coming backward's time before it comes to `loss`.
+
+        Backward takes what the forward did last first: so what is added to a loss and was computed
+        after it is differentiated wholly before it.
+        """
+        if self.is_running:
+            loss.register_hook(lambda _: self._lap(name, "critic backward"))
+
+    def read_host(self) -> dict[str, float]:
+        """By section, since the last call."""
+        seconds, self._host_seconds = self._host_seconds, {}
+        return seconds
+
+    def read(self) -> dict[str, float]:
+        """By section, since the watch was started, and stops it."""
+        seconds: dict[str, float] = {}
+        for name, start, end in self._laps:
+            passed = start.elapsed_time(end) / 1000 if self._is_cuda else end - start
+            seconds[name] = seconds.get(name, 0.0) + passed
+        self.run(False)
+        return seconds
+
+    def _lap(self, name: str, since: str) -> None:
+        if self.is_running and since in self._opened:
+            self._laps.append((name, self._opened[since], self._now()))
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+stopwatch = Stopwatch()
+"""Of this process, as the profiler is."""
+
+
+class section(record_function):
+    """Names a part of a cycle for the profiler and the stopwatch: a context manager, and a
+    decorator."""
+
+    def __enter__(self) -> "section":
+        super().__enter__()
+        stopwatch.begin(self.name)
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        stopwatch.end(self.name)
+        super().__exit__(*raised)
+
+
+HOST_SECTIONS = frozenset({"data wait", "logging", "samples", "audit", "checkpoint"})
 SECTIONS = (
     "data wait",
     "to the device",
     "fake images",
-    "critic forward",  # with its penalties
+    "critic forward",  # with its penalties' forward
     "critic backward",  # with the averaging over ranks
     "critic update",
     "generator forward",

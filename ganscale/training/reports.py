@@ -1,25 +1,28 @@
 """What rank 0 tells about a run: rows, sample grids, the summary, and where everything lies."""
 
+import json
 import logging
 import math
-import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-
+from ganscale.data.batch import Batch
 from ganscale.data.broken import broken_rows, check_broken_limit
-from ganscale.data.contact_sheet import image_grid, to_picture
-from ganscale.errors import NonFiniteError
-from ganscale.evaluation.sampling import generate_array, sample_labels, sample_latents
+from ganscale.errors import EXIT_DONE, NonFiniteError
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.tracking.console import Console
 from ganscale.tracking.tracker import Tracker
 from ganscale.training.checkpoint import newest_name
 from ganscale.training.feed import Feed
+from ganscale.training.in_wandb import identity_of, kept_in_wandb
+from ganscale.training.measures import curve_row
+from ganscale.training.pictures import Pictures
 from ganscale.training.profiling import section
+from ganscale.training.provenance import append_session, session_facts
 from ganscale.training.run_folder import RunFolder, write_summary
+from ganscale.training.speed import Speed
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -32,7 +35,6 @@ class Reports:
         self,
         config: Config,
         folder: RunFolder,
-        run_id: str,
         resumed_at: int | None,
         runtime: Runtime,
         state: TrainingState,
@@ -43,24 +45,27 @@ class Reports:
         self._runtime = runtime
         self._state = state
         self._feed = feed
-        self._last_row: dict[str, float] = {}
+        self.last_row: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
-        runtime.from_main(lambda: self._open(run_id, resumed_at))
-        self._since = (time.perf_counter(), state.images_seen)
+        self._pictures: Pictures | None = None
+        runtime.from_main(lambda: self._open(resumed_at))
+        self._speed = Speed(config, runtime, state)
 
-    def _open(self, run_id: str, resumed_at: int | None) -> None:
+    def _open(self, resumed_at: int | None) -> None:
         """On rank 0, whose UserError (online without a key) ends every rank."""
         config, folder = self._config, self._folder
+        fingerprint = json.loads(folder.identity.read_text())["fingerprint"]
+        facts = session_facts(self._runtime, self._state.images_seen, fingerprint)
+        append_session(folder.sessions, facts)
         self._tracker = Tracker(
             folder.path,
-            project=config.log.project,
-            name=config.run.name,
-            mode=config.log.wandb,  # type: ignore[arg-type]
-            config=OmegaConf.to_container(OmegaConf.structured(config)),  # type: ignore[arg-type]
-            run_id=run_id,
-            resumed_at=resumed_at,
+            identity_of(config, folder),
+            config.log.wandb,  # type: ignore[arg-type]
+            resumed_at,
+            alerts=config.log.alerts,
         )
+        self._pictures = Pictures(config, folder, self._state)
         self._console = Console(config.training.total_images, folder.log)
         if resumed_at is not None:
             self._console.message(f"continues at {resumed_at:,} images")
@@ -68,27 +73,14 @@ class Reports:
     @section("logging")
     def metrics(self) -> None:
         """One row of everything since the last one. On every rank: it sums over the ranks."""
-        state = self._state
-        now, (then, images_then) = time.perf_counter(), self._since
-        row = state.meters.read()
-        self._feed.count_broken(state.broken)
-        waited = torch.tensor(self._feed.waited_seconds, device=self._runtime.device)
-        waited_seconds = self._runtime.sum(waited).item() / self._runtime.world_size
-        row |= {
-            "logits/wasserstein": row["logits/real_mean"] - row["logits/fake_mean"],
-            "optim/critic_learning_rate": state.critic_player.learning_rate(state.images_seen),
-            "optim/generator_learning_rate": state.generator_player.learning_rate(
-                state.images_seen
-            ),
-            "data/broken_samples": float(state.broken.total()),
-            "perf/images_per_second": (state.images_seen - images_then) / (now - then),
-            "perf/data_wait_share": waited_seconds / (now - then),
-        }
-        for (_, reason), count in state.broken.items():
-            name = f"data/broken_{reason.replace(' ', '_')}"
-            row[name] = row.get(name, 0.0) + count
-        state.seconds += now - then
-        self._since, self._feed.waited_seconds, self._last_row = (now, state.images_seen), 0.0, row
+        state, feed = self._state, self._feed
+        feed.count_broken(state.broken)
+        total_images = self._config.training.total_images
+        row = curve_row(state, self._runtime, total_images)
+        interval = self._speed.interval(feed.waited_seconds)
+        row |= self._speed.row(interval)
+        state.seconds += interval.seconds
+        feed.waited_seconds, self.last_row = 0.0, row
         if self._tracker is not None and self._console is not None:
             self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
             self._console.update(state.images_seen, row["perf/images_per_second"], row)
@@ -98,33 +90,51 @@ class Reports:
         for name, value in row.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise NonFiniteError(
-                    f"{name} became {value} within the {state.images_seen - images_then:,} images "
+                    f"{name} became {value} within the {interval.images:,} images "
                     f"before {state.images_seen:,}, with finite gradients: the newest checkpoint "
                     "is the last good state"
                 )
 
     @section("samples")
-    def samples(self) -> None:
-        """The grid of the averaged generator for the run's fixed latents."""
-        if self._tracker is None:
+    def samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """The run's pictures for its fixed latents; given up when stopped, and made at resuming."""
+        if self._tracker is None or self._pictures is None:
             return
-        config, count = self._config, self._config.samples.count
-        latents = sample_latents(config.seed, 0, count, config.generator.latent_dim)
-        labels = sample_labels(0, count, self._state.num_classes)
-        images = generate_array(self._state.average, latents, labels)
-        grid = image_grid(images, columns=max(1, round(math.sqrt(count))))
-        path = self._folder.samples(self._state.images_seen)
         try:
-            path.parent.mkdir(exist_ok=True)
-            to_picture(grid).save(path)
+            files = self._pictures.make(is_stopped)
         except OSError as error:
-            logger.error("no samples could be written at %s: %s", path, error)
-        self._tracker.log_samples(
-            "samples/average", grid, step=self._state.steps, images_seen=self._state.images_seen
+            logger.error("no samples could be written: %s", error)
+            return
+        if files:
+            self._log_pictures(files)
+
+    def lacks_samples(self) -> bool:
+        """Whether the pictures for the images seen so far are still to be made. On rank 0."""
+        return self._pictures is not None and self._pictures.are_missing()
+
+    def real_images(self, batches: Sequence[Batch]) -> None:
+        """Keeps the first images that rank 0 trains on as a picture; later it does nothing."""
+        if self._pictures is None:
+            return
+        try:
+            path = self._pictures.real(batches)
+        except OSError as error:
+            logger.error("no picture of real images could be written: %s", error)
+            return
+        if path is not None:
+            self._log_pictures({"samples/real": path})
+
+    def _log_pictures(self, files: dict[str, Path]) -> None:
+        assert self._tracker is not None
+        self._tracker.log_pictures(
+            files, step=self._state.steps, images_seen=self._state.images_seen
         )
 
-    def close(self, exit_code: int) -> None:
-        """Writes the summary and ends W&B's part; says where everything lies."""
+    def close(self, exit_code: int, cause: BaseException | None = None) -> None:
+        """Writes the summary and ends W&B's part; says where everything lies.
+
+        cause: what ended the session, if something did
+        """
         if self._tracker is None or self._console is None:
             return
         state, folder = self._state, self._folder
@@ -137,13 +147,20 @@ class Reports:
             "broken_samples": state.broken.total(),
             "broken": broken_rows(state.broken),
             "sessions": state.sessions,
-            "last": self._last_row,
+            "last": {k: v for k, v in self.last_row.items() if not isinstance(v, dict)},
         }
         try:
             write_summary(folder.summary, summary)
         except OSError as error:
             logger.error("no summary could be written: %s", error)
-        self._tracker.finish(summary, exit_code)
+        if isinstance(cause, NonFiniteError):
+            self._tracker.alert("nan", "not finite", str(cause), state.images_seen)
+        checkpoints = []
+        if exit_code == EXIT_DONE:
+            done = f"the run is done in {state.seconds / 3600:.1f} hours of training"
+            self._tracker.alert("finish", "done", done, state.images_seen)
+            checkpoints = kept_in_wandb(folder.checkpoints, self._config)
+        self._tracker.finish(summary, exit_code, checkpoints)
         checkpoint = newest_name(folder.checkpoints)
         self._console.close()
         if state.broken:

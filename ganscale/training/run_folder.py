@@ -43,6 +43,10 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def sessions(self) -> Path:
+        return self.path / "sessions.jsonl"
+
     def samples(self, images_seen: int) -> Path:
         return self.path / "samples" / f"images-{images_seen:09d}.png"
 
@@ -68,7 +72,9 @@ class RunFolder:
 
     def _continue(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
         if not self.identity.exists():
-            identity = {"id": secrets.token_hex(4), "fingerprint": fingerprint}
+            # The agent of a W&B sweep has chosen the id already.
+            in_sweep = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+            identity = {"id": in_sweep or secrets.token_hex(4), "fingerprint": fingerprint}
             write_text(self.identity, json.dumps(identity))
             return identity["id"], None
         identity = json.loads(self.identity.read_text())

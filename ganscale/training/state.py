@@ -1,6 +1,7 @@
 """What a run is at one moment: networks, optimizers, average and counters; no random state."""
 
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.training.ema import average_of
+from ganscale.training.health import Health
 from ganscale.training.meters import MeterSums
 from ganscale.training.networks import build_generator_of, build_networks
 from ganscale.training.optimizers import lazy_optimizer
@@ -70,6 +72,7 @@ class TrainingState:
         self.steps = 0  # generator updates
         # Unreadable samples by (shard, reason), on all ranks and in all sessions.
         self.broken: Counter[tuple[str, str]] = Counter()
+        self.health = Health()
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
 
@@ -92,6 +95,7 @@ class TrainingState:
             "broken": [[*place, count] for place, count in sorted(self.broken.items())],
             "seconds": self.seconds,
             "sessions": self.sessions,
+            "health": asdict(self.health),
             "meters": self.meters.state(),
         }
 
@@ -118,6 +122,7 @@ class TrainingState:
         )
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
+        self.health = Health(**numbers.get("health", {}))
         self.meters.load_state(numbers["meters"])
 
     def audited(self) -> dict[str, torch.Tensor]:
@@ -134,16 +139,19 @@ class TrainingState:
         return all(bool(t.isfinite().all()) for t in tensors)
 
 
-def load_generator(run_folder: Path, weights: str) -> tuple[nn.Module, int, int]:
+def load_generator(
+    run_folder: Path, weights: str, checkpoint: Path | None = None
+) -> tuple[nn.Module, int, int]:
     """(generator, latent_dim, number of classes) of a run's newest checkpoint, on the CPU.
 
-    `weights`: "average" or "generator". Raises UserError for a folder that is no run, or one
-    without a whole checkpoint.
+    `weights`: "average" or "generator"; `checkpoint`: one that was verified, in place of the
+    newest. Raises UserError for a folder that is no run, or one without a whole checkpoint.
     """
     folder = RunFolder(run_folder)
     if not folder.config.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
-    checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
+    if checkpoint is None:
+        checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
     if checkpoint is None:
         raise UserError(f"{run_folder} has no whole checkpoint yet")
     config = load_stored(folder.config)

@@ -16,14 +16,17 @@ from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms
 from ganscale.objectives.spanning import logit_gradients, with_gradients
 from ganscale.runtime import at_least_float32, autocast, world_size
+from ganscale.training.profiling import section, stopwatch
 
 Meters = dict[str, Tensor]
 
 
 class LogitGradients(NamedTuple):
-    """Of a loss that spans the batch: its value (repeated) and its gradient at each logit."""
+    """Of a loss that spans the batch: its gradient at each logit, its value and its parts for real
+    images and for fakes, if it has such (both repeated)."""
 
     value: Float[Tensor, " batch"]
+    parts: Float[Tensor, "batch parts"]
     real: Float[Tensor, "batch *map"]
     fake: Float[Tensor, "batch *map"]
 
@@ -33,11 +36,13 @@ class StepOutput(NamedTuple):
 
     loss: the scalar to differentiate
     meters: detached means over this rank's images
+    maxima: detached, the largest of them
     logits: detached, `real` and `fake`, (batch, *map) each
     """
 
     loss: Tensor
     meters: Meters
+    maxima: Meters
     logits: dict[str, Tensor]
 
 
@@ -74,27 +79,44 @@ class CriticStep(nn.Module):
         all of them would drag zeros for the first two along.
         """
         logits = self.logits(real_images, fake_images, labels)
+        of_kinds: tuple[Tensor, ...] = ()
         if self.spans_batch:
             gradients = gradients or self.logit_gradients(logits)
             ordered = (logits["real"], logits["fake"]), (gradients.real, gradients.fake)
             loss = with_gradients(gradients.value[0], *ordered, scale=world_size() * parts)
+            of_kinds = gradients.parts[0].unbind()
+        elif self._objective.loss.critic_parts is not None:
+            of_kinds = self._objective.loss.critic_parts(logits["real"], logits["fake"])
+            loss = of_kinds[0] + of_kinds[1]
         else:
             loss = self._objective.loss.critic(logits["real"], logits["fake"])
-        meters = {
-            "loss/critic_adversarial": loss.detach(),
-            "logits/real_mean": logits["real"].detach().mean(),
-            "logits/fake_mean": logits["fake"].detach().mean(),
-        }
+        meters = {"loss/critic_adversarial": loss.detach(), **_named("critic", of_kinds)}
+        maxima: Meters = {}
+        seen = {name: each.detach() for name, each in logits.items()}
+        meters |= logit_moments(seen["real"], seen["fake"])
+        if points:
+            stopwatch.split_backward(loss, "penalty")
+        # A penalty that is not due adds nothing: so its part is averaged over all steps, as the
+        # loss is, and the parts of a row add up to it.
+        for name in self._objective.penalties:
+            if name not in points:
+                meters[f"loss/penalty_{name}"] = torch.zeros_like(meters["loss/critic_adversarial"])
         for name, images in points.items():
-            weighted = self._objective.penalties[name]
-            critic = partial(score, self.critic)
-            slopes = input_gradients(critic, images, labels, self._penalty_precision)
-            penalty = weighted.penalty.value(slopes)
-            loss = loss + weighted.weight * weighted.interval * penalty
+            with section("penalty"):
+                weighted = self._objective.penalties[name]
+                critic = partial(score, self.critic)
+                slopes = input_gradients(critic, images, labels, self._penalty_precision)
+                penalty = weighted.penalty.value(slopes)
+            addend = weighted.weight * weighted.interval * penalty
+            loss = loss + addend
+            meters[f"loss/penalty_{name}"] = addend.detach()
             meters[f"penalty/{name}"] = penalty.detach()
-            meters[f"penalty/{name}_gradient_norm"] = norms(slopes.detach()).mean()
+            lengths = norms(slopes.detach()).double()
+            meters[f"penalty/{name}_gradient_norm"] = lengths.mean()
+            meters[f"penalty/{name}_gradient_norm_square"] = lengths.square().mean()
+            maxima[f"penalty/{name}_gradient_norm_max"] = lengths.amax()
         meters["loss/critic"] = loss.detach()
-        return StepOutput(loss, meters, {name: each.detach() for name, each in logits.items()})
+        return StepOutput(loss, meters, maxima, seen)
 
     def logits(
         self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
@@ -108,9 +130,9 @@ class CriticStep(nn.Module):
 
     def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
         """Of a loss that spans the batch; `logits` are all of this rank's."""
-        real, fake = logits["real"], logits["fake"]
-        value, (of_real, of_fake) = logit_gradients(self._objective.loss.critic, real, fake)
-        return LogitGradients(value.expand(len(real)), of_real, of_fake)
+        loss, ordered = self._objective.loss, (logits["real"], logits["fake"])
+        value, (real, fake), parts = logit_gradients(loss.critic, *ordered, parts=loss.critic_parts)
+        return _repeated(len(real), value, parts, real, fake)
 
 
 class GeneratorStep(nn.Module):
@@ -146,10 +168,21 @@ class GeneratorStep(nn.Module):
             gradients = gradients or self.logit_gradients(logits)
             ordered = (logits["fake"],), (gradients.fake,)
             loss = with_gradients(gradients.value[0], *ordered, scale=world_size() * parts)
+            of_kinds = gradients.parts[0].unbind()
         else:
-            loss = self._loss.generator(logits["fake"], logits.get("real"))
-        meters = {"loss/generator": loss.detach()}
-        return StepOutput(loss, meters, {name: each.detach() for name, each in logits.items()})
+            loss, of_kinds = self._loss_of(logits)
+        meters = {"loss/generator": loss.detach(), **_named("generator", of_kinds)}
+        seen = {name: each.detach() for name, each in logits.items()}
+        return StepOutput(loss, meters, {}, seen)
+
+    def _loss_of(self, logits: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(the loss, its parts for real images and for fakes or, alone, for fakes)."""
+        ordered = logits["fake"], logits.get("real")
+        if self._loss.generator_parts is not None:
+            of_real, of_fake = self._loss.generator_parts(*ordered)
+            return of_fake + of_real, (of_real, of_fake)
+        loss = self._loss.generator(*ordered)
+        return loss, () if self._loss.generator_needs_real else (loss,)
 
     def logits(
         self,
@@ -174,9 +207,38 @@ class GeneratorStep(nn.Module):
 
     def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
         """Of a loss that spans the batch; `logits` are all of this rank's."""
-        real, fake = logits["real"], logits["fake"]
-        value, (of_fake, of_real) = logit_gradients(self._loss.generator, fake, real)
-        return LogitGradients(value.expand(len(fake)), of_real, of_fake)
+        loss, ordered = self._loss, (logits["fake"], logits["real"])
+        value, (fake, real), parts = logit_gradients(
+            loss.generator, *ordered, parts=loss.generator_parts
+        )
+        return _repeated(len(fake), value, parts, real, fake)
+
+
+def logit_moments(real_logits: Tensor, fake_logits: Tensor) -> Meters:
+    """Means over this rank's logits from which a row's figures follow (`training.measures`)."""
+    both = torch.stack([real_logits.flatten(), fake_logits.flatten()]).double()
+    names = [f"logits/{kind}_{figure}" for figure in _MOMENTS for kind in ("real", "fake")]
+    moments = torch.cat([both, both.square(), both.sign()]).mean(1)
+    meters = dict(zip(names, moments.unbind(), strict=True))
+    meters["logits/pairs_in_order"] = (both[0] > both[1]).double().mean()
+    return meters
+
+
+_MOMENTS = ("mean", "square", "sign_rate")
+
+
+def _named(player: str, of_kinds: tuple[Tensor, ...]) -> Meters:
+    kinds = ("real", "fake")[-len(of_kinds) :] if of_kinds else ()
+    return {
+        f"loss/{player}_{kind}": part.detach() for kind, part in zip(kinds, of_kinds, strict=True)
+    }
+
+
+def _repeated(
+    batch: int, value: Tensor, parts: tuple[Tensor, ...], real: Tensor, fake: Tensor
+) -> LogitGradients:
+    of_kinds = torch.stack(parts) if parts else value.new_empty(0)
+    return LogitGradients(value.expand(batch), of_kinds.expand(batch, -1), real, fake)
 
 
 def make(

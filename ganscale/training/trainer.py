@@ -8,11 +8,19 @@ from pathlib import Path
 
 from ganscale.config import Resolved
 from ganscale.data.dataset import open_data
-from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, NonFiniteError, UserError
+from ganscale.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_REQUEUE,
+    NonFiniteError,
+    UnavailableError,
+    UserError,
+)
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.tracking.console import setup_logging
-from ganscale.training.checkpoint import prune_checkpoints, save_checkpoint
+from ganscale.training.attempts import note_started
+from ganscale.training.checkpoint_writer import CheckpointWriter
 from ganscale.training.cycle import Cycle
 from ganscale.training.exactness import check_batch
 from ganscale.training.feed import Feed
@@ -21,21 +29,31 @@ from ganscale.training.profiling import profiled, section
 from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
-from ganscale.training.signals import StopRequest, mark_stopped
+from ganscale.training.signals import StopRequest
 from ganscale.training.state import TrainingState
+from ganscale.training.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 
-_GOES_ON, _STOP_REQUESTED, _DATA_FAILED = range(3)
+_GOES_ON, _STOP_REQUESTED, _CHECKPOINT_FAILED, _DATA_FAILED = range(4)
 
 
 class Trainer:
     """One session of a run: from its newest checkpoint, or the start, to its end or a stop."""
 
-    def __init__(self, resolved: Resolved, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        resolved: Resolved,
+        runtime: Runtime,
+        stop: StopRequest | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Raises UserError for whatever can be known to be wrong before the first step."""
         self.config = config = resolved.config
         self.runtime = runtime
+        self.stop = stop or StopRequest()
+        self.progress = progress or Progress()
+        self.progress.mark("start", config.data.retry_seconds)
         check_batch(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         self.data = open_data(config.data)
@@ -44,6 +62,7 @@ class Trainer:
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
+        self.progress.run_folder = self.folder.path
         setup_logging(self.folder.log, runtime.rank)
         self.run_id, checkpoint = runtime.from_main(
             lambda: self.folder.open(resolved, self.data.fingerprint)
@@ -57,10 +76,13 @@ class Trainer:
             raise
         self.resumed_at = None if checkpoint is None else self.state.images_seen
         self.cycle = Cycle(config, self.objective, runtime, self.state)
+        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint)  # on rank 0
+        self.newest: dict[str, float] = {}  # of every value that was logged
 
     def run(self) -> int:
         """Trains to the end or to a request to stop; the exit code says which."""
-        with contextlib.closing(self.folder):
+        # The folder's lock goes last: nobody else may train here while a write is in flight.
+        with contextlib.closing(self.folder), contextlib.closing(self.writer):
             if self.state.images_seen >= self.config.training.total_images:
                 logger.info("the run in %s is finished already", self.folder.path)
                 return EXIT_DONE
@@ -81,28 +103,32 @@ class Trainer:
         )
         feed = Feed(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader), contextlib.closing(feed):
-            reports = Reports(
-                config, self.folder, self.run_id, self.resumed_at, self.runtime, state, feed
-            )
+            reports = Reports(config, self.folder, self.resumed_at, self.runtime, state, feed)
             try:
                 cycles = config.profile.steps if self.runtime.is_main else 0
                 profile = profiled(self.folder.path / "profile", cycles)
-                with StopRequest() as stop, profile as after_cycle:
-                    exit_code = self._train(feed, reports, stop, after_cycle)
-            except BaseException:
-                reports.close(EXIT_FAILED)
+                with profile as after_cycle:
+                    exit_code = self._train(feed, reports, after_cycle)
+            except BaseException as error:
+                self.progress.mark("end")
+                reports.close(EXIT_FAILED, error)
                 raise
+            self.progress.mark("end")
             reports.close(exit_code)
         return exit_code
 
-    def _train(
-        self, feed: Feed, reports: Reports, stop: StopRequest, after_cycle: Callable[[], None]
-    ) -> int:
-        state, cycle, config = self.state, self.cycle, self.config
-        if state.images_seen == 0:
-            reports.samples()
+    def _train(self, feed: Feed, reports: Reports, after_cycle: Callable[[], None]) -> int:
+        state, cycle, config, stop = self.state, self.cycle, self.config, self.stop
+        mark, data_patience = self.progress.mark, config.data.retry_seconds
+        if self.runtime.is_main:
+            note_started(state.images_seen)
+        seen = state.images_seen
+        is_due = seen == 0 or _crosses(seen - cycle.images, seen, config.samples.every_images)
+        if is_due and reports.lacks_samples():
+            reports.samples(self._is_stopped)
+        mark("data", data_patience)
         feed.fetch(stop.is_requested)
-        ending = self.runtime.start_vote(_ending(stop, feed))()
+        ending = self.runtime.start_vote(_ending(stop, feed, self.writer))()
         if ending != _GOES_ON:
             return self._stopped(ending, feed)
         while state.images_seen < config.training.total_images:
@@ -110,18 +136,22 @@ class Trainer:
             is_last = after >= config.training.total_images
             logs = is_last or _crosses(before, after, config.log.every_images)
             batches = feed.take()
+            reports.real_images(batches)
+            mark("data", data_patience)
             if not is_last:
                 feed.fetch(stop.is_requested)
-            vote = self.runtime.start_vote(_ending(stop, feed))
+            vote = self.runtime.start_vote(_ending(stop, feed, self.writer))
 
             # Data and critic
             for step, host_batch in enumerate(batches, 1):
+                mark("critic")
                 batch = cycle.on_device(host_batch)
                 is_last_step = step == len(batches)
                 keeps_fakes = is_last_step and config.training.reuse_fakes
                 cycle.critic_step(batch, logs and is_last_step, keeps_fakes)
 
             # Generator and its average; on the CPU, looking at the tripwire waits for nothing
+            mark("generator")
             cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
             if logs or self.runtime.device.type == "cpu":
                 self._stop_if_not_finite()
@@ -129,19 +159,25 @@ class Trainer:
 
             # Meters
             if logs:
+                mark("meters")
                 reports.metrics()
+                self.newest |= reports.last_row
 
             # Samples
             if is_last or _crosses(before, after, config.samples.every_images):
-                reports.samples()
+                # The run's last grid is made whatever comes: nobody would make it afterwards
+                reports.samples(self._marked if is_last else self._is_stopped)
 
             # Audit and checkpoint: what is not the same on all ranks is never saved
+            mark("vote", data_patience)  # ranks may wait for data
             ending = vote()
             stops = ending != _GOES_ON and not is_last
             saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
             if saves or _crosses(before, after, config.audit.every_images):
+                mark("audit")
                 self._audit()
             if saves:
+                mark("checkpoint")
                 feed.count_broken(state.broken)
                 self._save(must_succeed=is_last or stops)
             after_cycle()
@@ -151,22 +187,30 @@ class Trainer:
                 return self._stopped(ending, feed)
         return EXIT_DONE
 
+    def _is_stopped(self) -> bool:
+        """Asked between chunks of sampled images."""
+        return self._marked() or self.stop.is_requested()
+
+    def _marked(self) -> bool:
+        self.progress.mark("samples")
+        return False
+
     def _stopped(self, ending: int, feed: Feed) -> int:
         """Ends the session on all ranks. Raises what ended the data, if that is why."""
         if ending == _DATA_FAILED:
             raise feed.failure()
-        images_seen = self.state.images_seen
+        images_seen, failed = self.state.images_seen, ending == _CHECKPOINT_FAILED
+        why = "since a checkpoint could not be written" if failed else "on request"
         logger.warning(
-            "stopped on request at %s images; the same command continues", f"{images_seen:,}"
+            "stopped %s at %s images; the same command continues", why, f"{images_seen:,}"
         )
-        if self.runtime.is_main:
-            mark_stopped(f"stopped on request at {images_seen} images")
         return EXIT_REQUEUE
 
     @section("audit")
     def _audit(self) -> None:
         self._stop_if_not_finite()  # held back updates must not count as images seen
         audit_replicas(self.state.audited(), self.runtime)
+        self.state.health.audits_passed += 1
 
     def _stop_if_not_finite(self) -> None:
         """Raises NonFiniteError after saving the state that the tripwire has held."""
@@ -177,6 +221,7 @@ class Trainer:
         failed_at = state.images_seen - held_back * self.config.training.global_batch_size
         state.images_seen = failed_at
         state.steps -= int(state.generator_player.updates_held_back.item())
+        state.health.non_finite_events += 1
         state.meters.read()  # their sums are not finite: saved, they would end the resumed run
         if state.is_finite():
             self._save(must_succeed=True)
@@ -190,29 +235,29 @@ class Trainer:
 
     @section("checkpoint")
     def _save(self, *, must_succeed: bool) -> None:
-        """A failed periodic checkpoint is an error in the log; a failed last one ends the run."""
-        numbers, keep = self.state.numbers(), self.config.checkpoint
+        """Waits for a copy only, unless it must succeed: then for the disk, too."""
+        numbers, images_seen = self.state.numbers(), self.state.images_seen
 
         def save() -> None:
-            try:
-                save_checkpoint(
-                    self.folder.checkpoints, self.state.images_seen, self.state.files(), numbers
-                )
-                prune_checkpoints(self.folder.checkpoints, keep.keep_last, keep.keep_every_images)
-            except OSError as error:
-                images_seen = f"{self.state.images_seen:,}"
-                message = f"no checkpoint could be written at {images_seen} images: {error}"
-                if must_succeed:
-                    raise UserError(message) from error
-                logger.error("%s; older ones are untouched, training goes on", message)
+            score = self.newest.get(self.config.checkpoint.best)
+            self.writer.save(images_seen, self.state.files(), numbers, score)
+            if must_succeed:
+                try:
+                    self.writer.finish()
+                except OSError as error:
+                    message = f"no checkpoint could be written at {images_seen:,} images: {error}"
+                    kind = UserError if isinstance(error, PermissionError) else UnavailableError
+                    raise kind(message) from error
 
         self.runtime.from_main(save)
 
 
-def _ending(stop: StopRequest, feed: Feed) -> int:
+def _ending(stop: StopRequest, feed: Feed, writer: CheckpointWriter) -> int:
     """This rank's vote; the largest of all ranks counts."""
     if feed.has_failed:
         return _DATA_FAILED
+    if writer.has_failed:
+        return _CHECKPOINT_FAILED
     return _STOP_REQUESTED if stop.is_requested() else _GOES_ON
 
 

@@ -225,3 +225,18 @@ def test_a_loss_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch):
     assert loss.critic(torch.tensor([1.0]), torch.tensor([2.0])).item() == 3
     with pytest.raises(UserError, match=r"has no option 'faktor' \(did you mean 'factor'\?\)"):
         build_loss("my_losses:scaled", {"faktor": 3.0})
+
+
+def test_parts_of_a_loss_of_ones_own_must_add_up_to_it(tmp_path, monkeypatch):
+    (tmp_path / "split_losses.py").write_text(
+        "from ganscale.objectives.losses import Loss\n"
+        "def of(factor=1.0):\n"
+        "    return Loss(lambda r, f: (f - r).mean(), lambda f, _: -f.mean(),\n"
+        "                critic_parts=lambda r, f: (-factor * r.mean(), f.mean()))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = build_loss("split_losses:of", {}).critic_parts
+    assert parts is not None
+    assert [part.item() for part in parts(torch.tensor([1.0]), torch.tensor([2.0]))] == [-1, 2]
+    with pytest.raises(UserError, match="critic_parts must add up to what critic gives"):
+        build_loss("split_losses:of", {"factor": 2.0})

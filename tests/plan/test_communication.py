@@ -79,5 +79,6 @@ def test_a_run_has_no_other_collectives_than_those_planned(digits, wire):
     assert len(reduced) == count
     audited = [shape for shape in reduced if shape == [2, plan.audit_bytes // 16]]
     assert len(audited) == audits
-    panels = 4  # of losses that look at the global batch: they gather logits for a row in the log
-    assert len(gathered) in (0, rows * panels, 2 * rows * panels)
+    # Of losses that look at the global batch, which gather logits for a row; and `perf/`.
+    panels, perf = 4, 1
+    assert len(gathered) in (0, rows * (panels + perf), 2 * rows * (panels + perf))

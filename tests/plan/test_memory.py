@@ -65,7 +65,7 @@ def test_checkpoint_and_device_bytes_are_those_of_a_trained_state(digits, tmp_pa
     written = {path.name: path.stat().st_size for path in folder.iterdir()}
     tensors = sum(size for name, size in written.items() if name.endswith(".safetensors"))
     assert plan.checkpoint_bytes == tensors
-    assert plan.checkpoint_bytes == pytest.approx(sum(written.values()), rel=0.02)
+    assert sum(written.values()) - tensors < 10_000  # plain numbers, however large the networks
 
     networks = [state.generator, state.critic, state.average]
     held = [t for network in networks for t in (*network.parameters(), *network.buffers())]

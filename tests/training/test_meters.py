@@ -20,6 +20,16 @@ def test_a_figure_is_averaged_over_the_steps_that_had_it(runtime):
     assert meters.read() == {"critic": 3.0, "real": 30.0, "generator": 5.0, "panel": 7.0}
 
 
+def test_of_maxima_the_largest_counts_and_reading_starts_anew(runtime):
+    meters = MeterSums(runtime)
+    for largest in (-3.0, -1.0, -2.0):
+        meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(largest)})
+    meters.add({"loss": torch.tensor(3.0)}, {"norm": torch.tensor(-1.5), "other": torch.tensor(7)})
+    assert meters.read() == {"loss": 1.5, "norm": -1.0, "other": 7.0}
+    meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(-5.0)})
+    assert meters.read() == {"loss": 1.0, "norm": -5.0}
+
+
 def test_reading_starts_anew(runtime):
     meters = MeterSums(runtime)
     add(meters, loss=1.0)
@@ -58,11 +68,14 @@ def test_meters_continue_from_a_checkpoint_as_if_never_stopped(runtime):
     for meters, part in ((whole, values), (first, values[:2])):
         for value in part:
             add(meters, loss=value, norm=2 * value)
+            meters.add({"b": torch.tensor(value)}, {"largest": torch.tensor(value)})
         add(meters, other=1.0)
     second.load_state(json.loads(json.dumps(first.state())))
     for value in values[2:]:
         add(second, loss=value, norm=2 * value)
+        second.add({"b": torch.tensor(value)}, {"largest": torch.tensor(value)})
     assert second.read() == whole.read()
+    assert whole.read() == {}
 
 
 def test_saving_the_state_does_not_disturb_the_running_means(runtime):

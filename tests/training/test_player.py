@@ -157,7 +157,7 @@ def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optim
             plain.parameters(), **settings, momentum=optimizer.momentum, foreach=False
         )
     for seed in range(5):
-        meters, _ = player.update(images(seed=seed), 0)
+        meters, maxima, _ = player.update(images(seed=seed), 0)
         reference.zero_grad()
         loss = loss_of(plain, seed)
         loss.backward()
@@ -165,6 +165,7 @@ def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optim
         norm = torch.cat(gradients).norm().item()
         assert meters["loss/critic"].item() == pytest.approx(loss.item(), rel=1e-4)
         assert meters["optim/player_gradient_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert maxima["optim/player_gradient_norm_max"] == meters["optim/player_gradient_norm"]
         reference.step()
     for parameter, expected in zip(player.parameters, plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)

@@ -18,6 +18,7 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
+from ganscale.training.meters import MeterSums
 from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.player import Player, Tripwire
 from ganscale.training.step import CriticStep, GeneratorStep
@@ -101,6 +102,29 @@ GENERATOR_LOSSES = {
     "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
     "relativistic_average": average,
 }
+LOGIT_FIGURES = {
+    "mean": torch.mean,
+    "square": lambda logits: (logits**2).mean(),
+    "sign_rate": lambda logits: 2 * (logits > 0).double().mean() - 1,
+}
+
+
+def log(probability: Tensor) -> Tensor:
+    return -probability.log().mean()
+
+
+# Of what the critic minimises, the part for real images and that for fakes. One of pairs has none.
+CRITIC_PARTS = {
+    "minimax": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
+    "non_saturating": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
+    "lsgan": lambda real, fake: (((real - 1) ** 2).mean() / 2, (fake**2).mean() / 2),
+    "wgan": lambda real, fake: (-real.mean(), fake.mean()),
+    "hinge": lambda real, fake: ((1 - real).clamp_min(0).mean(), (1 + fake).clamp_min(0).mean()),
+    "relativistic_average": lambda real, fake: (
+        log((real - fake.mean()).sigmoid()),
+        log(1 - (fake - real.mean()).sigmoid()),
+    ),
+}
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 
@@ -110,24 +134,38 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
     critic, by_hand = SmoothCritic(), SmoothCritic()
     built = objective(name, **(GRADIENT_PENALTY if with_penalty else {}))
     inputs = critic_inputs(built)
-    loss, meters, logits = CriticStep(critic, built, "float64")(**inputs)
+    loss, meters, maxima, logits = CriticStep(critic, built, "float64")(**inputs)
     loss.backward()
 
     real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
     adversarial = CRITIC_LOSSES[name](real, fake)
     total = adversarial
-    shown = {"logits/real_mean": real.mean(), "logits/fake_mean": fake.mean()}
+    shown = {f"logits/real_{name}": figure(real) for name, figure in LOGIT_FIGURES.items()}
+    shown |= {f"logits/fake_{name}": figure(fake) for name, figure in LOGIT_FIGURES.items()}
+    shown["logits/pairs_in_order"] = (
+        torch.tensor([r > f for r, f in zip(real.tolist(), fake.tolist(), strict=True)])
+        .double()
+        .mean()
+    )
+    largest = {}
     if with_penalty:
         norms = by_hand.gradient_norms(inputs["points"]["wgan_gp"])
         penalty = ((norms - 1) ** 2).mean()
         total = adversarial + WEIGHT * penalty
-        shown |= {"penalty/wgan_gp": penalty, "penalty/wgan_gp_gradient_norm": norms.mean()}
+        shown |= {"penalty/wgan_gp": penalty, "loss/penalty_wgan_gp": WEIGHT * penalty}
+        shown["penalty/wgan_gp_gradient_norm"] = norms.mean()
+        shown["penalty/wgan_gp_gradient_norm_square"] = (norms**2).mean()
+        largest = {"penalty/wgan_gp_gradient_norm_max": norms.max().detach()}
     total.backward()
     close(loss, total)
     for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
         close(parameter.grad, expected.grad)
     shown |= {"loss/critic": total, "loss/critic_adversarial": adversarial}
+    if name in CRITIC_PARTS:
+        of_real, of_fake = CRITIC_PARTS[name](real, fake)
+        shown |= {"loss/critic_real": of_real, "loss/critic_fake": of_fake}
     close(meters, {name: value.detach() for name, value in shown.items()})
+    close(maxima, largest)
     close(logits, {"real": real.detach(), "fake": fake.detach()})
 
 
@@ -144,6 +182,30 @@ def test_a_lazy_penalty_weighs_its_interval_times_as_much_when_it_is_due():
     without = adversarial(**critic_inputs(objective("wgan"))).loss
     assert [losses[0].item(), losses[4].item()] == pytest.approx([expected.item()] * 2, rel=1e-12)
     assert [losses[update].item() for update in (1, 2, 3)] == [without.item()] * 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
+def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate):
+    """Also over an interval in which a lazy penalty was due once and another one always."""
+    built = objective(name, wgan_gp=PenaltyConfig(WEIGHT), r1=PenaltyConfig(3.0, interval=4))
+    critic, sums = SmoothCritic(), MeterSums(runtime)
+    trained = player(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
+    for step in range(6):
+        update = trained.update(critic_inputs(built, update=step), 0)
+        sums.add(update.meters, update.maxima)
+    row = sums.read()
+    penalties = row["loss/penalty_wgan_gp"] + row["loss/penalty_r1"]
+    assert row["loss/critic_adversarial"] + penalties == pytest.approx(
+        row["loss/critic"], rel=1e-14
+    )
+    assert row["loss/penalty_wgan_gp"] == pytest.approx(WEIGHT * row["penalty/wgan_gp"], rel=1e-14)
+    # Due in steps 0 and 4 of 6, with 4 times its weight; alone it is the mean of those two.
+    assert row["loss/penalty_r1"] == pytest.approx(2 / 6 * 4 * 3 * row["penalty/r1"], rel=1e-14)
+    assert ("loss/critic_real" in row) == (name != "relativistic")
+    if "loss/critic_real" in row:
+        parts = row["loss/critic_real"] + row["loss/critic_fake"]
+        assert parts == pytest.approx(row["loss/critic_adversarial"], rel=1e-14)
 
 
 def test_lazy_penalties_correct_adam_as_stylegan2_does():
@@ -177,14 +239,19 @@ def test_labels_go_with_real_fake_and_penalised_images_alike():
 def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_real_logits):
     generator, critic, inputs = SmallGenerator(), SmoothCritic(), generator_inputs()
     step = GeneratorStep(generator, critic, objective(name), "float64")
-    loss, meters, logits = step(**inputs, with_real_logits=with_real_logits)
+    loss, meters, _, logits = step(**inputs, with_real_logits=with_real_logits)
     parameters = list(generator.parameters())
     found = torch.autograd.grad(loss, parameters)
     fake, real = critic(generator(inputs["latents"])), critic(inputs["real_images"])
     expected = GENERATOR_LOSSES[name](fake, real.detach())
     close(loss, expected)
     close(found, torch.autograd.grad(expected, parameters))
-    close(meters, {"loss/generator": expected.detach()})
+    parts = {"loss/generator_fake": expected}
+    if name == "relativistic_average":
+        of_fake, of_real = CRITIC_PARTS[name](fake, real)  # with real and fake exchanged
+        parts = {"loss/generator_real": of_real, "loss/generator_fake": of_fake}
+    parts = {} if name == "relativistic" else parts
+    close(meters, {k: v.detach() for k, v in {"loss/generator": expected, **parts}.items()})
     close(logits["fake"], fake.detach())
     needs_real = name.startswith("relativistic")
     assert ("real" in logits) == (with_real_logits or needs_real)
@@ -300,9 +367,9 @@ def test_nothing_that_a_step_reports_keeps_its_graph_alive(runtime):
     critic, built = SmoothCritic(), objective("lsgan", **GRADIENT_PENALTY)
     output = CriticStep(critic, built, "float64")(**critic_inputs(built))
     step = GeneratorStep(SmallGenerator(), critic, objective("relativistic"), "float64")
-    for loss, meters, logits in (output, step(**generator_inputs())):
+    for loss, *seen in (output, step(**generator_inputs())):
         assert loss.requires_grad
-        assert not any(value.requires_grad for value in (*meters.values(), *logits.values()))
+        assert not any(value.requires_grad for figures in seen for value in figures.values())
 
 
 def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
@@ -314,7 +381,7 @@ def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
     inputs["points"] = {name: images.float() for name, images in inputs["points"].items()}
     found = {}
     for precision in ("float32", "bfloat16"):
-        loss, meters, logits = CriticStep(layers, built, precision)(**inputs)
+        loss, meters, _, logits = CriticStep(layers, built, precision)(**inputs)
         assert loss.dtype == logits["real"].dtype == torch.float32
         found[precision] = meters
     assert torch.equal(found["bfloat16"]["penalty/wgan_gp"], found["float32"]["penalty/wgan_gp"])

@@ -17,6 +17,7 @@ from ganscale.config import resolve
 from ganscale.errors import NonFiniteError
 from ganscale.runtime import Runtime
 from ganscale.shards.building import build_manifest
+from ganscale.tracking.alerts import read_alerts
 from ganscale.training.trainer import Trainer
 
 CONFIG = """
@@ -82,6 +83,7 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
         broken.run()
     saved = broken.folder.checkpoints / f"images-{breaks_at:09d}"
     assert "NaN" not in (saved / "state.json").read_text()
+    assert [alert.kind for alert in read_alerts(broken.folder.path)] == ["nan"]
 
     whole = trainer_of(folder, runtime, f"whole-{breaks_at}")
     critics = {}
@@ -98,6 +100,7 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
     assert continued.resumed_at == breaks_at
     assert continued.run() == 0
     assert "NaN" not in (continued.folder.path / "metrics.jsonl").read_text()
+    assert continued.state.health.non_finite_events == 1
     assert continued.state.images_seen >= 80
 
 

@@ -1,0 +1,96 @@
+"""How many floating point operations a cycle takes: counted once, on copies of the networks."""
+
+import copy
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.objectives.losses import wgan
+from ganscale.objectives.objective import Objective
+from ganscale.schema import Config
+from ganscale.training.networks import sample_shape
+from ganscale.training.step import CriticStep, GeneratorStep, make
+
+_BATCH = 2
+
+logger = logging.getLogger(__name__)
+
+
+def flops_of_a_cycle(
+    config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
+) -> float | None:
+    """Of all ranks together: the matrix products and convolutions of forwards, backwards and
+    penalties, a multiplication and an addition counted apart; lazy penalties by their share.
+
+    What this code does is counted, which is less than what autograd alone would do. None for
+    networks that cannot be copied. No collective: one rank may ask alone.
+    """
+    try:
+        copies = copy.deepcopy(generator), copy.deepcopy(critic)
+    except Exception as error:  # of networks of the user's own
+        logger.info("operations are not counted: %s", " ".join(str(error).split())[:200])
+        return None
+    for module in (module for each in copies for module in each.modules()):
+        module._forward_pre_hooks.clear()  # somebody's, who did not ask about copies
+        module._forward_hooks.clear()
+        if isinstance(module, GlobalBatchNorm):
+            module.eval()
+    critic_step, generator_step = _flops_of_steps(config, objective, *copies, num_classes)
+    images = config.training.global_batch_size / _BATCH
+    return images * (config.objective.n_critic * critic_step + generator_step)
+
+
+def _flops_of_steps(
+    config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
+) -> tuple[float, float]:
+    """(of a critic step, of a generator step), for `_BATCH` images."""
+    like = next(generator.parameters())
+    latents = like.new_zeros(_BATCH, config.generator.latent_dim)
+    images = like.new_zeros(_BATCH, *sample_shape(config))
+    labels = torch.zeros(_BATCH, dtype=torch.int64, device=like.device) if num_classes else None
+    # The loss itself is a few operations an image, and may want the other ranks.
+    plain = dataclasses.replace(objective, loss=wgan())
+    critic_step = CriticStep(critic, plain, "float32")
+
+    def critic_flops(*penalties: str) -> int:
+        points: dict[str, Tensor] = dict.fromkeys(penalties, images)
+        with _Counter() as counter:
+            critic_step(images, images, labels, points).loss.backward()
+        return counter.flops
+
+    without = critic_flops()
+    of_critic = float(without)
+    for name, weighted in objective.penalties.items():
+        of_critic += (critic_flops(name) - without) / weighted.interval
+    with _Counter() as fakes, torch.no_grad():
+        make(generator, latents, labels)
+    step = GeneratorStep(generator, critic, plain, "float32")
+    with _Counter() as of_generator:
+        needs_real = objective.loss.generator_needs_real
+        loss = step(latents, images, labels, with_real_logits=needs_real).loss
+        loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
+    reused = fakes.flops if config.training.reuse_fakes else 0  # the generator's step makes none
+    return of_critic + fakes.flops, of_generator.flops - reused
+
+
+class _Counter(TorchDispatchMode):
+    """torch's own figures for each operator. Its FlopCounterMode refuses a gradient penalty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=output)
+        return output
