@@ -3,16 +3,21 @@
 Everything runs in one PID namespace, whose first process waits for its input to end: when the
 Cluster is left, or the process that made it dies, all of it ends and its folder goes. A node has
 its own host name, address and loopback, as on a real cluster: a job that looks for another node at
-127.0.0.1 fails here, too. Needs root and Debian's slurm-wlm, munge and iproute2.
+127.0.0.1 fails here, too; one that is killed takes all its processes with it. Needs root and
+Debian's slurm-wlm, munge and iproute2.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
 # This Python's commands, and where Debian keeps daemons.
@@ -35,6 +40,17 @@ ip link set switch up
 munged --key-file "$PWD/munge.key" --seed-file "$PWD/munge.seed" --log-file "$PWD/munged.log" \
   --pid-file "$PWD/munged.pid" --force
 slurmctld -D -c &
+boot() {
+  while :; do  # whenever it was switched off
+    while [[ -e $1.off ]]; do sleep 0.1; done
+    nsenter --net="/run/netns/$1" unshare --uts --mount --pid --fork --mount-proc bash -c '
+      hostname "$1"
+      while :; do
+        slurmd -D -N "$1" || true
+        while [[ -e $1.dead ]]; do sleep 0.1; done
+      done' node "$1" || true
+  done
+}
 for node in "$@"; do
   ip netns add "$node"
   ip link add "$node" type veth peer name eth0 netns "$node"
@@ -42,8 +58,7 @@ for node in "$@"; do
   ip -netns "$node" link set lo up
   ip -netns "$node" address add "10.77.0.${node#node}/24" dev eth0
   ip -netns "$node" link set eth0 up
-  nsenter --net="/run/netns/$node" unshare --uts --mount --pid --fork --mount-proc \
-    bash -c 'hostname "$1"; slurmd -D -N "$1"; exit' node "$node" &
+  boot "$node" &
 done
 read -r _ || true  # its end
 kill -KILL -1      # everything but this process
@@ -56,6 +71,10 @@ SlurmctldHost=controller(10.77.0.254)
 SlurmUser=root
 # A requeued job starts when its old credential has expired: after 120 seconds by default.
 AuthInfo=cred_expire=5
+# A node that does not answer is given up after about 20 seconds: by default after 300.
+SlurmdTimeout=6
+MessageTimeout=5
+TCPTimeout=1
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -63,15 +82,18 @@ SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=node[1-{nodes}] CPUs={cpus} Gres=gpu:{gpus}
-PartitionName=all Nodes=ALL Default=YES
+PartitionName=all Nodes=ALL Default=YES GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=9
 """
 
 
@@ -109,7 +131,7 @@ class Cluster:
                 stderr=log,
             )
         try:
-            self._wait_until_idle()
+            self._wait_until("idle")
         except BaseException:
             self.__exit__()
             raise
@@ -139,6 +161,28 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: {result.stdout}")
         return result.stdout
 
+    def kill_node(self, name: str) -> None:
+        """Switches a node off, without a word to others; its processes die. See `restore`."""
+        self.run("ip", "link", "set", name, "down")
+        (self._folder / f"{name}.off").touch()
+        self._kill(lambda command: command[:2] == ["bash", "-c"] and command[3:] == ["node", name])
+
+    def kill_daemon(self, name: str) -> None:
+        """Kills a node's daemon, and leaves its jobs running. See `restore`."""
+        (self._folder / f"{name}.dead").touch()
+        self._kill(lambda command: command == ["slurmd", "-D", "-N", name])
+
+    def restore(self, name: str) -> None:
+        """Brings back what was killed on a node, and waits until it can be used."""
+        self.run("ip", "link", "set", name, "up")
+        (self._folder / f"{name}.off").unlink(missing_ok=True)
+        (self._folder / f"{name}.dead").unlink(missing_ok=True)
+        self._wait_until("idle", "mixed", "allocated")
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of the cluster, on all nodes."""
+        return psutil.Process(self._controller.pid).children(recursive=True)
+
     def submit(self, *arguments: str, folder: Path, **environment: str) -> str:
         """The number of the job that `sbatch arguments` in `folder` has made."""
         return self.run("sbatch", "--parsable", *arguments, folder=folder, **environment).strip()
@@ -161,6 +205,16 @@ class Cluster:
                 found = {key: job[key] for key in ("JobState", "Reason", "ExitCode", "Restarts")}
                 raise AssertionError(f"job {number} is not {expected}, but {found}\n{text}")
             time.sleep(0.2)
+
+    def _kill(self, is_meant: Callable[[list[str]], bool]) -> None:
+        meant = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if is_meant(process.cmdline()):
+                    meant.append(process)
+        assert meant
+        for process in meant:
+            process.kill()
 
     def _environment(self) -> dict[str, str]:
         """Without the variables of a SLURM job in which the tests may run; sbatch hands it on."""
@@ -187,17 +241,19 @@ class Cluster:
         devices = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")[: self._gpus]
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in devices))
 
-    def _wait_until_idle(self) -> None:
+    def _wait_until(self, *good_states: str) -> None:
+        """Until every node is in one of these."""
         deadline = time.monotonic() + 30
         is_listening = (self._folder / "slurmctld.pid").exists  # in its own network, not in ours
         problem = "no controller"
         while time.monotonic() < deadline:
             try:
-                states = is_listening() and self.run("sinfo", "--noheader", "--Node", "--format=%t")
+                states = is_listening() and self.run("sinfo", "--noheader", "--Node", "--format=%T")
             except RuntimeError as error:
                 states, problem = "", str(error)
-            if states and set(states.split()) == {"idle"}:
+            if states and {*states.split()} <= {*good_states}:
                 return
+            problem = states or problem
             time.sleep(0.1)
         logs = [f"{path.name}:\n{path.read_text()}" for path in self._folder.glob("*.log")]
-        raise RuntimeError(f"SLURM does not start: {problem}\n" + "\n".join(logs))
+        raise RuntimeError(f"SLURM does not come up: {problem}\n" + "\n".join(logs))

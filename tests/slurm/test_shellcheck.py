@@ -6,8 +6,8 @@ from tests.conftest import REPOSITORY
 
 
 def test_shellcheck_finds_nothing_in_the_batch_scripts(shellcheck: str) -> None:
-    scripts = sorted(map(str, (REPOSITORY / "slurm").glob("*.sbatch")))
-    assert scripts
+    scripts = sorted(map(str, (REPOSITORY / "slurm").iterdir()))
+    assert any(script.endswith(".sh") for script in scripts)
     result = subprocess.run(
         [shellcheck, *scripts], capture_output=True, text=True, timeout=60, check=False
     )
