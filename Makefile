@@ -34,12 +34,14 @@ bench: install
 	$(BIN)/python -m benchmarks.invariance --quick
 	$(BIN)/python -m benchmarks.step --quick
 	$(BIN)/python -m benchmarks.loop --quick
+	$(BIN)/python -m benchmarks.checkpoint --quick
 	$(BIN)/python -m benchmarks.scaling --quick
 	$(BIN)/python -m benchmarks.limit --quick
 	$(BIN)/python -m benchmarks.data --quick
 	$(BIN)/python -m benchmarks.shuffle --quick
 	$(BIN)/python -m benchmarks.manifest --quick
 	$(BIN)/python -m benchmarks.gaussians --quick
+	$(BIN)/python -m benchmarks.faults --quick
 
 # GAN libraries for `benchmarks.step`, without the packages of their own that it does not need.
 rivals: install

@@ -21,7 +21,7 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
     """
     module, _, name = function.partition(":")
     program = f"import sys, pathlib, {module} as m; m.{name}(pathlib.Path(sys.argv[1]))"
-    port = str(_free_port())
+    port = str(free_port())
     logs = [folder / f"rank{rank}.txt" for rank in range(world_size)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -31,7 +31,7 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
                     subprocess.Popen(
                         [sys.executable, "-c", program, str(folder)],
                         cwd=REPOSITORY,
-                        env=os.environ | _environment(rank, world_size, port),
+                        env=os.environ | environment_of(rank, world_size, port),
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )
@@ -43,7 +43,8 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
             process.wait()
 
 
-def _environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+def environment_of(rank: int, world_size: int, port: str) -> dict[str, str]:
+    """What a launcher tells a rank; a single one is told nothing."""
     alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world_size == 1:
         return alone
@@ -74,7 +75,7 @@ def _wait(
         time.sleep(0.02)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One below those that the system hands out by itself, which might be taken in between."""
     while True:
         port = random.randrange(15_000, 30_000)

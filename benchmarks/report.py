@@ -35,12 +35,17 @@ class Row:
 
 def arguments(description: str | None) -> argparse.Namespace:
     """The command line that all benchmarks share: `quick` (bool) and `json` (a path or None)."""
+    return argument_parser(description).parse_args()
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """That of `arguments`, for a benchmark that has more of them."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    return parser.parse_args()
+    return parser
 
 
 def report(rows: Sequence[Row], json_file: Path | None) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.ranks import _environment, _free_port
+from benchmarks.ranks import environment_of, free_port
 from ganscale.data.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
@@ -216,7 +216,7 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
 def end_of_ranks(runs: Runs, settings: list[str], tmp_path: Path) -> list[tuple[int, str]]:
     """(exit code, what was said) of each of two ranks: a launcher would tell only of one."""
     arguments = [*TINY, f"run.folder={runs.folder}", "run.name=ends", *settings, "data.workers=2"]
-    port = str(_free_port())
+    port = str(free_port())
     logs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
     processes = []
     try:
@@ -225,7 +225,7 @@ def end_of_ranks(runs: Runs, settings: list[str], tmp_path: Path) -> list[tuple[
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "ganscale", "train", *arguments],
-                        env=os.environ | _environment(rank, 2, port),
+                        env=os.environ | environment_of(rank, 2, port),
                         cwd=REPOSITORY,
                         stdout=output,
                         stderr=subprocess.STDOUT,

@@ -1,17 +1,33 @@
 """A run does not know its cluster: the same curve on one rank and on two."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.conftest import REPOSITORY, Runs
 
-# What tells about this machine and this moment, not about the curve.
-_OF_THE_MACHINE = ("perf/",)
+# What tells about this machine and this moment, not about the curve; a stop is audited, too.
+_OF_THE_MACHINE = ("perf/", "audit/")
 
 
 def curve(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(_OF_THE_MACHINE)} for r in rows]
+    """The rows without what differs by machine, each bin of a histogram under a name of its own."""
+    return [
+        dict(figure for name, value in row.items() for figure in _figures(name, value))
+        for row in rows
+    ]
+
+
+def _figures(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if name.startswith(_OF_THE_MACHINE):
+        return
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for part, numbers in value.items():
+        yield from ((f"{name} {part} {i}", number) for i, number in enumerate(numbers))
 
 
 # A rate at which much happens within the test: the critic's loss falls from +10 to -10.

@@ -1,0 +1,1 @@
+"""Faults on purpose, and what a run has to show for it afterwards."""

@@ -1,0 +1,194 @@
+"""The processes of one session of a run, as a batch script would start them."""
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from benchmarks.ranks import environment_of, free_port
+from ganscale.training.attempts import ATTEMPTS_FILE
+
+REPOSITORY = Path(__file__).parents[2]
+HOST = socket.gethostname()
+_MARK = "GANSCALE_FAULTS_SESSION"
+
+
+class NotSurvived(Exception):
+    """Something is not as it has to be after a fault; the sentence says what."""
+
+
+class RunOver(Exception):
+    """The run has come to its end."""
+
+
+def wait_until(
+    condition: Callable[[], object], seconds: float, problem: Callable[[], str], every: float = 0.01
+) -> None:
+    """Looks `every` so many seconds. Raises NotSurvived with the problem as it is at the end."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise NotSurvived(f"{problem()} within {seconds:.0f} s")
+        time.sleep(every)
+
+
+class Session:
+    """Without a launcher nobody ends the others for a rank; with `accelerate launch`, it does."""
+
+    def __init__(
+        self, folder: Path, settings: Sequence[str], ranks: int, is_launched: bool = False
+    ) -> None:
+        """folder: a new one, for what the processes print"""
+        folder.mkdir(parents=True)
+        self.ranks = ranks
+        self.is_launched = is_launched
+        self.folder = folder
+        self._attempts = folder / "attempts"
+        self._mark = secrets.token_hex(8)
+        self._outputs = [folder / f"{i}.log" for i in range(1 if is_launched else ranks)]
+        program = [str(REPOSITORY / "launch" / "train.py"), *settings]
+        port = str(free_port())
+        common = {**os.environ, "PYTHONPATH": str(REPOSITORY), _MARK: self._mark}
+        common |= {"OMP_NUM_THREADS": "1"}
+        self.started: list[subprocess.Popen[bytes]] = []
+        if is_launched:
+            launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
+            launcher += ["--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
+            launcher += ["--main_process_port", "0"]
+            self._start([*launcher, *program], common | {ATTEMPTS_FILE: str(self._attempts)})
+        else:
+            for rank in range(ranks):
+                self._start(program, common | environment_of(rank, ranks, port))
+
+    def _start(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        with self._outputs[len(self.started)].open("wb") as output:
+            self.started.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    cwd=self._outputs[0].parent,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+
+    def said(self, rank: int = 0) -> str:
+        output = self._outputs[0 if self.is_launched else rank]
+        return output.read_text(errors="replace")
+
+    def images_seen(self) -> int | None:
+        """As its newest row says, None before its first one."""
+        rows = re.findall(r"^([\d,]+) of [\d,]+ images, ", self.said(), re.MULTILINE)
+        return int(rows[-1].replace(",", "")) if rows else None
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are alive, whoever their parent is by now."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(_MARK) == self._mark:
+                    found.append(process)
+        return found
+
+    def rank(self, number: int) -> psutil.Process | None:
+        """The process of a rank, None where there is none."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error, OSError):
+                if self.ranks == 1 or process.environ().get("RANK") == str(number):
+                    return process
+        return None
+
+    def all_ranks(self) -> list[psutil.Process]:
+        return [each for each in map(self.rank, range(self.ranks)) if each is not None]
+
+    def is_over(self) -> bool:
+        return all(process.poll() is not None for process in self.started)
+
+    def wait_for_start(self, condition: Callable[[], object], seconds: float) -> None:
+        """Until `condition`. Raises RunOver where the run is done before, and NotSurvived where the
+        session ends otherwise."""
+
+        def happened() -> bool:
+            if condition():
+                return True
+            if self.is_over():
+                if [process.returncode for process in self.started] == [0] * len(self.started):
+                    raise RunOver
+                raise NotSurvived(f"it ended by itself: {self.ending()}")
+            return False
+
+        wait_until(happened, seconds, lambda: "it did not get on")
+
+    def ending(self) -> str:
+        """How it ended, in the words of its processes."""
+        codes = [process.poll() for process in self.started]
+        last = [said.splitlines()[-1:] for said in map(self.said, range(len(self.started)))]
+        return f"codes {codes}, last words {[line for lines in last for line in lines]}"
+
+    def _staying(self) -> str:
+        return (
+            f"processes {[each.pid for each in self.processes()]} did not leave ({self.ending()})"
+        )
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Until none of its processes is left. Raises NotSurvived where one stays."""
+        wait_until(self.is_over, seconds, self._staying)
+        wait_until(lambda: not self.processes(), seconds, self._staying, every=0.1)
+
+    def expect_end(self, code: int, seconds: float, *, victims: Sequence[int] = ()) -> str:
+        """Waits for the end of all but the `victims`, with the code and what belongs to it.
+
+        Returns the sentence that it ended with. Raises NotSurvived.
+        """
+        others = [p for rank, p in enumerate(self.started) if rank not in victims]
+        if self.is_launched:
+            others = self.started
+        wait_until(lambda: None not in [p.poll() for p in others], seconds, self._staying)
+        if self.is_launched:
+            return self._expect_attempt(code)
+        codes = [process.returncode for process in others]
+        if codes != [code] * len(others):
+            raise NotSurvived(f"it did not end with {code}: {self.ending()}")
+        said = "".join(self.said(rank) for rank in range(self.ranks) if rank not in victims)
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        return lines[-1].removeprefix("error: ") if lines else ""
+
+    def _expect_attempt(self, code: int) -> str:
+        lines = self._attempts.read_text().splitlines() if self._attempts.exists() else []
+        last = lines[-1] if lines else "nothing"
+        if not last.startswith(f"ended {code} "):
+            raise NotSurvived(f"it did not say that it ended with {code}, but {last!r}")
+        return last.removeprefix(f"ended {code} ")
+
+    def kill(self) -> None:
+        """-9 to all of its processes, as at a loss of power."""
+        while found := self.processes():  # a launcher may start one meanwhile
+            for process in found:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            time.sleep(0.01)
+        for process in self.started:
+            process.wait()
+
+    def heeds(self, number: signal.Signals) -> bool:
+        """Whether every rank's process takes the signal as a request: Python runs in it."""
+        ranks = self.all_ranks()
+        return len(ranks) == self.ranks and all(_blocks(each.pid, number) for each in ranks)
+
+
+def _blocks(pid: int, number: signal.Signals) -> bool:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        mask = next(line.split()[1] for line in lines if line.startswith("SigBlk"))
+        return bool(int(mask, 16) >> (number - 1) & 1)
+    return False
