@@ -2,6 +2,7 @@
 #   docker build -t ganscale .
 #   docker run --gpus all --user "$(id -u):$(id -g)" \
 #     -v "$PWD/data:/ganscale/data" -v "$PWD/runs:/ganscale/runs" ganscale train configs/demo.yaml
+# Under SLURM, by Apptainer or Pyxis: docs/cluster.md.
 # torch's wheel brings the CUDA libraries: the base only tells the container runtime about the GPUs
 # and lets drivers older than CUDA 13 serve it. Without GPUs: --build-arg BASE=debian:bookworm
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04

@@ -26,11 +26,11 @@ import torch
 from benchmarks.ours import Ours, config_of, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import spread
+from ganscale.checkpoints.checkpoint import save_checkpoint
+from ganscale.checkpoints.retention import prune
+from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.runtime import Runtime
 from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import save_checkpoint
-from ganscale.training.checkpoint_writer import CheckpointWriter
-from ganscale.training.retention import prune
 from ganscale.training.state import TrainingState
 
 KEEP = CheckpointConfig(keep_last=1)

@@ -6,7 +6,7 @@ import sys
 
 from ganscale.cli.main import main
 from ganscale.errors import EXIT_DONE, EXIT_REQUEUE
-from ganscale.training.attempts import ATTEMPTS_FILE
+from ganscale.supervision.attempts import ATTEMPTS_FILE
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])

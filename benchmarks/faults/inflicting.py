@@ -12,8 +12,8 @@ import psutil
 from benchmarks.faults.disk import Disk
 from benchmarks.faults.plan import CHECKPOINT, FULL_FROM_THE_START, Fault
 from benchmarks.faults.session import HOST, NotSurvived, Session, wait_until
+from ganscale.checkpoints.checkpoint import damage, images_of, oldest_first
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE
-from ganscale.training.checkpoint import damage, images_of, oldest_first
 
 TIMEOUT_SECONDS = 8.0  # `runtime.timeout_seconds` where that is waited for
 _START_SECONDS, _END_SECONDS = 240.0, 60.0  # far more than it takes, as nothing may hang for ever

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.faults.inflicting import newest_whole
 from benchmarks.faults.plan import CHECKPOINT, KEEP_LAST, KEPT
-from ganscale.training.checkpoint import damage, images_of, oldest_first
+from ganscale.checkpoints.checkpoint import damage, images_of, oldest_first
 
 # What tells about the machine and the moment; an audit is made at every stop, too.
 _OF_THE_MOMENT = ("perf/", "audit/passed")

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.ranks import environment_of, free_port
-from ganscale.training.attempts import ATTEMPTS_FILE
+from ganscale.supervision.attempts import ATTEMPTS_FILE
 
 REPOSITORY = Path(__file__).parents[2]
 HOST = socket.gethostname()

@@ -67,9 +67,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> int:
+    from ganscale.checkpoints.retention import best_of, survey
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE
-    from ganscale.training.retention import best_of, survey
 
     run = _run(arguments)
     saved = survey(run.checkpoints)
@@ -92,8 +92,8 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def verify_checkpoints(arguments: argparse.Namespace) -> int:
+    from ganscale.checkpoints.checkpoint import damage, oldest_first
     from ganscale.errors import EXIT_DONE, EXIT_FAILED, UserError
-    from ganscale.training.checkpoint import damage, oldest_first
 
     run = _run(arguments)
     folders = oldest_first(run.checkpoints)
@@ -112,10 +112,10 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def prune_checkpoints(arguments: argparse.Namespace) -> int:
+    from ganscale.checkpoints.checkpoint import oldest_first
+    from ganscale.checkpoints.retention import prune
     from ganscale.config import resolve
     from ganscale.errors import EXIT_DONE
-    from ganscale.training.checkpoint import oldest_first
-    from ganscale.training.retention import prune
 
     run = _run(arguments)
     count = len(oldest_first(run.checkpoints))
@@ -133,10 +133,10 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
 
 def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale import __version__
+    from ganscale.checkpoints.checkpoint import images_of
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import exported
-    from ganscale.training.checkpoint import images_of
     from ganscale.training.networks import sample_shape
     from ganscale.training.state import load_generator
 
@@ -178,8 +178,8 @@ def _run(arguments: argparse.Namespace) -> "RunFolder":
 
 
 def _chosen(run: "RunFolder", name: str | None) -> Path:
+    from ganscale.checkpoints.checkpoint import damage, newest_checkpoint, oldest_first
     from ganscale.errors import UserError
-    from ganscale.training.checkpoint import damage, newest_checkpoint, oldest_first
 
     if name is None:
         newest = newest_checkpoint(run.checkpoints, sets_aside=False)

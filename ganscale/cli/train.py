@@ -16,16 +16,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ganscale.training.signals import StopRequest
+    from ganscale.supervision.signals import StopRequest
 
     stop = StopRequest.listening()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
     from ganscale.errors import EXIT_FAILED, GanscaleError
     from ganscale.runtime import Runtime
-    from ganscale.training.attempts import note_ended
+    from ganscale.supervision.attempts import note_ended
+    from ganscale.supervision.watchdog import Progress, Watchdog
     from ganscale.training.trainer import Trainer
-    from ganscale.training.watchdog import Progress, Watchdog
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ganscale.checkpoints.retention import best_of, survey
 from ganscale.schema import Config
 from ganscale.tracking.messages import Checkpoint, Identity
 from ganscale.training.provenance import read_sessions
-from ganscale.training.retention import best_of, survey
 from ganscale.training.run_folder import RunFolder
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ganscale.checkpoints.checkpoint import newest_name
 from ganscale.data.batch import Batch
 from ganscale.data.broken import broken_rows, check_broken_limit
 from ganscale.errors import EXIT_DONE, NonFiniteError
@@ -14,7 +15,6 @@ from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.tracking.console import Console
 from ganscale.tracking.tracker import Tracker
-from ganscale.training.checkpoint import newest_name
 from ganscale.training.feed import Feed
 from ganscale.training.in_wandb import identity_of, kept_in_wandb
 from ganscale.training.measures import curve_row

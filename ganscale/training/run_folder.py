@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ganscale.checkpoints.checkpoint import newest_checkpoint
 from ganscale.config import Resolved, curve_changes, load_stored
 from ganscale.errors import UserError
 from ganscale.files import write_text
-from ganscale.training.checkpoint import newest_checkpoint
 
 logger = logging.getLogger(__name__)
 

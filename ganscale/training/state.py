@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.config import load_stored
 from ganscale.errors import UserError
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
-from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.training.ema import average_of
 from ganscale.training.health import Health
 from ganscale.training.meters import MeterSums

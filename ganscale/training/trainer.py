@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
 from ganscale.data.dataset import open_data
 from ganscale.errors import (
@@ -18,9 +19,10 @@ from ganscale.errors import (
 )
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
+from ganscale.supervision.attempts import note_started
+from ganscale.supervision.signals import StopRequest
+from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
-from ganscale.training.attempts import note_started
-from ganscale.training.checkpoint_writer import CheckpointWriter
 from ganscale.training.cycle import Cycle
 from ganscale.training.exactness import check_batch
 from ganscale.training.feed import Feed
@@ -29,9 +31,7 @@ from ganscale.training.profiling import profiled, section
 from ganscale.training.replicas import audit_replicas
 from ganscale.training.reports import Reports
 from ganscale.training.run_folder import RunFolder
-from ganscale.training.signals import StopRequest
 from ganscale.training.state import TrainingState
-from ganscale.training.watchdog import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.data.batch import Batch
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
@@ -16,7 +17,6 @@ from ganscale.objectives.objective import build_objective
 from ganscale.plan.planning import checkpoint_positions, make_plan
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
-from ganscale.training.checkpoint import save_checkpoint
 from ganscale.training.cycle import Cycle
 from ganscale.training.feed import Feed
 from ganscale.training.state import TrainingState

@@ -19,14 +19,17 @@ def test_a_job_is_queued_again_while_it_makes_progress_and_then_so_often_without
     jobs: Jobs,
 ) -> None:
     stand_in = jobs.stand_in(
-        _COUNTED + 'says "started $((attempt < 3 ? attempt * 100 : 200))"; says "ended 75 stopped"'
+        _COUNTED + 'says "started $((attempt < 2 ? 100 : 200))"; says "ended 75 stopped"'
     )
-    job = jobs.submit("train.sbatch", "any", GANSCALE_CONTAINER=stand_in, GANSCALE_MAX_ATTEMPTS="2")
-    jobs.cluster.wait_for(job, seconds=80, JobState="FAILED", Restarts="3", ExitCode="75:0")
-    again, limit = "stopped; goes back into the queue", "stopped; attempts without progress: 2, which is the limit"
+    job = jobs.submit("train.sbatch", "any", GANSCALE_CONTAINER=stand_in, GANSCALE_MAX_ATTEMPTS="1")
+    jobs.cluster.wait_for(job, seconds=80, JobState="FAILED", Restarts="2", ExitCode="75:0")
+    again, limit = (
+        "stopped; goes back into the queue",
+        "stopped; attempts without progress: 1, which is the limit",
+    )
     said = jobs.last_words(job)
-    assert said[:3] == [again] * 3
-    assert said[3].startswith(limit)
+    assert said[:2] == [again] * 2
+    assert said[2].startswith(limit)
 
 
 @pytest.mark.timeout(60)

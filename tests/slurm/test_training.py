@@ -78,7 +78,7 @@ def test_two_nodes_of_two_ranks_train_one_run(undisturbed: tuple[Jobs, str]) -> 
 def test_at_its_time_limit_a_job_saves_comes_again_and_ends_with_the_same_weights(
     jobs: Jobs, undisturbed: tuple[Jobs, str]
 ) -> None:
-    job = jobs.train(NODES, "run.name=run", TOTAL, options=f"{TWO_A_NODE} --signal=B:USR1@90")
+    job = jobs.train(NODES, "run.name=run", TOTAL, options=f"{TWO_A_NODE} --signal=B:USR1@120")
     jobs.wait_for_training(job)
     with frozen(jobs, job):
         _limit(jobs, job, minutes=2)

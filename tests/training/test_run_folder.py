@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.config import load_stored, resolve
 from ganscale.errors import UserError
-from ganscale.training.checkpoint import save_checkpoint
 from ganscale.training.run_folder import RunFolder, write_text
 
 CONFIG = """

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import save_checkpoint
+from ganscale.checkpoints.retention import scored
 from ganscale.cli.main import main
-from ganscale.training.checkpoint import save_checkpoint
-from ganscale.training.retention import scored
 
 CONFIG = """
 data: {path: data/x, resolution: 8}

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ganscale.checkpoints import checkpoint
+from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
+from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
-from ganscale.training import checkpoint
-from ganscale.training.checkpoint import load_state, load_tensors, newest_checkpoint
-from ganscale.training.checkpoint_writer import CheckpointWriter
 
 Files = dict[str, dict[str, torch.Tensor]]
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
+from ganscale.checkpoints.checkpoint import damage, load_state, load_tensors, newest_checkpoint
+from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import damage, load_state, load_tensors, newest_checkpoint
-from ganscale.training.checkpoint_writer import CheckpointWriter
 
 KEEP = CheckpointConfig(keep_last=2)
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import (
+from ganscale.checkpoints.checkpoint import (
     damage,
     load_state,
     load_tensors,
     newest_checkpoint,
     save_checkpoint,
 )
-from ganscale.training.retention import prune
+from ganscale.checkpoints.retention import prune
+from ganscale.schema import CheckpointConfig
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:

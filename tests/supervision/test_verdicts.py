@@ -2,7 +2,7 @@
 
 import pytest
 
-from ganscale.training.verdicts import Failure, Mark, Member, Verdict, judged
+from ganscale.supervision.verdicts import Failure, Mark, Member, Verdict, judged
 
 LIMIT, SILENCE = 600.0, 60.0
 

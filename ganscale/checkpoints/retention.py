@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import (
+from ganscale.checkpoints.checkpoint import (
     CHECKSUMS,
     damage,
     delete_checkpoint,
@@ -17,6 +16,7 @@ from ganscale.training.checkpoint import (
     load_state,
     oldest_first,
 )
+from ganscale.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import save_checkpoint
+from ganscale.checkpoints.retention import prune, scored, survey
 from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import save_checkpoint
-from ganscale.training.retention import prune, scored, survey
 
 
 def names(root) -> list[int]:

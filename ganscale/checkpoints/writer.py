@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ganscale.checkpoints.checkpoint import write_checkpoint
+from ganscale.checkpoints.retention import prune, scored
 from ganscale.schema import CheckpointConfig
-from ganscale.training.checkpoint import write_checkpoint
-from ganscale.training.retention import prune, scored
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from typing import Any
 from ganscale import runtime as runtime_module
 from ganscale.errors import EXIT_FAILED, GanscaleError, UserError
 from ganscale.runtime import Runtime, is_communication_error
+from ganscale.supervision.attempts import note_ended
+from ganscale.supervision.signals import StopRequest
+from ganscale.supervision.verdicts import Failure, Mark, Member, Verdict, judged
 from ganscale.tracking.console import append_line
-from ganscale.training.attempts import note_ended
-from ganscale.training.signals import StopRequest
-from ganscale.training.verdicts import Failure, Mark, Member, Verdict, judged
 
 _JOIN_SECONDS = 60.0
 _BEAT_SECONDS = 5.0

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.checkpoints.test_checkpoint_writer import mounted
 
 from ganscale.errors import EXIT_REQUEUE
 from tests.conftest import Runs
-from tests.training.test_checkpoint_writer import mounted
 
 SETTINGS = ("training.total_images=320", "checkpoint.every_images=64")
 
