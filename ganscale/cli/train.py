@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.listening()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
-    from ganscale.errors import EXIT_FAILED, GanscaleError
+    from ganscale.errors import EXIT_DONE, EXIT_FAILED, GanscaleError
     from ganscale.runtime import Runtime
     from ganscale.supervision.attempts import note_ended
     from ganscale.supervision.watchdog import Progress, Watchdog
@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
             progress = Progress()
             watchdog = Watchdog(runtime, progress, limit, stop)
             try:
-                exit_code = Trainer(resolved, runtime, stop, progress).run()
+                trainer = Trainer(resolved, runtime, stop, progress)
+                exit_code = trainer.run()
                 runtime.wait_for_all()
             except BaseException as error:
                 watchdog.failed(error)
@@ -51,5 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
             note_ended(error.exit_code if known else EXIT_FAILED, str(error))
         raise
     if is_main:
-        note_ended(exit_code, "done" if exit_code == 0 else "stopped on request")
+        how = "done" if exit_code == EXIT_DONE else "stopped"
+        note_ended(exit_code, f"{how} at {trainer.state.images_seen:,} images")
     return exit_code

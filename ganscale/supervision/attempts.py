@@ -8,6 +8,11 @@ from pathlib import Path
 ATTEMPTS_FILE = "GANSCALE_ATTEMPTS_FILE"
 
 
+def has_attempts() -> bool:
+    """Whether a batch script is told, which has the run come again."""
+    return ATTEMPTS_FILE in os.environ
+
+
 def note_started(images_seen: int) -> None:
     """`started IMAGES`: the run has its state and begins to train. On one rank."""
     _append(f"started {images_seen}")

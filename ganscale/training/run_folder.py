@@ -12,8 +12,9 @@ from typing import Any
 
 from ganscale.checkpoints.checkpoint import newest_checkpoint
 from ganscale.config import Resolved, curve_changes, load_stored
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.files import write_text
+from ganscale.supervision.attempts import has_attempts
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ class RunFolder:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(f"another process is training in {self.path}") from None
+            # A job that comes again may meet what is left of its attempt before.
+            kind = UnavailableError if has_attempts() else UserError
+            raise kind(f"another process is training in {self.path}") from None
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): start no second run there", self.path, error)
         return descriptor

@@ -201,9 +201,10 @@ class Trainer:
             raise feed.failure()
         images_seen, failed = self.state.images_seen, ending == _CHECKPOINT_FAILED
         why = "since a checkpoint could not be written" if failed else "on request"
-        logger.warning(
-            "stopped %s at %s images; the same command continues", why, f"{images_seen:,}"
-        )
+        if self.runtime.is_main:
+            logger.warning(
+                "stopped %s at %s images; the same command continues", why, f"{images_seen:,}"
+            )
         return EXIT_REQUEUE
 
     @section("audit")

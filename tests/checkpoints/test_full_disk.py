@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.checkpoints.test_checkpoint_writer import mounted
 
 from ganscale.errors import EXIT_REQUEUE
+from tests.checkpoints.test_checkpoint_writer import mounted
 from tests.conftest import Runs
 
 SETTINGS = ("training.total_images=320", "checkpoint.every_images=64")
