@@ -65,8 +65,11 @@ class Runtime:
     _control_group: Any  # gloo: flags and paths travel beside the gradients, never on the device
 
     @classmethod
-    def start(cls, timeout_seconds: float = 600.0) -> "Runtime":
+    def start(cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0) -> "Runtime":
         """Joins the process group that the launcher announced, or starts alone.
+
+        timeout_seconds: after which a collective fails
+        closing_seconds: how much longer `wait_for_all` and its like may take
 
         Raises UserError when the world is not the one the launcher promised: then every process
         would train alone and exit successfully.
@@ -105,7 +108,8 @@ class Runtime:
             )
         group = None
         if accelerator.num_processes > 1:
-            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+            timeout = timedelta(seconds=timeout_seconds + closing_seconds)
+            group = dist.new_group(backend="gloo", timeout=timeout)
         return cls(
             device=accelerator.device,
             rank=accelerator.process_index,

@@ -61,7 +61,7 @@ def write_checkpoint(
     replaced = root / f"{_REPLACED}{folder.name}"
     if not root.exists():
         root.mkdir()
-        _flush(root.parent)
+        flush(root.parent)
     _sweep(root)
     try:
         unfinished.mkdir()
@@ -70,11 +70,11 @@ def write_checkpoint(
         _write(unfinished / STATE, state)
         checksums = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
         _write(unfinished / CHECKSUMS, json.dumps(checksums, indent=1))
-        _flush(unfinished)
+        flush(unfinished)
         if folder.exists():  # saved at this very image before
             folder.rename(replaced)
         unfinished.rename(folder)
-        _flush(root)
+        flush(root)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         _put_back(root)
@@ -188,7 +188,7 @@ def _save_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raises OSError, also where the file reads back as anything but these bits."""
     packed = {name: tensor.contiguous() for name, tensor in tensors.items()}  # no channels-last
     save_tensors(path, packed)
-    _flush(path)
+    flush(path)
     written = load_file(path)
     for name, tensor in packed.items():
         if not torch.equal(_bits(written[name]), _bits(tensor)):
@@ -202,10 +202,11 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
-    _flush(path)
+    flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Has what was written to a file, or into a folder, survive the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,16 +1,17 @@
 """Writes checkpoints beside the training: the loop pays for a copy of the tensors only."""
 
+import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ganscale.checkpoints.checkpoint import write_checkpoint
+from ganscale.checkpoints.checkpoint import flush, write_checkpoint
 from ganscale.checkpoints.retention import prune, scored
 from ganscale.schema import CheckpointConfig
 
@@ -26,9 +27,14 @@ class CheckpointWriter:
     nothing of its own; `finish` raises it, and `has_failed` tells a run that is to stop for it.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+    def __init__(
+        self, root: Path, config: CheckpointConfig, companions: Sequence[Path] = ()
+    ) -> None:
+        """companions: files that are flushed before a checkpoint counts: a machine that fails must
+        not keep a checkpoint and lose the rows that led to it"""
         self._root = root
         self._config = config
+        self._companions = companions
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the newest write
@@ -90,6 +96,9 @@ class CheckpointWriter:
         failure: BaseException | None = None
         try:
             wait()
+            for path in self._companions:
+                with contextlib.suppress(FileNotFoundError):
+                    flush(path)
             folder = write_checkpoint(self._root, images_seen, files, state)
         except BaseException as error:
             failure = error

@@ -25,14 +25,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.runtime import Runtime
     from ganscale.supervision.attempts import note_ended
     from ganscale.supervision.watchdog import Progress, Watchdog
-    from ganscale.training.trainer import Trainer
+    from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
         # Longer than the watchdog waits: it says which rank is to blame.
-        runtime = Runtime.start(1.5 * limit + config.data.retry_seconds)
+        runtime = Runtime.start(1.5 * limit + config.data.retry_seconds, CLOSING_SECONDS)
         try:
             progress = Progress()
             watchdog = Watchdog(runtime, progress, limit, stop)

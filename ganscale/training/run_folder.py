@@ -37,6 +37,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def record(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def log(self) -> Path:
         return self.path / "log.txt"
 
@@ -92,7 +96,7 @@ class RunFolder:
                 f"another run.name, or continue it with resume.allow=[{keys}]"
             )
         checkpoint = newest_checkpoint(self.checkpoints)
-        if checkpoint is None and (self.path / "metrics.jsonl").exists():
+        if checkpoint is None and self.record.exists():
             logger.warning("%s has no whole checkpoint: the run starts again", self.path)
         return identity["id"], checkpoint
 

@@ -23,6 +23,7 @@ from ganscale.supervision.attempts import note_started
 from ganscale.supervision.signals import StopRequest
 from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
+from ganscale.tracking.messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle
 from ganscale.training.exactness import check_batch
 from ganscale.training.feed import Feed
@@ -34,6 +35,9 @@ from ganscale.training.run_folder import RunFolder
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
+
+CLOSING_SECONDS = 2 * CHECKPOINT_SECONDS + 30
+"""What rank 0 may take to close its records, while the others wait for it."""
 
 _GOES_ON, _STOP_REQUESTED, _CHECKPOINT_FAILED, _DATA_FAILED = range(4)
 
@@ -76,7 +80,9 @@ class Trainer:
             raise
         self.resumed_at = None if checkpoint is None else self.state.images_seen
         self.cycle = Cycle(config, self.objective, runtime, self.state)
-        self.writer = CheckpointWriter(self.folder.checkpoints, config.checkpoint)  # on rank 0
+        self.writer = CheckpointWriter(  # used on rank 0
+            self.folder.checkpoints, config.checkpoint, companions=[self.folder.record]
+        )
         self.newest: dict[str, float] = {}  # of every value that was logged
 
     def run(self) -> int:
@@ -110,10 +116,10 @@ class Trainer:
                 with profile as after_cycle:
                     exit_code = self._train(feed, reports, after_cycle)
             except BaseException as error:
-                self.progress.mark("end")
+                self.progress.mark("end", CLOSING_SECONDS)
                 reports.close(EXIT_FAILED, error)
                 raise
-            self.progress.mark("end")
+            self.progress.mark("end", CLOSING_SECONDS)
             reports.close(exit_code)
         return exit_code
 

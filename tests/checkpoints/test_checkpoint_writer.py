@@ -373,3 +373,19 @@ def test_the_score_is_kept_and_the_best_stays(root, caplog):
     assert (
         "no row so far has a number `eval/fid`, which checkpoint.best names" in record.getMessage()
     )
+
+
+def test_rows_reach_the_disk_before_the_checkpoint_that_they_led_to(root, monkeypatch):
+    root.mkdir()
+    record, flushed, flush = root.parent / "metrics.jsonl", [], os.fsync
+    record.write_text("{}\n")
+
+    def noted(descriptor: int) -> None:
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), bool(names(root))))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    writer = CheckpointWriter(root, CheckpointConfig(), companions=[record, root / "absent"])
+    writer.save(64, files_of(1.0), {})
+    writer.finish()
+    assert (str(record), False) in flushed  # and no checkpoint was there yet
