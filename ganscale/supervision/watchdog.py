@@ -68,6 +68,9 @@ class Watchdog:
         self._limit = limit_seconds
         # A process answers beside whatever its main thread does, unless it is stopped.
         self._silence = min(limit_seconds, max(30.0, limit_seconds / 10))
+        # What rank 0 takes stays at 200 beats a second, however many ranks there are.
+        beat_every = min(max(1.0, runtime.world_size / 200), _BEAT_SECONDS)
+        self._beat_every = min(beat_every, self._silence / 10)
         self._parent = os.getppid()
         self._is_closing = threading.Event()
         self._is_leaving = threading.Lock()
@@ -126,7 +129,7 @@ class Watchdog:
             if self._self.mark is not self._progress.current:
                 self._self.mark, self._self.moved_at = self._progress.current, now
             if now >= beats_at:
-                beats_at = now + min(_BEAT_SECONDS, self._silence / 10)
+                beats_at = now + self._beat_every
                 self._beat()
             if told := next((link.verdict for link in self._links if link.verdict), None):
                 self._leave(told)

@@ -108,8 +108,13 @@ class RunFolder:
         resume = dataclasses.replace(resolved.config.resume, allow=[])
         config = dataclasses.replace(resolved.config, resume=resume)
         identity = json.loads(self.identity.read_text())
-        write_text(self.config, dataclasses.replace(resolved, config=config).to_yaml())
-        write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
+        try:
+            write_text(self.config, dataclasses.replace(resolved, config=config).to_yaml())
+            write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
+        except PermissionError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
+        except OSError as error:  # a disk that is full may have room when the job is queued again
+            raise UnavailableError(f"cannot write to the run folder {self.path}: {error}") from None
 
     def close(self) -> None:
         """Lets other processes train here."""
