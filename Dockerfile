@@ -27,7 +27,9 @@ RUN python3 -m venv /opt/ganscale \
 FROM python
 COPY --from=build /opt/ganscale /opt/ganscale
 ENV PATH=/opt/ganscale/bin:$PATH
-RUN useradd --uid 10001 --create-home --home-dir /ganscale ganscale
+# Whoever runs it (--user) has a home for copies of remote shards and for W&B.
+RUN useradd --uid 10001 --create-home --home-dir /ganscale ganscale && mkdir -m 1777 /home/anyone
+ENV HOME=/home/anyone
 USER 10001:10001
 WORKDIR /ganscale
 COPY configs configs

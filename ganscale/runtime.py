@@ -244,6 +244,11 @@ def is_communication_error(error: BaseException) -> bool:
     )
 
 
+def is_device_error(error: BaseException) -> bool:
+    """Whether a GPU, and not the program, seems to be at fault: out of memory is not among these."""
+    return isinstance(error, torch.AcceleratorError)
+
+
 def _settle_buckets(wrapped: nn.Module) -> None:
     """Has DDP arrange its buckets now, by a backward of zeros, and not after the first real one.
 

@@ -1,15 +1,14 @@
 """For `accelerate launch launch/train.py CONFIG... key=value...`, and for one process a rank under
 srun: the same as `ganscale train`."""
 
-import os
 import sys
 
 from ganscale.cli.main import main
 from ganscale.errors import EXIT_DONE, EXIT_REQUEUE
-from ganscale.supervision.attempts import ATTEMPTS_FILE
+from ganscale.supervision.attempts import is_told
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])
     # To a launcher any other code is a failure: it would end the ranks that are still closing
     # their records, show a traceback, and exit with 1. The file tells the batch script instead.
-    sys.exit(EXIT_DONE if code == EXIT_REQUEUE and ATTEMPTS_FILE in os.environ else code)
+    sys.exit(EXIT_DONE if code == EXIT_REQUEUE and is_told() else code)

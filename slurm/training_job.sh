@@ -22,6 +22,8 @@ train() { # CONFIG key=value...
   local tasks=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-1}
   local ranks=$((SLURM_JOB_NUM_NODES * tasks)) gpus=${SLURM_GPUS_ON_NODE:-0}
   local options=() container=()
+  ((${SLURM_NTASKS:-$ranks} == ranks)) || fail "$SLURM_NTASKS tasks are not $tasks on each of" \
+    "$SLURM_JOB_NUM_NODES nodes: give sbatch --ntasks-per-node, not --ntasks"
   export GANSCALE_LAUNCHER=${GANSCALE_LAUNCHER:-srun} GANSCALE_CONTAINER=${GANSCALE_CONTAINER:-}
   case $GANSCALE_LAUNCHER in
     srun) options=(--ntasks-per-node="$tasks" --ntasks="$ranks" --cpus-per-task="$cpus") ;;
@@ -59,9 +61,11 @@ begin() { # Opens the job's history and folder of logs.
   export GANSCALE_LOGS=${log%.log}-ranks
   mkdir -p "$GANSCALE_LOGS"
   export GANSCALE_ATTEMPTS_FILE=$GANSCALE_LOGS/attempts-$SLURM_JOB_ID
-  touch "$GANSCALE_ATTEMPTS_FILE"
+  touch "$GANSCALE_ATTEMPTS_FILE" || true # a full disk may have room when the ranks are there
   attempt=$(($(grep -c '^attempt ' "$GANSCALE_ATTEMPTS_FILE" || true) + 1))
-  echo "attempt $attempt" >>"$GANSCALE_ATTEMPTS_FILE"
+  # Lines that a full disk has not taken count, too.
+  ((attempt > ${SLURM_RESTART_COUNT:-0})) || attempt=$((SLURM_RESTART_COUNT + 1))
+  echo "attempt $attempt" >>"$GANSCALE_ATTEMPTS_FILE" || true
   PATH=$PWD/.venv/bin:$PATH # that of `make install`, where there is one
 }
 
@@ -123,13 +127,18 @@ cause() { # The first rank of this attempt that a signal has ended, if any.
     "$GANSCALE_ATTEMPTS_FILE"
 }
 
+has_begun() { # Whether this attempt has come to train.
+  awk '/^attempt /{begun = 0} /^started /{begun = 1} END{exit !begun}' "$GANSCALE_ATTEMPTS_FILE"
+}
+
 conclude() { # SRUN'S-CODE: ends the job, or has it come again.
   local code sentence
   read -r code sentence <<<"$(verdict)" || true
   if [[ -z $code ]]; then
     code=$1 sentence=$(cause)
     [[ -n $sentence ]] || sentence="ended with code $1"
-    if ((code >= 128)); then # by a signal
+    # By a signal; or in the midst of training without a word, which a full disk did not take.
+    if ((code >= 128)) || has_begun; then
       code=$RANK_LOST
       [[ -z $stop_asked ]] || code=$STOPPED sentence="was stopped"
     fi
@@ -173,7 +182,7 @@ again() { # WHY [CODE]: back into the queue, unless that leads nowhere.
 
 attempts_without_progress() { # ... since the last that began further on than all before.
   awk 'BEGIN{best = -1} /^attempt /{n++} /^started /{if ($2 > best) {best = $2; last = n}}
-    END{print n - last}' "$GANSCALE_ATTEMPTS_FILE"
+    END{print (n > attempt ? n : attempt) - last}' attempt="$attempt" "$GANSCALE_ATTEMPTS_FILE"
 }
 
 # ---- The side of each task that srun starts.

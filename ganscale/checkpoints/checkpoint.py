@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,15 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    root: Path, images_seen: int, files: Mapping[str, Mapping[str, Tensor]], state: str
+    root: Path,
+    images_seen: int,
+    files: Mapping[str, Mapping[str, Tensor]],
+    state: str,
+    moved: Callable[[], None] = lambda: None,
 ) -> Path:
     """`save_checkpoint` of tensors that lie on the CPU and share no memory, and of JSON text.
+
+    moved: called after each file that was written or read back
 
     Raises OSError, after putting everything back as it was; also where the folder around `root`
     is gone, since a run without its settings could not continue.
@@ -67,8 +73,12 @@ def write_checkpoint(
         unfinished.mkdir()
         for name, tensors in files.items():
             _save_file(unfinished / f"{name}.safetensors", tensors)
+            moved()
         _write(unfinished / STATE, state)
-        checksums = {path.name: _described(path) for path in sorted(unfinished.iterdir())}
+        checksums: dict[str, Any] = {}
+        for path in sorted(unfinished.iterdir()):
+            checksums[path.name] = _described(path)
+            moved()
         _write(unfinished / CHECKSUMS, json.dumps(checksums, indent=1))
         flush(unfinished)
         if folder.exists():  # saved at this very image before

@@ -17,6 +17,8 @@ from ganscale.schema import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 1.0
+
 Files = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -28,13 +30,21 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, companions: Sequence[Path] = ()
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        companions: Sequence[Path] = (),
+        still_writes: Callable[[], None] = lambda: None,
     ) -> None:
         """companions: files that are flushed before a checkpoint counts: a machine that fails must
-        not keep a checkpoint and lose the rows that led to it"""
+        not keep a checkpoint and lose the rows that led to it
+        still_writes: called again and again while a caller has to wait and the write makes progress
+        """
         self._root = root
         self._config = config
         self._companions = companions
+        self._still_writes = still_writes
+        self._operations = 0  # of all writes so far
         self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None  # of the newest write
@@ -79,14 +89,27 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Waits for the write in flight, whatever becomes of it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        seen = -1
+        while self._thread is not None:
+            self._thread.join(_LOOK_SECONDS)
+            if not self._thread.is_alive():
+                self._thread = None
+            elif self._operations != seen:
+                seen = self._operations
+                self._still_writes()
+
+    def wait(self) -> None:
+        """Until the write in flight is done; for a thread beside the one that saves."""
+        if (thread := self._thread) is not None:
+            thread.join()
 
     @property
     def has_failed(self) -> bool:
         """Whether the newest write failed and `checkpoint.on_failure` is `stop`; waits for none."""
         return self._failure is not None and self._config.on_failure == "stop"
+
+    def _count(self) -> None:
+        self._operations += 1
 
     def _raise_unless_disk(self) -> None:
         if self._failure is not None and not isinstance(self._failure, OSError):
@@ -99,7 +122,7 @@ class CheckpointWriter:
             for path in self._companions:
                 with contextlib.suppress(FileNotFoundError):
                     flush(path)
-            folder = write_checkpoint(self._root, images_seen, files, state)
+            folder = write_checkpoint(self._root, images_seen, files, state, self._count)
         except BaseException as error:
             failure = error
             self.failed_writes += 1

@@ -21,10 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.listening()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
-    from ganscale.errors import EXIT_DONE, EXIT_FAILED, GanscaleError
+    from ganscale.errors import EXIT_DONE
     from ganscale.runtime import Runtime
     from ganscale.supervision.attempts import note_ended
-    from ganscale.supervision.watchdog import Progress, Watchdog
+    from ganscale.supervision.watchdog import Progress, Watchdog, exit_code_of
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             runtime.close()
     except Exception as error:
         if is_main:
-            known = isinstance(error, GanscaleError)
-            note_ended(error.exit_code if known else EXIT_FAILED, str(error))
+            note_ended(exit_code_of(error), f"{type(error).__name__}: {error}")
         raise
     if is_main:
         how = "done" if exit_code == EXIT_DONE else "stopped"

@@ -1,16 +1,22 @@
 """What a batch script is told: lines in a file that it names, since launchers keep exit codes to
 themselves, and a run that is requeued has a history."""
 
-import contextlib
 import os
 from pathlib import Path
 
 ATTEMPTS_FILE = "GANSCALE_ATTEMPTS_FILE"
 
+_lost_lines: list[str] = []
+
 
 def has_attempts() -> bool:
     """Whether a batch script is told, which has the run come again."""
     return ATTEMPTS_FILE in os.environ
+
+
+def is_told() -> bool:
+    """Whether the batch script has every line that it was to be told."""
+    return has_attempts() and not _lost_lines
 
 
 def note_started(images_seen: int) -> None:
@@ -25,6 +31,8 @@ def note_ended(exit_code: int, sentence: str) -> None:
 
 def _append(line: str) -> None:
     if path := os.environ.get(ATTEMPTS_FILE):
-        # A full disk is told elsewhere; without the line, the script goes by the exit code.
-        with contextlib.suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        try:
+            with Path(path).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError:  # a full disk is told elsewhere; the script then goes by the exit code
+            _lost_lines.append(line)

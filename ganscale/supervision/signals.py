@@ -11,6 +11,10 @@ from ganscale.errors import EXIT_INTERRUPTED
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
+PARENT = os.getppid()
+"""The process that started this one; read early, while it lives."""
+
+
 class StopRequest:
     """The first request to stop is remembered; a second Ctrl-C ends the process at once."""
 

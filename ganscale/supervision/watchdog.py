@@ -16,16 +16,17 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from ganscale import runtime as runtime_module
-from ganscale.errors import EXIT_FAILED, GanscaleError, UserError
-from ganscale.runtime import Runtime, is_communication_error
+from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, GanscaleError, UserError
+from ganscale.runtime import Runtime, is_communication_error, is_device_error
 from ganscale.supervision.attempts import note_ended
-from ganscale.supervision.signals import StopRequest
+from ganscale.supervision.signals import PARENT, StopRequest
 from ganscale.supervision.verdicts import Failure, Mark, Member, Verdict, judged
 from ganscale.tracking.console import append_line
 
@@ -33,6 +34,8 @@ _JOIN_SECONDS = 60.0
 _BEAT_SECONDS = 5.0
 _LOOK_SECONDS = 0.25
 _LEAVE_SECONDS = 3.0
+_LAST_ACT_SECONDS = 15.0  # in all less than a batch script waits for the last rank
+_HELLO_SECONDS = 2.0
 _WAITING_PLACES = ("/torch/distributed/", "/torch/autograd/")
 _STDERR = 2  # as C knows it
 
@@ -43,6 +46,8 @@ class Progress:
     def __init__(self) -> None:
         self.current = Mark()
         self.run_folder: Path | None = None
+        self.last_act: Callable[[], None] = lambda: None
+        """What this rank should still be given some seconds for when another one is lost."""
 
     def mark(self, where: str, patience_seconds: float = 0.0) -> None:
         """Begins another part of the work, which may take so much longer than the limit."""
@@ -71,13 +76,12 @@ class Watchdog:
         # What rank 0 takes stays at 200 beats a second, however many ranks there are.
         beat_every = min(max(1.0, runtime.world_size / 200), _BEAT_SECONDS)
         self._beat_every = min(beat_every, self._silence / 10)
-        self._parent = os.getppid()
         self._is_closing = threading.Event()
         self._is_leaving = threading.Lock()
         now = time.monotonic()
         self._self = Member(_name_of(runtime.rank), now, now)
         self._links = _connected(runtime) if runtime.world_size > 1 else []
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch_on, name="watchdog", daemon=True)
         self._thread.start()
 
     def failed(self, error: BaseException) -> None:
@@ -89,13 +93,13 @@ class Watchdog:
         if not is_known and not is_echo:
             traceback.print_exception(error)
         sentence = str(error) if is_known else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, GanscaleError) else EXIT_FAILED
+        code = exit_code_of(error)
         failure = Failure(code, " ".join(sentence.split()), is_echo)
         self._self.failure, self._self.failed_at = failure, time.monotonic()
         if self._runtime.rank > 0:
             self._links[0].send({"failed": [failure.exit_code, failure.sentence, is_echo]})
         # The thread ends this process; should it not, the error goes its own way.
-        time.sleep(self._silence + _LEAVE_SECONDS)
+        time.sleep(self._silence + _LAST_ACT_SECONDS + 4 * _LEAVE_SECONDS)
 
     def close(self) -> None:
         """Stops watching; all ranks have to be past the last thing they do together."""
@@ -105,6 +109,15 @@ class Watchdog:
         for link in self._links:
             link.send({"bye": True})
 
+    def _watch_on(self) -> None:
+        try:
+            self._watch()
+        except Exception as error:  # of our own: a rank without a watchdog would be taken for dead
+            traceback.print_exception(error)
+            self._leave(
+                Verdict(EXIT_RANK_LOST, f"the watchdog of {self._self.name} failed: {error}")
+            )
+
     def _watch(self) -> None:
         members = [link.member for link in self._links]
         if self._runtime.is_main:
@@ -113,7 +126,7 @@ class Watchdog:
         selector = selectors.DefaultSelector()
         for link in self._links:
             selector.register(link.connection, selectors.EVENT_READ, link)
-        looked_at, beats_at = time.monotonic(), 0.0
+        looked_at, judges_at, beats_at = time.monotonic(), 0.0, 0.0
         while not self._is_closing.is_set():
             for key, _ in selector.select(_LOOK_SECONDS) if self._links else ():
                 if not key.data.receive():
@@ -133,6 +146,9 @@ class Watchdog:
                 self._beat()
             if told := next((link.verdict for link in self._links if link.verdict), None):
                 self._leave(told)
+            if now < judges_at:  # a thousand ranks send hundreds of beats a second
+                continue
+            judges_at = now + _LOOK_SECONDS
             if verdict := judged(members, now, limit, self._silence):
                 for link in self._links:
                     link.send({"end": [verdict.exit_code, verdict.sentence, verdict.is_hang]})
@@ -144,12 +160,10 @@ class Watchdog:
         beat = [mark.count, mark.where, mark.patience_seconds]
         for link in self._links:
             link.send({"beat": beat, "is_waiting": self._self.is_waiting})
-        if self._runtime.world_size > 1 and os.getppid() != self._parent:
+        if self._runtime.world_size > 1 and os.getppid() != PARENT:
             self._stop.request()
-        # Should a thread hold the interpreter for ever, C ends the process: with code 1.
-        faulthandler.dump_traceback_later(
-            1.5 * self._limit + mark.patience_seconds, exit=True, file=_STDERR
-        )
+        # Should a thread hold the interpreter for ever, C at least says where.
+        faulthandler.dump_traceback_later(1.5 * self._limit + mark.patience_seconds, file=_STDERR)
 
     def _leave(self, verdict: Verdict) -> None:
         """Ends this process; what it still writes may hang, too, and then is left."""
@@ -157,10 +171,14 @@ class Watchdog:
             return
         writer = threading.Thread(target=self._say, args=[verdict], daemon=True)
         writer.start()
-        writer.join(3 * _LEAVE_SECONDS)
+        writer.join(_LAST_ACT_SECONDS + 3 * _LEAVE_SECONDS)
         os._exit(verdict.exit_code)
 
     def _say(self, verdict: Verdict) -> None:
+        if not verdict.is_hang:  # a checkpoint that is being written is worth a moment
+            last_act = threading.Thread(target=self._progress.last_act, daemon=True)
+            last_act.start()
+            last_act.join(_LAST_ACT_SECONDS)
         if verdict.is_hang:
             stacks = threading.Thread(target=self._write_stacks, daemon=True)
             stacks.start()
@@ -204,12 +222,14 @@ class _Link:
         self.verdict: Verdict | None = None  # what rank 0 says
         self.is_open = True
         self._received = b""
+        self._unsent = b""
         connection.settimeout(0.0)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Gives up what the other side does not take at once: it is stopped, or gone."""
+        """Never waits: what the other side does not take now goes with the next message."""
+        self._unsent += json.dumps(message).encode() + b"\n"
         with suppress(OSError):
-            self.connection.send(json.dumps(message).encode() + b"\n")
+            self._unsent = self._unsent[self.connection.send(self._unsent) :]
 
     def receive(self) -> bool:
         """Takes what has come; False once there will be no more."""
@@ -285,12 +305,29 @@ def _accepted(listener: socket.socket, token: str, count: int) -> list[_Link]:
     while len(links) < count:
         listener.settimeout(max(0.01, deadline - time.monotonic()))
         connection, _ = listener.accept()
-        connection.settimeout(10.0)
-        with suppress(OSError, ValueError, KeyError):  # a stranger's
-            hello = json.loads(connection.makefile("rb").readline(1000))
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a stranger's
+            hello = json.loads(_first_line(connection))
             if secrets.compare_digest(hello["token"], token):
                 links.append(_Link(connection, hello["name"]))
     return links
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """In `_HELLO_SECONDS` at most, however slowly it comes."""
+    deadline, line = time.monotonic() + _HELLO_SECONDS, b""
+    while not line.endswith(b"\n") and len(line) < 1000:
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        if not (part := connection.recv(1000)):
+            break
+        line += part
+    return line
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Of a rank that `error` ends: a network or a GPU that fails is no mistake of the run's."""
+    if is_communication_error(error) or is_device_error(error):
+        return EXIT_RANK_LOST
+    return error.exit_code if isinstance(error, GanscaleError) else EXIT_FAILED
 
 
 def _is_main_thread_waiting() -> bool:

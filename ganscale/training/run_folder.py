@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from ganscale.supervision.attempts import has_attempts
 
 logger = logging.getLogger(__name__)
 
+_LOCK_SECONDS = 120.0
+
 
 @dataclass
 class RunFolder:
     path: Path
+    changes: list[str] = dataclasses.field(default_factory=list)  # of settings, by resume.allow
     _lock: int | None = None  # file descriptor; the lock ends with it, however the process ends
 
     @property
@@ -64,11 +68,14 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
-        try:
             return self._continue(resolved, fingerprint)
-        except (OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            self.close()
+            # A disk that is full or away may be well when the job comes again.
+            is_mistake = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError))
+            kind = UserError if is_mistake else UnavailableError
+            raise kind(f"cannot use the run folder {self.path}: {error}") from None
+        except (ValueError, KeyError) as error:
             self.close()
             raise UserError(f"the run folder {self.path} cannot be used: {error!r}") from error
         except BaseException:
@@ -108,6 +115,11 @@ class RunFolder:
         resume = dataclasses.replace(resolved.config.resume, allow=[])
         config = dataclasses.replace(resolved.config, resume=resume)
         identity = json.loads(self.identity.read_text())
+        if self.config.exists():
+            others = curve_changes(load_stored(self.config), config)
+            self.changes = [change.split(":")[0] for change in others]
+        if identity["fingerprint"] != fingerprint:
+            self.changes.append("data")
         try:
             write_text(self.config, dataclasses.replace(resolved, config=config).to_yaml())
             write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
@@ -124,16 +136,26 @@ class RunFolder:
 
     def _locked(self) -> int:
         descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            # A job that comes again may meet what is left of its attempt before.
-            kind = UnavailableError if has_attempts() else UserError
-            raise kind(f"another process is training in {self.path}") from None
-        except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): start no second run there", self.path, error)
-        return descriptor
+        # A job that comes again may meet what is left of its attempt before, or its lease on a
+        # network disk.
+        comes_again = has_attempts() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        deadline = time.monotonic() + (_LOCK_SECONDS if comes_again else 0.0)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(1.0)
+                    continue
+                os.close(descriptor)
+                kind = UnavailableError if comes_again else UserError
+                raise kind(f"another process is training in {self.path}") from None
+            except OSError as error:  # a file system without locks
+                logger.warning(
+                    "%s cannot be locked (%s): start no second run there", self.path, error
+                )
+                return descriptor
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

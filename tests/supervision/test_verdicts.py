@@ -1,8 +1,11 @@
 """Who is to blame, from what is known of every rank."""
 
 import pytest
+import torch
 
+from ganscale.errors import UserError
 from ganscale.supervision.verdicts import Failure, Mark, Member, Verdict, judged
+from ganscale.supervision.watchdog import exit_code_of
 
 LIMIT, SILENCE = 600.0, 60.0
 
@@ -51,6 +54,23 @@ def test_an_error_comes_before_its_echoes_and_ends_with_its_own_code() -> None:
     members[0].failure, members[0].failed_at = Failure(1, "Connection closed by peer", True), 1000.0
     members[1].failure, members[1].failed_at = Failure(2, "a shard is missing", False), 1000.2
     assert judge(members, 1001.1) == Verdict(2, "rank 1 on node0: a shard is missing")
+
+
+def test_a_network_that_fails_between_ranks_that_live_asks_for_another_attempt() -> None:
+    error = RuntimeError("[pair.cc:534] Read error [10.0.0.7]:21: Connection reset by peer")
+    members = ranks(2)
+    for member in members:
+        member.failure, member.failed_at = Failure(exit_code_of(error), str(error), True), 1000.0
+    verdict = judge(members, 1000.0)
+    assert verdict is not None
+    assert verdict.exit_code == 76
+
+
+def test_an_error_ends_with_the_code_that_says_whether_to_try_again() -> None:
+    assert exit_code_of(UserError("a mistake")) == 2
+    assert exit_code_of(RuntimeError("a bug")) == 1
+    assert exit_code_of(torch.AcceleratorError("CUDA error: uncorrectable ECC error")) == 76
+    assert exit_code_of(torch.OutOfMemoryError("would happen again")) == 1
 
 
 def test_an_error_of_all_ranks_is_told_at_once_and_without_a_name() -> None:

@@ -145,7 +145,7 @@ def test_runs_have_ids_of_their_own_and_folders_are_made_as_needed(tmp_path, ses
 
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path, sessions):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to the run folder"):
+    with pytest.raises(UserError, match="cannot use the run folder"):
         RunFolder(tmp_path / "file" / "run").open(sessions.settings(), "digits")
 
 
