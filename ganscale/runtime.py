@@ -245,7 +245,7 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether a GPU, and not the program, seems to be at fault: out of memory is not among these."""
+    """Whether a GPU, and not the program, seems to be at fault; out of memory is the program's."""
     return isinstance(error, torch.AcceleratorError)
 
 

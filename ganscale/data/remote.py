@@ -21,6 +21,7 @@ from ganscale.data import connections
 from ganscale.data.connections import Connection
 from ganscale.data.retrying import Patience
 from ganscale.errors import UserError
+from ganscale.secrets import without_secrets
 
 PIPE = "pipe:"
 STALL_SECONDS = 30.0
@@ -65,11 +66,9 @@ def join(base: str, name: str) -> str:
 
 
 def shown(address: str) -> str:
-    """The address as messages have it: without password and signature."""
-    if address.startswith(PIPE) or "://" not in address:
-        return address
-    bare = re.sub(r"(?<=://)[^/@]*@", "", address)
-    return bare.partition("?")[0] if bare.startswith(_WEB) else bare
+    """The address as messages have it: without password and signature. Commands stay whole, for
+    only the shard's name tells them apart."""
+    return address if address.startswith(PIPE) else without_secrets(address)
 
 
 def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:

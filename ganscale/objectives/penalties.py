@@ -7,6 +7,7 @@ where the norm nears 1.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,21 @@ def input_gradients(
     images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
     precision: str = "float32",
+    *,
+    is_differentiable: bool = True,
 ) -> Float[Tensor, "batch *sample"]:
-    """d critic(x_i) / d x_i for each sample i, differentiable; a patch map is averaged.
+    """d critic(x_i) / d x_i for each sample i; a patch map is averaged.
 
     precision: of the critic's layers, as in the config; the gradients are in float32 or better
+    is_differentiable: whether the gradients can be differentiated in their turn
     """
     with autocast(images.device, precision):
         images = at_least_float32(images.detach()).requires_grad_()
-        with FastDoubleBackward():
+        with FastDoubleBackward() if is_differentiable else nullcontext():
             logits = at_least_float32(critic(images, labels))
         # Samples do not see each other, so the gradient of the sum holds each one's own.
         scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
-        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=is_differentiable)
         return gradients
 
 

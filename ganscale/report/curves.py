@@ -42,6 +42,7 @@ SECTIONS = {
     "loss": ("Loss", "What the run minimises, and its parts; comparable within one objective."),
     "logits": ("Logits", "The critic's raw scores of real and generated images."),
     "penalty": ("Penalties", "Gradient penalties and the norms that they look at."),
+    "slope": ("Slope", "How steep the critic is at real images, where no penalty looks at it."),
     "clip": ("Clipping", "Weight clipping."),
     "optim": ("Optimization", "Gradients, weights, learning rates, the average."),
     "perf": ("Speed", "Throughput, and where the time of a step goes."),

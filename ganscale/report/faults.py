@@ -16,6 +16,7 @@ from ganscale.errors import (
     EXIT_USER_ERROR,
 )
 from ganscale.report.reading import Run
+from ganscale.secrets import without_secrets
 
 Level = Literal["error", "warning", "note"]
 
@@ -88,7 +89,7 @@ def read_log(path: Path) -> Log:
             for line in file:
                 if (match := _LOG_LINE.match(line.rstrip("\n"))) is None:
                     continue
-                last_time, level, text = match[1], match[2], match[3][:_MAX_LINE]
+                last_time, level, text = match[1], match[2], without_secrets(match[3])[:_MAX_LINE]
                 if level:
                     kind = (level, re.sub(r"\d+", "#", text))
                     kinds.setdefault(kind, [last_time, text])

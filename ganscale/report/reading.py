@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from ganscale.errors import UserError
+from ganscale.secrets import without_secrets
 from ganscale.tracking.record import IMAGES_SEEN
 
 _AXES = (IMAGES_SEEN, "progress/step")
@@ -54,7 +55,8 @@ class Metrics:
 
 @dataclass
 class Run:
-    """A run folder. `config` and `summary` are empty where there is none, or a damaged one."""
+    """A run folder. `config` and `summary` are empty where there is none, or a damaged one.
+    `config_text` and `summary` are without passwords and signatures."""
 
     name: str
     folder: Path
@@ -105,7 +107,8 @@ def read_run(folder: Path, name: str) -> Run:
             raise UserError(
                 f"{folder} holds no run: neither rows in metrics.jsonl nor a config.yaml"
             )
-        return Run(name, folder, metrics, _config(config_text), config_text, _summary(folder))
+        config, shown = _config(config_text), _settings_text(config_text)
+        return Run(name, folder, metrics, config, shown, _summary(folder))
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be read: {error}") from error
 
@@ -141,7 +144,7 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def flattened(config: dict[str, Any]) -> dict[str, str]:
-    """The settings by dotted key, as text."""
+    """The settings by dotted key, as text without passwords and signatures."""
     return dict(islice(_settings(config, ""), _MAX_SETTINGS))
 
 
@@ -197,6 +200,20 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _settings_text(text: str) -> str:
+    """A config as it was written, but with secrets taken out of its values."""
+    try:
+        scalars = [each for each in yaml.scan(text) if isinstance(each, yaml.ScalarToken)]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return without_secrets(text)
+    for each in reversed(scalars):  # a long one is folded over lines
+        if (shown := without_secrets(each.value)) != each.value:
+            start, end = each.start_mark.index, each.end_mark.index
+            line_end = "\n" if text[start:end].endswith("\n") else ""
+            text = text[:start] + json.dumps(shown, ensure_ascii=False) + line_end + text[end:]
+    return text
+
+
 def _config(text: str) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text)
@@ -207,7 +224,7 @@ def _config(text: str) -> dict[str, Any]:
 
 def _summary(folder: Path) -> dict[str, Any]:
     try:
-        summary = json.loads(_text(folder / "summary.json") or "{}")
+        summary = without_secrets(json.loads(_text(folder / "summary.json") or "{}"))
     except (ValueError, RecursionError):
         return {}
     return summary if isinstance(summary, dict) else {}
@@ -223,7 +240,7 @@ def _settings(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, str]]
         for position, inner in enumerate(value):
             yield from _settings(inner, f"{key}[{position}]", depth + 1)
     else:
-        yield key, "" if value is None else str(value)
+        yield key, "" if value is None else str(without_secrets(value))
 
 
 def _names(folders: list[Path]) -> list[str]:

@@ -23,6 +23,7 @@ from ganscale.schema import Config
 from ganscale.training.collapse import collapse_meters
 from ganscale.training.ema import decay, update_average
 from ganscale.training.profiling import section, stopwatch
+from ganscale.training.slope import slope_meters
 from ganscale.training.state import TrainingState
 from ganscale.training.step import make
 
@@ -102,6 +103,10 @@ class Cycle:
         if self.objective.clip is not None:
             share = clipped_fraction(self.clipped, self.objective.clip.value)
             state.meters.add({"clip/fraction": share})
+        if not self.objective.penalties:
+            training = self.config.training
+            how = training.precision, training.accumulate
+            state.meters.add(*slope_meters(state.critic, batch.images, batch.labels, *how))
         if global_batch_size > 1:
             places = batch.slots - state.images_seen
             images = batch.images, fake_images

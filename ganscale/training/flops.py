@@ -18,6 +18,7 @@ from ganscale.training.networks import sample_shape
 from ganscale.training.step import CriticStep, GeneratorStep, make
 
 _BATCH = 2
+_COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +30,16 @@ def flops_of_a_cycle(
     penalties, a multiplication and an addition counted apart; lazy penalties by their share.
 
     What this code does is counted, which is less than what autograd alone would do. None for
-    networks that cannot be copied. No collective: one rank may ask alone.
+    networks that cannot be copied, that do not take two images, or whose forward or backward has a
+    collective: one rank may ask alone, and nothing that it does waits for the others.
     """
     try:
         copies = copy.deepcopy(generator), copy.deepcopy(critic)
+        critic_step, generator_step = _flops_of_steps(config, objective, *copies, num_classes)
     except Exception as error:  # of networks of the user's own
-        logger.info("operations are not counted: %s", " ".join(str(error).split())[:200])
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        logger.info("operations are not counted: %s", reason)
         return None
-    for module in (module for each in copies for module in each.modules()):
-        module._forward_pre_hooks.clear()  # somebody's, who did not ask about copies
-        module._forward_hooks.clear()
-        if isinstance(module, GlobalBatchNorm):
-            module.eval()
-    critic_step, generator_step = _flops_of_steps(config, objective, *copies, num_classes)
     images = config.training.global_batch_size / _BATCH
     return images * (config.objective.n_critic * critic_step + generator_step)
 
@@ -49,7 +47,12 @@ def flops_of_a_cycle(
 def _flops_of_steps(
     config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
 ) -> tuple[float, float]:
-    """(of a critic step, of a generator step), for `_BATCH` images."""
+    """(of a critic step, of a generator step), for `_BATCH` images; changes the networks."""
+    for module in (module for each in (generator, critic) for module in each.modules()):
+        module._forward_pre_hooks.clear()  # somebody's, who did not ask about copies
+        module._forward_hooks.clear()
+        if isinstance(module, GlobalBatchNorm):
+            module.eval()
     like = next(generator.parameters())
     latents = like.new_zeros(_BATCH, config.generator.latent_dim)
     images = like.new_zeros(_BATCH, *sample_shape(config))
@@ -80,7 +83,10 @@ def _flops_of_steps(
 
 
 class _Counter(TorchDispatchMode):
-    """torch's own figures for each operator. Its FlopCounterMode refuses a gradient penalty."""
+    """torch's own figures for each operator. Its FlopCounterMode refuses a gradient penalty.
+
+    Raises RuntimeError for a collective, before it waits for ranks that take no part.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,6 +96,8 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func.namespace in _COLLECTIVES:
+            raise RuntimeError(f"a network's own {func.overloadpacket} would wait for other ranks")
         output = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=output)

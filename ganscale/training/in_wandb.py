@@ -7,23 +7,29 @@ from omegaconf import OmegaConf
 
 from ganscale.checkpoints.retention import best_of, survey
 from ganscale.schema import Config
+from ganscale.secrets import without_secrets
 from ganscale.tracking.messages import Checkpoint, Identity
 from ganscale.training.provenance import read_sessions
 from ganscale.training.run_folder import RunFolder
 
+_SHOWN_SESSIONS = 20  # a run that is requeued for weeks has hundreds
+
 
 def identity_of(config: Config, folder: RunFolder) -> Identity:
     """The run's id, project and name in W&B, and its config there: the settings, and where each
-    session came from (the newest under `session`, where a table shows its parts as columns)."""
+    session came from (the newest under `session`, where a table shows its parts as columns), all
+    without passwords and signatures."""
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
-    sessions = read_sessions(folder.sessions)
+    sessions = read_sessions(folder.sessions)[-_SHOWN_SESSIONS:]
     return Identity(
         run_id=json.loads(folder.identity.read_text())["id"],
         project=config.log.project,
         name=config.run.name,
-        config={str(key): value for key, value in settings.items()}
-        | {"session": sessions[-1] if sessions else {}, "sessions": sessions},
+        config=without_secrets(
+            {str(key): value for key, value in settings.items()}
+            | {"session": sessions[-1] if sessions else {}, "sessions": sessions}
+        ),
     )
 
 

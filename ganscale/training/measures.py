@@ -36,7 +36,8 @@ def curve_row(state: TrainingState, runtime: Runtime, total_images: int) -> dict
     for (_, reason), count in state.broken.items():
         name = f"data/broken_{reason.replace(' ', '_')}"
         row[name] = row.get(name, 0.0) + count
-    histograms = logit_histograms(state.meters.logits, runtime)
+    logits, state.meters.logits = state.meters.logits, {}  # a step that was logged is told once
+    histograms = logit_histograms(logits, runtime)
     return row | {f"logits/{kind}_histogram": each for kind, each in histograms.items()}
 
 
@@ -67,7 +68,7 @@ def derived(means: dict[str, float]) -> dict[str, float]:
             of = name.removesuffix("_square")
             mean = means[f"{of}_mean"] if f"{of}_mean" in means else means[of]
             del row[name]
-            row[f"{of}_std"] = max(square - mean**2, 0.0) ** 0.5
+            row[f"{of}_std"] = max(square - mean * mean, 0.0) ** 0.5
     row["logits/wasserstein"] = row["logits/real_mean"] - row["logits/fake_mean"]
     return row
 
@@ -77,7 +78,9 @@ def logit_histograms(logits: dict[str, Tensor], runtime: Runtime) -> dict[str, H
     """Of the logits of all ranks, by kind; all have the same edges. Two small collectives."""
     if not logits:
         return {}
-    values = torch.stack([each.flatten() for each in logits.values()]).double().nan_to_num()
+    values = torch.stack([each.flatten() for each in logits.values()]).double()
+    limit = torch.finfo(torch.float32).max  # beyond it, the edges would be infinite
+    values = values.clamp(-limit, limit).nan_to_num()
     bounds = runtime.maximum(torch.stack([-values.amin(), values.amax()]))
     low, high = -bounds[0], bounds[1]
     width = ((high - low) / _BINS).clamp_min(torch.finfo(torch.float32).tiny)

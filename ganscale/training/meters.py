@@ -47,7 +47,9 @@ class MeterSums:
         for group in saved:
             if "maxima" in group:
                 for name, largest in zip(group["names"], group["maxima"], strict=True):
-                    maxima[name] = max(maxima.get(name, -math.inf), largest)
+                    known = maxima.get(name, -math.inf)
+                    is_kept = known > largest or math.isnan(known)
+                    maxima[name] = known if is_kept else largest
                 continue
             for name, total in zip(group["names"], group["sums"], strict=True):
                 totals[name] = totals.get(name, 0.0) + total

@@ -15,6 +15,7 @@ import torch
 
 from ganscale import __version__
 from ganscale.runtime import Runtime
+from ganscale.secrets import without_secrets
 
 _GIT_SECONDS = 5.0
 
@@ -34,7 +35,7 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "images_seen": images_seen,
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "git": git_revision(Path.cwd()),
         "versions": {
             "ganscale": __version__,

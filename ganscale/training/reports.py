@@ -22,7 +22,7 @@ from ganscale.training.pictures import Pictures
 from ganscale.training.profiling import section
 from ganscale.training.provenance import append_session, session_facts
 from ganscale.training.run_folder import RunFolder, write_summary
-from ganscale.training.speed import Speed
+from ganscale.training.speed import Interval, Speed
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Reports:
         self._runtime = runtime
         self._state = state
         self._feed = feed
-        self.last_row: dict[str, Any] = {}
+        self.newest_row: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._pictures: Pictures | None = None
@@ -63,6 +63,7 @@ class Reports:
             identity_of(config, folder),
             config.log.wandb,  # type: ignore[arg-type]
             resumed_at,
+            changes=folder.changes,
             alerts=config.log.alerts,
         )
         self._pictures = Pictures(config, folder, self._state)
@@ -72,28 +73,50 @@ class Reports:
 
     @section("logging")
     def metrics(self) -> None:
-        """One row of everything since the last one. On every rank: it sums over the ranks."""
+        """One row of everything since the last one. On every rank: it sums over the ranks.
+
+        Raises NonFiniteError, after logging the row, where a loss is not finite.
+        """
         state, feed = self._state, self._feed
         feed.count_broken(state.broken)
-        total_images = self._config.training.total_images
-        row = curve_row(state, self._runtime, total_images)
+        row = curve_row(state, self._runtime, self._config.training.total_images)
         interval = self._speed.interval(feed.waited_seconds)
         row |= self._speed.row(interval)
-        state.seconds += interval.seconds
-        feed.waited_seconds, self.last_row = 0.0, row
-        if self._tracker is not None and self._console is not None:
-            self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
-            self._console.update(state.images_seen, row["perf/images_per_second"], row)
+        feed.waited_seconds = 0.0
+        losses = {name: value for name, value in row.items() if name.startswith("loss/")}
+        broken = [name for name, value in losses.items() if not math.isfinite(value)]
+        if broken:
+            state.health.non_finite_events += 1
+            row["audit/non_finite"] += 1
+        self.newest_row = row
+        self._log(row, interval)
         limit = self._config.data.broken_limit
         worst = state.broken.most_common(3)
         check_broken_limit(state.broken.total(), state.images_seen, limit, worst)
-        for name, value in row.items():
-            if name.startswith("loss/") and not math.isfinite(value):
-                raise NonFiniteError(
-                    f"{name} became {value} within the {interval.images:,} images "
-                    f"before {state.images_seen:,}, with finite gradients: the newest checkpoint "
-                    "is the last good state"
-                )
+        for name in broken:
+            raise NonFiniteError(
+                f"{name} became {row[name]} within the {interval.images:,} images "
+                f"before {state.images_seen:,}, with finite gradients: the newest checkpoint "
+                "is the last good state"
+            )
+
+    @section("logging")
+    def last_row(self, why: str) -> None:
+        """Of a run that `why` ends, at the images it will continue from: the updates that were
+        held back are in the figures. Without `perf/`, since no cycle ends here. On every rank.
+        """
+        row = curve_row(self._state, self._runtime, self._config.training.total_images)
+        if self._tracker is not None:
+            self._tracker.alert("nan", "not finite", why, self._state.images_seen)
+        self._log(row, self._speed.interval(0.0))
+
+    def _log(self, row: dict[str, Any], interval: Interval) -> None:
+        state = self._state
+        state.seconds += interval.seconds
+        if self._tracker is not None and self._console is not None:
+            self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
+            images_per_second = interval.images / max(interval.seconds, 1e-9)
+            self._console.update(state.images_seen, images_per_second, row)
 
     @section("samples")
     def samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
@@ -147,7 +170,7 @@ class Reports:
             "broken_samples": state.broken.total(),
             "broken": broken_rows(state.broken),
             "sessions": state.sessions,
-            "last": {k: v for k, v in self.last_row.items() if not isinstance(v, dict)},
+            "last": {k: v for k, v in self.newest_row.items() if not isinstance(v, dict)},
         }
         try:
             write_summary(folder.summary, summary)

@@ -57,21 +57,25 @@ class Trainer:
         self.runtime = runtime
         self.stop = stop or StopRequest()
         self.progress = progress or Progress()
-        self.progress.mark("start", config.data.retry_seconds)
+        mark, patience = self.progress.mark, config.data.retry_seconds
+        mark("looking at the data", patience)
         check_batch(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         self.data = open_data(config.data)
         runtime.from_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)
+        mark("building the networks")
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
         self.progress.run_folder = self.folder.path
         setup_logging(self.folder.log, runtime.rank)
+        mark("opening the run folder", patience)
         self.run_id, checkpoint = runtime.from_main(
             lambda: self.folder.open(resolved, self.data.fingerprint)
         )
         try:
+            mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
             runtime.from_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
@@ -81,8 +85,12 @@ class Trainer:
         self.resumed_at = None if checkpoint is None else self.state.images_seen
         self.cycle = Cycle(config, self.objective, runtime, self.state)
         self.writer = CheckpointWriter(  # used on rank 0
-            self.folder.checkpoints, config.checkpoint, companions=[self.folder.record]
+            self.folder.checkpoints,
+            config.checkpoint,
+            companions=[self.folder.record],
+            still_writes=lambda: self.progress.mark("checkpoint"),
         )
+        self.progress.last_act = self.writer.wait
         self.newest: dict[str, float] = {}  # of every value that was logged
 
     def run(self) -> int:
@@ -146,7 +154,7 @@ class Trainer:
             mark("data", data_patience)
             if not is_last:
                 feed.fetch(stop.is_requested)
-            vote = self.runtime.start_vote(_ending(stop, feed, self.writer))
+            votes = [self.runtime.start_vote(_ending(stop, feed, self.writer))]
 
             # Data and critic
             for step, host_batch in enumerate(batches, 1):
@@ -156,32 +164,36 @@ class Trainer:
                 keeps_fakes = is_last_step and config.training.reuse_fakes
                 cycle.critic_step(batch, logs and is_last_step, keeps_fakes)
 
-            # Generator and its average; on the CPU, looking at the tripwire waits for nothing
+            # Generator and its average; on the CPU, looking at the tripwire waits for nothing. No
+            # row of the record may be of images whose updates were held back
             mark("generator")
             cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-            if logs or self.runtime.device.type == "cpu":
-                self._stop_if_not_finite()
+            draws = is_last or _crosses(before, after, config.samples.every_images)
+            if logs or draws or self.runtime.device.type == "cpu":
+                self._stop_if_not_finite(reports)
             cycle.update_average()
 
             # Meters
             if logs:
                 mark("meters")
                 reports.metrics()
-                self.newest |= reports.last_row
+                self.newest |= reports.newest_row
 
             # Samples
-            if is_last or _crosses(before, after, config.samples.every_images):
+            if draws:
                 # The run's last grid is made whatever comes: nobody would make it afterwards
                 reports.samples(self._marked if is_last else self._is_stopped)
+                # A stop that had them given up has to be this one: they are made at resuming
+                votes.append(self.runtime.start_vote(_ending(stop, feed, self.writer)))
 
             # Audit and checkpoint: what is not the same on all ranks is never saved
             mark("vote", data_patience)  # ranks may wait for data
-            ending = vote()
+            ending = max(vote() for vote in votes)
             stops = ending != _GOES_ON and not is_last
             saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
             if saves or _crosses(before, after, config.audit.every_images):
                 mark("audit")
-                self._audit()
+                self._audit(reports)
             if saves:
                 mark("checkpoint")
                 feed.count_broken(state.broken)
@@ -214,13 +226,14 @@ class Trainer:
         return EXIT_REQUEUE
 
     @section("audit")
-    def _audit(self) -> None:
-        self._stop_if_not_finite()  # held back updates must not count as images seen
+    def _audit(self, reports: Reports) -> None:
+        self._stop_if_not_finite(reports)  # held back updates must not count as images seen
         audit_replicas(self.state.audited(), self.runtime)
         self.state.health.audits_passed += 1
 
-    def _stop_if_not_finite(self) -> None:
-        """Raises NonFiniteError after saving the state that the tripwire has held."""
+    def _stop_if_not_finite(self, reports: Reports) -> None:
+        """Raises NonFiniteError after saving the state that the tripwire has held, and a row that
+        shows what came to it: at the images of that state, so that the resumed run keeps it."""
         state = self.state
         if not state.tripwire.is_tripped():
             return
@@ -229,16 +242,20 @@ class Trainer:
         state.images_seen = failed_at
         state.steps -= int(state.generator_player.updates_held_back.item())
         state.health.non_finite_events += 1
-        state.meters.read()  # their sums are not finite: saved, they would end the resumed run
-        if state.is_finite():
-            self._save(must_succeed=True)
+        is_good = state.is_finite()
+        if is_good:
             kept = "the last good state is saved; continue"
         else:
             kept = "the weights before it were not finite either; continue from an older checkpoint"
-        raise NonFiniteError(
+        why = (
             f"a gradient became NaN or infinite after {failed_at:,} images: {kept} with a lower "
             "learning rate, say, and resume.allow=[optimizer]"
         )
+        # It empties the meters: sums that are not finite would end the resumed run.
+        reports.last_row(why)
+        if is_good:
+            self._save(must_succeed=True)
+        raise NonFiniteError(why)
 
     @section("checkpoint")
     def _save(self, *, must_succeed: bool) -> None:

@@ -381,7 +381,7 @@ def test_rows_reach_the_disk_before_the_checkpoint_that_they_led_to(root, monkey
     record.write_text("{}\n")
 
     def noted(descriptor: int) -> None:
-        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), bool(names(root))))
+        flushed.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), bool(names(root))))
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)

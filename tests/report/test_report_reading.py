@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_rows import MakeRun, row
@@ -336,3 +337,26 @@ def test_a_panels_chart_knows_who_trains_its_loss(make_run: MakeRun) -> None:
 def test_numbers_are_shown_with_four_digits_that_count() -> None:
     shown = [in_figures(v) for v in (0, -0.5, 1234.56, 99999, 123456, 5e-7, math.nan, -math.inf)]
     assert shown == ["0", "−0.5", "1,235", "99,999", "1.235e+05", "5.000e−07", "NaN", "−∞"]  # noqa: RUF001
+
+
+def test_passwords_signatures_and_commands_of_a_run_are_not_shown(make_run: MakeRun) -> None:
+    """Also where a long command is folded over lines, and where the settings are damaged."""
+    folder = make_run("secret")
+    command = "pipe:curl -H " + " ".join(f"SECRET{number}" for number in range(40))
+    data = {"path": "https://user:SECRET@host/set", "shards": command, "url": "http://h/x?SECRET"}
+    config = folder / "config.yaml"
+    text = config.read_text() + yaml.safe_dump({"data": data, "lanes": 4})
+    for written in (text, text + "{"):
+        config.write_text(written)
+        with (folder / "log.txt").open("a") as file:
+            file.write("2026-01-01 10:00:00 WARNING: https://user:SECRET@host/set is slow\n")
+        (run,) = read_runs([folder])
+        faults = faults_of(run, read_log(folder / "log.txt"))
+        assert "SECRET" not in run.config_text + str(flattened(run.config)) + str(faults)
+        assert "https://host/set" in run.config_text
+        assert "https://host/set is slow" in str(faults)
+        assert "SECRET" in config.read_text()
+    config.write_text(text)
+    (run,) = read_runs([folder])
+    data |= {"path": "https://host/set", "shards": "pipe:curl ...", "url": "http://h/x"}
+    assert yaml.safe_load(run.config_text) == yaml.safe_load(text) | {"data": data}

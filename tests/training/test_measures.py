@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.invariance import Combination, config_of, synthetic_batch
 from ganscale.objectives.objective import build_objective
@@ -15,6 +15,8 @@ from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_average
 from ganscale.training.measures import curve_row, derived, logit_histograms, weight_meters
+from ganscale.training.meters import MeterSums
+from ganscale.training.slope import slope_meters
 from ganscale.training.speed import Speed
 from ganscale.training.state import TrainingState
 from tests.conftest import REPOSITORY
@@ -96,6 +98,46 @@ def test_a_penaltys_gradient_norms_have_mean_deviation_and_maximum(runtime, monk
     expected = np.mean([(norm - 1) ** 2 for norm in norms])
     assert row["penalty/wgan_gp"] == pytest.approx(expected, rel=1e-9)
     assert row["loss/penalty_wgan_gp"] == pytest.approx(10 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["plain", "spectral_norm", "patches"])
+def test_without_a_penalty_the_critics_slope_at_real_images_is_looked_at(runtime, variant):
+    cycle = cycle_of(runtime, Combination("hinge", "none", variant), accumulate=2)
+    critic, images = cycle.state.critic, []
+    run(cycle, 2, lambda: images.append(cycle.state.images_seen - 8))
+    seen = cycle.on_device(synthetic_batch(cycle.config, runtime, images[-1])).images
+    norms = []
+    for image in seen:
+        image = image[None].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(critic(image).mean(), image)
+        norms.append(slope.norm().item())
+    row = curve_row(cycle.state, runtime, total_images=1000)
+    assert len(norms) == 8
+    assert row["slope/real_mean"] == pytest.approx(np.mean(norms), rel=1e-9)
+    assert row["slope/real_std"] == pytest.approx(np.std(norms), rel=1e-6)
+    assert row["slope/real_max"] == pytest.approx(max(norms), rel=1e-9)
+
+
+def test_looking_at_the_slope_leaves_gradients_and_buffers_alone():
+    critic = nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
+    )
+    before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+    images = torch.randn(4, 3, 2, 2)
+    means, maxima = slope_meters(critic, images, None, "float32", parts=2)
+    assert not any(each.requires_grad for each in (*means.values(), *maxima.values()))
+    assert all(torch.equal(before[name], each) for name, each in critic.state_dict().items())
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    assert critic.training
+
+
+def test_the_largest_of_figures_that_are_no_numbers_is_none(runtime):
+    meters = MeterSums(runtime)
+    meters.add({"a": torch.tensor(1.0)}, {"b": torch.tensor(math.nan)})
+    meters.add({"a": torch.tensor(1.0)}, {"b": torch.tensor(2.0), "c": torch.tensor(3.0)})
+    found = meters.read()
+    assert math.isnan(found["b"])
+    assert found["c"] == 3
 
 
 def test_gradient_norms_are_averaged_and_their_largest_is_kept(runtime):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -169,6 +170,56 @@ def test_counting_operations_leaves_the_networks_alone(runtime):
         assert torch.equal(tensor, before[name]), name
     parameters = [*cycle.state.critic.parameters(), *cycle.state.generator.parameters()]
     assert all(parameter.grad is None for parameter in parameters)
+
+
+def test_operations_of_a_network_that_takes_no_two_images_are_not_counted(runtime, caplog):
+    class Refusing(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise ValueError("four images or none")
+
+    config = mlp_config()
+    objective = build_objective(config.objective)
+    state = TrainingState(config, objective, runtime, 0)
+    with caplog.at_level("INFO"):
+        assert flops_of_a_cycle(config, objective, state.generator, Refusing(), 0) is None
+
+
+def test_a_network_with_a_collective_of_its_own_is_not_counted_and_holds_nobody_up(tmp_path: Path):
+    run_ranks("tests.training.test_speed:run_rank_with_collectives", tmp_path, 2, seconds=60)
+    assert (tmp_path / "done1").exists()
+    assert (tmp_path / "done0").read_text() == "None None"
+
+
+class Summing(nn.Module):
+    """Of all ranks, in forward or in backward."""
+
+    def __init__(self, in_forward: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2 * 8 * 8, 1)
+        self.in_forward = in_forward
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.layer(images.flatten(1)).squeeze(1)
+        if self.in_forward:
+            dist.all_reduce(logits.detach().clone())
+        elif logits.requires_grad:
+            logits.register_hook(lambda gradient: dist.all_reduce(gradient.clone()))
+        return logits
+
+
+def run_rank_with_collectives(folder: Path) -> None:
+    runtime = Runtime.start(timeout_seconds=30)
+    config = mlp_config()
+    objective = build_objective(config.objective)
+    generator = TrainingState(config, objective, runtime, 0).generator
+    found = []
+    if runtime.is_main:
+        for in_forward in (True, False):
+            critic = Summing(in_forward)
+            found.append(flops_of_a_cycle(config, objective, generator, critic, 0))
+    (folder / f"done{runtime.rank}").write_text(" ".join(map(str, found)))
+    runtime.wait_for_all()
+    runtime.close()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from ganscale.errors import NonFiniteError
 from ganscale.runtime import Runtime
 from ganscale.shards.building import build_manifest
 from ganscale.tracking.alerts import read_alerts
+from ganscale.tracking.record import read_rows
 from ganscale.training.trainer import Trainer
 
 CONFIG = """
@@ -83,7 +85,17 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
         broken.run()
     saved = broken.folder.checkpoints / f"images-{breaks_at:09d}"
     assert "NaN" not in (saved / "state.json").read_text()
-    assert [alert.kind for alert in read_alerts(broken.folder.path)] == ["nan"]
+    (alert,) = read_alerts(broken.folder.path)
+    assert (alert.kind, "with a lower learning rate" in alert.text) == ("nan", True)
+    rows: list[dict[str, Any]] = list(read_rows(broken.folder.record))
+    times = [row["progress/images_seen"] for row in rows]
+    assert times == sorted(times)
+    assert times[-1] == breaks_at
+    assert math.isnan(rows[-1]["optim/critic_gradient_norm"])
+    assert math.isnan(rows[-1]["optim/critic_gradient_norm_max"])
+    assert math.isfinite(rows[-1]["loss/critic"])
+    assert rows[-1]["audit/non_finite"] == 1
+    assert f"{breaks_at} of 80 images, critic" in broken.folder.log.read_text()
 
     whole = trainer_of(folder, runtime, f"whole-{breaks_at}")
     critics = {}
@@ -100,8 +112,46 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
     assert continued.resumed_at == breaks_at
     assert continued.run() == 0
     assert "NaN" not in (continued.folder.path / "metrics.jsonl").read_text()
+    resumed_rows: list[dict[str, Any]] = list(read_rows(continued.folder.record))
+    assert list(map(str, resumed_rows[: len(rows)])) == list(map(str, rows))  # NaN is not NaN
+    assert {
+        row["audit/non_finite"] for row in resumed_rows[len(rows) :] if "loss/critic" in row
+    } == {1}
     assert continued.state.health.non_finite_events == 1
     assert continued.state.images_seen >= 80
+
+
+def test_a_row_with_a_loss_that_is_no_number_counts_it(folder, runtime, monkeypatch):
+    """Though all gradients were finite."""
+    broken = trainer_of(folder, runtime, "loss")
+    add = broken.state.meters.add
+
+    def breaking(meters: dict, *maxima: dict) -> None:
+        is_last = broken.state.images_seen == 28
+        spoilt = {name: value * (math.nan if is_last else 1) for name, value in meters.items()}
+        add(spoilt, *maxima)
+
+    monkeypatch.setattr(broken.state.meters, "add", breaking)
+    with pytest.raises(NonFiniteError, match="became nan within the 16 images before 32"):
+        broken.run()
+    first, last = (row for row in read_rows(broken.folder.record) if "loss/critic" in row)
+    assert (first["audit/non_finite"], last["audit/non_finite"]) == (0, 1)
+    assert last["progress/images_seen"] == 32
+
+
+def test_weights_do_not_depend_on_how_often_rows_are_logged(folder, runtime):
+    """With a penalty, with a lazy one, and without: then the slope of the critic is looked at."""
+    for name, setting in (("always", "weight=10"), ("lazy", "interval=3"), ("never", "weight=0")):
+        ends = []
+        for every in (8, 80):
+            asked = f"log.every_images={every}", f"objective.penalties.wgan_gp.{setting}"
+            ends.append(trainer_of(folder, runtime, f"rows-{name}-{every}", *asked))
+            assert ends[-1].run() == 0
+        often, seldom = (trainer.state.audited() for trainer in ends)
+        assert often.keys() == seldom.keys()
+        for tensor_name, tensor in often.items():
+            assert torch.equal(tensor, seldom[tensor_name]), (name, tensor_name)
+        assert len(list(read_rows(ends[0].folder.record))) > 10
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:

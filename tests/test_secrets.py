@@ -1,0 +1,66 @@
+"""What settings hold that others should not read is taken out wherever they are shown."""
+
+import json
+import sys
+
+import pytest
+
+from ganscale.config import resolve
+from ganscale.data import remote
+from ganscale.runtime import Runtime
+from ganscale.secrets import without_secrets
+from ganscale.training.in_wandb import identity_of
+from ganscale.training.provenance import append_session, session_facts
+from ganscale.training.run_folder import RunFolder
+from tests.conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://user:SECRET@host/set", "https://host/set"),
+        ("https://SECRET@host/set", "https://host/set"),
+        ("https://user:SE@CRET@host/set", "https://host/set"),
+        ("HTTPS://h/{}?X-Amz-Signature=SECRET", "HTTPS://h/{}"),
+        ("http://h/my set/{000..9}.tar?a=b c&s=SECRET", "http://h/my set/{000..9}.tar"),
+        ("{https://h/a?SECRET,https://h/b?SECRET}", "{https://h/a"),
+        ("cache::https://u:SECRET@h/a?SECRET", "cache::https://h/a"),
+        ("s3://KEY:SECRET@bucket/x-??.tar", "s3://bucket/x-??.tar"),
+        ("abfs://container@account.net/x", "abfs://container@account.net/x"),
+        ('pipe:curl -H "Authorization: SECRET" https://h/{}', "pipe:curl ..."),
+        ("pipe: curl -n\nSECRET", "pipe: curl ..."),
+        ("pipe:TOKEN=SECRET curl {}", "pipe: ..."),
+        ("pipe:cat", "pipe:cat"),
+        ("data.path=https://u:SECRET@h/x?SECRET", "data.path=https://h/x"),
+        ("data={shards: 'pipe:aws --key SECRET', lanes: 4}", "data={shards: 'pipe:aws ..."),
+        ("/disk/what?/a@b/x-?.tar", "/disk/what?/a@b/x-?.tar"),
+        ("https://host:8080/path@v1/x", "https://host:8080/path@v1/x"),
+    ],
+)
+def test_passwords_signatures_and_commands_are_taken_out_and_the_rest_stays(text, shown):
+    assert without_secrets(text) == shown
+    assert without_secrets({"a": [text, (1, None)]}) == {"a": [shown, (1, None)]}
+    assert without_secrets(shown) == shown
+    if not text.startswith("pipe:"):
+        assert remote.shown(text) == shown
+
+
+def test_neither_wandb_nor_the_sessions_are_told_of_secrets(tmp_path, monkeypatch):
+    asked = [
+        "run.name=secrets",
+        "data.path=https://user:SECRET@host/set",
+        "data.shards='https://h/{}?X-Amz-Signature=SECRET'",
+        "data.resolution=8",
+    ]
+    config = resolve([str(REPOSITORY / "configs" / "demo.yaml"), *asked]).config
+    folder = RunFolder(tmp_path)
+    folder.identity.write_text('{"id": "1"}')
+    monkeypatch.setattr(sys, "argv", ["ganscale", *asked, "pipe:curl -H SECRET"])
+    append_session(folder.sessions, session_facts(Runtime.start(), 0, "fingerprint"))
+    assert "SECRET" not in folder.sessions.read_text()
+    # A session of before, when commands were kept as they were
+    append_session(folder.sessions, {"command": asked, "images_seen": 0})
+    told = json.dumps(identity_of(config, folder).config)
+    assert "SECRET" not in told
+    assert "https://host/set" in told
+    assert "SECRET" in config.data.path
