@@ -1,6 +1,7 @@
 """`ganscale sync RUN...`: W&B gets what it lacks of runs."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -25,24 +26,42 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ganscale.errors import EXIT_DONE, GanscaleError
+
+    failures: list[int] = []
+    for path in arguments.runs:
+        try:
+            _synchronize(path, arguments.project, arguments.timeout)
+        except GanscaleError as error:
+            sys.stderr.write(f"error: {error}\n")
+            failures.append(error.exit_code)
+    # What a second attempt does not mend has a lower code than what it may mend.
+    return min(failures, default=EXIT_DONE)
+
+
+def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> None:
     from ganscale.config import load_stored
-    from ganscale.errors import EXIT_DONE, UserError
+    from ganscale.errors import UserError
     from ganscale.tracking.sync import synchronize
     from ganscale.training.in_wandb import identity_of, kept_in_wandb
     from ganscale.training.run_folder import RunFolder
 
-    for path in arguments.runs:
-        folder = RunFolder(path)
-        if not folder.config.exists() or not folder.identity.exists():
-            raise UserError(f"{path} is not a run folder: it has no {folder.config.name}")
-        config = load_stored(folder.config)
-        if arguments.project:
-            config.log.project = arguments.project
-        done = synchronize(
-            path,
-            identity_of(config, folder),
-            kept_in_wandb(folder.checkpoints, config),
-            arguments.timeout,
+    folder = RunFolder(path)
+    if not folder.config.exists() or not folder.identity.exists():
+        raise UserError(f"{path} is not a run folder: it has no {folder.config.name}")
+    config = load_stored(folder.config)
+    if project:
+        config.log.project = project
+    try:
+        identity = identity_of(config, folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.identity} cannot be read ({error!r})") from error
+    checkpoints = kept_in_wandb(folder.checkpoints, config)
+    done = synchronize(path, identity, checkpoints, timeout_seconds)
+    print(f"{path}: W&B has all {done.rows:,} rows ({done.sent:,} sent now): {done.location}")
+    if done.replaced:
+        print(
+            f"{path}: in place of {done.replaced:,} of them, W&B keeps the rows of before the "
+            "settings were changed (resume.allow): it cannot change them. With --project, another "
+            "project gets those of the record"
         )
-        print(f"{path}: W&B has all {done.rows:,} rows ({done.sent:,} sent now): {done.location}")
-    return EXIT_DONE

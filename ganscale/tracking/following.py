@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ganscale.tracking.record import IMAGES_SEEN, parse_row
+from ganscale.tracking.record import images_seen_of, parse_row
 
 
 class Rows:
@@ -23,11 +23,19 @@ class Rows:
         self._last_step = -1
         self.count = 0  # of the rows that were read so far
 
-    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(W&B's step, row) for what is new in the file; half a line at its end is left for later.
+    def read(self, first_step: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(W&B's step, row) for what is new in the file, without the rows with a step below
+        `first_step`; half a line at its end is left for later.
 
         Raises OSError where the file cannot be read; to ask again loses nothing.
         """
+        for _, step, line in self.lines():
+            # A row that is not wanted is not parsed, which takes most of the time.
+            if step >= first_step and (row := parse_row(line)) is not None:
+                yield step, row
+
+    def lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """(images seen, W&B's step, line) for what is new in the file, as `read`."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -36,7 +44,7 @@ class Rows:
                 if not line.endswith(b"\n"):
                     return
                 self._position += len(line)
-                if (row := parse_row(line)) is not None:
+                if (images_seen := images_seen_of(line)) is not None:
                     self.count += 1
-                    self._last_step = max(row[IMAGES_SEEN], self._last_step + 1)
-                    yield self._last_step, row
+                    self._last_step = max(images_seen, self._last_step + 1)
+                    yield images_seen, self._last_step, line

@@ -1,13 +1,15 @@
 """`metrics.jsonl`: one JSON object per logged row, the record of truth of a run."""
 
+import io
 import json
 import logging
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +22,9 @@ histogram: {"counts": n numbers, "edges": n + 1 numbers}."""
 
 # JSON has no such numbers, and the literal NaN that Python writes by default breaks other readers.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+_NAMED = re.compile(rb'"%s": (-?\d+)[,}]' % IMAGES_SEEN.encode())
+_BLOCK_BYTES = 1 << 20
 
 # About a day of rows at one every ten seconds, and some tens of MB.
 _MAX_PENDING_ROWS = 10_000
@@ -49,11 +54,12 @@ class Record:
     def append(self, row: Mapping[str, Value]) -> None:
         """Writes one row with its names sorted; values may be numpy scalars.
 
-        Raises ValueError for a row without an integer `progress/images_seen`.
+        Raises ValueError for a row without an integer `progress/images_seen`, TypeError for a value
+        that is neither number, text, list nor dict.
         """
         if not isinstance(row.get(IMAGES_SEEN), int):
             raise ValueError(f"a row needs an integer {IMAGES_SEEN}, got {row.get(IMAGES_SEEN)!r}")
-        line = json.dumps({name: _to_json(value) for name, value in row.items()}, sort_keys=True)
+        line = json.dumps(_to_json(row), sort_keys=True, allow_nan=False)
         if len(self._waiting) < _MAX_PENDING_ROWS:
             self._waiting.append(line.encode() + b"\n")
         else:
@@ -67,17 +73,20 @@ class Record:
         space, and a crash leaves the old file or the new one. A last line that a crash left half
         written is dropped, too, and reported.
         """
-        position, kept_bytes, dropped_lines = 0, 0, 0
-        for line in self._lines():
-            position += len(line)
-            dropped_lines += 1
-            row = _parse(line)
-            if row is None:
-                logger.warning("%s: passed over %d damaged bytes", self.path, len(line))
-            elif row[IMAGES_SEEN] <= images_seen:
-                kept_bytes, dropped_lines = position, 0
-        if dropped_lines:
-            with self.path.open("rb+") as file:
+        if not self.path.exists():
+            return 0
+        dropped_lines = 0
+        with self.path.open("rb+") as file:
+            kept_bytes = file.seek(0, os.SEEK_END)
+            for line in _lines_backwards(file):
+                seen = images_seen_of(line)
+                if seen is None:
+                    logger.warning("%s: passed over %d damaged bytes", self.path, len(line))
+                elif seen <= images_seen:
+                    break
+                kept_bytes -= len(line)
+                dropped_lines += 1
+            if dropped_lines:
                 file.truncate(kept_bytes)
                 os.fsync(file.fileno())
         return dropped_lines
@@ -90,11 +99,6 @@ class Record:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-    def _lines(self) -> Iterator[bytes]:
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                yield from file
 
     def _write_waiting(self) -> None:
         try:
@@ -125,24 +129,54 @@ def read_rows(path: Path) -> Iterator[dict[str, Value]]:
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line; None where the line is not whole."""
-    row = _parse(line)
-    return None if row is None else {name: _from_json(value) for name, value in row.items()}
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """`parse_row` with values as JSON has them."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get(IMAGES_SEEN), int) else None
+    if not isinstance(row, dict) or not isinstance(row.get(IMAGES_SEEN), int):
+        return None
+    return {name: _from_json(value) for name, value in row.items()}
 
 
-def _to_json(value: Any) -> Value:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def images_seen_of(line: bytes) -> int | None:
+    """That of `parse_row`, in a hundredth of its time where nothing looks unusual."""
+    whole = line.startswith(b"{") and line.endswith(b"}\n")
+    # Half a line before a whole one shows in its brackets, or has the name twice.
+    if whole and line.count(b"{") == line.count(b"}") and len(found := _NAMED.findall(line)) == 1:
+        return int(found[0])
+    row = parse_row(line)
+    return None if row is None else row[IMAGES_SEEN]
 
 
-def _from_json(value: Value) -> Value:
-    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
+    position, rest = file.seek(0, os.SEEK_END), b""
+    while position:
+        size = min(position, _BLOCK_BYTES)
+        position = file.seek(position - size)
+        rest, *lines = io.BytesIO(file.read(size) + rest).readlines()
+        yield from reversed(lines)
+    if rest:
+        yield rest
+
+
+def _to_json(value: Any) -> Any:
+    """`value` without numpy's types and, at any depth, numbers that JSON has not."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _to_json(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json(each) for each in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {name: _from_json(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    return value

@@ -15,6 +15,7 @@ from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.following import Rows
 from ganscale.tracking.messages import Checkpoint, Identity
 from ganscale.tracking.mode import chosen_mode
+from ganscale.tracking.replaced import replaced_rows
 from ganscale.tracking.uploader import alone
 from ganscale.tracking.wandb_run import WandbRun
 
@@ -23,10 +24,13 @@ _UPLOADER_SECONDS = 20.0  # that of a session which was killed ends by then
 
 @dataclass(frozen=True)
 class Synchronized:
-    """sent: of the record's `rows`, those that W&B lacked"""
+    """sent: of the record's `rows`, those that W&B lacked
+    replaced: those in whose place W&B keeps rows of before the settings were changed
+    """
 
     rows: int
     sent: int
+    replaced: int
     location: str
 
 
@@ -39,8 +43,8 @@ def synchronize(
     """Sends the rows, pictures, alerts and checkpoints of a run that its W&B run does not have.
 
     What it has is the server's to say, so that a second call finds nothing to send. Raises
-    UserError without an API key or while the run is training, UnavailableError where W&B did not
-    take everything.
+    UserError without an API key, while the run is training, or where its folder cannot be written,
+    UnavailableError where W&B did not take everything.
     """
     chosen_mode("online")
     deadline = time.monotonic() + _UPLOADER_SECONDS
@@ -49,12 +53,19 @@ def synchronize(
         time.sleep(seconds)
         return time.monotonic() < deadline
 
-    with _not_training(run_folder), alone(run_folder, waits):
-        try:
-            return _send(run_folder, identity, checkpoints, timeout_seconds)
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UnavailableError(f"W&B did not take all of {run_folder} ({reason})") from error
+    try:
+        with _not_training(run_folder), alone(run_folder, waits):
+            try:
+                return _send(run_folder, identity, checkpoints, timeout_seconds)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                sentence = f"W&B did not take all of {run_folder} ({reason})"
+                raise UnavailableError(sentence) from error
+    except OSError as error:  # of the locks
+        raise UserError(
+            f"{run_folder} cannot be written, where `sync` keeps others from sending the same "
+            f"rows: {error}"
+        ) from error
 
 
 def _send(
@@ -74,13 +85,15 @@ def _send(
             client_folder=Path(folder),
             finish_seconds=timeout_seconds,
         )
-        sent = wandb_run.send(rows.read())
+        sent = wandb_run.send(rows.read(wandb_run.next_step))
         for alert in read_alerts(run_folder):
             wandb_run.alert(alert.kind, alert.title, alert.text)
         for checkpoint in checkpoints:
             wandb_run.keep_checkpoint(checkpoint)
         wandb_run.finish(summary, summary.get("exit_code", EXIT_FAILED))
-    return Synchronized(rows.count, sent, wandb_run.location)
+    moments = ((seen, step) for seen, step, _ in Rows(run_folder / "metrics.jsonl").lines())
+    replaced = replaced_rows(run_folder, wandb_run.location, moments)
+    return Synchronized(rows.count, sent, replaced, wandb_run.location)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from ganscale.tracking.alerts import Alerts
 from ganscale.tracking.messages import CHECKPOINT_SECONDS, Checkpoint, Ending, Identity, Job
 from ganscale.tracking.mode import Mode
 from ganscale.tracking.record import IMAGES_SEEN, Record, Value
+from ganscale.tracking.replaced import note_cut
 
 STEP = "progress/step"
 
@@ -41,11 +42,13 @@ class Tracker:
         mode: Mode,
         resumed_at: int | None,
         *,
+        changes: Sequence[str] = (),
         alerts: bool = True,
         retry_seconds: float = 60.0,
         finish_seconds: float = 10.0,
     ) -> None:
-        """`resumed_at`: images seen of the loaded checkpoint, None for a new run.
+        """`resumed_at`: images seen of the loaded checkpoint, None for a new run. `changes`: the
+        settings that are others since then; so are the rows that are logged again.
 
         `auto` is online where an API key is configured, offline otherwise; WANDB_MODE,
         WANDB_BASE_URL, WANDB_API_KEY and netrc are respected. A server that does not answer is
@@ -62,8 +65,16 @@ class Tracker:
         self._uploader: subprocess.Popen[bytes] | None = None
         self._heard = b""
         self._alerts = Alerts(run_folder, identity.name) if alerts else None
-        if dropped := self._record.rewind(-1 if resumed_at is None else resumed_at):
+        kept_until = -1 if resumed_at is None else resumed_at
+        if dropped := self._record.rewind(kept_until):
             logger.info("metrics.jsonl: %d rows after the checkpoint are logged again", dropped)
+        if dropped and changes and note_cut(run_folder, kept_until):
+            logger.warning(
+                "of the %d rows after the checkpoint, which come again with other settings (%s), "
+                "W&B keeps those that it has: it cannot change them",
+                dropped,
+                ", ".join(changes),
+            )
         self._has_started, self._mistake = False, ""
         if mode != "disabled":
             self._start_uploader(

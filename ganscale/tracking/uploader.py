@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ from ganscale.tracking.wandb_run import WandbRun
 _LOOK_SECONDS = 0.5
 _MAX_RETRY_SECONDS = 900.0
 _ANSWER_SECONDS = 30
+_WAIT_SECONDS = 30.0
 _LOOKS = 5  # of `retry_seconds`: the server is asked whether the rows have arrived
 
 logger = logging.getLogger("ganscale.tracking.uploader")  # `__name__` is `__main__` here
@@ -76,6 +78,7 @@ class Uploader:
         self._folder = Path(job.folder)
         self._session = session
         self._tell = tell
+        self._pause, self._has_failed = job.retry_seconds, False
 
     def run(self) -> None:
         """Raises UserError for a mode that cannot be, UnavailableError where W&B lacks rows in the
@@ -85,24 +88,21 @@ class Uploader:
         if mode == "disabled":
             return
         with alone(self._folder, self._session.lasts):
-            pause, has_failed = self._job.retry_seconds, False
             while True:
                 is_last = self._session.has_ended
                 try:
-                    wandb_run = self._connect(mode)
-                    if has_failed:
-                        logger.info("W&B is back, and gets what it lacks")
-                    return self._follow(wandb_run)
+                    self._follow(self._connect(mode))
+                    return self._note_arrival()
                 except Exception as error:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                 _tear_down()
                 if is_last:
                     raise UnavailableError(reason)
-                if not has_failed:
+                if not self._has_failed:
                     logger.warning("W&B gets no rows, metrics.jsonl goes on (%s)", reason)
-                has_failed = True
-                self._session.lasts(pause)
-                pause = min(2 * pause, _MAX_RETRY_SECONDS)
+                self._has_failed = True
+                self._session.lasts(self._pause)
+                self._pause = min(2 * self._pause, _MAX_RETRY_SECONDS)
 
     def _connect(self, mode: WandbMode) -> WandbRun:
         wandb_run = WandbRun(
@@ -116,13 +116,20 @@ class Uploader:
         self._tell(location=wandb_run.location)
         return wandb_run
 
+    def _note_arrival(self) -> None:
+        """A connection alone says little: a server may answer and refuse the rows."""
+        if self._has_failed:
+            logger.info("W&B is back, and gets what it lacks")
+        self._pause, self._has_failed = self._job.retry_seconds, False
+
     def _follow(self, wandb_run: WandbRun) -> None:
         rows = Rows(self._folder / "metrics.jsonl")
-        sent, looked_at = wandb_run.next_step, time.monotonic()
+        first = sent = wandb_run.next_step
+        looked_at = time.monotonic()
         while True:
             # Asked before the rows are read: those that come after the answer are read next time.
             is_last = self._session.has_ended
-            wandb_run.send(rows.read())
+            wandb_run.send(rows.read(wandb_run.next_step))
             for alert in read_alerts(self._folder):
                 wandb_run.alert(alert.kind, alert.title, alert.text)
             if is_last:
@@ -130,6 +137,8 @@ class Uploader:
             if time.monotonic() > looked_at + _LOOKS * self._job.retry_seconds:
                 if not wandb_run.has_arrived(sent, _ANSWER_SECONDS):
                     raise UnavailableError("the server takes no rows")
+                if sent > first:
+                    self._note_arrival()
                 sent, looked_at = wandb_run.next_step, time.monotonic()
             self._session.lasts(_LOOK_SECONDS)
         for checkpoint in self._session.ending.checkpoints:
@@ -144,11 +153,12 @@ class Uploader:
 def alone(run_folder: Path, lasts: Callable[[float], bool]) -> Iterator[None]:
     """Keeps other processes from sending rows of this run meanwhile: they would arrive twice.
 
-    Waits for the uploader of a session that was killed. Raises UnavailableError where that still
-    sends when `lasts`, which waits some seconds, returns False.
+    Waits for the uploader of a session that was killed, and says so where it takes long. Raises
+    UnavailableError where that still sends when `lasts`, which waits some seconds, returns False.
     """
     folder = run_folder / "wandb"
     folder.mkdir(exist_ok=True)
+    warns_at = time.monotonic() + _WAIT_SECONDS
     with (folder / ".lock").open("w") as file:
         while True:
             try:
@@ -157,6 +167,13 @@ def alone(run_folder: Path, lasts: Callable[[float], bool]) -> Iterator[None]:
             except BlockingIOError:
                 if not lasts(_LOOK_SECONDS):
                     raise UnavailableError("an earlier session is still being sent") from None
+                if time.monotonic() > warns_at:
+                    warns_at = math.inf
+                    logger.warning(
+                        "W&B gets no rows until the uploader of an earlier session of %s has "
+                        "ended; has it been stopped, or is it on another node?",
+                        run_folder,
+                    )
             except OSError:  # a file system without locks
                 break
         yield

@@ -4,26 +4,25 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ganscale.errors import UnavailableError
+from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
 from ganscale.tracking.messages import CHECKPOINT_SECONDS, Checkpoint, Identity
 from ganscale.tracking.mode import WandbMode, answers, client_settings
 from ganscale.tracking.record import IMAGES_SEEN
+from ganscale.tracking.replaced import note_connection
+from ganscale.tracking.values import Values
 
 _INIT_SECONDS = 30.0
 _ARRIVAL_SECONDS = 2
 _ROWS_AT_ONCE = 100
 
-PICTURES = "samples/"
-"""Rows hold pictures as paths in the run folder, under names that begin so."""
-
 
 class WandbRun:
-    """The sole class that calls the client. Any call may raise anything, or hang.
+    """The sole class that calls the client, with `Values`. Any call may raise anything, or hang.
 
     Attributes:
         next_step: W&B has every row of the run with a step below it
@@ -47,7 +46,7 @@ class WandbRun:
         """
         import wandb
 
-        self._folder = run_folder
+        self._values = Values(run_folder)
         self._alerts: set[str] = set()
         self._checkpoints = f"checkpoint-{identity.run_id}"
         if mode == "online" and not answers(url := client_settings().base_url):
@@ -65,17 +64,21 @@ class WandbRun:
         )
         if trainer_pid is not None:
             settings.x_stats_pid = trainer_pid
-        self._run = wandb.init(
-            dir=client_folder,
-            project=identity.project,
-            name=identity.name,
-            id=identity.run_id,
-            resume="allow",
-            mode=mode,
-            config=identity.config,
-            allow_val_change=True,
-            settings=settings,
-        )
+        # As it is kept of the session: without secrets.
+        command = identity.config.get("session", {}).get("command", [])
+        settings.program = command[0] if command else None
+        with _as_command(command):
+            self._run = wandb.init(
+                dir=client_folder,
+                project=identity.project,
+                name=identity.name,
+                id=identity.run_id,
+                resume="allow",
+                mode=mode,
+                config=identity.config,
+                allow_val_change=True,
+                settings=settings,
+            )
         self._run.define_metric(IMAGES_SEEN)
         self._run.define_metric("*", step_metric=IMAGES_SEEN)
         self._given: Path | None = None
@@ -83,6 +86,7 @@ class WandbRun:
             # Zero, unless the server knows the run: then one more than the last step that it has.
             self.next_step = self._starting_step = self._run.starting_step
             self.location = str(self._run.url)
+            note_connection(run_folder, self.location, self.next_step)
             _mark_synchronized(run_folder, identity.run_id)
         else:
             self._given = run_folder / "wandb" / f"given-{identity.run_id}.json"
@@ -98,10 +102,8 @@ class WandbRun:
             if self._given is not None:
                 self._given.write_text(json.dumps({"step": part[-1][0]}))
             for step, row in part:
-                values = {name: self._value(name, value) for name, value in row.items()}
-                kept = {name: value for name, value in values.items() if value is not None}
                 # Without `commit`, the client would hold the row back until the next step.
-                self._run.log(kept, step=step, commit=True)
+                self._run.log(self._values.of(row), step=step, commit=True)
                 self.next_step = step + 1
             sent += len(part)
         return sent
@@ -139,6 +141,9 @@ class WandbRun:
         """
         # W&B has the last row's values under their own names.
         self._run.summary.update({k: v for k, v in summary.items() if k != "last"})
+        if exit_code in (EXIT_REQUEUE, EXIT_RANK_LOST):  # W&B would call it failed
+            with contextlib.suppress(Exception):
+                self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
         deadline = time.monotonic() + _ARRIVAL_SECONDS
         while not self.has_arrived(self.next_step, _ARRIVAL_SECONDS):
@@ -158,27 +163,15 @@ class WandbRun:
         api = wandb.Api(timeout=answer_seconds)
         return api.run(self._run.path).lastHistoryStep >= next_step - 1
 
-    def _value(self, name: str, value: Any) -> Any:
-        """What W&B takes for a value of a row; None for a picture that is not there any more."""
-        import wandb
 
-        if isinstance(value, dict):
-            return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
-        if isinstance(value, str) and name.startswith(PICTURES):
-            return self._picture(value)
-        return value
-
-    def _picture(self, path: str) -> Any:
-        import wandb
-        from PIL import Image, UnidentifiedImageError
-
-        with contextlib.suppress(OSError, UnidentifiedImageError, ValueError):
-            file = self._folder / path
-            if file.suffix == ".jpg":
-                return wandb.Image(str(file))
-            with Image.open(file) as picture:
-                return wandb.Image(picture.convert("RGB"), file_type="jpg")
-        return None
+@contextlib.contextmanager
+def _as_command(command: list[str]) -> Iterator[None]:
+    """Has the client take `command`, that of the training, for the one that runs here."""
+    own, sys.argv = sys.argv, command or sys.argv
+    try:
+        yield
+    finally:
+        sys.argv = own
 
 
 def _given_before(path: Path) -> int:

@@ -87,7 +87,7 @@ def test_at_its_time_limit_a_job_saves_comes_again_and_ends_with_the_same_weight
     jobs.cluster.wait_for(job, seconds=60, Restarts="1")
     jobs.cluster.wait_for(job, seconds=100, JobState="COMPLETED", Restarts="1")
     first, second = jobs.last_words(job)
-    assert first.startswith("stopped on request")
+    assert first.startswith("stopped at ")
     assert first.endswith("; goes back into the queue")
     assert second == "done"
     sessions = jobs.summary()["sessions"]
@@ -180,7 +180,7 @@ def test_a_request_to_stop_is_answered_even_if_it_comes_while_the_training_start
     jobs.wait_until(job, lambda: "attempt 1, ranks 2, nodes node" in jobs.log(job))
     jobs.cluster.run("scancel", "--batch", "--signal=USR1", job)
     jobs.cluster.wait_for(job, seconds=80, JobState="FAILED", ExitCode="75:0")
-    assert jobs.last_words(job)[-1].startswith("stopped on request")
+    assert jobs.last_words(job)[-1].startswith("stopped at ")
     log = jobs.log(job)
     assert log.splitlines()[-1].endswith("submit it again to continue")
     assert "srun: error" not in log, log  # the ranks ended in their own time

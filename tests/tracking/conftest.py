@@ -37,7 +37,6 @@ def environment(tmp_path: Path) -> dict[str, str]:
         "NETRC": str(home / ".netrc"),
         "PYTHONPATH": str(sessions.REPOSITORY),
         "WANDB_ERROR_REPORTING": "false",
-        "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2",  # seconds; 15 would be waited for
         # Without this, a test that should stay offline would ask the internet.
         "WANDB_BASE_URL": "http://127.0.0.1:9",
     }

@@ -13,7 +13,8 @@ if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
     checkpoints = [Checkpoint(**each) for each in arguments.pop("checkpoints", [])]
     project = arguments.pop("project", "tests")
-    identity = Identity("same-run", project, "a run", {"world_size": 1})
+    config = arguments.pop("config", {"world_size": 1})
+    identity = Identity("same-run", project, "a run", config)
     try:
         done = synchronize(Path(sys.argv[1]), identity, checkpoints, **arguments)
         print(json.dumps(asdict(done)))

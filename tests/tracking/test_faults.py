@@ -49,6 +49,11 @@ def services(process: Popen[str]) -> list[psutil.Process]:
     return [child for child in children if "wandb-core" in child.name()]
 
 
+def is_streaming(server: WandbServer) -> bool:
+    """Rows follow the client's first message in intervals of 15 s, and when it ends."""
+    return server.requests["file_stream"] > 0
+
+
 def sent(server: WandbServer, name: str = "loss/critic") -> list[int]:
     return steps(server.runs[RUN_ID].history, name) if RUN_ID in server.runs else []
 
@@ -75,7 +80,7 @@ def test_a_server_that_fails_at_the_start(fault, with_account, run_folder, serve
 @pytest.mark.parametrize("fault", [403, 429, "hang", "dead"])
 def test_a_server_that_fails_in_the_middle(fault, with_account, run_folder, server):
     process = paused(with_account, run_folder)
-    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+    wait_until(lambda: is_streaming(server), "a connected client")
     if fault == "dead":
         server.stop()
     server.fault = lambda path: None if fault == "dead" else fault
@@ -97,13 +102,13 @@ def test_a_server_that_comes_back_gets_all_rows_within_the_session(
     server.stop()
     process = paused(with_account, run_folder, finish_seconds=30)
     time.sleep(1)
-    server.start()
-    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
     # The client gives rows up when they are refused, and does not say so.
     server.fault = lambda path: 403 if path.endswith("file_stream") else None
-    wait_until(lambda: server.requests["file_stream"] > 1, "refused rows")
+    server.start()
+    wait_until(lambda: server.requests["file_stream"] > 0, "refused rows")
     server.fault = lambda path: None
-    end(process)
+    report = end(process)
+    assert report["output"].count("W&B gets no rows") == 1
     expect_all_rows_once(server)
 
 
@@ -121,7 +126,7 @@ def test_a_server_that_dies_after_the_last_row(with_account, run_folder, server)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_service_that_dies_or_hangs(number, with_account, run_folder, server):
     process = paused(with_account, run_folder)
-    wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+    wait_until(lambda: is_streaming(server), "a connected client")
     (service,) = services(process)
     service.send_signal(number)
     report = end(process)
@@ -151,7 +156,7 @@ def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
             evaluation_interval=0,
         )
         wait_until_paused(process)
-        wait_until(lambda: len(sent(server)) == 15, "rows at the server")
+        wait_until(lambda: is_streaming(server), "a connected client")
         ballast = run_folder / "ballast"
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             while file.write(b"0" * 512):
@@ -165,6 +170,19 @@ def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
         assert sent(server) == list(range(1, LAST_STEP + 1))
     finally:
         subprocess.run(["umount", "--lazy", str(run_folder)], check=True)
+
+
+def test_rows_of_a_training_that_is_killed_are_sent_after_its_death(
+    with_account, run_folder, server
+):
+    process = paused(with_account, run_folder)
+    (uploader,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate(timeout=DEADLINE_SECONDS)
+    psutil.wait_procs([uploader], timeout=DEADLINE_SECONDS)
+    assert not uploader.is_running()
+    assert sent(server) == list(range(1, 16))
+    assert server.runs[RUN_ID].exit_code == 1
 
 
 def test_an_uploader_that_dies_is_told_of_once(with_account, run_folder, server):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ganscale.tracking.record as record_module
 from ganscale.tracking.following import Rows
 from ganscale.tracking.record import Record, read_rows
 
@@ -113,6 +114,69 @@ def test_a_histogram_is_kept_as_it_is(path):
     record.close()
     (row,) = read_rows(path)
     assert row["logits/real_histogram"] == histogram
+
+
+def test_non_finite_numbers_inside_a_histogram_are_json_too(path):
+    record = Record(path)
+    edges = [-math.inf, np.float32(0.5), math.inf]
+    record.append({"progress/images_seen": 64, "a": {"counts": np.array([1, 2]), "edges": edges}})
+    record.close()
+    assert "Infinity" not in path.read_text()
+    (row,) = read_rows(path)
+    assert row["a"] == {"counts": [1, 2], "edges": [-math.inf, 0.5, math.inf]}
+
+
+def test_what_json_cannot_say_is_an_error_and_no_row(path):
+    with pytest.raises(TypeError):
+        Record(path).append({"progress/images_seen": 64, "a": object()})  # type: ignore[dict-item]
+    assert not path.exists()
+
+
+def test_rewinding_and_skipping_parse_only_the_rows_that_count(path, monkeypatch):
+    """At 10^6 rows each of them takes a minute otherwise, for which all ranks wait."""
+    write(path, [*range(1, 2001)])
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    counted = []
+    count = record_module.images_seen_of
+    monkeypatch.setattr(
+        record_module, "images_seen_of", lambda line: counted.append(line) or count(line)
+    )
+    assert [step for step, _ in Rows(path).read(1999)] == [1999, 2000]
+    assert len(parsed) == 2
+    assert Record(path).rewind(1997) == 3
+    assert len(counted) == 4
+    assert len(parsed) == 2
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_rewinding_finds_lines_wherever_blocks_end(path, monkeypatch, block):
+    write(path, [*range(1, 20)])
+    monkeypatch.setattr(record_module, "_BLOCK_BYTES", block)
+    assert Record(path).rewind(12) == 7
+    assert images_seen(path) == [*range(1, 13)]
+    assert Record(path).rewind(-1) == 12
+    assert path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a": 1, "b{"a": 2, "progress/images_seen": 5}\n',  # half a row before a whole one
+        b'{"progress/images_seen": 4}{"progress/images_seen": 5}\n',
+        b'{"progress/images_seen": 5}',
+        b'{"progress/images_seen": 5.5}\n',
+        b'{"a": "\\"progress/images_seen\\": 7, }", "progress/images_seen": 5}\n',
+        b'{"a": {"counts": [1]}, "progress/images_seen": 5, "z": 1}\n',
+        b"\x00\x00\n",
+        b"\n",
+    ],
+)
+def test_images_seen_without_parsing_are_those_of_the_row(line):
+    row = record_module.parse_row(line)
+    expected = None if row is None else row["progress/images_seen"]
+    assert record_module.images_seen_of(line) == expected
 
 
 def test_a_row_without_images_seen_is_refused(path):

@@ -1,20 +1,30 @@
 """`ganscale sync`: what W&B lacks of a run, once, whatever has happened before."""
 
 import fcntl
+import json
 
 import pytest
 from sessions import (
     DEADLINE_SECONDS,
     RUN_ID,
+    end,
     kill,
     recorded_steps,
     start,
     steps,
     synchronize,
     train,
-    wait_until,
     wait_until_paused,
 )
+
+from ganscale.cli.main import main
+from ganscale.config import resolve
+from ganscale.errors import GanscaleError, UnavailableError, UserError
+from ganscale.tracking import sync
+from ganscale.tracking.messages import Identity
+from ganscale.training.in_wandb import identity_of
+from ganscale.training.run_folder import RunFolder
+from tests.conftest import TINY
 
 pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
 
@@ -30,7 +40,7 @@ def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:
 
 def test_a_run_killed_three_times_has_every_row_once(with_account, run_folder, server):
     """With W&B offline, online, and a server that goes away and comes back."""
-    sessions = ((1, 12, "offline"), (9, 25, "auto"), (21, 28, "auto"), (15, 33, "disabled"))
+    sessions = ((1, 12, "offline"), (9, 24, "auto"), (21, 28, "auto"), (15, 33, "disabled"))
     for session, (first, last, mode) in enumerate(sessions):
         if session == 2:
             server.stop()
@@ -43,11 +53,12 @@ def test_a_run_killed_three_times_has_every_row_once(with_account, run_folder, s
             pause_at=last,
         )
         wait_until_paused(process)
-        if session == 1:
-            wait_until(lambda: RUN_ID in server.runs and server.runs[RUN_ID].history, "rows")
-        kill(process)
+        if session == 1:  # this one ends well
+            end(process)
+        else:
+            kill(process)
     server.start()
-    assert 0 < len(server.runs[RUN_ID].history) < 33
+    assert steps(server.runs[RUN_ID].history) == list(range(1, 26))
     assert synchronize(with_account, run_folder)["sent"] > 0
     expect_the_record(server, run_folder)
 
@@ -84,6 +95,64 @@ def test_another_project_gets_all_rows(with_account, run_folder, server):
     done = synchronize(with_account, run_folder, project="papers")
     assert "/papers/" in done["location"]
     assert server.runs[RUN_ID].project == "papers"
+
+
+def test_a_session_that_is_to_be_queued_again_is_preempted_and_shown_by_its_command(
+    with_account, run_folder, server
+):
+    train(with_account, run_folder=run_folder, mode="disabled", first_step=1, last_step=3)
+    (run_folder / "summary.json").write_text('{"exit_code": 75}')
+    command = ["/bin/ganscale", "train", "configs/demo.yaml"]
+    synchronize(with_account, run_folder, config={"session": {"command": command}})
+    run = server.runs[RUN_ID]
+    assert (run.exit_code, run.is_preempting) == (75, True)
+    metadata = json.loads(run.files["wandb-metadata.json"])
+    assert [metadata["program"], *metadata["args"]] == command
+
+
+@pytest.mark.parametrize("obstacle", [".lock", "wandb"])
+def test_a_folder_that_cannot_be_written_is_a_mistake_in_a_sentence(
+    with_account, run_folder, monkeypatch, obstacle
+):
+    monkeypatch.setenv("WANDB_API_KEY", with_account["WANDB_API_KEY"])
+    monkeypatch.setattr(sync, "chosen_mode", lambda mode: mode)
+    if obstacle == ".lock":
+        (run_folder / ".lock").mkdir()
+    else:
+        (run_folder / "wandb").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        sync.synchronize(run_folder, Identity("id", "p", "n", {}))
+
+
+def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, monkeypatch, capsys):
+    """1 (W&B said no) is worse than 75 (try again), and a run that is well is sent."""
+    for name in ("first", "away", "failed", "last"):
+        RunFolder(tmp_path / name).path.mkdir()
+        (tmp_path / name / "config.yaml").write_text(resolve(TINY).to_yaml())
+        (tmp_path / name / "run.json").write_text('{"id": "x", "fingerprint": "y"}')
+
+    def answer(path, *arguments):
+        if path.name in ("away", "failed"):
+            raise (UnavailableError if path.name == "away" else GanscaleError)(path.name)
+        return sync.Synchronized(7, 3, 2 if path.name == "last" else 0, "there")
+
+    monkeypatch.setattr(sync, "synchronize", answer)
+    paths = [str(tmp_path / name) for name in ("first", "away", "none", "failed", "last")]
+    assert main(["sync", *paths]) == 1  # of 75, 2 and 1
+    shown = capsys.readouterr()
+    assert shown.out.count("W&B has all 7 rows (3 sent now)") == 2
+    assert shown.out.count("in place of 2 of them, W&B keeps") == 1
+    assert shown.err.count("error: ") == 3
+    assert main(["sync", paths[1]]) == 75
+
+
+def test_wandb_is_told_of_the_newest_sessions_only(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.identity.write_text('{"id": "x"}')
+    folder.sessions.write_text("".join(f'{{"images_seen": {n}}}\n' for n in range(300)))
+    told = identity_of(resolve(TINY).config, folder).config
+    assert [each["images_seen"] for each in told["sessions"]] == [*range(280, 300)]
+    assert told["session"] == told["sessions"][-1]
 
 
 def test_checkpoints_become_one_version_each(with_account, run_folder, server):

@@ -99,6 +99,38 @@ def test_a_run_is_in_wandb_with_all_that_belongs_to_it(trained, server, digits, 
     assert len(server.artifacts) == artifacts
 
 
+def test_a_sweep_finds_the_objective_among_other_parameters(tmp_path):
+    sweep = yaml.safe_load((REPOSITORY / "configs/sweeps/objectives.yaml").read_text())
+    *command, last = sweep["command"]
+    assert last == "${args_no_hyphens}"
+    program = tmp_path / "ganscale"
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    parameters = ["a=1 2", "objective_file=configs/objective/r1.yaml", "b=[3]"]
+    done = subprocess.run(
+        [*command, *parameters],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_PROJECT": "p", "WANDB_RUN_ID": "id"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert done.stdout.splitlines() == [
+        *("train", "configs/demo.yaml", "configs/objective/r1.yaml", "a=1 2", "b=[3]"),
+        *("log.project=p", "run.folder=runs/objectives", "run.name=r1-id"),
+    ]
+
+
+def test_the_array_of_objectives_has_the_names_that_the_documents_say():
+    """`ganscale report runs/objectives-*`, and for W&B's agent `runs/objectives/*`."""
+    lines = (REPOSITORY / "configs/sweeps/objectives.txt").read_text().splitlines()
+    names = {line.split()[1] for line in lines if line and not line.startswith("#")}
+    objectives = {path.stem for path in REPOSITORY.glob("configs/objective/*")}
+    assert names == {f"run.name=objectives-{name}" for name in objectives}
+    for document in ("docs/tracking.md", "docs/cluster.md", "configs/sweeps/objectives.txt"):
+        assert "ganscale report runs/objectives-*" in (REPOSITORY / document).read_text()
+
+
 def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits, tmp_path):
     """The file as it is, but for the config: the demo takes minutes."""
     sweep = yaml.safe_load((REPOSITORY / "configs/sweeps/objectives.yaml").read_text())

@@ -36,7 +36,7 @@ def main(
         Identity("same-run", "tests", "a run", {"world_size": first_step}),
         mode,  # type: ignore[arg-type]
         (first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
-        retry_seconds=0.6,
+        retry_seconds=2.0,
         finish_seconds=finish_seconds,
     )
     start_seconds = time.monotonic() - started

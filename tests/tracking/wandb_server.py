@@ -34,6 +34,7 @@ class StoredRun:
     files: dict[str, bytes] = field(default_factory=dict)
     exit_code: int | None = None
     alerts: list[str] = field(default_factory=list)
+    is_preempting: bool = False
 
 
 @dataclass
@@ -229,6 +230,7 @@ class WandbServer:
                 run.history[part["offset"] : part["offset"] + len(rows)] = rows
             elif name == "wandb-summary.json":
                 run.summary = rows[-1]
+        run.is_preempting |= bool(message.get("preempting"))
         if message.get("complete"):
             run.exit_code = message["exitcode"]
 

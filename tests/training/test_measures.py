@@ -218,3 +218,13 @@ def test_a_row_without_steps_that_were_logged_has_no_histogram(runtime):
     histograms = logit_histograms({"real": torch.ones(5), "fake": torch.ones(5)}, runtime)
     assert sum(histograms["real"]["counts"]) == 5
     assert all(map(math.isfinite, histograms["real"]["edges"]))
+
+
+def test_infinite_logits_are_counted_at_the_ends_of_finite_edges(runtime):
+    inf = math.inf
+    logits = {"real": torch.tensor([-inf, 0.0, inf]), "fake": torch.tensor([math.nan, 1.0, inf])}
+    histograms = logit_histograms(logits, runtime)
+    assert all(map(math.isfinite, histograms["real"]["edges"]))
+    counts = histograms["real"]["counts"]
+    assert (counts[0], counts[16], counts[-1], sum(counts)) == (1, 1, 1, 3)
+    assert sum(histograms["fake"]["counts"]) == 3

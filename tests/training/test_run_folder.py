@@ -100,6 +100,7 @@ def test_free_settings_may_change_and_are_stored(sessions):
     assert folder.open(settings, "digits")[0] == run_id
     folder.accept(settings, "digits")
     assert load_stored(folder.config) == settings.config
+    assert folder.changes == []
 
 
 def test_a_changed_setting_is_refused_by_its_name_and_nothing_is_written(sessions):
@@ -122,6 +123,7 @@ def test_what_the_refusal_says_to_type_continues_the_run_and_holds_from_then_on(
     folder.accept(settings, "digits")
     assert load_stored(folder.config).seed == 1
     assert load_stored(folder.config).resume.allow == []  # to be named anew each time
+    assert folder.changes == ["seed"]  # for W&B, which keeps the rows from before
 
 
 def test_other_shards_are_refused_unless_the_data_may_change(sessions):
@@ -132,6 +134,7 @@ def test_other_shards_are_refused_unless_the_data_may_change(sessions):
     settings = sessions.settings("resume.allow=[data]")
     assert folder.open(settings, "faces")[0] == run_id
     folder.accept(settings, "faces")
+    assert folder.changes == ["data"]
     assert json.loads(folder.identity.read_text()) == {"id": run_id, "fingerprint": "faces"}
 
 
