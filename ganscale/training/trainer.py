@@ -13,6 +13,7 @@ from ganscale.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_REQUEUE,
+    GanscaleError,
     NonFiniteError,
     UnavailableError,
     UserError,
@@ -125,7 +126,8 @@ class Trainer:
                     exit_code = self._train(feed, reports, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
-                reports.close(EXIT_FAILED, error)
+                known = isinstance(error, GanscaleError)
+                reports.close(error.exit_code if known else EXIT_FAILED, error)
                 raise
             self.progress.mark("end", CLOSING_SECONDS)
             reports.close(exit_code)

@@ -22,6 +22,7 @@ from ganscale.config import resolve
 from ganscale.errors import GanscaleError, UnavailableError, UserError
 from ganscale.tracking import sync
 from ganscale.tracking.messages import Identity
+from ganscale.tracking.replaced import note_cut
 from ganscale.training.in_wandb import identity_of
 from ganscale.training.run_folder import RunFolder
 from tests.conftest import TINY
@@ -108,6 +109,15 @@ def test_a_session_that_is_to_be_queued_again_is_preempted_and_shown_by_its_comm
     assert (run.exit_code, run.is_preempting) == (75, True)
     metadata = json.loads(run.files["wandb-metadata.json"])
     assert [metadata["program"], *metadata["args"]] == command
+
+
+def test_it_says_how_many_rows_of_wandb_are_those_of_before_the_settings_changed(
+    with_account, run_folder, server
+):
+    train(with_account, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
+    assert note_cut(run_folder, 64)  # as a run that is resumed there
+    assert synchronize(with_account, run_folder)["replaced"] == 2
+    assert synchronize(with_account, run_folder)["replaced"] == 2
 
 
 @pytest.mark.parametrize("obstacle", [".lock", "wandb"])
