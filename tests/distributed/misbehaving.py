@@ -22,6 +22,7 @@ class Critic(DCGANCritic):
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         self._forwards += 1
         if self._is_to and self._forwards > _FORWARDS_BEFORE:
+            print("misbehaves now", flush=True)
             if self._how == "hang":
                 time.sleep(1e6)
             elif self._how == "slow":

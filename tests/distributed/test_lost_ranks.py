@@ -210,7 +210,7 @@ def test_a_second_ctrl_c_leaves_in_the_middle_of_a_step(runs: Runs, started: lis
     ranks = Ranks(runs, 1, *MISBEHAVES, MISBEHAVE="0:slow")
     started.append(ranks)
     deadline = time.monotonic() + 60
-    while not (ranks.folder / "metrics.jsonl").exists():
+    while "misbehaves now" not in ranks.said(0):
         assert time.monotonic() < deadline, ranks.said(0)
         time.sleep(0.05)
     ranks.processes[0].send_signal(signal.SIGINT)

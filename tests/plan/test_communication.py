@@ -68,14 +68,15 @@ def test_collectives_and_their_bytes_are_those_of_two_real_ranks(digits, wire, n
 
 
 def test_a_run_has_no_other_collectives_than_those_planned(digits, wire):
-    """Three cycles, of which two end with a row in the log and the last with a checkpoint."""
+    """Three cycles, of which two end with a row in the log and the last with samples and a
+    checkpoint."""
     plan = make_plan(config_of(digits), nodes=2, gpus_per_node=1).communication
     reduced = [shape for name, shape in wire["run"] if name == "gloo:all_reduce"]
     gathered = [shape for name, shape in wire["run"] if name == "gloo:all_gather"]
     rows, audits = 2, 3
-    first_vote, broken_before_saving = 1, 1
+    first_vote, vote_after_samples, broken_before_saving = 1, 1, 1
     count = 3 * plan.cycle_collectives + rows * plan.log_row_collectives
-    count += audits + first_vote + broken_before_saving
+    count += audits + first_vote + vote_after_samples + broken_before_saving
     assert len(reduced) == count
     audited = [shape for shape in reduced if shape == [2, plan.audit_bytes // 16]]
     assert len(audited) == audits
