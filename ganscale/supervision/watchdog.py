@@ -127,6 +127,8 @@ class Watchdog:
         for link in self._links:
             selector.register(link.connection, selectors.EVENT_READ, link)
         looked_at, judges_at, beats_at = time.monotonic(), 0.0, 0.0
+        for member in members:  # the first have waited for the last to connect
+            member.heard_at = member.moved_at = looked_at
         while not self._is_closing.is_set():
             for key, _ in selector.select(_LOOK_SECONDS) if self._links else ():
                 if not key.data.receive():
@@ -185,7 +187,7 @@ class Watchdog:
             stacks.join(_LEAVE_SECONDS)  # the disk may be what hangs
         if self._speaks():
             deadline = time.monotonic() + _LEAVE_SECONDS
-            while time.monotonic() < deadline and any(link.is_open for link in self._links):
+            while time.monotonic() < deadline and any([link.receive() for link in self._links]):
                 time.sleep(0.02)  # the last word is ours
             sys.stderr.write(f"error: {verdict.sentence}\n")
         for stream in (sys.stdout, sys.stderr):
@@ -233,6 +235,8 @@ class _Link:
 
     def receive(self) -> bool:
         """Takes what has come; False once there will be no more."""
+        if not self.is_open:
+            return False
         try:
             data = self.connection.recv(1 << 16)
         except BlockingIOError:
