@@ -187,7 +187,7 @@ class Watchdog:
             stacks.join(_LEAVE_SECONDS)  # the disk may be what hangs
         if self._speaks():
             deadline = time.monotonic() + _LEAVE_SECONDS
-            while time.monotonic() < deadline and any([link.receive() for link in self._links]):
+            while time.monotonic() < deadline and any(link.receive() for link in self._links):
                 time.sleep(0.02)  # the last word is ours
             sys.stderr.write(f"error: {verdict.sentence}\n")
         for stream in (sys.stdout, sys.stderr):
