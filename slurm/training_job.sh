@@ -155,7 +155,7 @@ again() { # WHY [CODE]: back into the queue, unless that leads nowhere.
   local code=${2:-$STOPPED} job=$SLURM_JOB_ID most=${GANSCALE_MAX_ATTEMPTS:-5} idle status
   # The number of an array's last task is also that of the whole array.
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  idle=$(attempts_without_progress)
+  idle=$(attempts_without_progress) || idle=$attempt # the file may be lost
   if ((idle >= most)); then
     say "$1; attempts without progress: $idle, which is the limit; submit it again to continue"
     exit "$code"

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.errors import EXIT_DONE
     from ganscale.runtime import Runtime
     from ganscale.supervision.attempts import note_ended
-    from ganscale.supervision.watchdog import Progress, Watchdog, exit_code_of
+    from ganscale.supervision.watchdog import Progress, Watchdog, exit_code_of, sentence_of
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
             runtime.close()
     except Exception as error:
         if is_main:
-            note_ended(exit_code_of(error), f"{type(error).__name__}: {error}")
+            note_ended(exit_code_of(error), sentence_of(error))
         raise
     if is_main:
         how = "done" if exit_code == EXIT_DONE else "stopped"

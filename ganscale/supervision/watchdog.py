@@ -38,6 +38,7 @@ _LAST_ACT_SECONDS = 15.0  # in all less than a batch script waits for the last r
 _HELLO_SECONDS = 2.0
 _WAITING_PLACES = ("/torch/distributed/", "/torch/autograd/")
 _STDERR = 2  # as C knows it
+_WITH_A_SENTENCE = (GanscaleError, OSError)
 
 
 class Progress:
@@ -89,12 +90,9 @@ class Watchdog:
         if not self._links:
             return
         is_echo = is_communication_error(error)
-        is_known = isinstance(error, (GanscaleError, OSError))
-        if not is_known and not is_echo:
+        if not is_echo and not isinstance(error, _WITH_A_SENTENCE):
             traceback.print_exception(error)
-        sentence = str(error) if is_known else f"{type(error).__name__}: {error}"
-        code = exit_code_of(error)
-        failure = Failure(code, " ".join(sentence.split()), is_echo)
+        failure = Failure(exit_code_of(error), sentence_of(error), is_echo)
         self._self.failure, self._self.failed_at = failure, time.monotonic()
         if self._runtime.rank > 0:
             self._links[0].send({"failed": [failure.exit_code, failure.sentence, is_echo]})
@@ -332,6 +330,12 @@ def exit_code_of(error: BaseException) -> int:
     if is_communication_error(error) or is_device_error(error):
         return EXIT_RANK_LOST
     return error.exit_code if isinstance(error, GanscaleError) else EXIT_FAILED
+
+
+def sentence_of(error: BaseException) -> str:
+    """On one line; the kind of error is named where the message is not written for the user."""
+    kind = "" if isinstance(error, _WITH_A_SENTENCE) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def _is_main_thread_waiting() -> bool:
