@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import psutil
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+
+# A shell's background job ignores Ctrl-C, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A whole run in a few seconds: the demo's networks, smaller, and a row at every generator step.
 TINY = [

@@ -37,7 +37,7 @@ _LEAVE_SECONDS = 3.0
 _LAST_ACT_SECONDS = 15.0  # in all less than a batch script waits for the last rank
 _HELLO_SECONDS = 2.0
 _WAITING_PLACES = ("/torch/distributed/", "/torch/autograd/")
-_STDERR = 2  # as C knows it
+_STDOUT, _STDERR = 1, 2  # as C knows them
 _WITH_A_SENTENCE = (GanscaleError, OSError)
 
 
@@ -187,9 +187,14 @@ class Watchdog:
             deadline = time.monotonic() + _LEAVE_SECONDS
             while time.monotonic() < deadline and any(link.receive() for link in self._links):
                 time.sleep(0.02)  # the last word is ours
-            sys.stderr.write(f"error: {verdict.sentence}\n")
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
+        if self._speaks():
+            os.write(_STDERR, f"error: {verdict.sentence}\n".encode())
+        # The main thread fails, too, now that others have left, and would go on to say so.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (_STDOUT, _STDERR):
+            os.dup2(nothing, descriptor)
         if self._speaks():
             note_ended(verdict.exit_code, verdict.sentence)
             if folder := self._progress.run_folder:
