@@ -9,26 +9,28 @@ logging. The rivals train copies of the same networks with loss, penalty, optimi
 - `PyTorch Lightning`: its documentation's GAN, in a real Trainer (benchmarks/rivals/lightning.py)
 - `torchgan`, `torch-mimicry`: their own training steps (benchmarks/rivals/libraries.py)
 
-A row stands for an objective (of configs/objective), networks with their resolution, and precision:
+A row stands for an objective (of configs/objective), networks with their resolution, and what we
+are run with:
 
 - `f32`
-- `bf16_penalty_f32`, or `bf16` without a penalty: ours with the penalty in float32, as by default;
-  rivals under autocast as they are used, so with theirs in bfloat16
-- `bf16`: our penalty in bfloat16, too (training.penalty_precision=autocast)
-- `bf16_lazy4`: our penalty at every 4th critic step: another algorithm than the rivals'
-- `f32_reuse_fakes`, `bf16_reuse_fakes`: our generator's step takes the fakes of the critic's last
+- `bf16_penalty_f32`, or `bf16` without a penalty: the penalty in float32, as by default
+- `bf16`: the penalty in bfloat16, too (training.penalty_precision=autocast)
+- `bf16_lazy4`: the same, a penalty at every 4th critic step: another algorithm than the rivals'
+- `f32_reuse_fakes`, `bf16_reuse_fakes`: the generator's step takes the fakes of the critic's last
   one, as Lightning's and PyTorch-GAN's do: another sampling
 
-Rows hold ours against the fastest rival; the note has all of them. The ratio is the rival's time
-over ours, the median of rounds in which all took their turn; low and high are its quartiles. Times
-are of the processor, one thread (on a GPU: of the wall clock).
+Rivals compute as their users have them: in float32. A row holds ours against the fastest of them;
+its note has all, and for rows in bfloat16 what each gains by the same autocast, their penalty
+within. The ratio is the rival's time over ours, the median of rounds in which all took their turn;
+low and high are its quartiles. All rows of an objective and its networks come from the same rounds.
+Times are of the processor, one thread (on a GPU: of the wall clock).
 
 Rivals: make rivals. One that cannot be imported is "not measured".
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
@@ -45,6 +47,8 @@ from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime
 
 NETWORKS = ("dcgan32", "resnet32", "dcgan64", "resnet64")
+BFLOAT16 = "training.precision=bfloat16"
+BFLOAT16_THROUGHOUT = (BFLOAT16, "training.penalty_precision=autocast")
 AGAINST_ALL = ("wgan_gp", "non_saturating")
 QUICK = (
     "wgan_gp/dcgan32/f32",
@@ -61,10 +65,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """What we are run with, beside objective and networks.
-
-    like_for_like: whether the rivals compute the same
-    """
+    """What we are run with, beside objective and networks."""
 
     name: str
     settings: tuple[str, ...]
@@ -80,32 +81,28 @@ class Variant:
 class Case:
     objective: str
     network: str
-    variant: Variant
+    variants: tuple[Variant, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.objective}/{self.network}/{self.variant.name}"
+        return f"{self.objective}/{self.network}"
 
 
 def variants(objective: str) -> list[Variant]:
     """The precisions, and for the two main objectives what changes the algorithm, too."""
     has_penalty = bool(config_of(objective, "dcgan32", 16).objective.penalties)
-    bfloat16 = "training.precision=bfloat16"
     found = [Variant("f32", ())]
     if not has_penalty:
-        found.append(Variant("bf16", (bfloat16,)))
+        found.append(Variant("bf16", (BFLOAT16,)))
     else:
-        found += [
-            Variant("bf16_penalty_f32", (bfloat16,)),
-            Variant("bf16", (bfloat16, "training.penalty_precision=autocast")),
-        ]
+        found += [Variant("bf16_penalty_f32", (BFLOAT16,)), Variant("bf16", BFLOAT16_THROUGHOUT)]
     if objective == "wgan_gp":
-        lazy = (bfloat16, "objective.penalties.wgan_gp.interval=4")
+        lazy = (*BFLOAT16_THROUGHOUT, "objective.penalties.wgan_gp.interval=4")
         found.append(Variant("bf16_lazy4", lazy, "another algorithm: a penalty in 4 steps", 4))
     if objective == "non_saturating":
         reuses, note = "training.reuse_fakes=true", "another sampling: fakes serve both steps"
         found.append(Variant("f32_reuse_fakes", (reuses,), note))
-        found.append(Variant("bf16_reuse_fakes", (bfloat16, reuses), note))
+        found.append(Variant("bf16_reuse_fakes", (BFLOAT16, reuses), note))
     return found
 
 
@@ -114,55 +111,72 @@ def cases() -> list[Case]:
     main = [(objective, network) for objective in AGAINST_ALL for network in NETWORKS]
     names = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
     others = [(o, n) for o in names if o not in AGAINST_ALL for n in NETWORKS if n.endswith("32")]
-    return [Case(*pair, variant) for pair in main + others for variant in variants(pair[0])]
+    return [Case(*pair, tuple(variants(pair[0]))) for pair in main + others]
 
 
-def rivals_of(case: Case) -> dict[str, Callable[[Task], Contestant]]:
+def rivals_of(objective: str) -> dict[str, Callable[[Task], Contestant]]:
     plain: list[Callable[[Task], Contestant]] = [PlainLoop, UsualLoop]
     all_others = [PyTorchGAN, AccelerateLoop, LightningLoop, TorchGAN, Mimicry]
-    chosen = plain + (all_others if case.objective in AGAINST_ALL else [])
+    chosen = plain + (all_others if objective in AGAINST_ALL else [])
     return {rival.name: rival for rival in chosen}  # type: ignore[attr-defined]
 
 
 def measure(
     case: Case, runtime: Runtime, batch: int, rounds: int, warm_up: int = 2
 ) -> Iterator[Row]:
-    """The case's row, and one for each rival that could not be run."""
+    """The case's rows, and one for each rival that could not be run."""
     torch.manual_seed(0)
-    config = config_of(case.objective, case.network, batch, *case.variant.settings)
+    config = config_of(case.objective, case.network, batch)
     images = random_images(config, runtime.device)
-    ours = Ours(config, runtime, images)
-    contestants: dict[str, Contestant] = {}
-    for name, rival in rivals_of(case).items():
-        try:
-            contestants[name] = rival(ours.task())
-        except (NotMeasured, ImportError) as reason:
-            yield Row(case.name, name, nan, note=f"not measured: {reason}")
-    # For the note: not the way people run them, but what they would be without autocast's error.
-    exact: dict[str, Contestant] = {}
-    if case.variant.is_bfloat16:
-        full = config_of(case.objective, case.network, batch)
-        exact["float32 plain loop"] = PlainLoop(replace(ours.task(), config=full))
-        if config.objective.penalties:
-            exact["plain loop with float32 penalty"] = PlainLoop(
-                ours.task(), penalty_in_float32=True
-            )
+    networks = Ours(config, runtime, images)  # of which all rivals get copies
 
-    def our_turn() -> None:
-        for _ in range(case.variant.cycles):
+    float32: dict[str, Contestant] = {}
+    for name, rival in rivals_of(case.objective).items():
+        try:
+            float32[name] = rival(networks.task())
+        except (NotMeasured, ImportError) as reason:
+            yield Row(f"{case.name}/*", name, nan, note=f"not measured: {reason}")
+    autocast: dict[str, Contestant] = {}
+    if any(variant.is_bfloat16 for variant in case.variants):
+        in_bfloat16 = config_of(case.objective, case.network, batch, BFLOAT16)
+        for name in float32:
+            task = replace(networks.task(), config=in_bfloat16)
+            autocast[name] = rivals_of(case.objective)[name](task)
+        if config.objective.penalties:
+            task = replace(networks.task(), config=in_bfloat16)
+            plain = PlainLoop(task, penalty_in_float32=True)
+            autocast["plain loop with a float32 penalty"] = plain
+
+    everybody: dict[str, Callable[[], object]] = {}
+    for variant in case.variants:
+        settings = config_of(case.objective, case.network, batch, *variant.settings)
+        everybody[variant.name] = _turn(Ours(settings, runtime, images), variant.cycles)
+    everybody |= {f"float32 {name}": rival for name, rival in float32.items()}
+    everybody |= {f"autocast {name}": rival for name, rival in autocast.items()}
+    seconds = interleaved(everybody, rounds, warm_up, step_clock)
+    for contestant in [*float32.values(), *autocast.values()]:
+        contestant.close()
+
+    for variant in case.variants:
+        own = [turn / variant.cycles for turn in seconds[variant.name]]
+        found = {name: speedup(seconds[f"float32 {name}"], own) for name in float32}
+        fastest = min(found, key=lambda name: found[name][0])
+        said = [variant.note] if variant.note else []
+        said.append(f"ours {1000 * statistics.median(own):.0f} ms a cycle of batch {batch}")
+        said += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in found.items()]
+        if variant.is_bfloat16:
+            same = [f"{n} {speedup(seconds[f'autocast {n}'], own)[0]:.2f}" for n in autocast]
+            said.append(f"under the same autocast: {', '.join(same)}")
+        name = f"{case.name}/{variant.name}"
+        yield Row(name, fastest, *found[fastest], "x faster", ", ".join(said))
+
+
+def _turn(ours: Ours, cycles: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(cycles):
             ours()
 
-    everybody = {"ours": our_turn, **contestants, **exact}
-    seconds = interleaved(everybody, rounds, warm_up, step_clock)
-    for contestant in [*contestants.values(), *exact.values()]:
-        contestant.close()
-    own = [turn / case.variant.cycles for turn in seconds["ours"]]
-    found = {name: speedup(seconds[name], own) for name in everybody if name != "ours"}
-    fastest = min(contestants, key=lambda name: found[name][0])
-    said = [case.variant.note] if case.variant.note else []
-    said += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in found.items()]
-    said.append(f"ours {1000 * statistics.median(own):.0f} ms a cycle of batch {batch}")
-    yield Row(case.name, fastest, *found[fastest], "x faster", ", ".join(said))
+    return run
 
 
 def arguments() -> argparse.Namespace:
@@ -177,9 +191,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen_cases(quick: bool, only: str) -> Sequence[Case]:
-    found = [case for case in cases() if only in case.name]
-    return [case for case in found if case.name in QUICK] if quick and not only else found
+def chosen_cases(quick: bool, only: str) -> list[Case]:
+    """Those with rows of such a name, and of these rows only."""
+    found = []
+    for case in cases():
+        names = {variant: f"{case.name}/{variant.name}" for variant in case.variants}
+        chosen = [variant for variant, name in names.items() if only in name]
+        if quick and not only:
+            chosen = [variant for variant in chosen if names[variant] in QUICK]
+        if chosen:
+            found.append(replace(case, variants=tuple(chosen)))
+    return found
 
 
 def main() -> None:

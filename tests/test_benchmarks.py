@@ -189,7 +189,7 @@ def test_a_ring_needs_the_time_of_its_slowest_link() -> None:
 
 
 def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
-    names = [case.name for case in step.cases()]
+    names = [f"{case.name}/{variant.name}" for case in step.cases() for variant in case.variants]
     assert len(set(names)) == len(names)
     assert set(step.QUICK) <= set(names)
     assert {name.partition("/")[0] for name in names} == set(OBJECTIVES)

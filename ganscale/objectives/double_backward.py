@@ -1,4 +1,4 @@
-"""Second derivatives of a critic without the zeros: what autograd computes, at two thirds the cost.
+"""Derivatives of networks, above all second ones, without autograd's detours.
 
 A gradient penalty differentiates g(x) = d D(x) / d x once more, for the weights. The first backward
 pass sends a gradient through a layer y = f(x) as f'(x)^T times it. So the second has two ways to
@@ -17,11 +17,14 @@ In units of a forward of the critic, its convolutions cost
 Autograd's fourth line, besides, is a convolution with a whole image for a kernel, which is slow. It
 is the weight gradient of a layer A with input v and output gradient g, as <v, A^T g> = <A v, g>.
 
-Within `FastDoubleBackward` the functions in `_FAST` have derivatives that mind this. All others,
-as normalization and smooth activations, keep autograd's, with their way back through x; the two mix
-freely, and derivatives of every order are exact. On a CPU, in float32 and channels last, a penalty
-then takes 0.6 of autograd's time with DCGAN's critic and 0.4 with ResNet's; with a norm layer after
-each convolution, whose way back through x is no zero, as long as before.
+Within `FastDerivatives(order=2)` the functions in `_FAST` have derivatives that mind this. All
+others, as normalization and smooth activations, keep autograd's, with their way back through x; the
+two mix freely, and derivatives of every order are exact. On a CPU, in float32 and channels last, a
+penalty then takes 0.6 of autograd's time with DCGAN's critic and 0.4 with ResNet's; with a norm
+layer after each convolution, whose way back through x is no zero, as long as before.
+
+`FastDerivatives()`, for what is differentiated once or not at all, leaves to autograd all but the
+layers that `forms` does faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,13 +37,28 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ganscale.objectives.forms import (
+    Settings,
+    as_product,
+    convolve,
+    gradients,
+    has_patches,
+    has_phases,
+    unpool,
+)
+
 Sizes = int | Sequence[int]
 
 aten = torch.ops.aten
 
 
-class FastDoubleBackward(TorchFunctionMode):
-    """A context for a forward that will be differentiated twice; any network's, as it stands."""
+class FastDerivatives(TorchFunctionMode):
+    """A context for the forward of any network, as it stands."""
+
+    def __init__(self, order: int = 1) -> None:
+        """order: how many times it will be differentiated, 1 or 2"""
+        super().__init__()
+        self._fast = _FAST if order > 1 else _FAST_ONCE
 
     def __torch_function__(
         self,
@@ -50,9 +68,7 @@ class FastDoubleBackward(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        output = None
-        if func in _FAST and torch.is_grad_enabled():
-            output = _FAST[func](*args, **kwargs)
+        output = self._fast[func](*args, **kwargs) if func in self._fast else None
         return func(*args, **kwargs) if output is None else output
 
 
@@ -63,7 +79,7 @@ class FastDoubleBackward(TorchFunctionMode):
 def _leaky_relu(
     input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Tensor | None:
-    if not _is_ours(input) or negative_slope < 0:
+    if not _is_differentiated(input) or negative_slope < 0:
         return None
     return _LeakyReLU.apply(input, negative_slope, inplace)
 
@@ -81,9 +97,9 @@ def _average_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor | None:
-    if not _is_ours(input):
+    if not _is_differentiated(input):
         return None
-    windows = (kernel_size, kernel_size if stride is None else stride, padding)
+    windows = [_for_each(size, 2) for size in (kernel_size, stride or kernel_size, padding)]
     return _AveragePool.apply(input, *windows, ceil_mode, count_include_pad, divisor_override)
 
 
@@ -98,15 +114,29 @@ def _convolution(
     *,
     is_transposed: bool = False,
     output_padding: Sizes = 0,
+    order: int = 2,
 ) -> Tensor | None:
     tensors = (input, weight) if bias is None else (input, weight, bias)
-    if not _is_ours(*tensors) or isinstance(padding, str) or input.ndim != weight.ndim:
+    if not _are_plain(*tensors) or isinstance(padding, str) or input.ndim != weight.ndim:
+        return None
+    places = weight.ndim - 2
+    settings = Settings(
+        _for_each(stride, places),
+        _for_each(padding, places),
+        _for_each(dilation, places),
+        is_transposed,
+        _for_each(output_padding, places),
+        groups,
+    )
+    product = as_product(input, weight, bias, settings)
+    if product is not None:
+        return product
+    gains = _is_differentiated(input) if order > 1 else _gains_once(input, weight, settings)
+    if not gains:
         return None
     input, weight, *rest = map(_as_autocast, tensors)
-    places = weight.ndim - 2
-    sizes = [_for_each(size, places) for size in (stride, padding, dilation, output_padding)]
-    settings = (*sizes[:3], is_transposed, sizes[3], groups)
-    return _Convolution.apply(input, weight, rest[0] if rest else None, settings)
+    function = _Convolution.apply if torch.is_grad_enabled() else convolve
+    return function(input, weight, rest[0] if rest else None, settings)
 
 
 def _transposed_convolution(
@@ -118,23 +148,32 @@ def _transposed_convolution(
     output_padding: Sizes = 0,
     groups: int = 1,
     dilation: Sizes = 1,
+    *,
+    order: int = 2,
 ) -> Tensor | None:
     return _convolution(
         input, weight, bias, stride, padding, dilation, groups,
-        is_transposed=True, output_padding=output_padding,
+        is_transposed=True, output_padding=output_padding, order=order,
     )  # fmt: skip
 
 
-_FAST: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+_Fast = dict[Callable[..., Any], Callable[..., Tensor | None]]
+_CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d
+_TRANSPOSED_CONVOLUTIONS = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+
+_FAST: _Fast = {
     **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),
     **dict.fromkeys([torch.relu_, Tensor.relu_], partial(_relu, inplace=True)),
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: partial(_leaky_relu, inplace=True),
     F.avg_pool2d: _average_pool,
-    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
-    **dict.fromkeys(
-        [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d], _transposed_convolution
-    ),
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
+}
+_FAST_ONCE: _Fast = {
+    F.avg_pool2d: _average_pool,
+    **dict.fromkeys(_CONVOLUTIONS, partial(_convolution, order=1)),
+    **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, partial(_transposed_convolution, order=1)),
 }
 
 
@@ -172,19 +211,36 @@ class _AveragePool(Function):
         if gradient is None:
             return None, *nothing
         shape = ctx.saved_tensors[0].detach()  # its numbers do not matter
+        (window, other), strides, paddings, _, _, divisor = ctx.settings
+        tiled = [size * window for size in gradient.shape[2:]] == [*shape.shape[-2:]]
+        is_plain = other == window and strides == [window, window] and paddings == [0, 0]
+        if tiled and is_plain and divisor is None and gradient.ndim == 4:
+            return _Unpool.apply(gradient, window), *nothing
         return aten.avg_pool2d_backward(gradient, shape, *ctx.settings), *nothing
+
+
+class _Unpool(Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, window: int) -> Tensor:
+        ctx.window = window
+        ctx.set_materialize_grads(False)
+        return unpool(gradient, window)
+
+    @staticmethod
+    def backward(ctx: Any, direction: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None if direction is None else F.avg_pool2d(direction, ctx.window), None
 
 
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings
     ) -> Tensor:
         ctx.bias_shape = None if bias is None else list(bias.shape)
         ctx.settings = settings
         ctx.save_for_backward(x, weight)
         ctx.set_materialize_grads(False)
-        return aten.convolution(x, weight, bias, *settings)
+        return convolve(x, weight, bias, settings)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -195,10 +251,7 @@ class _Convolution(Function):
         asked += [False] * (3 - len(asked))
         if asked == [True, False, False]:
             return _InputGradient.apply(gradient, weight, x.detach(), ctx.settings), *[None] * 3
-        gradients = aten.convolution_backward(
-            gradient, x, weight, ctx.bias_shape, *ctx.settings, asked
-        )
-        return *gradients, None
+        return *gradients(gradient, x, weight, ctx.bias_shape, ctx.settings, asked), None
 
 
 class _InputGradient(Function):
@@ -206,13 +259,14 @@ class _InputGradient(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gradient: Tensor, weight: Tensor, x: Tensor, settings: tuple[Any, ...]
+        ctx: Any, gradient: Tensor, weight: Tensor, x: Tensor, settings: Settings
     ) -> Tensor:
         ctx.settings = settings
         ctx.save_for_backward(gradient, weight)
         ctx.set_materialize_grads(False)
-        only_input = [True, False, False]
-        return aten.convolution_backward(gradient, x, weight, None, *settings, only_input)[0]
+        found = gradients(gradient, x, weight, None, settings, [True, False, False])[0]
+        assert found is not None
+        return found
 
     @staticmethod
     def backward(ctx: Any, direction: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -222,21 +276,33 @@ class _InputGradient(Function):
             gradient, weight = ctx.saved_tensors
             asked = _asked_for(ctx)
             if asked[0]:
-                of_gradient = aten.convolution(direction, weight, None, *ctx.settings)
+                of_gradient = convolve(direction, weight, None, ctx.settings)
             if asked[1]:
                 only_weight = [False, True, False]
-                of_weight = aten.convolution_backward(
-                    gradient, direction, weight, None, *ctx.settings, only_weight
-                )[1]
+                of_weight = gradients(gradient, direction, weight, None, ctx.settings, only_weight)[
+                    1
+                ]
         return of_gradient, of_weight, None, None
 
 
-def _is_ours(input: Tensor, *others: Tensor) -> bool:
-    """Whether a derivative will be asked for, of tensors that are no more than tensors."""
+def _gains_once(input: Tensor, weight: Tensor, settings: Settings) -> bool:
+    """Whether a convolution or its first derivatives have a faster form."""
+    if has_phases(weight, settings):
+        return settings.is_transposed or _is_differentiated(input)
+    is_trained = torch.is_grad_enabled() and weight.requires_grad
+    return is_trained and has_patches(weight, _computed_in(weight), settings)
+
+
+def _is_differentiated(input: Tensor) -> bool:
+    """Whether derivatives with respect to it will be asked for."""
+    return _are_plain(input) and torch.is_grad_enabled() and input.requires_grad
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether they are no more than tensors of real numbers."""
     return (
-        input.requires_grad
-        and input.is_floating_point()
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (input, *others))
+        all(type(each) in (Tensor, nn.Parameter) for each in tensors)
+        and tensors[0].is_floating_point()
         and not torch._C._are_functorch_transforms_active()
     )
 
@@ -258,12 +324,16 @@ def _is_executed(node: Any) -> bool:
         return True
 
 
-def _as_autocast(tensor: Tensor) -> Tensor:
-    """`tensor` in the type that autocast, where it is on, lets convolutions have."""
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """The type that autocast, where it is on, lets convolutions have."""
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    return tensor.to(_computed_in(tensor))
 
 
 def _for_each(size: Sizes, places: int) -> list[int]:

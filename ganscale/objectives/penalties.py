@@ -7,14 +7,13 @@ where the norm nears 1.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ganscale.objectives.double_backward import FastDoubleBackward
+from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.randomness import uniform
 from ganscale.runtime import at_least_float32, autocast, sum_over_ranks, world_size
 
@@ -69,7 +68,7 @@ def input_gradients(
     """
     with autocast(images.device, precision):
         images = at_least_float32(images.detach()).requires_grad_()
-        with FastDoubleBackward() if is_differentiable else nullcontext():
+        with FastDerivatives(order=2 if is_differentiable else 1):
             logits = at_least_float32(critic(images, labels))
         # Samples do not see each other, so the gradient of the sum holds each one's own.
         scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits

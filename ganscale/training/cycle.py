@@ -14,6 +14,7 @@ from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import UserError
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
+from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.panel import critic_panel, generator_panel
 from ganscale.objectives.penalties import Draws
@@ -72,7 +73,8 @@ class Cycle:
         if keeps_fakes:
             advance_power_iterations(state.generator)
         computes = autocast(self.runtime.device, self.config.training.precision)
-        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes:
+        fast = FastDerivatives()
+        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes, fast:
             fake_images = make(state.generator, latents, batch.labels)
         self._kept_fakes = fake_images if keeps_fakes else None
         fake_images = fake_images.detach().to(batch.images.dtype)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms
 from ganscale.objectives.spanning import logit_gradients, with_gradients
@@ -122,7 +123,7 @@ class CriticStep(nn.Module):
         self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
     ) -> dict[str, Tensor]:
         """`real` and `fake`, in float32 or better."""
-        with autocast(real_images.device, self._precision):
+        with autocast(real_images.device, self._precision), FastDerivatives():
             both_labels = None if labels is None else torch.cat([labels, labels])
             logits = score(self.critic, torch.cat([real_images, fake_images]), both_labels)
         real, fake = at_least_float32(logits).chunk(2)
@@ -195,7 +196,7 @@ class GeneratorStep(nn.Module):
     ) -> dict[str, Tensor]:
         """`fake`, and `real` where it is needed, in float32 or better."""
         (critic,) = self._critic
-        with autocast(real_images.device, self._precision):
+        with autocast(real_images.device, self._precision), FastDerivatives():
             if fake_images is None:
                 assert latents is not None
                 fake_images = make(self.generator, latents, labels)
