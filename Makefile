@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint check bench rivals pin clean
+.PHONY: install demo test test-slurm test-others lint check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -17,8 +17,15 @@ demo: install
 	$(BIN)/ganscale shards write bundled:mnist data/mnist
 	$(BIN)/ganscale train configs/demo.yaml
 
+# The tests on a real SLURM mostly wait, so they do it beside the others.
 test: install
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-slurm test-others
+
+test-slurm:
+	$(BIN)/python -m pytest tests/slurm
+
+test-others:
+	$(BIN)/python -m pytest --ignore tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

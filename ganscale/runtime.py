@@ -298,7 +298,7 @@ def _refuse_other_parallelism() -> None:
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise UserError(
             "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
-            "launch with --dynamo_backend no"
+            "launch with --dynamo_backend no and set training.compile=true, which leaves it out"
         )
 
 

@@ -131,6 +131,8 @@ class TrainingConfig:
     reuse_fakes: bool = False
     # autocast: the penalty in the training's precision, too; in bfloat16 its gradient errs by 2 %
     penalty_precision: str = choice("float32", "float32", "autocast")
+    # by torch.compile, what is differentiated once: all but penalties. Slower on a CPU
+    compile: bool = False
     # bfloat16: half the traffic between ranks, and gradients that depend on the number of ranks
     gradient_compression: str = choice("none", "none", "bfloat16")
 

@@ -52,6 +52,7 @@ class TorchGAN:
     """
 
     name = "torchgan"
+    reuses_fakes = False
 
     def __init__(self, task: Task) -> None:
         losses = _part("torchgan.losses")
@@ -98,6 +99,7 @@ class Mimicry:
     """
 
     name = "torch-mimicry"
+    reuses_fakes = False
 
     def __init__(self, task: Task) -> None:
         objective = task.config.objective

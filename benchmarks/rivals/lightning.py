@@ -22,6 +22,7 @@ class LightningLoop:
     """
 
     name = "PyTorch Lightning"
+    reuses_fakes = True
 
     def __init__(self, task: Task) -> None:
         self._turn = threading.Semaphore(0)

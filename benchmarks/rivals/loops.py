@@ -52,6 +52,7 @@ class PlainLoop:
     in the generator's step the generator's gradients only."""
 
     name = "plain loop"
+    reuses_fakes = False  # whether the generator's step takes the critic's
 
     def __init__(self, task: Task, *, penalty_in_float32: bool = False) -> None:
         self.task = task
@@ -160,6 +161,10 @@ class PyTorchGAN(PlainLoop):
     """
 
     name = "PyTorch-GAN"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.reuses_fakes = self.objective.n_critic == 1
 
     def __call__(self) -> None:
         if self.objective.n_critic == 1:

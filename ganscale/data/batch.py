@@ -10,7 +10,7 @@ from ganscale.data.broken import Broken
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of a global batch, on the host.
+    """This rank's share of a global batch: from a loader on the host, in pinned memory if asked.
 
     broken: the samples that others took the place of, in the order of the rows
     """

@@ -4,6 +4,7 @@ What the loop does between data and reports, and what benchmarks measure.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,7 +15,6 @@ from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import UserError
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
-from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.panel import critic_panel, generator_panel
 from ganscale.objectives.penalties import Draws
@@ -26,7 +26,7 @@ from ganscale.training.ema import decay, update_average
 from ganscale.training.profiling import section, stopwatch
 from ganscale.training.slope import slope_meters
 from ganscale.training.state import TrainingState
-from ganscale.training.step import make
+from ganscale.training.step import make, once
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Cycle:
         self.objective = objective
         self.runtime = runtime
         self.state = state
+        self._make = once(partial(make, state.generator), config.training.compile)
         self._kept_fakes: Tensor | None = None
         stopwatch.reset(runtime.device)
         self.clipped = []
@@ -73,9 +74,8 @@ class Cycle:
         if keeps_fakes:
             advance_power_iterations(state.generator)
         computes = autocast(self.runtime.device, self.config.training.precision)
-        fast = FastDerivatives()
-        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes, fast:
-            fake_images = make(state.generator, latents, batch.labels)
+        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes:
+            fake_images = self._make(latents, batch.labels)
         self._kept_fakes = fake_images if keeps_fakes else None
         fake_images = fake_images.detach().to(batch.images.dtype)
         draws = Draws(seed, batch.slots, first_slot=state.images_seen)

@@ -2,13 +2,15 @@
 
 Ahead, so that the ranks can agree that every one of them has its batches before any of them enters
 a collective: a rank whose data fails would leave the others waiting there. Whatever is asked of the
-loader is done while the device is still busy with the cycle before.
+loader is done while the device is still busy with the cycle before; so are the copies to a GPU, in
+a stream of their own.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import wait
+from dataclasses import replace
 
 import torch
 
@@ -35,6 +37,8 @@ class Feed:
         self._loader = loader
         self._runtime = runtime
         self._steps = steps
+        is_cuda = runtime.device.type == "cuda"
+        self._copies = torch.cuda.Stream(runtime.device) if is_cuda else None
         self._crew = Crew(1, "feed")
         self._ahead: list[Batch] = []
         self._failure: UserError | UnavailableError | None = None
@@ -56,7 +60,8 @@ class Feed:
             while not batches.done() and not is_stopped():
                 wait([batches], timeout=_LOOK_SECONDS)
             try:
-                self._ahead = batches.result() if batches.done() else []
+                fetched = batches.result() if batches.done() else []
+                self._ahead = [self._sent(batch) for batch in fetched]
             except (UserError, UnavailableError) as error:
                 self._failure = error
         self.waited_seconds += time.perf_counter() - started
@@ -66,11 +71,28 @@ class Feed:
         self._crew.close(0.0)
 
     def take(self) -> list[Batch]:
-        """What was fetched, to be trained on now."""
+        """What was fetched, to be trained on now: on a GPU if there is one."""
         batches, self._ahead = self._ahead, []
+        if self._copies is not None:
+            computes = torch.cuda.current_stream(self._runtime.device)
+            computes.wait_stream(self._copies)
+            for batch in batches:
+                for tensor in (batch.images, batch.labels, batch.slots):
+                    tensor.record_stream(computes)  # its memory is not the copies' any more
         for batch in batches:
             self._broken.update((broken.shard, broken.reason) for broken in batch.broken)
         return batches
+
+    def _sent(self, batch: Batch) -> Batch:
+        """On the way to the GPU, beside what that computes."""
+        if self._copies is None:
+            return batch
+        with torch.cuda.stream(self._copies):
+            images, labels, slots = (
+                tensor.pin_memory().to(self._runtime.device, non_blocking=True)
+                for tensor in (batch.images, batch.labels, batch.slots)
+            )
+        return replace(batch, images=images, labels=labels, slots=slots)
 
     def failure(self) -> UserError | UnavailableError:
         """What ended the data of the first rank for which it did. On every rank: it gathers."""

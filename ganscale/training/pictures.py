@@ -82,7 +82,7 @@ class Pictures:
         """The file of the first real images that this rank trains on, once there are enough."""
         if self._real is None:
             return None
-        self._real += [image for batch in batches for image in batch.images.numpy().copy()]
+        self._real += [image for batch in batches for image in batch.images.cpu().numpy().copy()]
         count = self._config.count
         if len(self._real) < count:
             return None

@@ -45,11 +45,12 @@ class TrainingState:
 
         self.tripwire = Tripwire(runtime.device)
         precision, penalty_precision = config.training.precision, "float32"
+        compiles = config.training.compile
         if config.training.penalty_precision == "autocast":
             penalty_precision = precision
         self.critic_player = Player(
             "critic",
-            CriticStep(self.critic, objective, precision, penalty_precision),
+            CriticStep(self.critic, objective, precision, penalty_precision, compiles),
             self.critic,
             lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
             config.training,
@@ -58,7 +59,7 @@ class TrainingState:
         )
         self.generator_player = Player(
             "generator",
-            GeneratorStep(self.generator, self.critic, objective, precision),
+            GeneratorStep(self.generator, self.critic, objective, precision, compiles),
             self.generator,
             config.optimizer.generator,
             config.training,

@@ -5,6 +5,7 @@ and differentiated in one backward. Arrangements that take the penalty beside th
 backward per term, are silently unsynchronized. Hence these two modules: they are what is wrapped.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.errors import UserError
 from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms
@@ -56,9 +58,11 @@ class CriticStep(nn.Module):
         objective: Objective,
         precision: str,
         penalty_precision: str = "float32",
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self.critic = critic
+        self._score = once(partial(score, critic), compiles)
         self.spans_batch = objective.loss.spans_batch
         self._objective = objective
         self._precision = precision
@@ -123,9 +127,9 @@ class CriticStep(nn.Module):
         self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
     ) -> dict[str, Tensor]:
         """`real` and `fake`, in float32 or better."""
-        with autocast(real_images.device, self._precision), FastDerivatives():
+        with autocast(real_images.device, self._precision):
             both_labels = None if labels is None else torch.cat([labels, labels])
-            logits = score(self.critic, torch.cat([real_images, fake_images]), both_labels)
+            logits = self._score(torch.cat([real_images, fake_images]), both_labels)
         real, fake = at_least_float32(logits).chunk(2)
         return {"real": real, "fake": fake}
 
@@ -140,12 +144,19 @@ class GeneratorStep(nn.Module):
     """The generator's objective, read off a critic that takes no gradient from it."""
 
     def __init__(
-        self, generator: nn.Module, critic: nn.Module, objective: Objective, precision: str
+        self,
+        generator: nn.Module,
+        critic: nn.Module,
+        objective: Objective,
+        precision: str,
+        compiles: bool = False,
     ) -> None:
         super().__init__()
         self.generator = generator
         self.spans_batch = objective.loss.spans_batch
-        self._critic = [critic]  # in a list: not a submodule, so not this module's to synchronize
+        self._make = once(partial(make, generator), compiles)
+        # No submodule: the critic is not this module's to synchronize
+        self._score = once(partial(score, critic), compiles)
         self._loss = objective.loss
         self._precision = precision
 
@@ -195,15 +206,14 @@ class GeneratorStep(nn.Module):
         **_: object,
     ) -> dict[str, Tensor]:
         """`fake`, and `real` where it is needed, in float32 or better."""
-        (critic,) = self._critic
-        with autocast(real_images.device, self._precision), FastDerivatives():
+        with autocast(real_images.device, self._precision):
             if fake_images is None:
                 assert latents is not None
-                fake_images = make(self.generator, latents, labels)
-            logits = {"fake": at_least_float32(score(critic, fake_images, labels))}
+                fake_images = self._make(latents, labels)
+            logits = {"fake": at_least_float32(self._score(fake_images, labels))}
             if with_real_logits or self._loss.generator_needs_real:
                 with torch.no_grad():
-                    logits["real"] = at_least_float32(score(critic, real_images, labels))
+                    logits["real"] = at_least_float32(self._score(real_images, labels))
         return logits
 
     def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
@@ -254,3 +264,32 @@ def score(
 ) -> Tensor:
     """D(x), or D(x, y) for a class-conditional critic: logits, one or a map per image."""
     return critic(images) if labels is None else critic(images, labels)
+
+
+def once(run: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
+    """`run`, a network's forward that is differentiated once or not at all, in its fastest form.
+
+    compiles: by torch.compile, which knows no second derivatives. The result raises UserError for
+    a network that cannot be compiled.
+    """
+    if not compiles:
+
+        def run_fast(*inputs: Tensor | None) -> Tensor:
+            with FastDerivatives():
+                return run(*inputs)
+
+        return run_fast
+
+    from torch._dynamo.exc import TorchDynamoException  # a second, for those who need it
+
+    # A function of its own for each network: torch keeps a limited number of forms of one.
+    compiled = torch.compile(lambda *inputs: run(*inputs))
+
+    def run_compiled(*inputs: Tensor | None) -> Tensor:
+        try:
+            return compiled(*inputs)
+        except TorchDynamoException as error:
+            why = str(error).strip().partition("\n")[0]
+            raise UserError(f"`training.compile`: a network cannot be compiled: {why}") from error
+
+    return run_compiled
