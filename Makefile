@@ -19,10 +19,10 @@ demo: install
 
 # The tests on a real SLURM mostly wait, so they do it beside the others.
 test: install
-	$(MAKE) --no-print-directory --jobs 2 --output-sync=target test-slurm test-others
+	$(MAKE) --no-print-directory --jobs 2 test-slurm test-others
 
 test-slurm:
-	$(BIN)/python -m pytest tests/slurm
+	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/slurm tests/slurm
 
 test-others:
 	$(BIN)/python -m pytest --ignore tests/slurm

@@ -19,11 +19,12 @@ are run with:
 - `f32_reuse_fakes`, `bf16_reuse_fakes`: the generator's step takes the fakes of the critic's last
   one, as Lightning's and PyTorch-GAN's do: another sampling
 
-Rivals compute as their users have them: in float32. A row holds ours against the fastest of them
-with the same sampling: those that reuse fakes stand in the rows that do. Its note has all, and for
-rows in bfloat16 how ours compares with each under the same autocast, its penalty within. The ratio is the rival's time over ours, the median of rounds in which all took their turn;
-low and high are its quartiles. All rows of an objective and its networks come from the same rounds.
-Times are of the processor, one thread (on a GPU: of the wall clock).
+Rivals compute as their users have them: in float32, in the usual memory layout. A row holds ours
+against the fastest of them with the same sampling: those that use all fakes for both steps stand in
+the rows that do. Its note has all, and for rows in bfloat16 how ours compares with each under the
+same autocast, its penalty within. The ratio is the rival's time over ours, the median of rounds in
+which all took their turn; low and high are its quartiles. All rows of an objective and its networks
+come from the same rounds. Times are of the processor, one thread (on a GPU: of the wall clock).
 
 Rivals: make rivals. One that cannot be imported is "not measured".
 """

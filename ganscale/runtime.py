@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ganscale.errors import UnavailableError, UserError
 
@@ -143,8 +144,8 @@ class Runtime:
     def watch_averaging(self, wrapped: nn.Module, watched: bool) -> None:
         """Whether DDP notes the times of its next backward passes, which by itself it does at every
         hundredth, waiting for the device."""
-        if self.world_size > 1:
-            wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)  # type: ignore[operator]
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)
 
     def seconds_of_averaging(self, wrapped: nn.Module) -> float:
         """From the end of this rank's own gradients to the end of their averaging over the ranks,

@@ -22,9 +22,9 @@ class LightningLoop:
     """
 
     name = "PyTorch Lightning"
-    reuses_fakes = True
 
     def __init__(self, task: Task) -> None:
+        self.reuses_fakes = task.config.objective.n_critic == 1  # else a sixth of them, or less
         self._turn = threading.Semaphore(0)
         self._ready = threading.Semaphore(0)
         self._is_closing = False

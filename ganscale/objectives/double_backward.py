@@ -68,7 +68,9 @@ class FastDerivatives(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        output = self._fast[func](*args, **kwargs) if func in self._fast else None
+        output = None
+        if func in self._fast and not _is_traced():
+            output = self._fast[func](*args, **kwargs)
         return func(*args, **kwargs) if output is None else output
 
 
@@ -120,6 +122,11 @@ def _convolution(
     if not _are_plain(*tensors) or isinstance(padding, str) or input.ndim != weight.ndim:
         return None
     places = weight.ndim - 2
+    taken, given = weight.shape[1] * groups, weight.shape[0]
+    if is_transposed:
+        taken, given = given, taken
+    if input.shape[1] != taken or (bias is not None and bias.shape != (given,)):
+        return None  # torch has the words for that
     settings = Settings(
         _for_each(stride, places),
         _for_each(padding, places),
@@ -285,6 +292,14 @@ class _InputGradient(Function):
         return of_gradient, of_weight, None, None
 
 
+def _is_traced() -> bool:
+    """Whether somebody else looks at what is computed: a network's own torch.compile, which does
+    not see who asks for a derivative, or activation checkpointing, which computes it again outside
+    and expects the same tensors to be saved."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks is not None or torch.compiler.is_compiling()
+
+
 def _gains_once(input: Tensor, weight: Tensor, settings: Settings) -> bool:
     """Whether a convolution or its first derivatives have a faster form."""
     if has_phases(weight, settings):
@@ -327,7 +342,8 @@ def _is_executed(node: Any) -> bool:
 def _computed_in(tensor: Tensor) -> torch.dtype:
     """The type that autocast, where it is on, lets convolutions have."""
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_autocast or tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(device)
 

@@ -85,6 +85,8 @@ def has_phases(weight: Tensor, settings: Settings) -> bool:
         and weight.ndim == 4
         and weight.shape[1] <= _FEW_CHANNELS
         and settings.stride[0] == settings.stride[1] > 1
+        and min(weight.shape[2:]) >= settings.stride[0]
+        and min(settings.padding) >= 0
         and settings.dilation == [1, 1]
         and settings.groups == 1
     )
@@ -114,12 +116,14 @@ def _by_phases(
     # (inputs, outputs, taps, phases, taps, phases) -> (outputs and phases, inputs, taps, taps)
     phases = kernel.view(-1, outputs, taps[0], stride, taps[1], stride).flip(2, 4)
     dense = phases.permute(1, 3, 5, 0, 2, 4).reshape(outputs * stride**2, -1, *taps)
-    if not input.is_contiguous():
-        dense = dense.contiguous(memory_format=torch.channels_last)
-    mixed = F.pixel_shuffle(F.conv2d(input, dense, padding=margins), stride)
+    is_last = _is_channels_last(weight) or not input.is_contiguous()
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    dense = dense.contiguous(memory_format=layout)
+    # Not by F.conv2d: autocast would cast
+    plain = Settings([1, 1], margins, [1, 1], False, [0, 0], 1)
+    mixed = F.pixel_shuffle(aten.convolution(input, dense, None, *plain), stride)
     starts = [p - stride * first for p, first in zip(paddings, firsts, strict=True)]
     (top, left), (height, width) = starts, size
-    layout = torch.contiguous_format if input.is_contiguous() else torch.channels_last
     return mixed[:, :, top : top + height, left : left + width].contiguous(memory_format=layout)
 
 

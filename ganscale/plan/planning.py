@@ -145,9 +145,9 @@ def _kept(config: Config, saved_at: np.ndarray) -> int:
 def _host_memory(
     config: Config, share: int, manifest: Manifest | None, data: DataPlan | None
 ) -> HostMemory:
-    # Those of the cycle that is trained on, those of the next one but the last, and behind them
-    # what is being decoded.
-    batches = 2 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
+    # Those of the cycle that is trained on, of the next one, of the one after that but the last, and
+    # behind them what is being decoded.
+    batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     if manifest is not None and data is not None:

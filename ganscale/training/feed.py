@@ -1,4 +1,4 @@
-"""The batches of a run, a cycle ahead of its training.
+"""The batches of a run, a cycle ahead of its training, and asked for another cycle ahead of that.
 
 Ahead, so that the ranks can agree that every one of them has its batches before any of them enters
 a collective: a rank whose data fails would leave the others waiting there. Whatever is asked of the
@@ -9,7 +9,7 @@ a stream of their own.
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import replace
 
 import torch
@@ -23,6 +23,7 @@ from ganscale.runtime import Runtime
 from ganscale.training.profiling import section
 
 _LOOK_SECONDS = 0.5
+_CLOSE_SECONDS = 1.0
 
 
 class Feed:
@@ -41,6 +42,7 @@ class Feed:
         self._copies = torch.cuda.Stream(runtime.device) if is_cuda else None
         self._crew = Crew(1, "feed")
         self._ahead: list[Batch] = []
+        self._asked_for: Future[list[Batch]] | None = None
         self._failure: UserError | UnavailableError | None = None
         self._broken: Counter[tuple[str, str]] = Counter()  # since `count_broken`
 
@@ -56,19 +58,25 @@ class Feed:
         """
         started = time.perf_counter()
         with section("data wait"):
-            batches = self._crew.submit(lambda: [next(self._loader) for _ in range(self._steps)])
+            batches = self._asked_for or self._ask()
             while not batches.done() and not is_stopped():
                 wait([batches], timeout=_LOOK_SECONDS)
+            self._asked_for = batches
             try:
-                fetched = batches.result() if batches.done() else []
-                self._ahead = [self._sent(batch) for batch in fetched]
+                if batches.done():
+                    self._ahead = [self._sent(batch) for batch in batches.result()]
+                    self._asked_for = self._ask()
             except (UserError, UnavailableError) as error:
                 self._failure = error
         self.waited_seconds += time.perf_counter() - started
 
+    def _ask(self) -> Future[list[Batch]]:
+        """Has the next cycle's batches collected while this thread trains."""
+        return self._crew.submit(lambda: [next(self._loader) for _ in range(self._steps)])
+
     def close(self) -> None:
-        """Leaves a fetch that still waits to itself."""
-        self._crew.close(0.0)
+        """Within a second: a fetch that still waits is left to itself."""
+        self._crew.close(_CLOSE_SECONDS)
 
     def take(self) -> list[Batch]:
         """What was fetched, to be trained on now: on a GPU if there is one."""

@@ -156,7 +156,7 @@ class GeneratorStep(nn.Module):
         self.spans_batch = objective.loss.spans_batch
         self._make = once(partial(make, generator), compiles)
         # No submodule: the critic is not this module's to synchronize
-        self._score = once(partial(score, critic), compiles)
+        self._score = once(partial(score, critic), compiles, frozen=critic)
         self._loss = objective.loss
         self._precision = precision
 
@@ -266,11 +266,15 @@ def score(
     return critic(images) if labels is None else critic(images, labels)
 
 
-def once(run: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
+def once(
+    run: Callable[..., Tensor], compiles: bool, frozen: nn.Module | None = None
+) -> Callable[..., Tensor]:
     """`run`, a network's forward that is differentiated once or not at all, in its fastest form.
 
     compiles: by torch.compile, which knows no second derivatives. The result raises UserError for
     a network that cannot be compiled.
+    frozen: whose weights' gradients nobody wants; autograd sees that in time, compiled code has to
+    be told before
     """
     if not compiles:
 
@@ -282,14 +286,20 @@ def once(run: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
 
     from torch._dynamo.exc import TorchDynamoException  # a second, for those who need it
 
-    # A function of its own for each network: torch keeps a limited number of forms of one.
-    compiled = torch.compile(lambda *inputs: run(*inputs))
+    # A limit of forms for each network, and none for batches of any size
+    compiled = torch.compile(lambda *inputs: run(*inputs), dynamic=False, isolate_recompiles=True)  # pyright: ignore[reportCallIssue]
+    trained = [] if frozen is None else [p for p in frozen.parameters() if p.requires_grad]
 
     def run_compiled(*inputs: Tensor | None) -> Tensor:
         try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
             return compiled(*inputs)
         except TorchDynamoException as error:
             why = str(error).strip().partition("\n")[0]
             raise UserError(f"`training.compile`: a network cannot be compiled: {why}") from error
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     return run_compiled

@@ -345,3 +345,53 @@ def test_what_needs_no_second_derivative_is_left_to_autograd() -> None:
 def test_a_leaf_cannot_be_changed_in_place_as_ever() -> None:
     with FastDerivatives(order=2), pytest.raises(RuntimeError, match="in-place"):
         F.relu_(torch.zeros(3, requires_grad=True))
+
+
+class Rewound(nn.Module):
+    """A block whose activations are computed again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.Conv2d(3, 6, 4, stride=2, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(6, 5, 8)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return checkpoint(self.block, images, use_reentrant=False)  # type: ignore[return-value]
+
+
+class Compiled(nn.Module):
+    """A block that its author compiles; by tracing alone, which needs no compiler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = torch.compile(
+            nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.LeakyReLU(0.2)), backend="eager"
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + self.block(images)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("block", [Rewound, Compiled])
+def test_blocks_that_torch_looks_at_itself_are_left_to_it(
+    block: type[nn.Module], order: int
+) -> None:
+    torch.manual_seed(0)
+    critic = nn.Sequential(block(), nn.Conv2d(3, 2, 3) if block is Compiled else nn.Tanh())
+    critic, images = critic.double(), draw(2, 3, 16, 16)
+    found = []
+    for context in (FastDerivatives(order), torch.enable_grad()):
+        leaf = images.clone().requires_grad_()
+        with context:
+            value = critic(leaf).tanh().sum()
+        if order == 2:
+            (slopes,) = torch.autograd.grad(value, leaf, create_graph=True)
+            value = slopes.square().sum()
+        found.append(torch.autograd.grad(value, list(critic.parameters()), allow_unused=True))
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

@@ -90,13 +90,15 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         world_size=1,
         images_seen=0,
     )
+    feed = Feed(loader, Runtime.start(), 3)
     try:
-        feed = Feed(loader, Runtime.start(), 3)
         feed.fetch(lambda: False)
         for _ in range(3):
             batches = feed.take()  # kept while the next ones are fetched, as the loop does
             feed.fetch(lambda: False)
             assert len(batches) == 3
+        assert feed._asked_for is not None
+        feed._asked_for.result(timeout=60)
         gc.collect()
         alive = {
             each.images.data_ptr(): (each.images.nbytes, each.labels.nbytes, each.slots.nbytes)
@@ -106,6 +108,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         assert plan.batches == len(alive)
         assert plan.batches_bytes == sum(map(sum, alive.values()))
     finally:
+        feed.close()
         loader.close()
 
 
