@@ -145,8 +145,8 @@ def _kept(config: Config, saved_at: np.ndarray) -> int:
 def _host_memory(
     config: Config, share: int, manifest: Manifest | None, data: DataPlan | None
 ) -> HostMemory:
-    # Those of the cycle that is trained on, of the next one, of the one after that but the last, and
-    # behind them what is being decoded.
+    # Those of the cycle that is trained on, of the next one, of the one after it but the last, and
+    # what is being decoded behind them.
     batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
