@@ -36,13 +36,15 @@ def derived_seed(seed: int, purpose: str) -> int:
 
 
 def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Tensor, "4 *shape"]:
-    """Four random 32-bit words (as int64) for each counter of four 32-bit words.
-
-    int64 products wrap around, and only their bits are used: the low word by mask, the high word
-    by shift and mask, which also removes the sign that the shift drags in.
-    """
+    """Four random 32-bit words (as int64) for each counter of four 32-bit words."""
     if counter.device.type == "cpu":
         return torch.from_numpy(_philox_on_host(counter.numpy(), key))
+    return _philox_on_device(counter, key)
+
+
+def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """int64 products wrap around, and only their bits are used: the low word by mask, the high word
+    by shift and mask, which also removes the sign that the shift drags in."""
     words = [*counter.unbind(0)]
     key_0, key_1 = key
     for _ in range(10):
@@ -58,7 +60,7 @@ def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Te
 
 
 def _philox_on_host(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """`philox` in NumPy: an operation on a few thousand numbers costs half as much as in torch."""
+    """In NumPy: an operation on a few thousand numbers costs half as much as in torch."""
     words = counter.reshape(4, -1).astype(np.uint64)
     even, odd = words[0::2], words[1::2]
     factors = np.array([[_MULTIPLIER_0], [_MULTIPLIER_1]], dtype=np.uint64)

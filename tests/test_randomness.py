@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.randomness import (
+    _philox_on_device,
     derived_seed,
     normal,
     philox,
@@ -49,9 +50,16 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     counter, key, words = (
         [int(word, 16) for word in text.split()] for text in (counter, key, words)
     )
-    found = philox(torch.tensor(counter), (key[0], key[1]))
-    assert found.tolist() == words
+    for on_host_or_device in (philox, _philox_on_device):
+        found = on_host_or_device(torch.tensor(counter), (key[0], key[1]))
+        assert found.tolist() == words
     assert reference_philox(counter, key) == words
+
+
+def test_a_device_draws_the_bits_of_the_host():
+    counter = torch.randint(2**32, (4, 300, 5), generator=torch.Generator().manual_seed(0))
+    for key in ((0, 0), (0xFFFFFFFF, 0x9E3779B9)):
+        assert torch.equal(philox(counter, key), _philox_on_device(counter, key))
 
 
 @settings(deadline=None, max_examples=40)

@@ -296,8 +296,10 @@ def _is_traced() -> bool:
     """Whether somebody else looks at what is computed: a network's own torch.compile, which does
     not see who asks for a derivative, or activation checkpointing, which computes it again outside
     and expects the same tensors to be saved."""
+    if torch.compiler.is_compiling():
+        return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    return hooks is not None or torch.compiler.is_compiling()
+    return hooks is not None
 
 
 def _gains_once(input: Tensor, weight: Tensor, settings: Settings) -> bool:
