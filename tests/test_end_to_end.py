@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,7 @@ def test_networks_of_the_users_own_train_from_an_import_path(
         command = ["train", TINY[0], f"{critic}.yaml", *TINY[3:], f"data.path={digits}"]
         where = [f"run.folder={tmp_path}", f"run.name={critic}", "training.total_images=64"]
         assert main([*command, *where]) == exit_code
+        assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     assert "the critic's layer `layers.3` is a batch norm" in capsys.readouterr().err
 
 

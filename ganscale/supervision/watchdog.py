@@ -86,8 +86,9 @@ class Watchdog:
         self._thread.start()
 
     def failed(self, error: BaseException) -> None:
-        """Leaves with the other ranks for an error of this one; on a single rank, returns."""
+        """Leaves with the other ranks for an error of this one; on a single rank, stops watching."""
         if not self._links:
+            self.close()
             return
         is_echo = is_communication_error(error)
         if not is_echo and not isinstance(error, _WITH_A_SENTENCE):
