@@ -86,7 +86,7 @@ class Watchdog:
         self._thread.start()
 
     def failed(self, error: BaseException) -> None:
-        """Leaves with the other ranks for an error of this one; on a single rank, stops watching."""
+        """Leaves with the other ranks for an error of this one; a single rank stops watching."""
         if not self._links:
             self.close()
             return
