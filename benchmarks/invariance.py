@@ -186,8 +186,11 @@ def record(config: Config, runtime: Runtime) -> Record:
     cycle = Cycle(config, objective, runtime, state)
     found: Record = {}
     while state.images_seen < config.training.total_images:
-        for left in reversed(range(config.objective.n_critic)):
-            batch = cycle.on_device(synthetic_batch(config, runtime, state.images_seen))
+        steps, seen = range(config.objective.n_critic), state.images_seen
+        batches = [synthetic_batch(config, runtime, seen + GLOBAL_BATCH * step) for step in steps]
+        cycle.begin(batches, with_panel=True)
+        for left, given in zip(reversed(steps), batches, strict=True):
+            batch = cycle.on_device(given)
             cycle.critic_step(batch, with_panel=left == 0)
             found[f"critic gradients at {state.images_seen} images"] = gradients(state.critic)
         cycle.generator_step(batch, with_panel=True)  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.rivals.loops import Task
 from ganscale.config import resolve
+from ganscale.data.batch import Batch
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
@@ -67,7 +68,10 @@ class Ours:
         self.cycle.update_average()
 
     def critic_steps(self) -> None:
-        n_critic = self._config.objective.n_critic
+        n_critic, batch = self._config.objective.n_critic, self._config.training.global_batch_size
+        slots = [self._slots(step * batch) for step in range(n_critic)]
+        nothing = torch.empty(len(self._images), 0, 0, 0, dtype=torch.uint8)
+        self.cycle.begin([Batch(nothing, each, each) for each in slots], with_panel=False)
         for step in range(1, n_critic + 1):
             keeps_fakes = self._config.training.reuse_fakes and step == n_critic
             self.cycle.critic_step(self._next_batch(), with_panel=False, keeps_fakes=keeps_fakes)
@@ -86,5 +90,8 @@ class Ours:
         )
 
     def _next_batch(self) -> DeviceBatch:
-        slots = self.state.images_seen + torch.arange(len(self._images), device=self._images.device)
-        return DeviceBatch(self._images, None, slots)
+        return DeviceBatch(self._images, None, self._slots(0))
+
+    def _slots(self, after: int) -> Tensor:
+        first = self.state.images_seen + after
+        return first + torch.arange(len(self._images), device=self._images.device)

@@ -41,7 +41,7 @@ from benchmarks.timing import spread
 from ganscale.config import resolve
 from ganscale.networks import normalization
 from ganscale.objectives.objective import build_objective
-from ganscale.plan.networks import planned_networks, step_exchanges
+from ganscale.plan.networks import cycle_exchanges, planned_networks
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 
@@ -202,15 +202,15 @@ def latency_seconds(ranks: int, links: Links) -> float:
 
 
 def step_seconds(
-    compute: float, gradient_bytes: float, buckets: int, small: int, ranks: int, links: Links
+    compute: float, gradient_bytes: float, buckets: int, ranks: int, links: Links
 ) -> float:
     """A step whose backward pass, two thirds of `compute`, hides the averaging of all buckets but
-    the last, while `small` all-reduces are waited for one by one."""
+    the last."""
     if ranks == 1:
         return compute
     bucket = all_reduce_seconds(gradient_bytes / buckets, ranks, links)
     exposed = bucket + max(0.0, (buckets - 1) * bucket - compute * 2 / 3)
-    return compute + exposed + small * latency_seconds(ranks, links)
+    return compute + exposed
 
 
 def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> list[Row]:
@@ -221,28 +221,26 @@ def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> 
         batch = images_per_rank * ranks
         config = resolve([*settings, f"training.global_batch_size={batch}"]).config
         networks = planned_networks(config, 0)
-        exchanges = step_exchanges(config, build_objective(config.objective), *networks, ranks)
+        objective = build_objective(config.objective)
+        fakes, critic, generator = cycle_exchanges(config, objective, *networks, ranks)
         needed = useful(config, *networks, _meta_images(config, images_per_rank))
         n_critic = config.objective.n_critic
         # As if all steps took the same time.
         cycle = (needed.penalty + needed.rest) / rate
         parts = [cycle / (n_critic + 1)] * 2
         norms = sum(isinstance(m, normalization.GlobalBatchNorm) for m in networks[0].modules())
-        small = (norms, 2 * norms)
-        total = sum(
-            times
-            * step_seconds(
-                part, exchange.reduced_bytes, exchange.collectives - few, few, ranks, links
-            )
-            for times, part, exchange, few in zip(
-                (n_critic, 1), parts, exchanges, small, strict=True
-            )
-        )
-        sent = (n_critic * exchanges[0].reduced_bytes + exchanges[1].reduced_bytes) / 2**20
+        small = fakes.collectives + 2 * norms
+        total = small * latency_seconds(ranks, links)
+        for times, part, exchange, few in zip(
+            (n_critic, 1), parts, (critic, generator), (0, 2 * norms), strict=True
+        ):
+            buckets = exchange.collectives - few
+            total += times * step_seconds(part, exchange.reduced_bytes, buckets, ranks, links)
+        sent = n_critic * critic.reduced_bytes + generator.reduced_bytes + fakes.reduced_bytes
         note = (
             f"no measurement: {images_per_rank} images a GPU at {rate / 1e12:.0f} TFLOP/s, "
-            f"{1000 * cycle:.1f} ms a cycle; {sent:.0f} MiB and "
-            f"{n_critic * norms + 2 * norms} small sums all-reduced in it; rings over "
+            f"{1000 * cycle:.1f} ms a cycle; {sent / 2**20:.0f} MiB and "
+            f"{small} small sums all-reduced in it; rings over "
             f"{links.within_node / 1e9:.0f} GB/s within 8, {links.between_nodes / 1e9:.0f} GB/s "
             f"a GPU beyond, {1e6 * latency_seconds(ranks, links):.0f} us a collective"
         )

@@ -13,6 +13,8 @@ class TinyGenerator(nn.Module):
     (of all weights) or "none".
     """
 
+    mixes_images_in_batch_norm_only = True
+
     def __init__(
         self,
         latent_dim: int,

@@ -184,8 +184,8 @@ def test_a_ring_needs_the_time_of_its_slowest_link() -> None:
     assert scaling.all_reduce_seconds(50e9, 1024, links) == pytest.approx(2, rel=1e-3)
     # Ten buckets of 0.1 s each behind 0.4 s of backward: the last one, and 0.5 s of the others.
     bucket = 50e9 / 20 * 1024 / 1023
-    assert scaling.step_seconds(0.6, 10 * bucket, 10, 0, 1024, links) == pytest.approx(0.6 + 0.6)
-    assert scaling.step_seconds(6.0, 10 * bucket, 10, 0, 1024, links) == pytest.approx(6.0 + 0.1)
+    assert scaling.step_seconds(0.6, 10 * bucket, 10, 1024, links) == pytest.approx(0.6 + 0.6)
+    assert scaling.step_seconds(6.0, 10 * bucket, 10, 1024, links) == pytest.approx(6.0 + 0.1)
 
 
 def test_cases_have_the_names_that_quick_runs_ask_for() -> None:

@@ -31,6 +31,8 @@ class DCGANGenerator(nn.Module):
     "none".
     """
 
+    mixes_images_in_batch_norm_only = True
+
     def __init__(
         self,
         latent_dim: int,

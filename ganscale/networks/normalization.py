@@ -1,5 +1,7 @@
 """Batch normalization over the global batch, plain and class-conditional."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ class GlobalBatchNorm(nn.Module):
 
     Cost on several ranks, in training only: one all-reduce of `2 * channels` float64 per forward
     and one per backward, which wait for every rank; so all ranks must go through it equally often,
-    with equally many images. On one rank, and in evaluation anywhere, it is `F.batch_norm`.
+    with equally many images. On one rank, and in evaluation anywhere, it is `F.batch_norm`. Within
+    `batches_together`, several batches share the all-reduce.
     """
 
     running_mean: Tensor
@@ -44,6 +47,8 @@ class GlobalBatchNorm(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch channels *places"]
     ) -> Float[Tensor, "batch channels *places"]:
+        if self.training and _batches > 1:
+            return self._forward_together(images.chunk(_batches))
         if not self.training or world_size() == 1:
             return F.batch_norm(
                 images,
@@ -56,15 +61,52 @@ class GlobalBatchNorm(nn.Module):
                 self.eps,
             )
         outputs, mean, variance = _NormalizeGlobally.apply(images, self.weight, self.bias, self.eps)
-        self._update_running(mean, variance, world_size() * images.numel() // images.shape[1])
+        self._update_running(images, mean, variance)
         return outputs
 
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _forward_together(self, batches: Sequence[Tensor]) -> Tensor:
+        outputs = []
+        for batch, mean, variance in zip(batches, *_global_moments(*batches), strict=True):
+            self._update_running(batch, mean, variance)
+            moments = mean.to(_wide(batch)), variance.to(_wide(batch))
+            outputs.append(F.batch_norm(batch, *moments, self.weight, self.bias, eps=self.eps))
+        return torch.cat(outputs)
+
+    @torch.no_grad()
+    def _update_running(self, images: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics towards the batch's, the variance unbiased as in torch."""
+        count = world_size() * images.numel() // images.shape[1]
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+_batches = 1
+
+
+@contextmanager
+def batches_together(count: int) -> Iterator[None]:
+    """Within, what a network in training is given are `count` batches of one size, in a row: each
+    has its own moments in every GlobalBatchNorm, as if they came one after another, but their sums
+    travel together. Not differentiable.
+
+    Right for a network that mixes the images of a batch nowhere else.
+    """
+    global _batches
+    _batches = count
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _batches = 1
+
+
+def normalizes_together(network: nn.Module) -> bool:
+    """Whether `batches_together` saves collectives of `network`, and is right for it, as its class
+    has to say: `mixes_images_in_batch_norm_only = True`."""
+    has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
+    return has_norms and getattr(network, "mixes_images_in_batch_norm_only", False)
 
 
 class _NormalizeGlobally(torch.autograd.Function):
@@ -78,7 +120,7 @@ class _NormalizeGlobally(torch.autograd.Function):
     def forward(
         ctx: Any, images: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, variance = _global_moments(images)
+        (mean,), (variance,) = _global_moments(images)
         moments = mean.to(_wide(images)), variance.to(_wide(images))
         ctx.save_for_backward(images, weight, *moments)
         ctx.eps = eps
@@ -110,20 +152,20 @@ class _NormalizeGlobally(torch.autograd.Function):
 
 
 def _global_moments(
-    images: Float[Tensor, "batch channels *places"],
-) -> tuple[Float[Tensor, "channels"], Float[Tensor, "channels"]]:
-    """Mean and biased variance per channel over the images of all ranks, float64.
+    *batches: Float[Tensor, "batch channels *places"],
+) -> tuple[Float[Tensor, "batches channels"], Float[Tensor, "batches channels"]]:
+    """Means and biased variances per channel of batches over the images of all ranks, float64.
 
     Plain sums of x and x^2 lose the variance of channels whose mean is large. So each rank takes
     its own moments, centred, in float32 or better; only these few numbers are combined as sums of
     squares, in float64, where the cancellation is harmless. Subtracting a running mean first would
     do as well, but only while the buffers of all ranks are the same.
     """
-    unused = torch.zeros(2, images.shape[1], dtype=_wide(images), device=images.device)
+    first = batches[0]
+    unused = torch.zeros(2, first.shape[1], dtype=_wide(first), device=first.device)
     # The kernel of `F.batch_norm`; torch.var_mean takes twenty times as long on a CPU.
-    mean, variance = (
-        row.double() for row in torch.batch_norm_update_stats(images, unused[0], unused[1], 0.0)
-    )
+    of_batches = [torch.batch_norm_update_stats(each, *unused.unbind(), 0.0) for each in batches]  # pyright: ignore[reportCallIssue]
+    mean, variance = (torch.stack(rows).double() for rows in zip(*of_batches, strict=True))
     moments = torch.stack([mean, variance + mean.square()])
     global_mean, global_square = sum_over_ranks(moments) / world_size()
     return global_mean, global_square - global_mean.square()

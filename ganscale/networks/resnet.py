@@ -31,6 +31,8 @@ class ResNetGenerator(nn.Module):
     `norm` is "batch", or "none" to save its collectives on several ranks.
     """
 
+    mixes_images_in_batch_norm_only = True
+
     def __init__(
         self,
         latent_dim: int,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.networks.normalization import GlobalBatchNorm, normalizes_together
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config, OptimizerConfig
@@ -108,37 +108,40 @@ def device_bytes(files: Files, generator: nn.Module, critic: nn.Module) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What one step reduces over the ranks, in bytes and number of collectives; and what each rank
-    gives to gathers, in which all ranks receive it."""
+    """What a part of a cycle reduces over the ranks, in bytes and number of collectives; and what
+    each rank gives to gathers, in which all ranks receive it."""
 
     reduced_bytes: int
     gathered_bytes: int
     collectives: int
 
 
-def step_exchanges(
+def cycle_exchanges(
     config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, ranks: int
-) -> tuple[Exchange, Exchange]:
-    """(of a critic step, of a generator step)."""
+) -> tuple[Exchange, Exchange, Exchange]:
+    """(of the fakes for all critic steps, of a critic step without them, of a generator step)."""
     parts, images = config.training.accumulate, config.training.global_batch_size // ranks
+    n_critic, reuses = config.objective.n_critic, config.training.reuse_fakes
     norms = [m for m in generator.modules() if isinstance(m, GlobalBatchNorm)]
     # Mean and square per channel in float64, in each forward, and their gradients in a backward.
     norm_bytes = sum(2 * 8 * norm.running_mean.numel() for norm in norms)
     dragan = objective.penalties.get("dragan")  # two float64 for the deviation of the batch
     spans = objective.loss.spans_batch
-    forwards = 2 * parts + (parts if spans and parts > 1 else 0)
+    forwards = (1 if reuses else 2) * parts + (parts if spans and parts > 1 else 0)
     logits = images * _logit_bytes(config, critic) if spans else 0
+    messages = min(n_critic, 1 + reuses) if normalizes_together(generator) else n_critic
+    of_fakes = Exchange(n_critic * norm_bytes, 0, messages * len(norms))
     of_critic = Exchange(
-        _gradient_bytes(config, critic) + norm_bytes + (16 if dragan else 0),
+        _gradient_bytes(config, critic) + (16 if dragan else 0),
         2 * logits,
-        _buckets(trained(critic)) + len(norms) + (1 if dragan else 0) + (2 if spans else 0),
+        _buckets(trained(critic)) + (1 if dragan else 0) + (2 if spans else 0),
     )
     of_generator = Exchange(
         _gradient_bytes(config, generator) + forwards * norm_bytes,
         2 * logits,
         _buckets(trained(generator)) + forwards * len(norms) + (2 if spans else 0),
     )
-    return of_critic, of_generator
+    return of_fakes, of_critic, of_generator
 
 
 def _logit_bytes(config: Config, critic: nn.Module) -> int:

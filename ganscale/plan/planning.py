@@ -16,10 +16,10 @@ from ganscale.plan.data import DataPlan, plan_data
 from ganscale.plan.networks import (
     Exchange,
     checkpoint_files,
+    cycle_exchanges,
     device_bytes,
     planned_networks,
     safetensors_bytes,
-    step_exchanges,
 )
 from ganscale.plan.sections import (
     Batches,
@@ -93,7 +93,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
             config,
             cluster.ranks,
             sum(map(len, files.values())),
-            *step_exchanges(config, objective, generator, critic, cluster.ranks),
+            *cycle_exchanges(config, objective, generator, critic, cluster.ranks),
         ),
         remarks=remarks,
     )
@@ -175,18 +175,26 @@ def _object_bytes(shard: Shard) -> int:
 
 
 def _communication(
-    config: Config, ranks: int, tensors: int, critic: Exchange, generator: Exchange
+    config: Config,
+    ranks: int,
+    tensors: int,
+    fakes: Exchange,
+    critic: Exchange,
+    generator: Exchange,
 ) -> Communication:
     """tensors: so many are audited"""
     if ranks == 1:
-        return Communication(0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, 0)
+        return Communication(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, 0)
     n_critic = config.objective.n_critic
     images = n_critic * config.training.global_batch_size
-    reduced = n_critic * critic.reduced_bytes + generator.reduced_bytes + _VOTE_BYTES
+    reduced = fakes.reduced_bytes + n_critic * critic.reduced_bytes + generator.reduced_bytes
+    reduced += _VOTE_BYTES
     gathered = n_critic * critic.gathered_bytes + generator.gathered_bytes
-    collectives = n_critic * critic.collectives + generator.collectives + 1
+    collectives = fakes.collectives + n_critic * critic.collectives + generator.collectives + 1
     traffic = round(2 * (ranks - 1) / ranks * reduced) + (ranks - 1) * gathered
     return Communication(
+        fakes_bytes=fakes.reduced_bytes,
+        fakes_collectives=fakes.collectives,
         critic_step_bytes=critic.reduced_bytes,
         critic_step_collectives=critic.collectives,
         generator_step_bytes=generator.reduced_bytes,

@@ -91,6 +91,8 @@ class Networks:
 class Communication:
     """Between the ranks. A ring moves 2 (n - 1) / n of what is reduced through every rank."""
 
+    fakes_bytes: Annotated[int, "reduced: batch norms of the fakes of a cycle's critic steps"]
+    fakes_collectives: int
     critic_step_bytes: Annotated[int, "reduced: gradients and statistics of the batch"]
     critic_step_collectives: int
     generator_step_bytes: Annotated[int, "reduced: gradients and statistics of the batch"]

@@ -3,6 +3,8 @@
 What the loop does between data and reports, and what benchmarks measure.
 """
 
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from ganscale.data.batch import Batch
 from ganscale.data.preprocess import random_flip, to_network_range
 from ganscale.errors import UserError
+from ganscale.networks.normalization import batches_together, normalizes_together
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import Objective
@@ -49,6 +52,8 @@ class Cycle:
         self.runtime = runtime
         self.state = state
         self._make = once(partial(make, state.generator), config.training.compile)
+        self._makes_fakes_together = runtime.world_size > 1 and normalizes_together(state.generator)
+        self._fakes_ahead: deque[Tensor] = deque()
         self._kept_fakes: Tensor | None = None
         stopwatch.reset(runtime.device)
         self.clipped = []
@@ -62,20 +67,37 @@ class Cycle:
         """Images that the critic sees in a cycle."""
         return self.config.objective.n_critic * self.config.training.global_batch_size
 
+    def begin(self, batches: Sequence[Batch], with_panel: bool) -> None:
+        """Before the critic's steps on `batches`.
+
+        The generator stays as it is until they are done, so their fakes may be made together; they
+        are where ranks then wait for each other once instead of in every step.
+        """
+        stopwatch.run(with_panel)
+        self._fakes_ahead.clear()
+        ahead = batches[: len(batches) - self.config.training.reuse_fakes]
+        if self._makes_fakes_together and len(ahead) > 1:
+            slots = torch.cat([batch.slots for batch in ahead]).to(self.runtime.device)
+            labels = torch.cat([batch.labels for batch in ahead]).to(self.runtime.device)
+            with section("fakes together"), batches_together(len(ahead)):
+                fakes = self._fakes(slots, labels if self.state.num_classes else None)
+            self._fakes_ahead.extend(fakes.chunk(len(ahead)))
+
     def critic_step(self, batch: DeviceBatch, with_panel: bool, keeps_fakes: bool = False) -> None:
         """One update of the critic; afterwards the batch has been seen.
 
         keeps_fakes: for the generator's step, with their graph
         """
         state, seed = self.state, self.config.seed
-        stopwatch.run(with_panel)
-        latents = self._latents("latents/critic", batch.slots)
+        stopwatch.is_running = with_panel
         advance_power_iterations(state.critic)
         if keeps_fakes:
             advance_power_iterations(state.generator)
-        computes = autocast(self.runtime.device, self.config.training.precision)
-        with section("fake images"), torch.set_grad_enabled(keeps_fakes), computes:
-            fake_images = self._make(latents, batch.labels)
+        if self._fakes_ahead:
+            fake_images = self._fakes_ahead.popleft()
+        else:
+            with section("fake images"), torch.set_grad_enabled(keeps_fakes):
+                fake_images = self._fakes(batch.slots, batch.labels)
         self._kept_fakes = fake_images if keeps_fakes else None
         fake_images = fake_images.detach().to(batch.images.dtype)
         draws = Draws(seed, batch.slots, first_slot=state.images_seen)
@@ -153,6 +175,11 @@ class Cycle:
             images = images.contiguous()
         labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
         return DeviceBatch(images, labels, slots)
+
+    def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
+        latents = self._latents("latents/critic", slots)
+        with autocast(self.runtime.device, self.config.training.precision):
+            return self._make(latents, labels)
 
     def _latents(self, purpose: str, slots: Tensor) -> Tensor:
         latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)

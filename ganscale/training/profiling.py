@@ -21,7 +21,8 @@ class Stopwatch:
     """Seconds of the parts of a cycle; it waits for the device only when it is read.
 
     What the host does between steps (`HOST_SECTIONS`) is always timed. What the device does is
-    timed while the watch runs: the last critic step of a cycle that is logged, and what follows.
+    timed while the watch runs: in a cycle that is logged, what comes before its critic steps, the
+    last of these, and what follows.
     On CUDA that is by events in the stream of the computation, on the CPU by the clock.
     """
 
@@ -113,6 +114,7 @@ HOST_SECTIONS = frozenset({"data wait", "logging", "samples", "audit", "checkpoi
 SECTIONS = (
     "data wait",
     "to the device",
+    "fakes together",  # for all critic steps, on several ranks
     "fake images",
     "critic forward",  # with its penalties' forward
     "critic backward",  # with the averaging over ranks

@@ -118,8 +118,9 @@ class Speed:
             return sum(parts) - waited[player]
 
         penalty = seconds.get("penalty", 0.0)
+        together, in_step = (seconds.get(each, 0.0) for each in ("fakes together", "fake images"))
         return {
-            "fake_images": n_critic * seconds.get("fake images", 0.0),
+            "fake_images": together + in_step if together else n_critic * in_step,
             "critic": n_critic * (update("critic") - penalty),
             "penalty": n_critic * penalty,
             "generator": update("generator"),

@@ -159,6 +159,8 @@ class Trainer:
             votes = [self.runtime.start_vote(_ending(stop, feed, self.writer))]
 
             # Data and critic
+            mark("critic")
+            cycle.begin(batches, with_panel=logs)
             for step, host_batch in enumerate(batches, 1):
                 mark("critic")
                 batch = cycle.on_device(host_batch)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm
+from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm, ResNetGenerator
+from ganscale.networks.normalization import batches_together
 
 sys.path.insert(0, str(Path(__file__).parent))
 import normalization_ranks as ranks
@@ -121,3 +122,27 @@ def test_classes_have_their_own_gain_and_bias_which_start_neutral():
         gain, bias = norm.gain.weight[label], norm.bias.weight[label]
         expected = normalized[sample] * gain[:, None, None] + bias[:, None, None]
         assert_equal_in_float64(norm(images, labels)[sample], expected)
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_batches_taken_together_are_normalized_as_if_they_came_one_after_another(num_classes):
+    def generator():
+        torch.manual_seed(0)
+        network = ResNetGenerator(6, (3, 16, 16), num_classes, width=4).double()
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return network
+
+    together, one_by_one = generator(), generator()
+    latents = torch.randn(3, 4, 6, dtype=torch.float64)
+    labels = torch.randint(3, (3, 4)) if num_classes else None
+    with torch.no_grad():
+        of_each = (None,) * 3 if labels is None else labels
+        expected = torch.cat([one_by_one(*each) for each in zip(latents, of_each, strict=True)])
+    of_all = latents.flatten(0, 1), None if labels is None else labels.flatten()
+    with batches_together(3):
+        assert_equal_in_float64(together(*of_all), expected)
+    for (name, found), buffer in zip(together.named_buffers(), one_by_one.buffers(), strict=True):
+        assert_equal_in_float64(found, buffer, msg=lambda m, n=name: f"{n} {m}")
+    # As one batch they are another thing.
+    assert (generator()(*of_all) - expected).abs().max() > 0.01

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from ganscale.config import resolve
 from ganscale.data.batch import Batch
+from ganscale.networks import DCGANGenerator
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.state import TrainingState
 from ganscale.training.trainer import Trainer
+
+
+class OwnGenerator(DCGANGenerator):
+    """As a user writes one, who says nothing of what else than batch norms mixes images."""
+
+    mixes_images_in_batch_norm_only = False
 
 
 def run(folder: Path) -> None:
@@ -34,17 +42,22 @@ def whole_run(settings: list[str], runtime: Runtime) -> list[tuple[str, list[int
 
 
 def steps(settings: list[str], runtime: Runtime) -> dict[str, list[tuple[str, list[int]]]]:
-    """Of a critic and of a generator step, once DDP has agreed on its buckets."""
+    """Of a cycle's parts, once DDP has agreed on its buckets."""
     config = resolve(settings).config
     objective = build_objective(config.objective)
     cycle = Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
     share = config.training.global_batch_size // runtime.world_size
     images = torch.zeros(share, config.data.resolution, config.data.resolution, 1).byte()
     slots = torch.arange(share) + runtime.rank * share
-    batch = cycle.on_device(Batch(images, slots, slots))
+    given = Batch(images, slots, slots)
+    batch, n_critic = cycle.on_device(given), config.objective.n_critic
     found = {}
     for _ in range(2):
-        found["critic"] = operands(lambda: cycle.critic_step(batch, with_panel=False))
+        found["fakes"] = operands(lambda: cycle.begin([given] * n_critic, with_panel=False))
+        for step in range(1, n_critic + 1):
+            keeps_fakes = config.training.reuse_fakes and step == n_critic
+            critic_step = partial(cycle.critic_step, batch, False, keeps_fakes)
+            found[f"critic {step}"] = operands(critic_step)
         found["generator"] = operands(lambda: cycle.generator_step(batch, with_panel=False))
     return found
 

@@ -11,6 +11,10 @@ from tests.conftest import TINY
 from tests.plan.conftest import config_of
 
 DEADLINE_SECONDS = 150
+OTHER_FAKES = {
+    "fakes made one by one": ["generator.target=tests.plan.plan_ranks:OwnGenerator"],
+    "fakes for both": ["training.reuse_fakes=true", "objective.n_critic=3"],
+}
 CASES = {
     "plain": [],
     "micro batches": ["training.accumulate=2"],
@@ -26,13 +30,16 @@ CASES = {
 }
 
 
+ALL_CASES = CASES | OTHER_FAKES
+
+
 @pytest.fixture(scope="module")
 def wire(tmp_path_factory, digits) -> dict:
     """What rank 0 of two gave to collectives, in each case."""
     folder = tmp_path_factory.mktemp("wire")
     common = [f"run.folder={folder}", f"data.path={digits}", "training.total_images=96"]
     often = ["audit.every_images=32", "log.every_images=48", "samples.count=1"]
-    cases = {name: [*TINY, *common, *often, *each] for name, each in CASES.items()}
+    cases = {name: [*TINY, *common, *often, *each] for name, each in ALL_CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
     run_ranks("tests.plan.plan_ranks:run", folder, 2, DEADLINE_SECONDS)
     return json.loads((folder / "found.json").read_text())
@@ -49,22 +56,33 @@ def reduced_bytes(operands: list, gradient_bytes: int) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_and_their_bytes_are_those_of_two_real_ranks(digits, wire, name):
-    plan = make_plan(config_of(digits, *CASES[name]), nodes=2, gpus_per_node=1).communication
+    config = config_of(digits, *CASES[name])
+    plan = make_plan(config, nodes=2, gpus_per_node=1).communication
     found = wire[name]
     size = 2 if name == "compressed" else 4
-    assert plan.critic_step_collectives == len(found["critic"])
+    assert plan.fakes_collectives == len(found["fakes"])
+    assert plan.critic_step_collectives == len(found["critic 2"])
     assert plan.generator_step_collectives == len(found["generator"])
-    assert plan.critic_step_bytes == reduced_bytes(found["critic"], size)
+    assert plan.fakes_bytes == reduced_bytes(found["fakes"], size)
+    assert plan.critic_step_bytes == reduced_bytes(found["critic 2"], size)
     assert plan.generator_step_bytes == reduced_bytes(found["generator"], size)
     # Two ranks: a ring sends 2 * 1/2 of what is reduced, and once what is gathered.
     gathered = sum(
         4 * int(np.prod(shape))
-        for kind, times in (("critic", 2), ("generator", 1))
+        for kind, times in (("critic 2", 2), ("generator", 1))
         for operation, shape in found[kind] * times
         if operation == "gloo:all_gather"
     )
     assert plan.rank_traffic_bytes_per_cycle == plan.cycle_bytes + gathered
-    assert plan.cycle_bytes == 2 * plan.critic_step_bytes + plan.generator_step_bytes + 8
+    steps = plan.fakes_bytes + 2 * plan.critic_step_bytes + plan.generator_step_bytes
+    assert plan.cycle_bytes == steps + 8
+
+
+@pytest.mark.parametrize("name", ALL_CASES)
+def test_a_cycle_has_the_planned_collectives_however_its_fakes_are_made(digits, wire, name):
+    plan = make_plan(config_of(digits, *ALL_CASES[name]), nodes=2, gpus_per_node=1).communication
+    vote = 1
+    assert plan.cycle_collectives == sum(map(len, wire[name].values())) + vote
 
 
 def test_a_run_has_no_other_collectives_than_those_planned(digits, wire):

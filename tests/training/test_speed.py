@@ -43,11 +43,14 @@ def cycle_of(config: Config, runtime: Runtime) -> Cycle:
 
 
 def run(cycle: Cycle, logs: bool) -> None:
-    n_critic = cycle.config.objective.n_critic
-    for step in range(n_critic):
-        batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
-        cycle.critic_step(cycle.on_device(batch), logs and step == n_critic - 1)
-    cycle.generator_step(cycle.on_device(batch), with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
+    config, seen = cycle.config, cycle.state.images_seen
+    steps = range(config.objective.n_critic)
+    batches = [synthetic_batch(config, cycle.runtime, seen + 8 * step) for step in steps]
+    cycle.begin(batches, logs)
+    for step, given in enumerate(batches, 1):
+        batch = cycle.on_device(given)
+        cycle.critic_step(batch, logs and step == len(steps))
+    cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
     cycle.update_average()
 
 
