@@ -25,7 +25,7 @@ class GlobalBatchNorm(nn.Module):
     Cost on several ranks, in training only: one all-reduce of `2 * channels` float64 per forward
     and one per backward, which wait for every rank; so all ranks must go through it equally often,
     with equally many images. On one rank, and in evaluation anywhere, it is `F.batch_norm`. Within
-    `batches_together`, several batches share the all-reduce.
+    `batches_together`, several batches share the all-reduce. It has no second derivative there.
     """
 
     running_mean: Tensor
@@ -91,7 +91,8 @@ def batches_together(count: int) -> Iterator[None]:
     has its own moments in every GlobalBatchNorm, as if they came one after another, but their sums
     travel together. Not differentiable.
 
-    Right for a network that mixes the images of a batch nowhere else.
+    Right for a network that mixes the images of a batch nowhere else, and changes nothing else in
+    a forward.
     """
     global _batches
     _batches = count
@@ -106,7 +107,8 @@ def normalizes_together(network: nn.Module) -> bool:
     """Whether `batches_together` saves collectives of `network`, and is right for it, as its class
     has to say: `mixes_images_in_batch_norm_only = True`."""
     has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
-    return has_norms and getattr(network, "mixes_images_in_batch_norm_only", False)
+    # What a class inherits from is no promise for what it adds.
+    return has_norms and vars(type(network)).get("mixes_images_in_batch_norm_only", False)
 
 
 class _NormalizeGlobally(torch.autograd.Function):
@@ -135,20 +137,23 @@ class _NormalizeGlobally(torch.autograd.Function):
         """Ioffe & Szegedy 2015, the equations after algorithm 1: an image's gradient comes directly
         from its output, and through the mean and the variance from the outputs of all ranks."""
         images, weight, mean, variance = ctx.saved_tensors
+        # In bfloat16, what cancels here would be rounded before it does.
+        wide, gradients = images.to(mean.dtype), gradients.to(mean.dtype)
+        deviation = (variance + ctx.eps).sqrt()
+        gain = torch.ones_like(mean) if weight is None else weight
+        # As in evaluation, with constant moments. The GPU's kernel wants the moments that the CPU's
+        # does without, and a weight even if there is none.
         directly, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients, images, weight, mean, variance, None, None, False, ctx.eps, [True] * 3
+            gradients, wide, gain, mean, variance, mean, 1 / deviation, False, ctx.eps, [True] * 3
         )
         sums = sum_over_ranks(torch.stack([of_weight, of_bias]).double())
-        scale = (variance + ctx.eps).rsqrt() * (images.shape[1] / (world_size() * images.numel()))
-        if weight is not None:
-            scale = scale * weight
-        through_variance, through_mean = (-sums * scale).to(mean.dtype)
-        through_moments = F.batch_norm(
-            images, mean, variance, through_variance, through_mean, eps=ctx.eps
-        )
+        count = world_size() * images.numel() // images.shape[1]
+        of_variance, of_mean = (-sums * (gain / deviation / count)).to(mean.dtype)
+        through_moments = F.batch_norm(wide, mean, variance, of_variance, of_mean, eps=ctx.eps)
+        of_images = through_moments.add_(directly).to(images.dtype)  # in the images' memory format
         if weight is None:
             of_weight = of_bias = None
-        return directly.add_(through_moments), of_weight, of_bias, None
+        return of_images, of_weight, of_bias, None
 
 
 def _global_moments(

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ganscale.networks.normalization import GlobalBatchNorm, normalizes_together
+from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config, OptimizerConfig
+from ganscale.training.cycle import makes_fakes_together
 from ganscale.training.ema import average_of
 from ganscale.training.networks import sample_shape, untried_networks
 from ganscale.training.optimizers import build_optimizer
@@ -129,7 +130,8 @@ def cycle_exchanges(
     spans = objective.loss.spans_batch
     forwards = (1 if reuses else 2) * parts + (parts if spans and parts > 1 else 0)
     logits = images * _logit_bytes(config, critic) if spans else 0
-    messages = min(n_critic, 1 + reuses) if normalizes_together(generator) else n_critic
+    is_together = makes_fakes_together(config, generator, ranks)
+    messages = min(n_critic, 1 + reuses) if is_together else n_critic
     of_fakes = Exchange(n_critic * norm_bytes, 0, messages * len(norms))
     of_critic = Exchange(
         _gradient_bytes(config, critic) + (16 if dragan else 0),

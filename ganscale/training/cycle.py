@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from ganscale.data.batch import Batch
 from ganscale.data.preprocess import random_flip, to_network_range
@@ -41,6 +41,12 @@ class DeviceBatch:
     slots: Int64[Tensor, " batch"]
 
 
+def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
+    """Whether the fakes of several critic steps are made in one forward. Not with micro-batches:
+    who needs them has no memory for that."""
+    return world_size > 1 and config.training.accumulate == 1 and normalizes_together(generator)
+
+
 class Cycle:
     """The steps of a run, as functions of its state and a batch; counts images and steps."""
 
@@ -52,7 +58,9 @@ class Cycle:
         self.runtime = runtime
         self.state = state
         self._make = once(partial(make, state.generator), config.training.compile)
-        self._makes_fakes_together = runtime.world_size > 1 and normalizes_together(state.generator)
+        self._makes_fakes_together = makes_fakes_together(
+            config, state.generator, runtime.world_size
+        )
         self._fakes_ahead: deque[Tensor] = deque()
         self._kept_fakes: Tensor | None = None
         stopwatch.reset(runtime.device)
@@ -68,7 +76,7 @@ class Cycle:
         return self.config.objective.n_critic * self.config.training.global_batch_size
 
     def begin(self, batches: Sequence[Batch], with_panel: bool) -> None:
-        """Before the critic's steps on `batches`.
+        """Before the critic's steps, on these batches in this order.
 
         The generator stays as it is until they are done, so their fakes may be made together; they
         are where ranks then wait for each other once instead of in every step.
@@ -79,6 +87,8 @@ class Cycle:
         if self._makes_fakes_together and len(ahead) > 1:
             slots = torch.cat([batch.slots for batch in ahead]).to(self.runtime.device)
             labels = torch.cat([batch.labels for batch in ahead]).to(self.runtime.device)
+            if with_panel:  # what ranks wait for each other is not theirs
+                self.runtime.wait_for_all()
             with section("fakes together"), batches_together(len(ahead)):
                 fakes = self._fakes(slots, labels if self.state.num_classes else None)
             self._fakes_ahead.extend(fakes.chunk(len(ahead)))

@@ -28,6 +28,13 @@ def large_mean_images() -> torch.Tensor:
     return 1000 + 0.1 * torch.randn(GLOBAL_BATCH, 3, 16, 16)
 
 
+def bfloat16_images_and_gradients() -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients' means are five times their deviations."""
+    torch.manual_seed(4)
+    images, gradients = torch.randn(2, GLOBAL_BATCH, 3, 16, 16)
+    return images.bfloat16(), (gradients + 5).bfloat16()
+
+
 def use_twice(generator: torch.nn.Module, own: slice) -> dict[str, torch.Tensor]:
     """Two training forwards, one backward, and an evaluation, of the global batch's part `own`."""
     torch.manual_seed(1)
@@ -63,6 +70,18 @@ def main(rank: int, folder: Path) -> None:
     torch.manual_seed(3)
     halves = torch.randn(GLOBAL_BATCH, 3, 16, 16).bfloat16()
     results["bfloat16"] = norm(halves[own]).detach()
+    for name, layout in (
+        ("bfloat16 gradients", torch.contiguous_format),
+        ("channels last gradients", torch.channels_last),
+    ):
+        images, gradients = (
+            each[own].contiguous(memory_format=layout) for each in bfloat16_images_and_gradients()
+        )
+        images.requires_grad_()
+        GlobalBatchNorm(3)(images).backward(gradients)
+        assert images.grad is not None
+        assert images.grad.is_contiguous(memory_format=layout)
+        results[name] = images.grad
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -93,6 +93,19 @@ def test_bfloat16_images_stay_bfloat16_and_are_normalized_in_float32(two_ranks):
     torch.testing.assert_close(normalized, expected, rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["bfloat16 gradients", "channels last gradients"])
+def test_gradients_of_bfloat16_images_are_rounded_once(two_ranks, name):
+    """Gradients that are mostly their channel's mean, which normalization takes away."""
+    found = torch.cat([rank[name] for rank in two_ranks])
+    images, gradients = ranks.bfloat16_images_and_gradients()
+    images = images.double().requires_grad_()
+    nn.BatchNorm2d(3).double()(images).backward(gradients.double())
+    expected = images.grad
+    assert found.dtype == torch.bfloat16
+    assert expected is not None
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=2e-5)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_one_rank_equals_torchs_batch_norm(affine):
     torch.manual_seed(0)

@@ -22,8 +22,6 @@ from ganscale.training.trainer import Trainer
 class OwnGenerator(DCGANGenerator):
     """As a user writes one, who says nothing of what else than batch norms mixes images."""
 
-    mixes_images_in_batch_norm_only = False
-
 
 def run(folder: Path) -> None:
     torch.set_num_threads(1)

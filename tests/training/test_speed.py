@@ -270,3 +270,23 @@ def run_rank(folder: Path) -> None:
     run(cycle, logs=True)
     torch.save(row_of(cycle, speed), folder / f"row{runtime.rank}.pt")
     runtime.close()
+
+
+def test_who_waits_for_another_rank_does_not_count_it_as_making_fakes(tmp_path: Path):
+    run_ranks("tests.training.test_speed:run_rank_with_batch_norm", tmp_path, 2, seconds=120)
+    for rank in range(2):
+        row = torch.load(tmp_path / f"row{rank}.pt")
+        assert 0 < row["perf/fake_images_ms"] < 1000 * PAUSE
+
+
+def run_rank_with_batch_norm(folder: Path) -> None:
+    runtime = Runtime.start(timeout_seconds=60)
+    cycle = cycle_of(config_of(Combination("wgan", "wgan_gp", "batch_norm"), 1, "float32"), runtime)
+    speed = Speed(cycle.config, runtime, cycle.state)
+    for _ in range(11):
+        run(cycle, logs=False)
+    if runtime.rank == 1:
+        time.sleep(8 * PAUSE)
+    run(cycle, logs=True)
+    torch.save(row_of(cycle, speed), folder / f"row{runtime.rank}.pt")
+    runtime.close()
