@@ -11,6 +11,7 @@ is the same, with a quarter of the multiplications.
 
 import math
 from itertools import pairwise
+from typing import TypeVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrall
 
 from ganscale.errors import UserError
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
+from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.shapes import doubling_widths, image_shape, require_positive
+
+Conv = TypeVar("Conv", bound=nn.Conv2d)
 
 RELU_GAIN = math.sqrt(2)  # He's initialization, over the mean of fan-in and fan-out
 
@@ -91,7 +95,7 @@ class UpBlock(nn.Module):
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         # Whatever a bias adds here, to the residual or to the skip, a later batch norm subtracts.
         has_bias = norm == "none"
-        self.conv1 = _conv(inputs, outputs, 3, bias=has_bias)
+        self.conv1 = _initialized(UpsampledConv2d(inputs, outputs, 3, bias=has_bias))
         self.conv2 = _conv(outputs, outputs, 3, bias=has_bias)
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0, bias=has_bias)
 
@@ -101,7 +105,7 @@ class UpBlock(nn.Module):
         labels: Int64[Tensor, "batch"] | None,
     ) -> Float[Tensor, "batch outputs 2*height 2*width"]:
         residual = self.relu(_normalized(self.norm1, images, labels))
-        residual = self.conv1(self.upsample(residual))
+        residual = self.conv1(residual)
         residual = self.conv2(self.relu(_normalized(self.norm2, residual, labels)))
         return self.upsample(self.shortcut(images)) + residual
 
@@ -168,13 +172,13 @@ class InputBlock(nn.Module):
         self.relu = nn.ReLU()
         self.pool = nn.AvgPool2d(2)
         self.conv1 = _conv(inputs, outputs, 3)
-        self.conv2 = _conv(outputs, outputs, 3)
+        self.conv2 = _initialized(PooledConv2d(outputs, outputs, 3))
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0)
 
     def forward(
         self, images: Float[Tensor, "batch inputs height width"]
     ) -> Float[Tensor, "batch outputs height//2 width//2"]:
-        residual = self.pool(self.conv2(self.relu(self.conv1(images))))
+        residual = self.conv2(self.relu(self.conv1(images)))
         return self.shortcut(self.pool(images)) + residual
 
 
@@ -186,14 +190,14 @@ class DownBlock(nn.Module):
         self.relu = nn.ReLU()
         self.pool = nn.AvgPool2d(2)
         self.conv1 = _conv(inputs, inputs, 3)
-        self.conv2 = _conv(inputs, outputs, 3)
+        self.conv2 = _initialized(PooledConv2d(inputs, outputs, 3))
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0)
 
     def forward(
         self, images: Float[Tensor, "batch inputs height width"]
     ) -> Float[Tensor, "batch outputs height//2 width//2"]:
         residual = self.conv1(self.relu(images))
-        residual = self.pool(self.conv2(self.relu(residual)))
+        residual = self.conv2(self.relu(residual))
         return self.shortcut(self.pool(images)) + residual
 
 
@@ -227,8 +231,13 @@ def _normalized(norm: nn.Module, images: Tensor, labels: Tensor | None) -> Tenso
 def _conv(
     inputs: int, outputs: int, kernel_size: int, *, gain: float = RELU_GAIN, bias: bool = True
 ) -> nn.Conv2d:
-    """A convolution that keeps the resolution, initialized as in the paper's code."""
-    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+    """A convolution that keeps the resolution."""
+    same = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+    return _initialized(same, gain)
+
+
+def _initialized(conv: Conv, gain: float = RELU_GAIN) -> Conv:
+    """As in the paper's code."""
     nn.init.xavier_uniform_(conv.weight, gain)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

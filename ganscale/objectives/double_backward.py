@@ -37,6 +37,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ganscale.networks.resampling import convolve_and_pool, upsample_and_convolve
 from ganscale.objectives.forms import (
     Settings,
     as_product,
@@ -44,7 +45,9 @@ from ganscale.objectives.forms import (
     gradients,
     has_patches,
     has_phases,
+    pooled_kernel,
     unpool,
+    upsampled_kernel,
 )
 
 Sizes = int | Sequence[int]
@@ -164,6 +167,22 @@ def _transposed_convolution(
     )  # fmt: skip
 
 
+def _convolution_and_pool(
+    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int = 2
+) -> Tensor:
+    kernel, padding = pooled_kernel(weight), weight.shape[-1] // 2
+    output = _convolution(images, kernel, bias, 2, padding, order=order)
+    return F.conv2d(images, kernel, bias, 2, padding) if output is None else output
+
+
+def _upsampling_and_convolution(
+    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int = 2
+) -> Tensor:
+    kernel, padding = upsampled_kernel(weight), weight.shape[-1] // 2
+    output = _transposed_convolution(images, kernel, bias, 2, padding, order=order)
+    return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
+
+
 _Fast = dict[Callable[..., Any], Callable[..., Tensor | None]]
 _CONVOLUTIONS = F.conv1d, F.conv2d, F.conv3d
 _TRANSPOSED_CONVOLUTIONS = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
@@ -176,11 +195,15 @@ _FAST: _Fast = {
     F.avg_pool2d: _average_pool,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
+    convolve_and_pool: _convolution_and_pool,
+    upsample_and_convolve: _upsampling_and_convolution,
 }
 _FAST_ONCE: _Fast = {
     F.avg_pool2d: _average_pool,
     **dict.fromkeys(_CONVOLUTIONS, partial(_convolution, order=1)),
     **dict.fromkeys(_TRANSPOSED_CONVOLUTIONS, partial(_transposed_convolution, order=1)),
+    convolve_and_pool: partial(_convolution_and_pool, order=1),
+    upsample_and_convolve: partial(_upsampling_and_convolution, order=1),
 }
 
 

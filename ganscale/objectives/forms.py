@@ -10,6 +10,9 @@ Libraries tune convolutions for many channels on large maps. A GAN has others at
   sees its own s-th of the kernel's rows and columns. Taken as further channels of one dense
   convolution (a sub-pixel convolution: Shi et al. 2016, https://arxiv.org/abs/1609.07009), they are
   done in 0.6 of the time on a CPU.
+- A convolution and the mean over 2x2 pixels behind it, or the nearest up-sampling before it, as one
+  convolution with stride 2 (`networks.resampling`), with 4/9 of the operations for a 3x3 kernel:
+  in 0.35 to 0.95 of the time on a CPU.
 - The weights' gradient of a strided convolution to a small map, in bfloat16 on a CPU: as the
   product of the map with the patches that it was made of, in 0.35 to 0.85 of the time.
 """
@@ -202,6 +205,26 @@ def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
         return rows.view(len(rows), *like.shape[1:])
     channels, height, width = like.shape[1:]
     return rows.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
+
+
+def pooled_kernel(weight: Tensor) -> Tensor:
+    """Of the convolution with stride 2 that is one with `weight` and a mean over 2x2 pixels.
+
+    Each of the four pixels sees the kernel elsewhere: their mean sees the mean of the four.
+    (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the same memory layout.
+    """
+    return F.avg_pool2d(F.pad(weight, [1] * 4), 2, stride=1)
+
+
+def upsampled_kernel(weight: Tensor) -> Tensor:
+    """Of the transposed convolution with stride 2 that is one with `weight` behind a nearest
+    up-sampling: pooling the other way round, and a sum.
+
+    (outputs, inputs, k, k) to (inputs, outputs, k + 1, k + 1), in the same memory layout.
+    """
+    layout = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
+    turned = weight.transpose(0, 1).contiguous(memory_format=layout).flip(2, 3)
+    return 4 * pooled_kernel(turned)
 
 
 def unpool(gradient: Tensor, window: int) -> Tensor:

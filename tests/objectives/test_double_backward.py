@@ -1,5 +1,6 @@
 """The fast double backward against autograd's own, in float64, for all kinds of critics."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.tiny_networks import TinyCritic
 from ganscale.networks.dcgan import DCGANCritic
 from ganscale.networks.mlp import MLPCritic
+from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.penalties import PENALTIES, input_gradients
@@ -107,6 +109,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "average pool, divided": lambda: nn.AvgPool2d((2, 3), (1, 2), (0, 1), divisor_override=5),
     "adaptive pool": lambda: nn.AdaptiveAvgPool2d(5),
+    "pooled": lambda: PooledConv2d(4, 4, 3),
+    "pooled, frozen, no bias": lambda: PooledConv2d(4, 5, 5, bias=False).requires_grad_(False),
+    "pooled, spectral norm": lambda: spectral_norm(PooledConv2d(4, 4, 1)).eval(),
+    "upsampled": lambda: UpsampledConv2d(4, 5, 3),
+    "upsampled, no bias": lambda: UpsampledConv2d(4, 4, 5, bias=False),
     "max pool": lambda: nn.MaxPool2d(2),
     "nearest": lambda: nn.Upsample(scale_factor=2),
     "convolution without bias": lambda: nn.Conv2d(4, 4, 3, bias=False),
@@ -318,6 +325,40 @@ def test_a_penalty_costs_four_forwards_where_autograd_takes_more_than_five() -> 
     # Nearly four: nothing goes back to the logits through the last layer, whose slope is one.
     assert 3.9 * forward.count < fast.count <= 4 * forward.count
     assert autograds.count > 5.25 * forward.count  # six, but for the first layer and the last
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("layer", [PooledConv2d(16, 16, 3), UpsampledConv2d(16, 16, 3)])
+def test_convolutions_that_resample_cost_four_ninths(layer: nn.Module, order: int) -> None:
+    counted = []
+    for context in (FastDerivatives(order), torch.enable_grad()):
+        images = torch.zeros(2, 16, 8, 8, requires_grad=True)
+        with Operations() as operations, context:
+            layer(images).sum().backward()
+        counted.append(operations.count)
+    assert 9 * counted[0] == 4 * counted[1] > 0
+
+
+@pytest.mark.parametrize("kind", [PooledConv2d, UpsampledConv2d])
+def test_convolutions_that_resample_err_no_more_in_bfloat16(kind: type[PooledConv2d]) -> None:
+    torch.manual_seed(0)
+    exact = kind(64, 64, 3).double()
+    layer, images = copy.deepcopy(exact).float(), draw(8, 64, 16, 16)
+
+    def derivatives(layer: nn.Module, images: Tensor) -> list[Tensor]:
+        leaf = images.clone().requires_grad_()
+        output = layer(leaf)
+        weights = list(layer.parameters())
+        gradients = torch.autograd.grad(output.double().square().sum(), [leaf, *weights])
+        return [output.double(), *(gradient.double() for gradient in gradients)]
+
+    expected = derivatives(exact, images)
+    errors = []
+    for context in (FastDerivatives(), torch.enable_grad()):
+        with torch.autocast("cpu", torch.bfloat16), context:
+            found = derivatives(layer, images.float())
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
+    assert all(mine <= 1.1 * plain for mine, plain in zip(*errors, strict=True)), errors
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 5, 3, stride=2)])
