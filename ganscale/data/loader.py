@@ -1,19 +1,19 @@
 """Finished batches for one rank: positions -> samples -> bytes -> pixels, decoded ahead by threads.
 
-Threads rather than processes: the decoders release Python's lock, a batch is never copied between
-processes, and there is nothing to clean up when a run is killed. A batch is cut into parts, one a
-thread, so that the first one is there soon; the decoders write into its rows.
+Threads, since the decoders release Python's lock: all of them fill one batch, cut into parts, so
+that the first one is there soon. In training, they are in a process of their own (`data.ahead`).
 """
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ganscale.data.batch import Batch
 from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
@@ -31,6 +31,19 @@ logger = logging.getLogger(__name__)
 _SAMPLES_TRIED = 64  # of a lane, one after the other, before its data is given up
 _PART_PIXELS = 1 << 14  # at least, of a part: what it costs besides is then little
 _CLOSE_SECONDS = 5.0
+
+
+Room = Callable[[tuple[int, ...]], Tensor]
+"""Of a shape, where a batch of uint8 images finds its place."""
+
+
+def plain_room(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def pinned_room(shape: tuple[int, ...]) -> Tensor:
+    """From which a GPU copies while the processor goes on."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
 def parts_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
@@ -65,7 +78,7 @@ class Loader:
         rank: int,
         world_size: int,
         images_seen: int,
-        pin_memory: bool = False,
+        room: Room = plain_room,
     ) -> None:
         self.order = Order(
             np.diff(manifest.first_sample),
@@ -82,7 +95,7 @@ class Loader:
         self._watch = WindowWatch(self.order)
         share = global_batch_size // world_size
         self._shape = (share, config.resolution, config.resolution, config.channels)
-        self._pin_memory = pin_memory
+        self._room = room
         self._batch = (global_batch_size, self.order.lanes, rank, world_size)
         self._next = images_seen
         self._log = BrokenLog()
@@ -119,7 +132,7 @@ class Loader:
     def _start(self, images_seen: int) -> _Pending:
         """Hands the parts of a batch to the threads."""
         positions, slots = batch_positions(images_seen, *self._batch)
-        images = torch.empty(self._shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        images = self._room(self._shape)
         labels = torch.empty(len(positions), dtype=torch.int64)
         pending = _Pending(Batch(images, labels, torch.from_numpy(slots)))
         self._fetch_ahead(positions, pending)

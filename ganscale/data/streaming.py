@@ -29,6 +29,7 @@ from ganscale.data import remote
 from ganscale.data.batch import Batch
 from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
 from ganscale.data.decoding import DecodeError, decode_into
+from ganscale.data.loader import Room, plain_room
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.store import LARGEST_IMAGE_BYTES
 from ganscale.data.tar_reader import StreamedTars, shard_name
@@ -64,7 +65,7 @@ class StreamLoader:
         rank: int,
         world_size: int,
         images_seen: int,
-        pin_memory: bool = False,
+        room: Room = plain_room,
     ) -> None:
         if rank == 0:
             logger.warning(
@@ -88,7 +89,7 @@ class StreamLoader:
                 config,
                 derived_seed(seed, f"{place}/{i} of {count}"),
                 share,
-                pin_memory,
+                room,
                 count,
             )
             for i in range(count)
@@ -150,13 +151,13 @@ class _Stream:
         config: DataConfig,
         seed: int,
         batch_size: int,
-        pin_memory: bool,
+        room: Room,
         streams: int,
     ) -> None:
         self.tars = StreamedTars(config.retry_seconds)
         self._config = config
         self._batch_size = batch_size
-        self._pin_memory = pin_memory
+        self._room = room
         self._has_worked = False
         buffer = max(2, config.block_samples * config.window_blocks // streams)
         pipeline = DataPipeline(
@@ -172,7 +173,7 @@ class _Stream:
         config, count = self._config, self._batch_size
         self.tars.heard_at = time.monotonic()  # the consumer may have been away
         shape = (count, config.resolution, config.resolution, config.channels)
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        images = self._room(shape)
         pixels = images.numpy()
         labels = torch.tensor([self._fill(pixels[row]) for row in range(count)])
         broken, self.tars.broken = tuple(self.tars.broken), []

@@ -1,29 +1,24 @@
-"""The batches of a run, a cycle ahead of its training, and asked for another cycle ahead of that.
+"""The batches of a run, a cycle ahead of its training; those of the cycle after that lie ready.
 
 Ahead, so that the ranks can agree that every one of them has its batches before any of them enters
-a collective: a rank whose data fails would leave the others waiting there. Whatever is asked of the
-loader is done while the device is still busy with the cycle before; so are the copies to a GPU, in
-a stream of their own.
+a collective: a rank whose data fails would leave the others waiting there. So the device is still
+busy with one cycle when the batches of the next are copied to it, in a stream of their own.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from dataclasses import replace
 
 import torch
 
+from ganscale.data.ahead import LoaderProcess, LoaderThread
 from ganscale.data.batch import Batch
-from ganscale.data.loader import Loader
-from ganscale.data.streaming import StreamLoader
-from ganscale.data.threads import Crew
 from ganscale.errors import UnavailableError, UserError
 from ganscale.runtime import Runtime
 from ganscale.training.profiling import section
 
 _LOOK_SECONDS = 0.5
-_CLOSE_SECONDS = 1.0
 
 
 class Feed:
@@ -32,7 +27,7 @@ class Feed:
     Attribute `waited_seconds`: the loop has stood still for data since someone set it to 0.
     """
 
-    def __init__(self, loader: Loader | StreamLoader, runtime: Runtime, steps: int) -> None:
+    def __init__(self, loader: LoaderThread | LoaderProcess, runtime: Runtime, steps: int) -> None:
         """steps: batches in a cycle"""
         self.waited_seconds = 0.0
         self._loader = loader
@@ -40,9 +35,7 @@ class Feed:
         self._steps = steps
         is_cuda = runtime.device.type == "cuda"
         self._copies = torch.cuda.Stream(runtime.device) if is_cuda else None
-        self._crew = Crew(1, "feed")
-        self._ahead: list[Batch] = []
-        self._asked_for: Future[list[Batch]] | None = None
+        self._fetched: list[Batch] = []
         self._failure: UserError | UnavailableError | None = None
         self._broken: Counter[tuple[str, str]] = Counter()  # since `count_broken`
 
@@ -58,29 +51,25 @@ class Feed:
         """
         started = time.perf_counter()
         with section("data wait"):
-            batches = self._asked_for or self._ask()
-            while not batches.done() and not is_stopped():
-                wait([batches], timeout=_LOOK_SECONDS)
-            self._asked_for = batches
             try:
-                if batches.done():
-                    self._ahead = [self._sent(batch) for batch in batches.result()]
-                    self._asked_for = self._ask()
+                while len(self._fetched) < self._steps and not self._waits_in_vain(is_stopped):
+                    self._fetched.append(self._sent(next(self._loader)))
             except (UserError, UnavailableError) as error:
                 self._failure = error
         self.waited_seconds += time.perf_counter() - started
 
-    def _ask(self) -> Future[list[Batch]]:
-        """Has the next cycle's batches collected while this thread trains."""
-        return self._crew.submit(lambda: [next(self._loader) for _ in range(self._steps)])
-
-    def close(self) -> None:
-        """Within a second: a fetch that still waits is left to itself."""
-        self._crew.close(_CLOSE_SECONDS)
+    def _waits_in_vain(self, is_stopped: Callable[[], bool]) -> bool:
+        """Waits for the next batch, and returns whether a stop came first."""
+        stopped = is_stopped()
+        while not self._loader.wait(0.0 if stopped else _LOOK_SECONDS):
+            if stopped:
+                return True
+            stopped = is_stopped()
+        return False
 
     def take(self) -> list[Batch]:
         """What was fetched, to be trained on now: on a GPU if there is one."""
-        batches, self._ahead = self._ahead, []
+        batches, self._fetched = self._fetched, []
         if self._copies is not None:
             computes = torch.cuda.current_stream(self._runtime.device)
             computes.wait_stream(self._copies)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
+from ganscale.data.ahead import start_loader
 from ganscale.data.dataset import open_data
+from ganscale.data.loader import pinned_room, plain_room
 from ganscale.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -108,16 +110,20 @@ class Trainer:
         state.sessions.append(
             {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
         )
-        loader = self.data.loader(
+        is_cuda = self.runtime.device.type == "cuda"
+        loader = start_loader(
+            self.data,
+            config.data,
+            pinned_room if is_cuda else plain_room,
+            ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
             images_seen=state.images_seen,
-            pin_memory=self.runtime.device.type == "cuda",
         )
         feed = Feed(loader, self.runtime, config.objective.n_critic)
-        with contextlib.closing(loader), contextlib.closing(feed):
+        with contextlib.closing(loader):
             reports = Reports(config, self.folder, self.resumed_at, self.runtime, state, feed)
             try:
                 cycles = config.profile.steps if self.runtime.is_main else 0

@@ -12,6 +12,7 @@ def test_both_are_what_they_are_defined_as(size: int) -> None:
 
     def convolved(layer: PooledConv2d | UpsampledConv2d, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
+        assert layer.bias is not None
         found = layer.bias.view(-1, 1, 1) + torch.zeros(2, 4, height, width, dtype=torch.float64)
         for row in range(height):
             for column in range(width):
