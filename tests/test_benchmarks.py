@@ -193,3 +193,10 @@ def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
     assert len(set(names)) == len(names)
     assert set(step.QUICK) <= set(names)
     assert {name.partition("/")[0] for name in names} == set(OBJECTIVES)
+
+
+def test_one_and_two_ranks_take_turns() -> None:
+    rows = scaling.measure("non_saturating", "dcgan32", 2, cycles=1, rounds=2, seconds=120)
+    assert [row.name.split("/")[-1] for row in rows] == ["efficiency", "communication"]
+    assert 0 < rows[0].ratio < 1000
+    assert rows[1].ratio < 100

@@ -1,7 +1,9 @@
-"""A cycle as it is and a compiled one; prints how far their weights are apart.
+"""A compiled cycle: `run_rank` on any number of ranks, `main` where there is no compiler.
 
-In a process of its own, since type checks of tests are no more than obstacles to a compiler.
+In processes of their own, since type checks of tests are no more than obstacles to a compiler.
 """
+
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,26 +32,33 @@ SETTINGS = (
 )
 
 
-def after_a_cycle(*settings: str) -> dict[str, Tensor]:
-    config, runtime = resolve([*SETTINGS, *settings]).config, Runtime.start()
+def after_a_cycle(*settings: str, runtime: Runtime | None = None) -> dict[str, Tensor]:
+    """With this rank's share of four images."""
+    config, runtime = resolve([*SETTINGS, *settings]).config, runtime or Runtime.start()
     objective = build_objective(config.objective)
     state = TrainingState(config, objective, runtime, num_classes=0)
     cycle = Cycle(config, objective, runtime, state)
     images = torch.arange(4 * 16 * 16 * 3).view(4, 16, 16, 3).remainder(251).byte()
-    batch = cycle.on_device(Batch(images, torch.zeros(4, dtype=torch.int64), torch.arange(4)))
+    share = torch.arange(4).chunk(runtime.world_size)[runtime.rank]
+    batch = cycle.on_device(Batch(images[share], torch.zeros_like(share), share))
     cycle.critic_step(batch, with_panel=False)
     cycle.generator_step(batch, with_panel=False)
     return {**state.critic.state_dict(), **state.generator.state_dict(prefix="generator.")}
 
 
+def run_rank(folder: Path) -> None:
+    runtime = Runtime.start()
+    weights = after_a_cycle("training.compile=true", runtime=runtime)
+    torch.save(weights, folder / f"weights{runtime.rank}.pt")
+    runtime.wait_for_all()
+    runtime.close()
+
+
 def main() -> None:
-    plain = after_a_cycle()
     try:
-        compiled = after_a_cycle("training.compile=true")
+        after_a_cycle("training.compile=true")
     except UserError as error:
         print(error)
-        return
-    print(max((compiled[name] - value).abs().max().item() for name, value in plain.items()))
 
 
 if __name__ == "__main__":
