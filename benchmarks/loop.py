@@ -2,11 +2,11 @@
 
     python -m benchmarks.loop [--quick] [--json FILE]
 
-`ganscale train` as a user has it, with shards read and decoded by threads, meters, the panel, rows
-in W&B (offline), the average, samples, audits and checkpoints, against its own cycle alone on a
-batch that lies ready. Both live in one process and take turns, a block of cycles each, so whatever
-else the machine does hits both. While the bare steps run, the loader's threads fill their few
-batches ahead and then wait, as they do during training.
+`ganscale train` as a user has it, with shards read and decoded by another process, meters, the
+panel, rows in W&B (offline), the average, samples, audits and checkpoints, against its own cycle
+alone on a batch that lies ready. Both live in one process and take turns, a block of cycles each,
+so whatever else the machine does hits both. While the bare steps run, the loader fills its few
+batches ahead and then waits, as it does during training.
 
 - `demo`: configs/demo.yaml, the bundled digits
 - `bce_dcgan32`: the lightest step, one critic step an image, on the bundled emoji
@@ -16,7 +16,8 @@ The ratio is images a second of the run over those of the bare step, in percent:
 periods from one checkpoint to the next, low and high their quartiles. Reports cost the same time
 however small the networks are, so their intervals are set by time: a row about every four seconds,
 samples about every 20, an audit and a checkpoint about every 40 (--quick: 8), as short as on a GPU
-with the default intervals. One thread for torch, `data.workers` more for the loader.
+with the default intervals. One thread for torch; the loader has a process of
+`data.workers` threads, which the cores used do not count.
 """
 
 import contextlib

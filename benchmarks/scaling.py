@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.limit import useful
+from benchmarks.limit import done
 from benchmarks.ours import CONFIGS, Ours, config_of, random_images
 from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
@@ -223,10 +223,10 @@ def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> 
         networks = planned_networks(config, 0)
         objective = build_objective(config.objective)
         fakes, critic, generator = cycle_exchanges(config, objective, *networks, ranks)
-        needed = useful(config, *networks, _meta_images(config, images_per_rank))
+        computed = done(config, *networks, _meta_images(config, images_per_rank))
         n_critic = config.objective.n_critic
         # As if all steps took the same time.
-        cycle = (needed.penalty + needed.rest) / rate
+        cycle = sum(computed) / rate
         parts = [cycle / (n_critic + 1)] * 2
         norms = sum(isinstance(m, normalization.GlobalBatchNorm) for m in networks[0].modules())
         small = fakes.collectives + 2 * norms

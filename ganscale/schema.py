@@ -49,7 +49,7 @@ class DataConfig:
     resolution: int = number(MISSING, at_least=1)  # pixels; larger images are reduced and cropped
     channels: int = number(3, at_least=1)  # 1 (grey) or 3 (RGB)
     flip: bool = False  # mirror half of the images left to right
-    workers: int = number(2, at_least=0)  # decoding threads per rank, in a process; 0: in the rank's
+    workers: int = number(2, at_least=0)  # decoding threads of a rank, in another process unless 0
     lanes: int = number(64, at_least=1)  # interleaved sequences that make up the data order
     block_samples: int = number(256, at_least=1)  # consecutive samples that are read together
     window_blocks: int = number(8, at_least=1)  # blocks of a lane within which samples are shuffled

@@ -87,6 +87,15 @@ def _killed_run(fault: Fault, session: Session, scene: Scene) -> None:
     session.kill()
 
 
+def _killed_loader(fault: Fault, session: Session, scene: Scene) -> None:
+    loader = session.rank(fault.victim, loader=True)
+    if loader is None:
+        raise NotSurvived(f"rank {fault.victim} has no process that reads its data")
+    with _timed(scene):
+        loader.kill()
+        session.expect_end(EXIT_REQUEUE, _END_SECONDS)
+
+
 def _signal(fault: Fault, session: Session, scene: Scene) -> None:
     if fault.variant == "launcher killed":
         with _timed(scene):
@@ -196,6 +205,7 @@ def _start_up(fault: Fault, session: Session, scene: Scene) -> None:
 _KINDS: dict[str, Callable[[Fault, Session, Scene], None]] = {
     "killed rank": _killed_rank,
     "killed run": _killed_run,
+    "killed loader": _killed_loader,
     "signal": _signal,
     "stopped rank": _stopped_rank,
     "full disk": _full_disk,

@@ -16,6 +16,7 @@ FULL_FROM_THE_START = "from the start"
 KINDS = {
     "killed rank": ("",),
     "killed run": ("",),
+    "killed loader": ("",),
     "signal": (
         "USR1 to all", "TERM to one", "INT to all", "USR1 to one", "TERM to all", "INT to one",
         "launcher killed",
@@ -55,7 +56,9 @@ class Fault:
         """For people."""
         variant = f", {self.variant}" if self.variant else ""
         ranks = "2 ranks" if self.ranks > 1 else "1 rank"
-        if self.kind in NEEDS_TWO_RANKS or self.variant.endswith(("to one", "killed rank")):
+        if self.kind in (*NEEDS_TWO_RANKS, "killed loader") or self.variant.endswith(
+            ("to one", "killed rank")
+        ):
             ranks = f"rank {self.victim} of {ranks}"
         launcher = " under a launcher" if self.is_launched else ""
         return f"{self.kind}{variant} ({ranks}{launcher})"

@@ -100,10 +100,12 @@ class Session:
                     found.append(process)
         return found
 
-    def rank(self, number: int) -> psutil.Process | None:
-        """The process of a rank, None where there is none."""
+    def rank(self, number: int, *, loader: bool = False) -> psutil.Process | None:
+        """The process of a rank, or the one that reads its data; None where there is none."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error, OSError):
+                if loader != any("ganscale.data.serving" in word for word in process.cmdline()):
+                    continue
                 if self.ranks == 1 or process.environ().get("RANK") == str(number):
                     return process
         return None

@@ -16,9 +16,10 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -32,11 +33,17 @@ from ganscale.data.dataset import DataSet
 from ganscale.data.loader import Loader, Room
 from ganscale.data.streaming import StreamLoader
 from ganscale.data.threads import Crew
-from ganscale.errors import UnavailableError
+from ganscale.errors import GanscaleError, UnavailableError
 from ganscale.schema import DataConfig
 
+_PROGRAM = """
+import sys
+sys.path[:] = sys.argv[3:]  # where this package was found
+from ganscale.data.serving import main
+main()
+"""
 _THREAD_CLOSE_SECONDS = 1.0
-_PROCESS_CLOSE_SECONDS = 8.0  # a little longer than loaders take
+_PROCESS_CLOSE_SECONDS = 12.0  # a little longer than loaders take
 
 
 def start_loader(
@@ -48,9 +55,9 @@ def start_loader(
     ahead: so many batches lie ready
     place: the other arguments of `data.loader`
     """
-    if config.workers == 0 or not hasattr(os, "memfd_create"):
-        return LoaderThread(data.loader(room=room, **place), ahead)
-    return LoaderProcess(data, config, room, ahead, **place)
+    if config.workers > 0 and hasattr(os, "memfd_create"):
+        return LoaderProcess(data, config, room, ahead, **place)
+    return LoaderThread(data.loader(room=room, **place), ahead)
 
 
 class LoaderThread:
@@ -91,9 +98,7 @@ class LoaderThread:
 class Job:
     """What the other process is to do."""
 
-    config: DataConfig
-    fingerprint: str
-    place: dict[str, Any]
+    loader: Callable[..., Loader | StreamLoader]
     shape: tuple[int, ...]
     slots: int
 
@@ -160,16 +165,13 @@ class LoaderProcess:
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         self._message: object = None  # the next one that is no line for the log
-        command = [sys.executable, "-m", "ganscale.data.serving", str(theirs.fileno()), str(file)]
+        command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(file), *sys.path]
         self._process = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # each of its threads decodes by itself
-            pass_fds=(theirs.fileno(), file),
-            start_new_session=True,
+            command, pass_fds=(theirs.fileno(), file), start_new_session=True
         )
         theirs.close()
         os.close(file)
-        self._send(Job(config, data.fingerprint, place, self._shape, count))
+        self._send(Job(partial(data.loader, **place), self._shape, count))
         for _ in range(ahead):
             self._send(None)
 
@@ -178,7 +180,7 @@ class LoaderProcess:
 
     def __next__(self) -> Batch:
         """Raises as the loader does, at every further call, too; UnavailableError when the other
-        process is gone."""
+        process was killed."""
         while not self.wait(60.0):
             pass
         message, self._message = self._message, None
@@ -219,10 +221,13 @@ class LoaderProcess:
         with contextlib.suppress(OSError):  # it is gone; receiving says why
             self._connection.send(message)
 
-    def _lost(self) -> UnavailableError:
+    def _lost(self) -> GanscaleError:
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return UnavailableError("the process that reads the data does not answer any more")
-        why = f"was killed by signal {-code} (of memory?)" if code < 0 else f"ended with {code}"
-        return UnavailableError(f"the process that reads the data {why}")
+        if code < 0:
+            return UnavailableError(
+                f"the process that reads the data was killed by signal {-code}; of memory?"
+            )
+        return GanscaleError(f"the process that reads the data ended with code {code}")

@@ -161,7 +161,7 @@ class Manifest:
 
     def __reduce__(self):
         # A process that is handed a manifest maps the file itself: else all rows would be copied.
-        return Manifest._read, (self.root, self.source, self.location)
+        return _read_again, (self.root, self.source, self.location, self.fingerprint)
 
     @property
     def is_remote(self) -> bool:
@@ -327,3 +327,10 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _read_again(root: Path, source: str, location: str, fingerprint: str) -> Manifest:
+    manifest = Manifest._read(root, source, location)
+    if manifest.fingerprint != fingerprint:
+        raise UserError(f"the data set in {source} has just been changed")
+    return manifest

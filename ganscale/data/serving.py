@@ -1,11 +1,9 @@
-"""The process in which a rank's loader is: the other end of `data.ahead`.
-
-    python -m ganscale.data.serving SOCKET MEMORY     (file descriptors)
-"""
+"""The process in which a rank's loader is: the other end of `data.ahead`."""
 
 import contextlib
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -13,27 +11,32 @@ import traceback
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
-from ganscale.data.dataset import open_data
-from ganscale.data.loader import Loader
+import torch
+
 from ganscale.data.ahead import Filled, Job, Memory, Told
+from ganscale.data.loader import Loader
 from ganscale.data.streaming import StreamLoader
-from ganscale.errors import GanscaleError, UserError
+from ganscale.errors import GanscaleError
 
 
 class _Teller(logging.Handler):
-    """Hands log lines to the process that trains."""
+    """Hands log lines to the process that trains; to standard error once that is gone."""
 
     def __init__(self, connection: Connection, lock: threading.Lock) -> None:
         super().__init__()
         self._connection, self._lock = connection, lock
 
     def emit(self, record: logging.LogRecord) -> None:
-        with self._lock, contextlib.suppress(OSError):
-            self._connection.send(Told(record.name, record.levelno, record.getMessage()))
+        text = self.format(record)
+        try:
+            with self._lock:
+                self._connection.send(Told(record.name, record.levelno, text))
+        except OSError:
+            sys.stderr.write(f"{text}\n")
 
 
 class _Server:
-    """The other process: a loader whose batches are asked for."""
+    """A loader whose batches are asked for."""
 
     def __init__(self, connection: Connection, file: int) -> None:
         self._connection = connection
@@ -45,10 +48,12 @@ class _Server:
     def run(self) -> None:
         """Until the other end is closed."""
         try:
-            job = self._connection.recv()
             logging.basicConfig(
-                level=logging.INFO, handlers=[_Teller(self._connection, self._lock)]
+                level=logging.INFO,
+                format="%(message)s",
+                handlers=[_Teller(self._connection, self._lock)],
             )
+            job = self._connection.recv_bytes()
             threading.Thread(target=self._serve, args=(job,), daemon=True).start()
             while True:
                 self._asked.put(self._connection.recv())
@@ -56,43 +61,46 @@ class _Server:
             if self._loader is not None:
                 self._loader.close()
 
-    def _serve(self, job: Job) -> None:
-        memory = Memory(self._file, job.shape, job.slots)
+    def _serve(self, job: bytes) -> None:
+        """Ends the process if it cannot go on: the other end must not wait for ever."""
+        try:
+            self._answer(job)
+        except OSError:
+            pass  # the other end is gone
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+
+    def _answer(self, job: bytes) -> None:
+        memory: Memory | None = None
         while True:
             free = self._asked.get()
             if free is not None:
+                assert memory is not None
                 memory.free(free)
             try:
                 if self._loader is None:
-                    self._loader = self._open(job, memory)
+                    todo: Job = pickle.loads(job)
+                    memory = Memory(self._file, todo.shape, todo.slots)
+                    self._loader = todo.loader(room=memory.take)
+                assert memory is not None
                 batch = next(self._loader)
+                index = memory.index(batch.images)
                 answer: object = Filled(
-                    memory.index(batch.images),
-                    batch.labels.numpy(),
-                    batch.slots.numpy(),
-                    batch.broken,
+                    index, batch.labels.numpy(), batch.slots.numpy(), batch.broken
                 )
-            except GanscaleError as error:
+            except (GanscaleError, OSError) as error:
                 answer = error
-            except BaseException:  # of a loader that is being closed, too
-                answer = RuntimeError(f"in the process that reads the data:\n{traceback.format_exc()}")
-            with self._lock, contextlib.suppress(OSError):
+            with self._lock:
                 self._connection.send(answer)
-
-    def _open(self, job: Job, memory: Memory) -> Loader | StreamLoader:
-        data = open_data(job.config)
-        if data.fingerprint != job.fingerprint:
-            raise UserError(f"the data set in {data.location} has just been changed")
-        return data.loader(room=memory.take, **job.place)
 
 
 def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    connection, file = map(int, sys.argv[1:])
-    _Server(Connection(connection), file).run()
+    torch.set_num_threads(1)  # each of its threads decodes by itself
+    connection, file = map(int, sys.argv[1:3])
+    with contextlib.suppress(Exception):
+        _Server(Connection(connection), file).run()
     sys.stderr.flush()
     os._exit(0)  # threads may hang in a read
-
-
-if __name__ == "__main__":
-    main()

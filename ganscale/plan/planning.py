@@ -34,6 +34,7 @@ from ganscale.schema import Config
 from ganscale.training.exactness import check_batch
 from ganscale.training.networks import class_count
 
+_LOADER_BYTES = 160 << 20  # Python and torch; measured, without what is mapped from files
 _VOTE_BYTES = 8  # one int64 a cycle, on the hosts
 # Means, maxima, unreadable samples, images for `collapse/`, edges and counts of histograms.
 _LOG_ROW_COLLECTIVES = 6
@@ -150,6 +151,7 @@ def _host_memory(
     batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
+    processes = 2 if config.data.workers else 1
     if manifest is not None and data is not None:
         shards, lanes = len(manifest.shards), data.lanes
         window = min(
@@ -158,7 +160,8 @@ def _host_memory(
         )
         # Five columns of the order and one of the manifest; two windows of each lane.
         order_bytes = 8 * (6 * shards + 2 * lanes.lanes_per_rank * window)
-        shard_list_bytes = shards * _object_bytes(manifest.shards[0]) if shards else 0
+        each_bytes = _object_bytes(manifest.shards[0]) if shards else 0
+        shard_list_bytes = processes * shards * each_bytes
         manifest_bytes = manifest.samples.nbytes
     return HostMemory(
         batches=batches,
@@ -166,6 +169,7 @@ def _host_memory(
         order_bytes=order_bytes,
         shard_list_bytes=shard_list_bytes,
         manifest_bytes=manifest_bytes,
+        loader_bytes=(processes - 1) * _LOADER_BYTES,
     )
 
 

@@ -69,13 +69,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Of one rank."""
+    """Of one rank and the process that reads its data."""
 
     batches: Annotated[int, "decoded ahead or in use, at most"]
     batches_bytes: int
     order_bytes: Annotated[int | None, "tables of shards, shuffled windows"]
-    shard_list_bytes: Annotated[int | None, "names, sizes and checksums of the manifest"]
+    shard_list_bytes: Annotated[int | None, "names, sizes and checksums, in each process"]
     manifest_bytes: Annotated[int | None, "mapped from its file, once a node, reclaimable"]
+    loader_bytes: Annotated[int, "of the process that reads data, besides these; about"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 
 from ganscale.data.ahead import LoaderProcess, LoaderThread
 from ganscale.data.batch import Batch
-from ganscale.errors import UnavailableError, UserError
+from ganscale.errors import GanscaleError
 from ganscale.runtime import Runtime
 from ganscale.training.profiling import section
 
@@ -36,7 +36,7 @@ class Feed:
         is_cuda = runtime.device.type == "cuda"
         self._copies = torch.cuda.Stream(runtime.device) if is_cuda else None
         self._fetched: list[Batch] = []
-        self._failure: UserError | UnavailableError | None = None
+        self._failure: GanscaleError | None = None
         self._broken: Counter[tuple[str, str]] = Counter()  # since `count_broken`
 
     @property
@@ -54,7 +54,7 @@ class Feed:
             try:
                 while len(self._fetched) < self._steps and not self._waits_in_vain(is_stopped):
                     self._fetched.append(self._sent(next(self._loader)))
-            except (UserError, UnavailableError) as error:
+            except GanscaleError as error:
                 self._failure = error
         self.waited_seconds += time.perf_counter() - started
 
@@ -91,7 +91,7 @@ class Feed:
             )
         return replace(batch, images=images, labels=labels, slots=slots)
 
-    def failure(self) -> UserError | UnavailableError:
+    def failure(self) -> GanscaleError:
         """What ended the data of the first rank for which it did. On every rank: it gathers."""
         failures = self._runtime.gather(self._failure)
         return next(failure for failure in failures if failure is not None)

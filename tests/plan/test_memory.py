@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -91,6 +92,15 @@ def decoded_elsewhere(loader: object) -> int:
     return round(512 * memory.stat().st_blocks / math.prod(loader._shape))
 
 
+def own_bytes_elsewhere(loader: object) -> int:
+    """Resident in another process, without what it maps from files or shares."""
+    if not isinstance(loader, LoaderProcess):
+        return 0
+    status = Path(f"/proc/{loader._process.pid}/status").read_text()
+    (kibibytes,) = re.findall(r"RssAnon:\s+(\d+) kB", status)
+    return int(kibibytes) << 10
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
     config = config_of(digits, f"data.workers={workers}", "objective.n_critic=3")
@@ -126,6 +136,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         each_bytes = sum(next(iter(alive.values())))
         assert plan.batches == len(alive) + decoded_elsewhere(loader)
         assert plan.batches_bytes == plan.batches * each_bytes
+        assert plan.loader_bytes == pytest.approx(own_bytes_elsewhere(loader), rel=0.3)
     finally:
         loader.close()
 
@@ -155,7 +166,7 @@ def test_tables_of_a_rank_take_the_bytes_that_are_planned(digits, tmp_path):
         return found, kept
 
     shards, manifest = allocated(lambda: Manifest.load(tmp_path))
-    assert plan.shard_list_bytes == pytest.approx(shards, rel=0.1)
+    assert plan.shard_list_bytes == pytest.approx(2 * shards, rel=0.1)  # two processes
 
     def read_order():
         order = Order(

@@ -19,8 +19,8 @@ from tests.conftest import REPOSITORY
 
 SETTINGS = (
     str(REPOSITORY / "configs" / "resnet32.yaml"),
-    "generator.target=dcgan",
-    "critic.target=dcgan",
+    "generator.target=resnet",
+    "critic.target=resnet",
     "generator.options.width=4",
     "critic.options.width=4",
     "data.resolution=16",
