@@ -16,7 +16,8 @@ REPOSITORY = Path(__file__).parent.parent
 # A shell's background job ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A whole run in a few seconds: the demo's networks, smaller, and a row at every generator step.
+# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
+# process for its data, which would take a second to start. Where that matters, tests ask for it.
 TINY = [
     str(REPOSITORY / "configs" / "demo.yaml"),
     "generator.options.width=4",
@@ -25,6 +26,7 @@ TINY = [
     "training.global_batch_size=16",
     "log.every_images=32",
     "log.wandb=disabled",
+    "data.workers=0",
     "samples.count=4",
 ]
 

@@ -28,6 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """A short run with W&B offline."""
     folder = tmp_path_factory.mktemp("runs")
     settings = ("training.total_images=320", "log.wandb=offline", "checkpoint.every_images=160")
+    settings = (*settings, "data.workers=2")
     assert train(folder, digits, *settings) == 0
     return folder / "run"
 

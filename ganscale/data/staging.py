@@ -29,6 +29,7 @@ from ganscale.errors import UnavailableError, UserError
 
 _PREFETCHING_THREADS = 4
 _PIECE_BYTES = 1 << 20
+_LOCK_POLL_SECONDS = 0.005
 _TOUCH_SECONDS = 1.0  # a copy's age is as exact as this
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -163,7 +164,7 @@ class ShardCache:
 
     def _fetch_once(self, url: str, shard: Shard, name: str) -> None:
         partial = self.folder / f"{name}.{shard.bytes}.partial"
-        waiting = Waiting(self.retry_seconds + 2 * self.stall_seconds)
+        waiting = Waiting(self._patience_seconds)
         copy = self.folder / f"{name}.tar"
         while not copy.exists():
             descriptor = self._claimed(copy, partial, shard)
@@ -284,12 +285,26 @@ class ShardCache:
                     if not any(evict(copy.path) for copy in copies if copy.path != partial):
                         raise self._no_room(shard, "the disk is full") from error
 
+    @property
+    def _patience_seconds(self) -> float:
+        """How long others may do nothing with what they hold."""
+        return self.retry_seconds + 2 * self.stall_seconds
+
     @contextmanager
     def _folder_locked(self) -> Iterator[None]:
-        """Held for moments only: whoever holds it waits for no other lock."""
+        """Held for moments only: whoever holds it waits for no other lock. Raises UnavailableError
+        when it is held for longer: by a process that was stopped, say."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        patience = self._patience_seconds
+        deadline = time.monotonic() + patience
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _locks(descriptor):
+                if time.monotonic() > deadline:
+                    raise UnavailableError(
+                        f"data.cache={self.folder.parent} cannot be used: another process holds "
+                        f"it for {patience:.0f} s"
+                    )
+                time.sleep(_LOCK_POLL_SECONDS)
             yield
         finally:
             os.close(descriptor)
@@ -319,6 +334,14 @@ def working_set(
     lane_blocks = 2 * (min(window_blocks, blocks / lanes) + 1)  # of two epochs, they lie apart
     per_lane = min(shards, math.ceil(lane_blocks * pieces / blocks))
     return round(min(shards, node_lanes * per_lane) * float(shard_bytes.mean()))
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class _Closed(Exception):

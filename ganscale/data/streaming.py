@@ -29,8 +29,8 @@ from ganscale.data import remote
 from ganscale.data.batch import Batch
 from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
 from ganscale.data.decoding import DecodeError, decode_into
-from ganscale.data.loader import Room, plain_room
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
+from ganscale.data.loader import Room, plain_room
 from ganscale.data.store import LARGEST_IMAGE_BYTES
 from ganscale.data.tar_reader import StreamedTars, shard_name
 from ganscale.data.threads import Crew

@@ -1,6 +1,7 @@
 """Ranks and runs that share a cache, and are killed or stopped at any moment."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import signal
@@ -110,6 +111,15 @@ def test_who_waits_in_vain_gives_up(caches, shard_server):
         sleeper.send_signal(signal.SIGSTOP)
         with pytest.raises(UnavailableError, match="another process holds it"):
             caches(retry_seconds=0).open(caches.address(SHARDS[2]), SHARDS[2])
+
+
+def test_who_waits_in_vain_for_the_folder_gives_up(caches):
+    """As if another process had been stopped with the lock."""
+    caches()
+    with (caches.folder / "shards" / "lock").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UnavailableError, match="another process holds it for 1 s"):
+            caches(retry_seconds=0)
 
 
 def test_a_full_disk_costs_copies_first_and_then_a_sentence(caches, tmp_path):

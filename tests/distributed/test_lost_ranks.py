@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY, Runs, end_tree
 from tests.distributed.test_resume import wait_for_checkpoints
 
 HOST = socket.gethostname()
-NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320")
+NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320", "data.workers=2")
 IMPATIENT = ("runtime.timeout_seconds=6", "data.retry_seconds=1")
 MISBEHAVES = (*NEVER_ENDS, "critic.target=tests.distributed.misbehaving:Critic")
 

@@ -48,14 +48,14 @@ def wait_for_checkpoints(
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ranks: int) -> None:
     runs.finish("whole", *_SETTINGS, ranks=ranks)
     for checkpoints_before_the_kill in (2, 5):
-        process = runs.start("killed", *_SETTINGS, ranks=ranks)
+        process = runs.start("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
         try:
             wait_for_checkpoints(runs, "killed", checkpoints_before_the_kill, process)
             assert process.poll() is None
         finally:
             end_tree(process)  # kill -9 to the launcher and to every rank
             process.communicate()
-    output = runs.finish("killed", *_SETTINGS, ranks=ranks)
+    output = runs.finish("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
     assert "continues at" in output
     assert len(runs.summary("killed")["sessions"]) > 1
     assert weights(runs.checkpoints("killed")[-1]) == weights(runs.checkpoints("whole")[-1])

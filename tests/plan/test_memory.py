@@ -151,7 +151,7 @@ def test_tables_of_a_rank_take_the_bytes_that_are_planned(digits, tmp_path):
     ]
     (tmp_path / "manifest.json").write_text(json.dumps(described))
     np.save(tmp_path / "manifest.npy", np.load(digits / "manifest.npy")[:3000])
-    config = config_of(tmp_path, "data.lanes=4", "data.block_samples=50")
+    config = config_of(tmp_path, "data.lanes=4", "data.block_samples=50", "data.workers=2")
     plan = make_plan(config, nodes=1, gpus_per_node=1).host_memory
     rows_file = (tmp_path / "manifest.npy").stat().st_size
     assert plan.manifest_bytes == pytest.approx(rows_file, abs=256)  # but for its header

@@ -30,12 +30,12 @@ class Jobs:
 
     def train(self, script: str, *settings: str, options: str = "", **environment: str) -> str:
         """The number of a job that trains small networks on digits."""
-        given = [*TINY, *self._where, *settings]
+        given = [*TINY, "data.workers=2", *self._where, *settings]
         return self.submit(script, *given, options=options, **environment)
 
     def sweep(self, lines: str, *settings: str, options: str) -> str:
         """The number of the array that trains so with what stands on each line."""
-        given = [lines, *TINY, *self._where, *settings]
+        given = [lines, *TINY, "data.workers=2", *self._where, *settings]
         return self.submit("sweep.sbatch", *given, options=options)
 
     def stand_in(self, does: str) -> str:
