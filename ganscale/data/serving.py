@@ -44,6 +44,7 @@ class _Server:
         self._file = file
         self._asked: SimpleQueue[int | None] = SimpleQueue()
         self._loader: Loader | StreamLoader | None = None
+        self._is_over = False
 
     def run(self) -> None:
         """Until the other end is closed."""
@@ -58,6 +59,7 @@ class _Server:
             while True:
                 self._asked.put(self._connection.recv())
         except (EOFError, OSError):
+            self._is_over = True
             if self._loader is not None:
                 self._loader.close()
 
@@ -65,12 +67,12 @@ class _Server:
         """Ends the process if it cannot go on: the other end must not wait for ever."""
         try:
             self._answer(job)
-        except OSError:
-            pass  # the other end is gone
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
+        except BaseException as error:
+            # What fails while the loader is being closed, or because nobody listens, is no error
+            if not self._is_over and not isinstance(error, OSError):
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
 
     def _answer(self, job: bytes) -> None:
         memory: Memory | None = None

@@ -164,6 +164,19 @@ def test_a_process_that_cannot_start_does_not(
     assert raised.value.exit_code == EXIT_FAILED  # nothing that another start would mend
 
 
+def test_a_process_that_is_closed_in_the_middle_of_its_work_says_nothing(
+    digits: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(digits, workers=2)
+    data = open_data(config)
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
+        with contextlib.closing(LoaderProcess(data, config, plain_room, 200, **PLACE)) as loader:
+            next(loader)
+            time.sleep(delay)
+        assert loader._process.returncode == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_an_error_that_nobody_foresaw_ends_it(digits: Path, start: Start) -> None:
     config = config_of(digits, workers=1)
     data = replace(open_data(config), loader=breaks)
