@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ganscale.shards import bundled
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 
 SHARDS = 8
 

@@ -37,10 +37,10 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
-from ganscale.training.ema import average_of, decay, update_average
-from ganscale.training.networks import seeded
-from ganscale.training.player import Player, Tripwire
-from ganscale.training.step import CriticStep, GeneratorStep
+from ganscale.training.ema import decay, ema_copy, update_ema
+from ganscale.training.network_setup import seeded
+from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
+from ganscale.training.steps import CriticStep, GeneratorStep
 
 BATCH = 128
 LATENT_DIM = 2
@@ -152,16 +152,18 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
     with seeded(seed, "initial weights"):
         generator = MLPGenerator(LATENT_DIM, (2,), width=WIDTH).to(runtime.device)
         critic = MLPCritic((2,), width=WIDTH).to(runtime.device)
-    average = average_of(generator)
+    average = ema_copy(generator)
     objective = build_objective(recipe.objective())
     training = TrainingConfig(images, BATCH, schedule="linear")
-    tripwire = Tripwire(runtime.device)
+    non_finite_guard = NonFiniteGuard(runtime.device)
 
-    def player(name: str, step: CriticStep | GeneratorStep, network: nn.Module) -> Player:
-        return Player(name, step, network, recipe.optimizer_config(), training, runtime, tripwire)
+    def player(name: str, step: CriticStep | GeneratorStep, network: nn.Module) -> NetworkUpdater:
+        return NetworkUpdater(
+            name, step, network, recipe.optimizer_config(), training, runtime, non_finite_guard
+        )
 
-    critic_player = player("critic", CriticStep(critic, objective, "float32"), critic)
-    generator_player = player(
+    critic_updater = player("critic", CriticStep(critic, objective, "float32"), critic)
+    generator_updater = player(
         "generator", GeneratorStep(generator, critic, objective, "float32"), generator
     )
     clipped = clipped_parameters(critic, objective.clip.scope) if objective.clip else []
@@ -182,7 +184,7 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
                 "labels": None,
                 "points": {name: each[rows] for name, each in points.items()},
             }
-            critic_player.update(inputs, seen)
+            critic_updater.update(inputs, seen)
             if objective.clip:
                 clip_weights(clipped, objective.clip.value)
             seen += BATCH
@@ -191,13 +193,13 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
             "real_images": drawn.real[-BATCH:],
             "labels": None,
         }
-        generator_player.update(inputs, seen)
+        generator_updater.update(inputs, seen)
         kept = decay(cycle_images, seen - cycle_images, HALF_LIFE_IMAGES, ramp_up=0.05)
-        update_average(average, generator, kept)
+        update_ema(average, generator, kept)
     judged = torch.arange(JUDGED_SAMPLES, device=runtime.device)
     with torch.no_grad():
         samples = average(normal(seed, "latents/judged", judged, LATENT_DIM)) * mixture.scale
-    return Trained(samples.cpu(), time.process_time() - started, not tripwire.is_tripped())
+    return Trained(samples.cpu(), time.process_time() - started, not non_finite_guard.has_tripped())
 
 
 def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
@@ -211,7 +213,7 @@ def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
     most = max(PUBLISHED[data], key=lambda p: p.modes)
     covering = [p for p in PUBLISHED[data] if p.modes >= 0.9 * len(mixture.modes)]
     finest = max(covering, key=lambda p: p.high_quality)
-    broken = "" if all(run.is_finite for run in runs) else "; a gradient was not finite"
+    bad_samples = "" if all(run.is_finite for run in runs) else "; a gradient was not finite"
 
     def row(what: str, rival: str, ours: list[float], theirs: float, unit: str, note: str) -> Row:
         ratios = [each / theirs for each in ours]
@@ -222,7 +224,7 @@ def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
     quality = [100 * score.high_quality for score in scores]
     return [
         row("modes", most.method, modes, most.modes, "ours / theirs",
-            f"{fmean(modes):g} of {len(mixture.modes)}, published {most.modes:g}{broken}"),
+            f"{fmean(modes):g} of {len(mixture.modes)}, published {most.modes:g}{bad_samples}"),
         row("high_quality", finest.method, quality, finest.high_quality, "ours / theirs",
             f"{fmean(quality):.1f} %, published {finest.high_quality:g} %"),
         row("seconds", "", [run.seconds for run in runs], 1, "s of processor time", ""),

@@ -38,17 +38,18 @@ from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
 from ganscale.data.loader import Batch
 from ganscale.data.order import batch_positions
+from ganscale.metrics.rows import metrics_row
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES
 from ganscale.randomness import random_words
 from ganscale.runtime import Runtime
 from ganscale.schema import (
-    AverageConfig,
     ClipConfig,
     Config,
     CriticConfig,
     DataConfig,
+    EMAConfig,
     GeneratorConfig,
     LossConfig,
     ObjectiveConfig,
@@ -58,7 +59,6 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.cycle import Cycle
-from ganscale.training.measures import curve_row
 from ganscale.training.state import TrainingState
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -174,7 +174,7 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
             conditional=variant.is_conditional,
             gradient_clip=variant.gradient_clip,
         ),
-        average=AverageConfig(half_life_images=50),
+        ema=EMAConfig(half_life_images=50),
     )
 
 
@@ -195,8 +195,8 @@ def record(config: Config, runtime: Runtime) -> Record:
             found[f"critic gradients at {state.images_seen} images"] = gradients(state.critic)
         cycle.generator_step(batch, with_panel=True)  # pyright: ignore[reportPossiblyUnboundVariable]
         found[f"generator gradients at {state.images_seen} images"] = gradients(state.generator)
-        cycle.update_average()
-        row = curve_row(state, runtime, config.training.total_images)
+        cycle.update_ema()
+        row = metrics_row(state, runtime, config.training.total_images)
         found[f"meters at {state.images_seen} images"] = _as_tensors(row, config)
     for name, tensor in state.audited().items():
         # A network's weights are of one kind, an optimizer's first and second moments of two.
@@ -294,7 +294,7 @@ def run_rank(folder: Path) -> None:
                     references[reference] = found
                     continue
                 error, where = largest_error(found, references[reference])
-                if len(set(runtime.gather(_digest(found)))) > 1:
+                if len(set(runtime.all_gather_object(_digest(found)))) > 1:
                     error, where = math.inf, "ranks end with different bits"
                 name = case_name(combination, accumulate, ranks, precision)
                 rows.append({"name": name, "error": error, "where": where})

@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.report import Row, report
 from ganscale.data.manifest import JSON_NAME, ROWS_NAME, SAMPLE_ROW, Manifest
 from ganscale.data.order import Order, batch_positions
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 
 SAMPLES, QUICK_SAMPLES, MANY_SAMPLES = 100_000_000, 5_000_000, 10_000_000_000
 SHARD_SAMPLES, MANY_SHARD_SAMPLES = 20_000, 100_000

@@ -65,7 +65,7 @@ class Ours:
     def __call__(self) -> None:
         self.critic_steps()
         self.cycle.generator_step(self._next_batch(), with_panel=False)
-        self.cycle.update_average()
+        self.cycle.update_ema()
 
     def critic_steps(self) -> None:
         n_critic, batch = self._config.objective.n_critic, self._config.training.global_batch_size

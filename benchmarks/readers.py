@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ganscale.data.decoding import decode_into
+from ganscale.data.images.decoding import decode_into
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
 from ganscale.runtime import keep_freed_memory

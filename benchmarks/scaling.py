@@ -65,12 +65,12 @@ def run_rank(folder: Path) -> None:
     for turn in range(task["rounds"] + 1):
         _wait_for(folder.parent / "turn.txt", f"{ranks} {turn}", task["seconds"])
         for name, run in contestants.items():
-            runtime.wait_for_all()
+            runtime.barrier()
             started, of_processor = time.perf_counter(), time.process_time()
             run()
             if name == "with" and turn > 0:
                 processor += time.process_time() - of_processor
-            runtime.wait_for_all()
+            runtime.barrier()
             if turn > 0:  # the first is for warming up
                 seconds[name].append(time.perf_counter() - started)
         if runtime.is_main:
@@ -79,7 +79,7 @@ def run_rank(folder: Path) -> None:
             _say(folder.parent / "turn.txt", f"{following[0]} {following[1]}")
     if runtime.is_main:
         (folder / "seconds.json").write_text(json.dumps({**seconds, "processor": processor}))
-    runtime.wait_for_all()
+    runtime.barrier()
     runtime.close()
 
 
@@ -89,7 +89,7 @@ def _contestant(task: dict, batch: int, runtime: Runtime, communicates: bool) ->
     share = config_of(task["objective"], task["network"], task["images_per_rank"])
     ours = Ours(config, runtime, random_images(share, runtime.device))
     if not communicates:
-        for player in (ours.state.critic_player, ours.state.generator_player):
+        for player in (ours.state.critic_updater, ours.state.generator_updater):
             player._wrapped = player._step
 
     def run() -> None:
@@ -97,12 +97,12 @@ def _contestant(task: dict, batch: int, runtime: Runtime, communicates: bool) ->
             ours()
 
     def run_alone() -> None:
-        ranks = normalization.world_size
-        normalization.world_size = lambda: 1
+        ranks = normalization.get_world_size
+        normalization.get_world_size = lambda: 1
         try:
             run()
         finally:
-            normalization.world_size = ranks
+            normalization.get_world_size = ranks
 
     return run if communicates else run_alone
 

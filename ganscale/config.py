@@ -30,7 +30,7 @@ DEFAULT = "default"
 FREE_TO_CHANGE = (
     "run", "log", "samples", "checkpoint", "audit", "objective.panel", "resume", "runtime",
     "profile", "data.path", "data.shards", "data.cache", "data.cache_gib", "data.retry_seconds",
-    "data.workers", "data.broken_limit", "training.total_images",
+    "data.workers", "data.bad_sample_limit", "training.total_images",
 )  # fmt: skip
 
 _IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends well, on disk and as a whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a small file at once: readers see the old or the new one."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

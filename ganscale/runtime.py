@@ -25,32 +25,32 @@ T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """The number of ranks of this run; 1 where no process group exists."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def get_rank() -> int:
     """This process's number among the ranks."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_batch(tensor: Tensor) -> Tensor:
+def all_gather_batch(tensor: Tensor) -> Tensor:
     """(batch, ...) of every rank -> (world_size * batch, ...) in slot order, without gradient."""
-    if world_size() == 1:
+    if get_world_size() == 1:
         return tensor.detach()
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
+def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
     """The sum of `tensor` over all ranks, differentiable (twice, too).
 
     Its backward sums the incoming gradients over the ranks, so a loss that is averaged over the
     ranks, as DDP averages gradients, is differentiated exactly.
     """
-    if world_size() == 1:
+    if get_world_size() == 1:
         return tensor
     return funcol.all_reduce(tensor, "sum", dist.group.WORLD)  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ class Runtime:
         """Joins the process group that the launcher announced, or starts alone.
 
         timeout_seconds: after which a collective fails
-        closing_seconds: how much longer `wait_for_all` and its like may take
+        closing_seconds: how much longer `barrier` and its like may take
 
         Raises UserError when the world is not the one the launcher promised: then every process
         would train alone and exit successfully.
@@ -161,13 +161,13 @@ class Runtime:
         """Inside, backward leaves this rank's gradients unsynchronized (accumulation)."""
         return self._accelerator.no_sync(wrapped)
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of a small detached tensor over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor := tensor.clone())
         return tensor
 
-    def maximum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
         """The largest of each element of a small tensor over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
@@ -182,7 +182,7 @@ class Runtime:
         dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
         return bool((bounds[0] == ~bounds[1]).all())
 
-    def start_vote(self, flag: int) -> Callable[[], int]:
+    def start_max(self, flag: int) -> Callable[[], int]:
         """Begins to agree on the largest `flag` of any rank; the returned function waits for it.
 
         It runs on the host beside the step, so it neither waits for the device nor holds it up.
@@ -200,7 +200,7 @@ class Runtime:
 
         return result
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def run_on_main(self, make: Callable[[], T]) -> T:
         """What `make()` returns on rank 0, on every rank; its UserError or
         UnavailableError is raised on every rank."""
         if self.world_size == 1:
@@ -217,7 +217,7 @@ class Runtime:
             raise kind(message)
         return outcome[0]
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Every rank's small `value`, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -225,7 +225,7 @@ class Runtime:
         dist.all_gather_object(values, value, group=self._control_group)
         return values
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Until every rank is here: a launcher ends the others once one of them has left with a
         code that is not 0, and rank 0 has most to write at the end."""
         if self.world_size > 1:

@@ -53,7 +53,7 @@ class DataConfig:
     lanes: int = number(64, at_least=1)  # interleaved sequences that make up the data order
     block_samples: int = number(256, at_least=1)  # consecutive samples that are read together
     window_blocks: int = number(8, at_least=1)  # blocks of a lane within which samples are shuffled
-    broken_limit: float = number(0.01, at_least=0, below=1)  # share of unreadable samples to bear
+    bad_sample_limit: float = number(0.01, at_least=0, below=1)  # share of bad samples to bear
     class_count: int = number(0, at_least=0)  # of streamed shards; a manifest knows its own
 
 
@@ -138,7 +138,7 @@ class TrainingConfig:
 
 
 @dataclass
-class AverageConfig:
+class EMAConfig:
     half_life_images: int = number(10_000, at_least=0)  # of the averaged generator; 0: no memory
     ramp_up: float = number(0.05, at_least=0)  # half-life at most this share of the images seen
 
@@ -159,8 +159,10 @@ class LogConfig:
 class SamplesConfig:
     every_images: int = number(50_000, at_least=1)
     count: int = number(64, at_least=1)
-    raw: bool = True  # the same latents also through the weights as trained, beside their average
-    walks: int = number(4, at_least=0)  # rows of images from one latent to another; 0: none
+    non_ema: bool = True  # the same latents also through the weights as trained
+    interpolations: int = number(
+        4, at_least=0
+    )  # rows of images from one latent to another; 0: none
     real: bool = True  # a picture of the first real images, too
 
 
@@ -194,7 +196,7 @@ class RuntimeConfig:
 
 @dataclass
 class ProfileConfig:
-    steps: int = number(0, at_least=0)  # cycles that torch's profiler records, once a run is warm
+    cycles: int = number(0, at_least=0)  # that torch's profiler records, once a run is warm
 
 
 @dataclass
@@ -207,7 +209,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizersConfig = field(default_factory=OptimizersConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    average: AverageConfig = field(default_factory=AverageConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -60,12 +60,12 @@ begin() { # Opens the job's history and folder of logs.
   [[ -f $log ]] || log=$PWD/ganscale-$SLURM_JOB_ID.log # SLURM was given something like /dev/null
   export GANSCALE_LOGS=${log%.log}-ranks
   mkdir -p "$GANSCALE_LOGS"
-  export GANSCALE_ATTEMPTS_FILE=$GANSCALE_LOGS/attempts-$SLURM_JOB_ID
-  touch "$GANSCALE_ATTEMPTS_FILE" || true # a full disk may have room when the ranks are there
-  attempt=$(($(grep -c '^attempt ' "$GANSCALE_ATTEMPTS_FILE" || true) + 1))
+  export GANSCALE_JOB_HISTORY_FILE=$GANSCALE_LOGS/history-$SLURM_JOB_ID
+  touch "$GANSCALE_JOB_HISTORY_FILE" || true # a full disk may have room when the ranks are there
+  attempt=$(($(grep -c '^attempt ' "$GANSCALE_JOB_HISTORY_FILE" || true) + 1))
   # Lines that a full disk has not taken count, too.
   ((attempt > ${SLURM_RESTART_COUNT:-0})) || attempt=$((SLURM_RESTART_COUNT + 1))
-  echo "attempt $attempt" >>"$GANSCALE_ATTEMPTS_FILE" || true
+  echo "attempt $attempt" >>"$GANSCALE_JOB_HISTORY_FILE" || true
   PATH=$PWD/.venv/bin:$PATH # that of `make install`, where there is one
 }
 
@@ -119,16 +119,16 @@ trap ask_to_stop USR1 TERM # from here on
 
 verdict() { # How this attempt ended: CODE SENTENCE, or nothing yet.
   awk '/^attempt /{line = ""} /^ended /{line = substr($0, 7)} END{print line}' \
-    "$GANSCALE_ATTEMPTS_FILE"
+    "$GANSCALE_JOB_HISTORY_FILE"
 }
 
 cause() { # The first rank of this attempt that a signal has ended, if any.
   awk '/^attempt /{line = ""} /^died / && !line{line = substr($0, 6)} END{print line}' \
-    "$GANSCALE_ATTEMPTS_FILE"
+    "$GANSCALE_JOB_HISTORY_FILE"
 }
 
 has_begun() { # Whether this attempt has come to train.
-  awk '/^attempt /{begun = 0} /^started /{begun = 1} END{exit !begun}' "$GANSCALE_ATTEMPTS_FILE"
+  awk '/^attempt /{begun = 0} /^started /{begun = 1} END{exit !begun}' "$GANSCALE_JOB_HISTORY_FILE"
 }
 
 conclude() { # SRUN'S-CODE: ends the job, or has it come again.
@@ -182,7 +182,7 @@ again() { # WHY [CODE]: back into the queue, unless that leads nowhere.
 
 attempts_without_progress() { # ... since the last that began further on than all before.
   awk 'BEGIN{best = -1} /^attempt /{n++} /^started /{if ($2 > best) {best = $2; last = n}}
-    END{print (n > attempt ? n : attempt) - last}' attempt="$attempt" "$GANSCALE_ATTEMPTS_FILE"
+    END{print (n > attempt ? n : attempt) - last}' attempt="$attempt" "$GANSCALE_JOB_HISTORY_FILE"
 }
 
 # ---- The side of each task that srun starts.
@@ -219,7 +219,7 @@ as_task() { # CONFIG key=value...: one rank, or the launcher of a node's ranks.
   { (trap '' USR1 && exec "${container[@]}" "${command[@]}" 2>&3 3>&-) || code=$?; } 2>/dev/null
   if ((code >= 128)); then
     echo "$name was ended by signal $((code - 128))" >&3
-    echo "died $name was ended by signal $((code - 128))" >>"$GANSCALE_ATTEMPTS_FILE"
+    echo "died $name was ended by signal $((code - 128))" >>"$GANSCALE_JOB_HISTORY_FILE"
   fi
   exec 3>&-
   for _ in {1..20}; do # what the rank has left running may hold on to stderr, and is not waited for

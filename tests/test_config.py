@@ -223,8 +223,8 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
         ("training.total_images=0", "must be at least 1, not 0"),
         ("seed=-1", "must be at least 0, not -1"),
         (f"seed={2**64}", f"must be below {2**64}, not {2**64}"),
-        ("data.broken_limit=1", "must be below 1, not 1.0"),
-        ("data.broken_limit=nan", "must be at least 0, not nan"),
+        ("data.bad_sample_limit=1", "must be below 1, not 1.0"),
+        ("data.bad_sample_limit=nan", "must be at least 0, not nan"),
         ("objective.clip.value=0", "must be above 0, not 0.0"),
         ("objective.penalties.wgan_gp.weight=-1", "must be at least 0, not -1.0"),
         ("optimizer.critic.learning_rate=inf", "must be finite, not inf"),
@@ -418,7 +418,7 @@ FREE = [
     "runtime.timeout_seconds=5",
     "data.path=elsewhere",
     "data.workers=0",
-    "data.broken_limit=0.5",
+    "data.bad_sample_limit=0.5",
     "training.total_images=99k",
 ]
 
@@ -440,7 +440,7 @@ def test_what_does_not_bend_the_curve_may_change(folder, stored, override):
         ("generator.options.depth=9", "generator.options.depth: None -> 9"),
         ("objective.penalties.wgan_gp.weight=1", "objective.penalties.wgan_gp.weight: 10.0 -> 1.0"),
         ("optimizer.critic.betas=[0,0.99]", "optimizer.critic.betas: [0.0, 0.9] -> [0.0, 0.99]"),
-        ("average.ramp_up=0", "average.ramp_up: 0.05 -> 0.0"),
+        ("ema.ramp_up=0", "ema.ramp_up: 0.05 -> 0.0"),
     ],
 )
 def test_what_bends_the_curve_is_named_unless_it_is_allowed_by_name(

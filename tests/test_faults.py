@@ -55,7 +55,7 @@ def write_run(folder: Path) -> Path:
          "progress/images_seen": images}
         for images in range(ROW, TOTAL + 1, ROW)
     ]  # fmt: skip
-    rows.append({"samples/average": "samples/images.png", "progress/images_seen": KEPT})
+    rows.append({"samples/ema": "samples/images.png", "progress/images_seen": KEPT})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

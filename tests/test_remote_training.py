@@ -60,7 +60,7 @@ def test_a_server_that_fails_now_and_then_gives_the_run_of_a_local_disk(
 def test_a_server_that_stays_away_asks_for_a_requeue_and_the_run_goes_on(
     runs: Runs, server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GANSCALE_ATTEMPTS_FILE", str(tmp_path / "attempts"))
+    monkeypatch.setenv("GANSCALE_JOB_HISTORY_FILE", str(tmp_path / "attempts"))
     elsewhere = (f"data.path={server.url}/digits", f"data.cache={tmp_path}/cache")
     runs.finish("whole", *SETTINGS, *elsewhere, f"data.cache={tmp_path}/other")
     first, *others = shard_paths(server)

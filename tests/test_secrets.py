@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from ganscale.config import resolve
-from ganscale.data import remote
+from ganscale.data.remote import objects
+from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
-from ganscale.training.in_wandb import identity_of
-from ganscale.training.provenance import append_session, session_facts
-from ganscale.training.run_folder import RunFolder
+from ganscale.tracking.provenance import append_session, session_facts
+from ganscale.tracking.wandb_identity import wandb_identity
 from tests.conftest import REPOSITORY
 
 
@@ -42,7 +42,7 @@ def test_passwords_signatures_and_commands_are_taken_out_and_the_rest_stays(text
     assert without_secrets({"a": [text, (1, None)]}) == {"a": [shown, (1, None)]}
     assert without_secrets(shown) == shown
     if not text.startswith("pipe:"):
-        assert remote.shown(text) == shown
+        assert objects.shown(text) == shown
 
 
 def test_neither_wandb_nor_the_sessions_are_told_of_secrets(tmp_path, monkeypatch):
@@ -60,7 +60,7 @@ def test_neither_wandb_nor_the_sessions_are_told_of_secrets(tmp_path, monkeypatc
     assert "SECRET" not in folder.sessions.read_text()
     # A session of before, when commands were kept as they were
     append_session(folder.sessions, {"command": asked, "images_seen": 0})
-    told = json.dumps(identity_of(config, folder).config)
+    told = json.dumps(wandb_identity(config, folder).config)
     assert "SECRET" not in told
     assert "https://host/set" in told
     assert "SECRET" in config.data.path

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ganscale.data.contact_sheet import image_grid
-from ganscale.data.decoding import decode
+from ganscale.data.images.decoding import decode
+from ganscale.data.images.grid import image_grid
 from ganscale.shards import bundled
 
 OUTPUT = Path(bundled.__file__).parent

@@ -27,7 +27,7 @@ from benchmarks.faults.plan import (
     images_needed,
 )
 from benchmarks.faults.session import REPOSITORY, NotSurvived, RunOver, Session
-from ganscale.training.provenance import read_sessions
+from ganscale.tracking.provenance import read_sessions
 
 _RUN_SECONDS = 900.0  # far more than a session needs that nobody disturbs
 _NETWORKS = "benchmarks.tiny_networks"

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.ranks import environment_of, free_port
-from ganscale.supervision.attempts import ATTEMPTS_FILE
+from ganscale.supervision.job_history import JOB_HISTORY_FILE
 
 REPOSITORY = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -64,7 +64,7 @@ class Session:
             launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
             launcher += ["--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
             launcher += ["--main_process_port", "0"]
-            self._start([*launcher, *program], common | {ATTEMPTS_FILE: str(self._attempts)})
+            self._start([*launcher, *program], common | {JOB_HISTORY_FILE: str(self._attempts)})
         else:
             for rank in range(ranks):
                 self._start(program, common | environment_of(rank, ranks, port))
@@ -104,7 +104,9 @@ class Session:
         """The process of a rank, or the one that reads its data; None where there is none."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error, OSError):
-                if loader != any("ganscale.data.serving" in word for word in process.cmdline()):
+                if loader != any(
+                    "ganscale.data.loader_worker" in word for word in process.cmdline()
+                ):
                     continue
                 if self.ranks == 1 or process.environ().get("RANK") == str(number):
                     return process

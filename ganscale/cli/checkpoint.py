@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ganscale.training.run_folder import RunFolder
+    from ganscale.run_folder import RunFolder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -48,7 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "export",
         help="write a generator for use elsewhere",
         description="Writes the generator of a run's newest whole checkpoint into a folder of its "
-        "own. `from ganscale import load_generator` loads it without the run.",
+        "own. `from ganscale import load_run_generator` loads it without the run.",
     )
     export.set_defaults(run=export_generator)
 
@@ -57,8 +57,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     export.add_argument("folder", metavar="FOLDER", type=Path, help="a new one")
     export.add_argument(
         "--weights",
-        choices=("average", "generator"),
-        default="average",
+        choices=("ema", "generator"),
+        default="ema",
         help="the averaged generator (default) or the one last trained",
     )
     export.add_argument(
@@ -136,13 +136,13 @@ def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale.checkpoints.checkpoint import images_of
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE, UserError
-    from ganscale.evaluation import exported
-    from ganscale.training.networks import sample_shape
-    from ganscale.training.state import load_generator
+    from ganscale.evaluation import exported_generator
+    from ganscale.training.network_setup import sample_shape
+    from ganscale.training.state import load_run_generator
 
     run = _run(arguments)
     checkpoint = _chosen(run, arguments.checkpoint)
-    generator, latent_dim, num_classes = load_generator(run.path, arguments.weights, checkpoint)
+    generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
     config = load_stored(run.config)
     about = {
         "run": config.run.name,
@@ -151,7 +151,7 @@ def export_generator(arguments: argparse.Namespace) -> int:
         "ganscale": __version__,
     }
     try:
-        exported.export_generator(
+        exported_generator.export_generator(
             arguments.folder,
             generator,
             target=config.generator.target,
@@ -169,7 +169,7 @@ def export_generator(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> "RunFolder":
     from ganscale.errors import UserError
-    from ganscale.training.run_folder import RunFolder
+    from ganscale.run_folder import RunFolder
 
     run = RunFolder(arguments.run_folder)
     if not run.config.exists():

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.check:
         from ganscale.data.dataset import open_data
         from ganscale.objectives.objective import build_objective
-        from ganscale.training.networks import build_networks, class_count
+        from ganscale.training.network_setup import build_networks, class_count
 
         build_objective(resolved.config.objective)
         data = open_data(resolved.config.data)

@@ -33,8 +33,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument(
         "--weights",
-        choices=("average", "generator"),
-        default="average",
+        choices=("ema", "generator"),
+        default="ema",
         help="the averaged generator (default) or the one last trained",
     )
     parser.set_defaults(run=run)
@@ -44,14 +44,14 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ganscale.errors import EXIT_DONE, UserError
-    from ganscale.evaluation import export
+    from ganscale.evaluation import sample_files
     from ganscale.evaluation.sampling import (
         generate,
         interpolated_latents,
         sample_labels,
         sample_latents,
     )
-    from ganscale.training.state import load_generator
+    from ganscale.training.state import load_run_generator
 
     count = arguments.count
     if count < 1:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.columns is not None and arguments.columns < 1:
         raise UserError(f"--columns must be at least 1, not {arguments.columns}")
     columns = arguments.columns or max(1, round(math.sqrt(count)))
-    generator, latent_dim, num_classes = load_generator(arguments.run_folder, arguments.weights)
+    generator, latent_dim, num_classes = load_run_generator(arguments.run_folder, arguments.weights)
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         known = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise UserError(f"--class {arguments.label}: this run has {known}")
@@ -81,13 +81,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         if arguments.grid:
-            export.write_grid(generate(generator, latents, labels), arguments.grid, columns)
+            sample_files.write_grid(generate(generator, latents, labels), arguments.grid, columns)
             print(f"{count} images in {arguments.grid}")
         if arguments.folder:
-            export.write_folder(generate(generator, latents, labels), arguments.folder)
+            sample_files.write_folder(generate(generator, latents, labels), arguments.folder)
             print(f"{count} images in {arguments.folder}")
         if arguments.shards:
-            export.write_shards(generate(generator, latents, labels), arguments.shards, labels)
+            sample_files.write_shards(
+                generate(generator, latents, labels), arguments.shards, labels
+            )
             print(f"{count} images in shards in {arguments.shards}")
     except (OSError, ValueError) as error:  # ValueError: Pillow does not know the ending
         raise UserError(f"the images cannot be written: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write(args: argparse.Namespace) -> int:
-    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_broken, write_shards
+    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_bad_images, write_shards
 
     report = write_shards(
         args.source,
@@ -22,13 +22,15 @@ def write(args: argparse.Namespace) -> int:
         shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
         seed=args.seed,
         workers=args.workers,
-        max_broken=args.max_broken,
+        max_bad=args.max_bad,
     )
     if report.ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.ignored.items())
         print(f"not images, left out: {kinds}")
-    if report.broken:
-        print(f"broken, left out: {len(report.broken)}: {describe_broken(report.broken)}")
+    if report.bad_samples:
+        print(
+            f"bad, left out: {len(report.bad_samples)}: {describe_bad_images(report.bad_samples)}"
+        )
     if report.kept_shards:
         print(f"kept from an earlier run: {report.kept_shards} shards")
     _print_summary(report.manifest)
@@ -36,8 +38,8 @@ def write(args: argparse.Namespace) -> int:
 
 
 def index(args: argparse.Namespace) -> int:
-    from ganscale.shards.building import index_shards
-    from ganscale.shards.leaving_out import read_list
+    from ganscale.shards.exclusions import read_list
+    from ganscale.shards.indexing import index_shards
 
     report = index_shards(
         args.sources,
@@ -72,7 +74,7 @@ def verify(args: argparse.Namespace) -> int:
 
     from ganscale.data.manifest import Manifest
     from ganscale.errors import UserError
-    from ganscale.shards.leaving_out import BadSample, read_list, write_list
+    from ganscale.shards.exclusions import Exclusion, read_list, write_list
     from ganscale.shards.verifying import verify_shards
 
     manifest = Manifest.load(args.folder)
@@ -88,7 +90,7 @@ def verify(args: argparse.Namespace) -> int:
     if unknown:
         print(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
     bad = [
-        BadSample(findings.shard, key, reason)
+        Exclusion(findings.shard, key, reason)
         for findings in sorted(found)
         for key, reason in findings.bad
     ]
@@ -124,11 +126,11 @@ def _print_findings(found) -> None:
 
 def export(args: argparse.Namespace) -> int:
     from ganscale.data.manifest import Manifest
-    from ganscale.shards.finished import FinishedShards
-    from ganscale.shards.interchange import write_wids
+    from ganscale.shards.foreign_indices import write_wids
+    from ganscale.shards.index_cache import IndexCache
 
     manifest = Manifest.load(args.folder)
-    finished = FinishedShards(manifest.root)
+    finished = IndexCache(manifest.root)
     left_out = [finished.left_out(shard.name) for shard in manifest.shards]
     samples = [shard.samples + n for shard, n in zip(manifest.shards, left_out, strict=True)]
     write_wids(manifest, args.output, samples)
@@ -147,8 +149,11 @@ def show(args: argparse.Namespace) -> int:
     if manifest.class_count:
         _print_classes(manifest)
     if args.sheet:
-        broken = _write_sheet(manifest, args.sheet, args.count)
-        print(f"sheet        {args.sheet}" + (f" ({broken} broken, black)" if broken else ""))
+        bad_samples = _write_sheet(manifest, args.sheet, args.count)
+        print(
+            f"sheet        {args.sheet}"
+            + (f" ({bad_samples} broken, black)" if bad_samples else "")
+        )
     return 0
 
 
@@ -183,23 +188,23 @@ def _write_sheet(manifest, path: Path, count: int) -> int:
     import numpy as np
     from PIL import Image
 
-    from ganscale.data.contact_sheet import image_grid
-    from ganscale.data.decoding import DecodeError, decode
-    from ganscale.data.store import BrokenSample, open_store
+    from ganscale.data.images.decoding import DecodeError, decode
+    from ganscale.data.images.grid import image_grid
+    from ganscale.data.shard_reader import BadSampleError, open_shard_reader
     from ganscale.schema import DataConfig
 
     count = min(count, len(manifest.samples))
     # Photographs of any size are shown small: a sheet is to be looked at as a whole.
     resolution = min(128, *manifest.resolution) if manifest.resolution else 128
     images = np.zeros((count, resolution, resolution, 3), np.uint8)
-    store = open_store(manifest, DataConfig(path=manifest.source))
-    broken = 0
+    store = open_shard_reader(manifest, DataConfig(path=manifest.source))
+    bad_samples = 0
     for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
         try:
             images[cell] = decode(store.read(int(sample)), resolution, 3)
-        except (BrokenSample, DecodeError):
-            broken += 1
+        except (BadSampleError, DecodeError):
+            bad_samples += 1
     columns = int(np.ceil(np.sqrt(count)))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image_grid(images, columns)).save(path, "PNG")
-    return broken
+    return bad_samples

@@ -69,11 +69,11 @@ def _add_write(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the images' order (default: 0)")
     parser.add_argument(
-        "--max-broken",
+        "--max-bad",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of broken images that is left out without an error (default: 0.01)",
+        help="share of bad images that is left out without an error (default: 0.01)",
     )
     _add_workers(parser)
     parser.set_defaults(run=shard_commands.write)

@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> None:
     from ganscale.config import load_stored
     from ganscale.errors import UserError
+    from ganscale.run_folder import RunFolder
     from ganscale.tracking.sync import synchronize
-    from ganscale.training.in_wandb import identity_of, kept_in_wandb
-    from ganscale.training.run_folder import RunFolder
+    from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
 
     folder = RunFolder(path)
     if not folder.config.exists() or not folder.identity.exists():
@@ -53,10 +53,10 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
     if project:
         config.log.project = project
     try:
-        identity = identity_of(config, folder)
+        identity = wandb_identity(config, folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.identity} cannot be read ({error!r})") from error
-    checkpoints = kept_in_wandb(folder.checkpoints, config)
+    checkpoints = artifacts_to_upload(folder.checkpoints, config)
     done = synchronize(path, identity, checkpoints, timeout_seconds)
     print(f"{path}: W&B has all {done.rows:,} rows ({done.sent:,} sent now): {done.location}")
     if done.replaced:

@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
     from ganscale.errors import EXIT_DONE
     from ganscale.runtime import Runtime
-    from ganscale.supervision.attempts import note_ended
+    from ganscale.supervision.job_history import note_ended
     from ganscale.supervision.watchdog import Progress, Watchdog, exit_code_of, sentence_of
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 trainer = Trainer(resolved, runtime, stop, progress)
                 exit_code = trainer.run()
-                runtime.wait_for_all()
+                runtime.barrier()
             except BaseException as error:
                 watchdog.failed(error)
                 raise

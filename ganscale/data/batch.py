@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from ganscale.data.broken import Broken
+from ganscale.data.bad_samples import BadSample
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class Batch:
     images: UInt8[Tensor, "batch height width channels"]
     labels: Int64[Tensor, " batch"]  # -1 where the data set has none
     slots: Int64[Tensor, " batch"]  # what random draws for these images go with
-    broken: tuple[Broken, ...] = ()
+    bad_samples: tuple[BadSample, ...] = ()

@@ -10,9 +10,9 @@ import numpy as np
 
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
-from ganscale.data.staging import working_set
-from ganscale.data.streaming import StreamLoader
-from ganscale.data.tar_reader import check_urls, is_streamed, stream_identity, stream_urls
+from ganscale.data.remote.shard_cache import working_set
+from ganscale.data.streaming.loader import StreamLoader
+from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.schema import DataConfig
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Finished batches for one rank: positions -> samples -> bytes -> pixels, decoded ahead by threads.
 
 Threads, since the decoders release Python's lock: all of them fill one batch, cut into parts, so
-that the first one is there soon. In training, they are in a process of their own (`data.ahead`).
+that the first one is there soon. In training, they are in a process of their own (`data.loader_process`).
 """
 
 import logging
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ganscale.data.batch import Batch
-from ganscale.data.broken import Broken, BrokenLog, name_of, reason_of
-from ganscale.data.decoding import DecodeError, decode_into
+from ganscale.data.bad_samples import BadSample, BadSampleLog, name_of, reason_of
+from ganscale.data.images.decoding import DecodeError, decode_into
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
-from ganscale.data.prefetching import WindowWatch, shards_ahead
-from ganscale.data.store import BrokenSample, Place, open_store
-from ganscale.data.threads import Crew
+from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
+from ganscale.data.shard_reader import BadSampleError, SampleLocation, open_shard_reader
+from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 
@@ -33,15 +33,15 @@ _PART_PIXELS = 1 << 14  # at least, of a part: what it costs besides is then lit
 _CLOSE_SECONDS = 5.0
 
 
-Room = Callable[[tuple[int, ...]], Tensor]
+BatchAllocator = Callable[[tuple[int, ...]], Tensor]
 """Of a shape, where a batch of uint8 images finds its place."""
 
 
-def plain_room(shape: tuple[int, ...]) -> Tensor:
+def allocate_batch(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8)
 
 
-def pinned_room(shape: tuple[int, ...]) -> Tensor:
+def allocate_pinned_batch(shape: tuple[int, ...]) -> Tensor:
     """From which a GPU copies while the processor goes on."""
     return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
@@ -55,10 +55,10 @@ def parts_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A batch whose rows are being filled; each part returns its broken samples."""
+    """A batch whose rows are being filled; each part returns its bad samples."""
 
     batch: Batch
-    parts: "list[Future[list[Broken]]]" = field(default_factory=list)
+    parts: "list[Future[list[BadSample]]]" = field(default_factory=list)
 
 
 class Loader:
@@ -78,7 +78,7 @@ class Loader:
         rank: int,
         world_size: int,
         images_seen: int,
-        room: Room = plain_room,
+        room: BatchAllocator = allocate_batch,
     ) -> None:
         self.order = Order(
             np.diff(manifest.first_sample),
@@ -88,18 +88,18 @@ class Loader:
             block_samples=config.block_samples,
             window_blocks=config.window_blocks,
         )
-        self.broken: Counter[tuple[str, str]] = Counter()
+        self.bad_samples: Counter[tuple[str, str]] = Counter()
         self.samples_read = 0
         self._manifest = manifest
-        self._store = open_store(manifest, config)
-        self._watch = WindowWatch(self.order)
+        self._store = open_shard_reader(manifest, config)
+        self._watch = WindowTracker(self.order)
         share = global_batch_size // world_size
         self._shape = (share, config.resolution, config.resolution, config.channels)
         self._room = room
         self._batch = (global_batch_size, self.order.lanes, rank, world_size)
         self._next = images_seen
-        self._log = BrokenLog()
-        self._crew = Crew(config.workers, "decode")
+        self._log = BadSampleLog()
+        self._crew = DaemonThreadPool(config.workers, "decode")
         self._parts, self._depth = parts_and_depth(config, global_batch_size // world_size)
         self._ahead: deque[_Pending] = deque()
 
@@ -113,13 +113,13 @@ class Loader:
             self._ahead.append(self._start(self._next))
             self._next += self._batch[0]
         pending = self._ahead[0]
-        broken = [broken for part in pending.parts for broken in part.result()]
+        bad_samples = [bad_samples for part in pending.parts for bad_samples in part.result()]
         self._ahead.popleft()
         self.samples_read += len(pending.batch.slots)
-        self.broken.update((each.shard, each.reason) for each in broken)
-        self._log.tell(broken)
+        self.bad_samples.update((each.shard, each.reason) for each in bad_samples)
+        self._log.tell(bad_samples)
         batch = pending.batch
-        return Batch(batch.images, batch.labels, batch.slots, tuple(broken))
+        return Batch(batch.images, batch.labels, batch.slots, tuple(bad_samples))
 
     def close(self) -> None:
         """Ends the threads; batches that were decoded ahead are dropped. Within seconds: a thread
@@ -153,49 +153,49 @@ class Loader:
             return
         entered = self._watch.entered(positions)
 
-        def tell() -> list[Broken]:
+        def tell() -> list[BadSample]:
             self._store.prefetch(shards_ahead(self._manifest, self.order, entered).tolist())
             return []
 
         if len(entered):
             pending.parts.append(self._crew.submit(tell))
 
-    def _fill(self, positions: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> list[Broken]:
-        """Decodes the samples at `positions` into the rows of `pixels`; the broken ones."""
+    def _fill(self, positions: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> list[BadSample]:
+        """Decodes the samples at `positions` into the rows of `pixels`; the bad ones."""
         samples = self.order.samples(positions)
-        broken: list[Broken] = []
+        bad_samples: list[BadSample] = []
         for row, place in enumerate(self._store.places(samples)):
             found = self._decode(place, pixels[row])
             if found is not None:
-                broken.append(found)
+                bad_samples.append(found)
                 samples[row] = self._substitute(int(positions[row]), pixels[row])
         labels[...] = self._manifest.samples["label"][samples]
-        return broken
+        return bad_samples
 
     def _substitute(self, position: int, pixels: np.ndarray) -> int:
         """Fills `pixels` from the next readable sample of the lane; returns which that is.
 
         Unreadable ones on the way are counted where their own position comes up.
         """
-        broken = None
+        bad_samples = None
         for _ in range(_SAMPLES_TRIED - 1):
             position += self.order.lanes
             (place,) = self._store.places(self.order.samples(np.array([position])))
-            broken = self._decode(place, pixels)
-            if broken is None:
+            bad_samples = self._decode(place, pixels)
+            if bad_samples is None:
                 return place.sample
-        assert broken is not None
+        assert bad_samples is not None
         raise UserError(
-            f"{_SAMPLES_TRIED} samples in a row could not be used; the last: {name_of(broken)} "
-            f"{broken.detail}"
+            f"{_SAMPLES_TRIED} samples in a row could not be used; the last: {name_of(bad_samples)} "
+            f"{bad_samples.detail}"
         )
 
-    def _decode(self, place: Place, pixels: np.ndarray) -> Broken | None:
+    def _decode(self, place: SampleLocation, pixels: np.ndarray) -> BadSample | None:
         """Fills `pixels` from a sample, or says what is wrong with it."""
         try:
-            decode_into(self._store.read_place(place), pixels)
-        except (BrokenSample, DecodeError) as error:
+            decode_into(self._store.read_location(place), pixels)
+        except (BadSampleError, DecodeError) as error:
             shard, key = self._store.locate(place.sample)
-            detail = error.reason if isinstance(error, BrokenSample) else str(error)
-            return Broken(shard, reason_of(error), key, detail)
+            detail = error.reason if isinstance(error, BadSampleError) else str(error)
+            return BadSample(shard, reason_of(error), key, detail)
         return None

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from ganscale.data import remote
+from ganscale.data.remote import objects
 from ganscale.errors import UserError
-from ganscale.files import replacing, write_text
+from ganscale.files import atomic_write, write_text
 
 VERSION = 2
 JSON_NAME, ROWS_NAME = "manifest.json", "manifest.npy"
@@ -100,7 +100,7 @@ class Manifest:
         Raises UserError when there is none, or it is damaged, of another version, or points to
         where it must not, and UnavailableError as `remote.open_stream`.
         """
-        if not remote.is_remote(str(path)):
+        if not objects.is_remote(str(path)):
             root = Path(str(path).removeprefix("file://")).expanduser()
             if not root.exists():
                 raise UserError(f"no data set at {root}: there is no such folder")
@@ -108,7 +108,7 @@ class Manifest:
                 root = root.parent
             return cls._read(root, str(root), shards)
         source = str(path).removesuffix(JSON_NAME).rstrip("/")
-        if not remote.is_object_store(source):
+        if not objects.is_object_store(source):
             raise UserError(f"no data set at {path}: it is neither a folder nor a URL of one")
         root = _download(source, Path(cache).expanduser() / "manifests", retry_seconds)
         return cls._read(root, source, shards)
@@ -116,7 +116,7 @@ class Manifest:
     @classmethod
     def _read(cls, root: Path, source: str, shards_at: str) -> "Manifest":
         description = root / JSON_NAME
-        place = source if remote.is_remote(source) else str(root)
+        place = source if objects.is_remote(source) else str(root)
         if not description.is_file():
             raise UserError(
                 f"no {JSON_NAME} in {place}; make one with: ganscale shards index {place}"
@@ -166,13 +166,13 @@ class Manifest:
     @property
     def is_remote(self) -> bool:
         """Whether shards have to be fetched before they can be read."""
-        return remote.is_remote(self.location)
+        return objects.is_remote(self.location)
 
     def address(self, shard: int) -> str:
         """The path of a shard, or its URL or pipe:COMMAND."""
         name = self.shards[shard].name
         if self.is_remote:
-            return remote.join(self.location, name)
+            return objects.join(self.location, name)
         return str(self.root / Path(self.location.removeprefix("file://")).expanduser() / name)
 
     def shard_of(self, sample: int) -> int:
@@ -202,10 +202,10 @@ def check_shards(manifest: Manifest, retry_seconds: float = 300.0) -> None:
                 if mistake:
                     pool.shutdown(cancel_futures=True)
                     raise UserError(mistake)
-    elif not manifest.location.startswith(remote.PIPE):
-        with remote.RemoteObject(address, retry_seconds) as source:
+    elif not manifest.location.startswith(objects.PIPE):
+        with objects.RemoteObject(address, retry_seconds) as source:
             if source.size not in (None, shard.bytes):
-                raise UserError(_other_size(manifest, remote.shown(address), source.size, shard))
+                raise UserError(_other_size(manifest, objects.shown(address), source.size, shard))
 
 
 def _mistake(manifest: Manifest, index: int) -> str:
@@ -246,18 +246,18 @@ def _location(recorded: Any, source: str) -> str:
     """
     if type(recorded) is not str:
         raise ValueError("the location is no text")
-    if remote.is_object_store(recorded):
+    if objects.is_object_store(recorded):
         return recorded
-    is_here = not remote.is_remote(source)
-    is_path = not remote.is_remote(recorded) and not recorded.startswith("file://")
+    is_here = not objects.is_remote(source)
+    is_path = not objects.is_remote(recorded) and not recorded.startswith("file://")
     if is_path and is_here:
         return recorded or BESIDE
     parts = recorded.split("/")
     if is_path and not recorded.startswith(("/", "~")) and ".." not in parts:
         below = "/".join(part for part in parts if part not in ("", BESIDE))
-        return remote.join(source, below) if below else source
+        return objects.join(source, below) if below else source
     raise UserError(
-        f"the manifest in {remote.shown(source)} says that its shards are at {recorded!r}, which "
+        f"the manifest in {objects.shown(source)} says that its shards are at {recorded!r}, which "
         "is not taken from a manifest; if you trust it, say so yourself: data.shards=..."
     )
 
@@ -271,7 +271,7 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
     place = hashlib.sha256(source.encode()).hexdigest()[:32]
     with _locked(folder, place):
         known = folder / f"{place}.json"
-        with remote.RemoteObject(remote.join(source, JSON_NAME), retry_seconds) as description:
+        with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
             copy = _remembered(known, description.identity)
             if copy is not None:
                 return copy
@@ -284,8 +284,8 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
             partial.mkdir()
             (partial / JSON_NAME).write_bytes(content)
             with (
-                remote.open_stream(remote.join(source, ROWS_NAME), retry_seconds) as rows,
-                replacing(partial / ROWS_NAME) as file,
+                objects.open_stream(objects.join(source, ROWS_NAME), retry_seconds) as rows,
+                atomic_write(partial / ROWS_NAME) as file,
             ):
                 shutil.copyfileobj(rows, file, 1 << 20)
             _verify(Manifest._read(partial, source, BESIDE))
@@ -312,7 +312,7 @@ def _verify(manifest: Manifest) -> None:
         update_fingerprint(digest, shard, manifest.samples[first : first + shard.samples])
     if digest.hexdigest() != manifest.fingerprint:
         raise UserError(
-            f"{JSON_NAME} and {ROWS_NAME} in {remote.shown(manifest.source)} do not go together: "
+            f"{JSON_NAME} and {ROWS_NAME} in {objects.shown(manifest.source)} do not go together: "
             "another fingerprint; was it being replaced just now?"
         )
 

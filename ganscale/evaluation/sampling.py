@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from ganscale.data.preprocess import to_bytes
+from ganscale.data.images.preprocessing import to_bytes
 from ganscale.randomness import normal
 
 CHUNK = 16

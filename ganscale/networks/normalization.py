@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ganscale.errors import UserError
-from ganscale.runtime import sum_over_ranks, world_size
+from ganscale.runtime import all_reduce_sum_with_grad, get_world_size
 
 
 class GlobalBatchNorm(nn.Module):
@@ -49,7 +49,7 @@ class GlobalBatchNorm(nn.Module):
     ) -> Float[Tensor, "batch channels *places"]:
         if self.training and _batches > 1:
             return self._forward_together(images.chunk(_batches))
-        if not self.training or world_size() == 1:
+        if not self.training or get_world_size() == 1:
             return F.batch_norm(
                 images,
                 self.running_mean,
@@ -76,7 +76,7 @@ class GlobalBatchNorm(nn.Module):
     @torch.no_grad()
     def _update_running(self, images: Tensor, mean: Tensor, variance: Tensor) -> None:
         """Moves the running statistics towards the batch's, the variance unbiased as in torch."""
-        count = world_size() * images.numel() // images.shape[1]
+        count = get_world_size() * images.numel() // images.shape[1]
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
@@ -146,8 +146,8 @@ class _NormalizeGlobally(torch.autograd.Function):
         directly, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             gradients, wide, gain, mean, variance, mean, 1 / deviation, False, ctx.eps, [True] * 3
         )
-        sums = sum_over_ranks(torch.stack([of_weight, of_bias]).double())
-        count = world_size() * images.numel() // images.shape[1]
+        sums = all_reduce_sum_with_grad(torch.stack([of_weight, of_bias]).double())
+        count = get_world_size() * images.numel() // images.shape[1]
         of_variance, of_mean = (-sums * (gain / deviation / count)).to(mean.dtype)
         through_moments = F.batch_norm(wide, mean, variance, of_variance, of_mean, eps=ctx.eps)
         of_images = through_moments.add_(directly).to(images.dtype)  # in the images' memory format
@@ -172,7 +172,7 @@ def _global_moments(
     of_batches = [torch.batch_norm_update_stats(each, *unused.unbind(), 0.0) for each in batches]  # pyright: ignore[reportCallIssue]
     mean, variance = (torch.stack(rows).double() for rows in zip(*of_batches, strict=True))
     moments = torch.stack([mean, variance + mean.square()])
-    global_mean, global_square = sum_over_ranks(moments) / world_size()
+    global_mean, global_square = all_reduce_sum_with_grad(moments) / get_world_size()
     return global_mean, global_square - global_mean.square()
 
 

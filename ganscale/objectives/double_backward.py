@@ -38,9 +38,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ganscale.networks.resampling import convolve_and_pool, upsample_and_convolve
-from ganscale.objectives.forms import (
+from ganscale.objectives.fast_convolutions import (
     Settings,
-    as_product,
+    as_matrix_product,
     convolve,
     gradients,
     has_patches,
@@ -138,7 +138,7 @@ def _convolution(
         _for_each(output_padding, places),
         groups,
     )
-    product = as_product(input, weight, bias, settings)
+    product = as_matrix_product(input, weight, bias, settings)
     if product is not None:
         return product
     gains = _is_differentiated(input) if order > 1 else _gains_once(input, weight, settings)

@@ -27,8 +27,8 @@ class Loss:
     """An adversarial loss: what the critic and what the generator minimises.
 
     generator_needs_real: otherwise the generator's second argument may be None
-    spans_batch: the loss is not a mean of one term per image or pair, so it is taken on the logits
-        of the global batch rather than averaged over ranks and micro-batches
+    needs_global_batch: the loss is not a mean of one term per image or pair, so it is taken on the
+        logits of the global batch rather than averaged over ranks and micro-batches
     critic_parts, generator_parts: (the part for real images, the part for fakes), of the same
         arguments, with the loss for their sum; to be looked at. A loss of pairs has none. A
         generator's loss that does not look at real images is its own part for fakes
@@ -37,7 +37,7 @@ class Loss:
     critic: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) -> scalar
     generator: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits) -> scalar
     generator_needs_real: bool = False
-    spans_batch: bool = False
+    needs_global_batch: bool = False
     critic_parts: Callable[[Tensor, Tensor], Parts] | None = None
     generator_parts: Callable[[Tensor, Tensor | None], Parts] | None = None
 
@@ -129,7 +129,7 @@ def relativistic_average() -> Loss:
         parts,
         generator,
         generator_needs_real=True,
-        spans_batch=True,
+        needs_global_batch=True,
         generator_parts=generator_parts,
     )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ganscale.objectives.losses import Loss
-from ganscale.runtime import gather_batch
+from ganscale.runtime import all_gather_batch
 
 
 @torch.no_grad()
@@ -32,6 +32,6 @@ def generator_panel(
 
 
 def _value(loss: Loss, part: Callable[..., Tensor], *logits: Tensor) -> Tensor:
-    if loss.spans_batch:
-        logits = tuple(gather_batch(each) for each in logits)
+    if loss.needs_global_batch:
+        logits = tuple(all_gather_batch(each) for each in logits)
     return part(*logits)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.randomness import uniform
-from ganscale.runtime import at_least_float32, autocast, sum_over_ranks, world_size
+from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
 
 Critic = Callable[[Tensor, "Tensor | None"], Tensor]
 
@@ -155,7 +155,7 @@ def global_deviation(images: Tensor) -> Tensor:
     """The standard deviation of all elements of the global batch, a scalar."""
     wide = images.double()
     moments = torch.stack([wide.mean(), wide.square().mean()])
-    mean, square = sum_over_ranks(moments) / world_size()
+    mean, square = all_reduce_sum_with_grad(moments) / get_world_size()
     return (square - mean.square()).clamp_min(0).sqrt().to(images.dtype)
 
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.staging import working_set
+from ganscale.data.remote.shard_cache import working_set
 from ganscale.errors import UserError
-from ganscale.plan.choices import either, largest
-from ganscale.plan.reading import expected_fetches
 from ganscale.plan.sections import Cache, readable_bytes
+from ganscale.plan.shard_reads import expected_fetches
+from ganscale.plan.suggestions import either, largest
 from ganscale.schema import DataConfig
 
 _FEW_FETCHES = 2.0  # of a shard in an epoch: nothing to advise

@@ -7,15 +7,15 @@ import numpy as np
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.plan.cache import Stage
-from ganscale.plan.choices import either, nearest
-from ganscale.plan.reading import (
+from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, readable_bytes
+from ganscale.plan.shard_reads import (
     Shares,
     blocks_per_shard,
     expected_shards,
     lane_shares,
     mean_image_bytes,
 )
-from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, readable_bytes
+from ganscale.plan.suggestions import either, nearest
 from ganscale.schema import Config
 
 

@@ -16,10 +16,10 @@ from ganscale.objectives.objective import Objective
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config, OptimizerConfig
 from ganscale.training.cycle import makes_fakes_together
-from ganscale.training.ema import average_of
-from ganscale.training.networks import sample_shape, untried_networks
+from ganscale.training.ema import ema_copy
+from ganscale.training.network_setup import build_unchecked_networks, sample_shape
+from ganscale.training.network_updater import optimizer_tensors
 from ganscale.training.optimizers import build_optimizer
-from ganscale.training.player import optimizer_tensors
 
 # DistributedDataParallel's own: averaging starts as soon as a bucket is full.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
@@ -31,9 +31,9 @@ def planned_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Mo
     """(generator, critic) in the run's precision. Raises UserError as training does."""
     try:
         with torch.device("meta"):
-            generator, critic = untried_networks(config, num_classes)
+            generator, critic = build_unchecked_networks(config, num_classes)
     except (NotImplementedError, RuntimeError):  # a constructor that looks at its weights
-        generator, critic = untried_networks(config, num_classes)
+        generator, critic = build_unchecked_networks(config, num_classes)
     dtype = weights_dtype(config.training.precision)
     return generator.to(dtype), critic.to(dtype)
 
@@ -43,7 +43,7 @@ def checkpoint_files(config: Config, generator: nn.Module, critic: nn.Module) ->
     return {
         "generator": generator.state_dict(),
         "critic": critic.state_dict(),
-        "average": average_of(generator).state_dict(),
+        "ema": ema_copy(generator).state_dict(),
         "generator_optimizer": _optimizer_tensors(generator, config.optimizer.generator),
         "critic_optimizer": _optimizer_tensors(critic, config.optimizer.critic),
     }
@@ -127,7 +127,7 @@ def cycle_exchanges(
     # Mean and square per channel in float64, in each forward, and their gradients in a backward.
     norm_bytes = sum(2 * 8 * norm.running_mean.numel() for norm in norms)
     dragan = objective.penalties.get("dragan")  # two float64 for the deviation of the batch
-    spans = objective.loss.spans_batch
+    spans = objective.loss.needs_global_batch
     forwards = (1 if reuses else 2) * parts + (parts if spans and parts > 1 else 0)
     logits = images * _logit_bytes(config, critic) if spans else 0
     is_together = makes_fakes_together(config, generator, ranks)

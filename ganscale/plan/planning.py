@@ -11,7 +11,6 @@ from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
 from ganscale.networks import parameter_count
 from ganscale.objectives.objective import build_objective
-from ganscale.plan.choices import either, nearest
 from ganscale.plan.data import DataPlan, plan_data
 from ganscale.plan.networks import (
     Exchange,
@@ -30,13 +29,14 @@ from ganscale.plan.sections import (
     Plan,
     Run,
 )
+from ganscale.plan.suggestions import either, nearest
 from ganscale.schema import Config
-from ganscale.training.exactness import check_batch
-from ganscale.training.networks import class_count
+from ganscale.training.invariance_checks import check_batch_divides
+from ganscale.training.network_setup import class_count
 
 _LOADER_BYTES = 160 << 20  # Python and torch; measured, without what is mapped from files
 _VOTE_BYTES = 8  # one int64 a cycle, on the hosts
-# Means, maxima, unreadable samples, images for `collapse/`, edges and counts of histograms.
+# Means, maxima, bad samples, images for `collapse/`, edges and counts of histograms.
 _LOG_ROW_COLLECTIVES = 6
 
 
@@ -101,9 +101,9 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
 
 
 def _refuse_batch(config: Config, cluster: Cluster) -> None:
-    """`check_batch`, and what else than the batch could be changed."""
+    """`check_batch_divides`, and what else than the batch could be changed."""
     try:
-        check_batch(config.training, cluster.ranks)
+        check_batch_divides(config.training, cluster.ranks)
     except UserError as error:
         batch, accumulate = config.training.global_batch_size, config.training.accumulate
 

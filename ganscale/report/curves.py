@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ganscale.report.reading import Curve, Run
+from ganscale.report.run_reader import Curve, Run
 
 COLOURS = 6
 """Line colours in style.css."""
@@ -42,7 +42,10 @@ SECTIONS = {
     "loss": ("Loss", "What the run minimises, and its parts; comparable within one objective."),
     "logits": ("Logits", "The critic's raw scores of real and generated images."),
     "penalty": ("Penalties", "Gradient penalties and the norms that they look at."),
-    "slope": ("Slope", "How steep the critic is at real images, where no penalty looks at it."),
+    "input_gradient_norm": (
+        "Input gradient norm",
+        "The norm of the critic's gradient at real images, where no penalty looks at it.",
+    ),
     "clip": ("Clipping", "Weight clipping."),
     "optim": ("Optimization", "Gradients, weights, learning rates, the average."),
     "perf": ("Speed", "Throughput, and where the time of a step goes."),

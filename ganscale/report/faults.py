@@ -15,7 +15,7 @@ from ganscale.errors import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
 )
-from ganscale.report.reading import Run
+from ganscale.report.run_reader import Run
 from ganscale.secrets import without_secrets
 
 Level = Literal["error", "warning", "note"]
@@ -106,12 +106,12 @@ def read_log(path: Path) -> Log:
 
 def _summary_faults(run: Run) -> Iterable[Fault]:
     summary = run.summary
-    broken = summary.get("broken_samples", 0)
-    if isinstance(broken, int) and broken > 0:
-        yield Fault("warning", f"{broken:,} broken samples, replaced by others")
-        for place in _listed(summary.get("broken"))[:10]:
+    bad_samples = summary.get("bad_samples", 0)
+    if isinstance(bad_samples, int) and bad_samples > 0:
+        yield Fault("warning", f"{bad_samples:,} bad samples, replaced by others")
+        for place in _listed(summary.get("bad_samples_by_shard"))[:10]:
             shard, reason, count = (place.get(name) for name in ("shard", "reason", "count"))
-            yield Fault("warning", f"broken samples in {shard}: {reason}", _count(count))
+            yield Fault("warning", f"bad samples in {shard}: {reason}", _count(count))
     lost = summary.get("lost_rows", 0)
     if isinstance(lost, int) and lost > 0:
         yield Fault("error", f"{lost:,} rows of metrics.jsonl were lost: no room on the disk")

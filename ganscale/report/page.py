@@ -19,7 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from ganscale import __version__
-from ganscale.report.comparing import (
+from ganscale.report.comparison import (
     NOTHING,
     differing_settings,
     final_figures,
@@ -36,8 +36,8 @@ from ganscale.report.curves import (
     trained_by,
 )
 from ganscale.report.faults import Log, faults_of, read_log, standing
-from ganscale.report.pictures import Strip, order_of_kinds, read_strips, title_of_kind
-from ganscale.report.reading import Run
+from ganscale.report.run_reader import Run
+from ganscale.report.samples import Strip, order_of_kinds, read_strips, title_of_kind
 from ganscale.report.sessions import Session, sessions_of
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ganscale.report.faults import Log
-from ganscale.report.reading import Run
+from ganscale.report.run_reader import Run
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ganscale.data.decoding import decode, image_extension
+from ganscale.data.images.decoding import decode, image_extension
 from ganscale.errors import UserError
 
 IMAGE_FORMATS = ("png", "webp", "jpeg", "npy", "keep")

@@ -1,250 +1,271 @@
-"""What is inside one shard: where each image lies, and its label.
+"""The manifest of many shards: each is read by `indexing`, unless that was done before."""
 
-A shard is a tar in WebDataset's format. Members whose names agree up to the first dot of the base
-name are one sample, and the rest of the name says what a member is: `key.png` is the image of the
-sample `key`, `key.cls` its label. Where WebDataset loses or mixes samples without a word (a cut
-tar, a repeated key, an image apart from its label), indexing stops with a sentence.
-"""
-
-import hashlib
-import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple
 
-import numpy as np
+from tqdm import tqdm
 
-from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
-from ganscale.data.manifest import SAMPLE_ROW, Shard
-from ganscale.data.store import LARGEST_IMAGE_BYTES
-from ganscale.errors import UserError
-from ganscale.shards.headers import MAGIC_BYTES, is_image, pixel_size
-from ganscale.shards.tar import Member, Reader, TarReader
+from ganscale.data.manifest import Manifest, Shard
+from ganscale.data.remote import objects
+from ganscale.errors import UnavailableError, UserError
+from ganscale.shards.exclusions import Exclusion, Exclusions, write_list
+from ganscale.shards.foreign_indices import IdxReader, check_img2dataset, idx_beside
+from ganscale.shards.index_cache import IndexCache, options_digest, save_shard, stamp_of
+from ganscale.shards.listing import Listing, list_shards
+from ganscale.shards.manifest_writer import write_manifest
+from ganscale.shards.parallel import run_all, saying_when_full
+from ganscale.shards.shard_index import ShardIndex, describe_bad, index_members, read_index
 
-_MAX_LABEL_BYTES = 16 << 20
-_METADATA = re.compile(r"__[^/]*__(/|$)")  # what WebDataset sets aside, such as __MACOSX/
+BAD_NAME = "bad.jsonl"
+"""The list of what was bad, beside the manifest; `read_list` reads it."""
 
+DEFAULT_RETRY_SECONDS = 300.0
 
-@runtime_checkable
-class MemberReader(Protocol):
-    """The members of a shard in order, and the bytes of the one that was reached last."""
-
-    @property
-    def name(self) -> str: ...
-
-    def __iter__(self) -> Iterator[Member]: ...
-
-    def data(self, limit: int | None = None) -> bytes: ...
+_NAMED_BAD = 5
+_STAMPING_THREADS = 32
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """A shard's contents.
+class Report(NamedTuple):
+    """What `index_shards` did.
 
-    rows: (samples,) SAMPLE_ROW, in the tar's order
-    extensions: those of the images, sorted
-    image_sizes: up to two different (height, width), enough to tell whether all are the same;
-        images without a readable header are left out; None: nobody looked
-    left_out: samples that were to be left out, and were found
-    bad: (key, sentence) of the samples that cannot be used and have no row
+    manifest: None when a part of the shards was indexed
+    listing: the shards it was asked for
+    read, kept: shards that were read now, and earlier
+    left_out: samples, and the shards that were left out as a whole
+    in_again: samples that the index before this one had left out
     """
 
-    shard: Shard
-    rows: np.ndarray
-    extensions: tuple[str, ...]
-    image_sizes: tuple[tuple[int, int], ...] | None
-    left_out: int = 0
-    bad: tuple[tuple[str, str], ...] = ()
+    manifest: Manifest | None
+    listing: Listing
+    read: int
+    kept: int
+    left_out: int
+    left_out_shards: int
+    in_again: int = 0
 
 
-@dataclass(slots=True)
-class _Sample:
-    key: str
-    offset: int = -1
-    size: int = 0
-    extension: str = ""
-    problem: str = ""
-    members: dict[str, bytes] = field(default_factory=dict)
-    """Of every extension; the contents of labels only."""
+class _Task(NamedTuple):
+    name: str
+    address: str
+    is_local: bool
+    output: Path
+    left_out: frozenset[str]
+    stated_samples: int | None
+    trusts_idx: bool
+    retry_seconds: float
 
 
-def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
-    """The shard at `path` and its samples, (samples,) SAMPLE_ROW.
+class _Outcome(NamedTuple):
+    problem: str
+    bad: tuple[tuple[str, str], ...]
+    may_pass: bool = False  # a network's trouble, not the shard's
 
-    Raises UserError, naming shard and member, for a file that is no tar, is cut, is empty, or whose
-    members do not form samples of one image each, all of them labelled or none.
+
+def build_manifest(folder: Path | str, workers: int = 1) -> Manifest:
+    """Indexes all *.tar of `folder` with `workers` processes and writes their manifest there.
+
+    Raises as `index_shards`.
     """
-    with path.open("rb") as file:
-        index = read_index(file, path.name, str(path))
-    if index.bad:
-        raise UserError(describe_bad(str(path), index.bad))
-    return index.shard, index.rows
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder at {folder}")
+    manifest = index_shards([str(folder)], workers=workers).manifest
+    assert manifest is not None
+    return manifest
 
 
-def describe_bad(label: str, bad: Collection[tuple[str, str]]) -> str:
-    """The first of a shard's bad samples, for a message."""
-    more = f" (and {len(bad) - 1} more bad samples)" if len(bad) > 1 else ""
-    return f"{label}: {next(iter(bad))[1]}{more}"
+def index_shards(
+    sources: Sequence[str],
+    output: Path | None = None,
+    *,
+    names: Sequence[str] = (),
+    workers: int = 1,
+    again: bool = False,
+    left_out: Exclusions | None = None,
+    trusts_idx: bool = False,
+    part: tuple[int, int] | None = None,
+    retry_seconds: float = DEFAULT_RETRY_SECONDS,
+) -> Report:
+    """Indexes the shards that `sources` and `names` mean (see `listing.list_shards`).
 
+    The manifest is written to `output`, by default the folder of local shards. Class names are
+    taken from a list in its `classes.json`, if there is one. Shards that were indexed before and
+    have not changed (see `finished`) are not read, unless `again`; the result is the same, whatever
+    was kept, and with any number of `workers`.
 
-def read_index(file: Reader, name: str, label: str, left_out: Collection[str] = ()) -> ShardIndex:
-    """The contents of a tar that is read to its end, once, from where `file` stands.
+    left_out: samples and shards that are not to be in the manifest
+    trusts_idx: take offsets from DALI's .idx beside a local shard, which is then not read, and has
+        no checksum
+    part: (i, n): only index the i-th of n parts, counted from 0, and write no manifest; a last call
+        without it finds all parts in the output
+    retry_seconds: a failing network is tried again so long
 
-    name, label: the shard's in the manifest, and in messages
-    left_out: keys of samples to pass over
-
-    Raises UserError for a tar whose samples cannot be told apart; bad samples are listed instead.
+    Raises UserError for shards that are missing, bad, or do not go together (after all were looked
+    at, with a list of what is bad in BAD_NAME), and UnavailableError.
     """
-    digest = hashlib.sha256()
-    reader = TarReader(file, label, digest)
-    index = index_members(reader, left_out)
-    shard = Shard(name, reader.bytes, digest.hexdigest(), len(index.rows))
-    return ShardIndex(
-        shard, index.rows, index.extensions, index.image_sizes, index.left_out, index.bad
+    listing = list_shards(sources, names, retry_seconds)
+    output = _output(listing, output)
+    left_out = left_out or Exclusions()
+    left_out_shards = left_out.shards() & set(listing.names)
+    kept_names = [name for name in listing.names if name not in left_out_shards]
+    if part is not None:
+        kept_names = kept_names[part[0] :: part[1]]
+    keys = left_out.keys()
+    tasks = [
+        _Task(
+            name,
+            listing.address(name),
+            listing.is_local,
+            output,
+            keys.get(name, frozenset()),
+            listing.counts.get(name),
+            trusts_idx,
+            retry_seconds,
+        )
+        for name in kept_names
+    ]
+    finished = IndexCache(output)
+    left_out_before = sum(map(finished.left_out, kept_names))
+    todo = tasks if again else _unfinished(tasks, finished, listing.is_local)
+    with saying_when_full(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _read_all(todo, len(tasks), workers, output, left_out, is_part=part is not None)
+        if part is not None:
+            return Report(None, listing, len(todo), len(tasks) - len(todo), 0, len(left_out_shards))
+        location = "." if _is_beside(listing, output) else _location(listing)
+        left_out_samples = write_manifest(output, location, kept_names, finished)
+    manifest = Manifest.load(output)
+    return Report(
+        manifest,
+        listing,
+        len(todo),
+        len(tasks) - len(todo),
+        left_out_samples,
+        len(left_out_shards),
+        max(0, left_out_before - left_out_samples),
     )
 
 
-def index_members(
-    reader: MemberReader, left_out: Collection[str] = (), looks_at_sizes: bool = True
-) -> ShardIndex:
-    """The samples that the members form; the index's shard has neither name nor size yet.
-
-    `looks_at_sizes` reads images whole until two sizes are known. Raises as `read_index`.
-    """
-    rows: list[tuple[int, int]] = []
-    texts: list[dict[str, bytes]] = []
-    keys: list[str] = []
-    bad: list[tuple[str, str]] = []
-    extensions: set[str] = set()
-    sizes: set[tuple[int, int]] = set()
-    found = 0
-    for sample in _samples(reader, sizes if looks_at_sizes else None):
-        found += 1
-        if sample.key in left_out:
-            continue
-        if not sample.problem and sample.offset < 0:
-            sample.problem = (
-                f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
-                f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
-            )
-        if sample.problem:
-            bad.append((sample.key, sample.problem))
-            continue
-        rows.append((sample.offset, sample.size))
-        texts.append(sample.members)
-        keys.append(sample.key)
-        extensions.add(sample.extension)
-    if not found:
-        raise UserError(f"{reader.name}: the tar is empty")
-    table = np.empty(len(rows), SAMPLE_ROW)
-    if rows:
-        table["offset"], table["size"] = np.array(rows, np.uint64).T
-    labels, unlabelled = _labels(keys, texts)
-    table["label"] = labels
-    return ShardIndex(
-        Shard("", 0, "", len(rows)),
-        table,
-        tuple(sorted(extensions)),
-        tuple(sorted(sizes)) if looks_at_sizes else None,
-        found - len(rows) - len(bad),
-        (*bad, *unlabelled),
-    )
+def _output(listing: Listing, output: Path | None) -> Path:
+    if output is not None:
+        return output
+    if not listing.is_local:
+        raise UserError(
+            f"the shards of {objects.shown(listing.base)} are not on this machine: say where "
+            "the manifest is to go with --output FOLDER"
+        )
+    return Path(listing.base)
 
 
-def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterator[_Sample]:
-    """The samples of a tar in order; `sizes` is given up to two different sizes of images."""
-    seen: set[str] = set()
-    sample: _Sample | None = None
-    for member in reader:
-        name, offset, size = member
-        base = name.rfind("/") + 1
-        if name.startswith(".", base) or (name.startswith("__") and _METADATA.match(name)):
-            continue
-        dot = name.find(".", base)
-        if dot < 0 or dot + 1 == len(name):
+def _is_beside(listing: Listing, output: Path) -> bool:
+    return listing.is_local and Path(listing.base).resolve() == output.resolve()
+
+
+def _location(listing: Listing) -> str:
+    """What the manifest says: never a command, which nobody should run for having read it, and
+    no password or signature."""
+    if listing.base.startswith(objects.PIPE):
+        return "."
+    if listing.is_local:
+        return os.path.abspath(listing.base)  # noqa: PTH100
+    return objects.shown(listing.base)
+
+
+def _unfinished(tasks: list[_Task], finished: IndexCache, is_local: bool) -> list[_Task]:
+    """The tasks whose shard is new or has changed."""
+
+    def is_finished(task: _Task) -> bool:
+        try:
+            return finished.find(task.name, stamp_of(task.address), _options(task))
+        except UserError:
+            return False  # a missing shard: reading it says so
+
+    with ThreadPoolExecutor(1 if is_local else _STAMPING_THREADS) as threads:
+        flags = list(threads.map(is_finished, tasks))
+    return [task for task, is_done in zip(tasks, flags, strict=True) if not is_done]
+
+
+def _read_all(
+    todo: list[_Task], total: int, workers: int, output: Path, left_out: Exclusions, is_part: bool
+) -> None:
+    problems: dict[str, str] = {}
+    unavailable = 0
+    bad: list[Exclusion] = []
+    # None: on a terminal only.
+    with tqdm(total=total, initial=total - len(todo), unit=" shards", disable=None) as progress:
+        for task, outcome in run_all(_index_one, todo, workers):
+            progress.update()
+            bad += [Exclusion(task.name, key, reason) for key, reason in outcome.bad]
+            if outcome.problem:
+                problems[task.name] = outcome.problem
+                unavailable += outcome.may_pass
+                if not outcome.bad and not outcome.may_pass:
+                    bad.append(Exclusion(task.name, None, outcome.problem))
+    if not problems:
+        return
+    named = [problems[name] for name in sorted(problems)]
+    message = "; ".join(named[:_NAMED_BAD])
+    if len(named) > 1:
+        message = f"{len(named)} of {total:,} shards are bad: {message}"
+    if len(named) > _NAMED_BAD:
+        message += f"; and {len(named) - _NAMED_BAD} more"
+    if (
+        not is_part and bad
+    ):  # parts run at the same time, and the last call looks at bad shards again
+        bad.sort(key=lambda sample: (sample.shard, sample.key or ""))
+        write_list(output / BAD_NAME, [*left_out.samples, *bad])
+        message += f" (to index the rest: --leave-out {output / BAD_NAME})"
+    raise UnavailableError(message) if unavailable == len(problems) else UserError(message)
+
+
+def _index_one(task: _Task) -> _Outcome:
+    """Reads one shard and keeps its index; what is wrong with it is in the outcome."""
+    try:
+        stamp = stamp_of(task.address)
+        index = _read(task)
+        if task.is_local and stamp_of(task.address) != stamp:
+            raise UserError(f"{task.address} was changed while it was read")
+        samples = len(index.rows) + index.left_out + len(index.bad)
+        if task.stated_samples is not None and samples != task.stated_samples:
             raise UserError(
-                f"{reader.name}: member '{name}' has no extension and so belongs to no sample"
+                f"{objects.shown(task.address)} has {samples:,} samples, but "
+                f"{task.stated_samples:,} in the WebDataset index that lists it"
             )
-        key, extension = name[:dot], name[dot + 1 :].lower()
-        if sample is None or key != sample.key:
-            if sample is not None:
-                yield sample
-            if key in seen:
-                raise UserError(
-                    f"{reader.name}: sample '{key}' occurs twice (at member '{name}'); "
-                    "the members of a sample must follow each other, with a key of their own"
-                )
-            seen.add(key)
-            sample = _Sample(key)
-        if extension in sample.members:
-            sample.problem = f"member '{name}' occurs twice"
-            continue
-        sample.members[extension] = b""
-        if extension in IMAGE_EXTENSIONS:
-            if sample.offset >= 0:
-                sample.problem = (
-                    f"sample '{key}' has two images, .{sample.extension} and .{extension}"
-                )
-            sample.offset, sample.size, sample.extension = offset, size, extension
-            if size > LARGEST_IMAGE_BYTES:
-                sample.problem = (
-                    f"member '{name}' has {size:,} bytes, more than the limit of "
-                    f"{LARGEST_IMAGE_BYTES:,}"
-                )
-                continue
-            wanted = sizes if sizes is not None and len(sizes) < 2 else None
-            data = reader.data(MAGIC_BYTES if wanted is None else None)
-            if not is_image(data):
-                sample.problem = sample.problem or (
-                    f"member '{name}' is no JPEG, PNG, WebP or .npy: it begins with "
-                    f"{data[:MAGIC_BYTES]!r}"
-                )
-            elif wanted is not None and (pixels := pixel_size(data)) is not None:
-                wanted.add(pixels)
-        elif extension in LABEL_EXTENSIONS:
-            if size > _MAX_LABEL_BYTES:
-                sample.problem = f"member '{name}' has {size:,} bytes, too many for a label"
-            else:
-                sample.members[extension] = reader.data()
-    if sample is not None:
-        yield sample
+        if task.is_local:
+            check_img2dataset(Path(task.address), samples)
+    except UserError as error:
+        return _Outcome(str(error), ())
+    except UnavailableError as error:
+        return _Outcome(str(error), (), may_pass=True)
+    except OSError as error:
+        return _Outcome(f"{task.address} cannot be read: {error.strerror or error}", ())
+    if index.bad:
+        return _Outcome(describe_bad(objects.shown(task.address), index.bad), index.bad)
+    save_shard(task.output, index, stamp, _options(task))
+    return _Outcome("", ())
 
 
-def _labels(
-    keys: list[str], texts: list[dict[str, bytes]]
-) -> tuple[list[int], list[tuple[str, str]]]:
-    """The class of each sample, from the first kind of member that holds classes; else all -1.
+def _options(task: _Task) -> str:
+    return options_digest(task.left_out, _idx(task) is not None)
 
-    And (key, sentence) of the samples that have no class though others do, or none that can be.
-    """
-    for extension in LABEL_EXTENSIONS:
-        if not any(extension in members for members in texts):
-            continue
-        labels: list[int] = []
-        bad: list[tuple[str, str]] = []
-        has_label = False
-        for key, members in zip(keys, texts, strict=True):
-            text = members.get(extension)
-            label = parse_label(text, extension)
-            if label is None:
-                if text is not None and extension == "cls":
-                    sentence = f"the label in '{key}.cls' is no integer: {text[:40]!r}"
-                else:
-                    sentence = (
-                        f"sample '{key}' has no label, but others have (.{extension}): "
-                        "label all samples or none"
-                    )
-                bad.append((key, sentence))
-            else:
-                has_label = True
-                if not 0 <= label < 1 << 31:
-                    bad.append((key, f"the label of '{key}.{extension}' is {label}, no class"))
-                    label = None
-            labels.append(-1 if label is None else label)
-        if not bad:
-            return labels, []
-        # A text that is a number in one sample and words in another is a caption.
-        if extension == "cls" or (extension == "json" and has_label):
-            return labels, bad
-    return [-1] * len(keys), []
+
+def _idx(task: _Task) -> Path | None:
+    return idx_beside(Path(task.address)) if task.trusts_idx and task.is_local else None
+
+
+def _read(task: _Task) -> ShardIndex:
+    path = Path(task.address)
+    idx = _idx(task)
+    if idx is not None:
+        with path.open("rb") as file:
+            reader = IdxReader(file.fileno(), path, idx)
+            index = index_members(reader, task.left_out, looks_at_sizes=False)
+        return replace(index, shard=Shard(task.name, reader.bytes, "", len(index.rows)))
+    if not task.is_local:
+        with objects.open_stream(task.address, task.retry_seconds) as file:
+            return read_index(file, task.name, objects.shown(task.address), task.left_out)
+    with path.open("rb") as file:
+        return read_index(file, task.name, task.address, task.left_out)

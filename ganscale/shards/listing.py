@@ -8,9 +8,9 @@ from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ganscale.data import remote
+from ganscale.data.remote import objects
 from ganscale.errors import UserError
-from ganscale.shards.interchange import read_wids
+from ganscale.shards.foreign_indices import read_wids
 
 _PIPE = "pipe:"
 _WEB = ("http://", "https://")
@@ -33,13 +33,13 @@ class Listing:
     @property
     def is_local(self) -> bool:
         """Whether the shards are files of this machine."""
-        return not self.base.startswith(_PIPE) and not remote.is_remote(self.base)
+        return not self.base.startswith(_PIPE) and not objects.is_remote(self.base)
 
     def address(self, name: str) -> str:
         """What to open for a shard."""
         if self.is_local:
             return str(Path(self.base, name))
-        return remote.join(self.base, name)
+        return objects.join(self.base, name)
 
 
 def list_shards(
@@ -66,7 +66,7 @@ def list_shards(
             addresses += _expand(source)
     if len(sources) == 1 and Path(sources[0]).is_dir():
         return Listing(sources[0], tuple(sorted(Path(address).name for address in addresses)))
-    is_remote = {remote.is_remote(address) for address in addresses}
+    is_remote = {objects.is_remote(address) for address in addresses}
     if len(is_remote) > 1:
         raise UserError("some of these shards are local, others remote: index one place at a time")
     if is_remote == {False}:
@@ -98,8 +98,8 @@ def list_shards(
 
 
 def _expand(source: str) -> list[str]:
-    if remote.is_remote(source):
-        return remote.expand(source)
+    if objects.is_remote(source):
+        return objects.expand(source)
     path = Path(source)
     if path.is_dir():
         found = [str(shard) for shard in sorted(path.glob("*.tar"))]
@@ -110,7 +110,7 @@ def _expand(source: str) -> list[str]:
         return [source]
     if not any(mark in source for mark in "{*?["):
         raise UserError(f"no folder, shard or pattern of shards at {source}")
-    found = list(remote.expand(source))
+    found = list(objects.expand(source))
     if not found:
         raise UserError(f"no shards fit {source}")
     return found
@@ -153,7 +153,7 @@ def _common_folder(addresses: list[str]) -> str:
     pairs = zip(min(folders), max(folders), strict=False)
     shared = [part for part, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     # Of `https://host/a` the first three parts are no folders: without them it is no URL.
-    if len(shared) < (3 if remote.is_remote(addresses[0]) else 1):
+    if len(shared) < (3 if objects.is_remote(addresses[0]) else 1):
         raise UserError(f"{addresses[0]} and {addresses[-1]} lie in no common place")
     return "/".join(shared) or "/"
 

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ganscale.data.decoding import DecodeError
+from ganscale.data.images.decoding import DecodeError
 from ganscale.data.labels import IMAGE_EXTENSIONS
 from ganscale.errors import UserError
 from ganscale.shards import bundled
-from ganscale.shards.tar import TarReader
+from ganscale.shards.tar_reader import TarReader
 
 _BUNDLED = "bundled:"
 

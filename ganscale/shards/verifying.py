@@ -6,12 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ganscale.data import remote
-from ganscale.data.decoding import DecodeError, decode
+from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
+from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards.parallel import run_all
-from ganscale.shards.tar import Reader, TarReader
+from ganscale.shards.tar_reader import Reader, TarReader
 
 
 class Findings(NamedTuple):
@@ -50,7 +50,7 @@ def verify_shards(
             manifest.root,
             manifest.fingerprint,
             position,
-            remote.join(base, shard.name),
+            objects.join(base, shard.name),
             retry_seconds,
         )
         for position, shard in enumerate(manifest.shards)
@@ -61,7 +61,7 @@ def verify_shards(
 
 def shard_base(manifest: Manifest) -> str:
     """The folder or URL that the manifest's shards lie in."""
-    if remote.is_remote(manifest.location):
+    if objects.is_remote(manifest.location):
         return manifest.location
     return str(manifest.root / manifest.location)
 
@@ -78,8 +78,8 @@ def _manifest(root: Path, fingerprint: str) -> Manifest:
 def _verify_shard(task: _Task) -> Findings:
     shard = _manifest(task.manifest, task.fingerprint).shards[task.position]
     try:
-        if task.address.startswith("pipe:") or remote.is_remote(task.address):
-            with remote.open_stream(task.address, task.retry_seconds) as file:
+        if task.address.startswith("pipe:") or objects.is_remote(task.address):
+            with objects.open_stream(task.address, task.retry_seconds) as file:
                 problem, bad = _verify(file, task)
         else:
             with Path(task.address).open("rb") as file:

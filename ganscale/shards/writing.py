@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from ganscale.data.decoding import DecodeError
+from ganscale.data.images.decoding import DecodeError
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
-from ganscale.files import replacing
+from ganscale.files import atomic_write
 from ganscale.shards import sources
-from ganscale.shards.building import build_manifest
 from ganscale.shards.encoding import Encoding
+from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import run_all, saying_when_full
 from ganscale.shards.sources import Source, SourceImage
 
@@ -44,7 +44,7 @@ class Report(NamedTuple):
 
     manifest: Manifest
     kept_shards: int
-    broken: list[tuple[str, str]]
+    bad_samples: list[tuple[str, str]]
     ignored: dict[str, int]
 
 
@@ -62,7 +62,7 @@ class _Finished(NamedTuple):
 
     shard: str
     bytes: int
-    broken: list[tuple[str, str]]
+    bad_samples: list[tuple[str, str]]
 
 
 def write_shards(
@@ -78,7 +78,7 @@ def write_shards(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     seed: int = 0,
     workers: int = 1,
-    max_broken: float = 0.01,
+    max_bad: float = 0.01,
 ) -> Report:
     """Writes the images of `source` (see `sources.list_images`) as shards into the folder `output`.
 
@@ -91,7 +91,7 @@ def write_shards(
         training run shuffles only within windows of neighbours: with a class a shard, a batch would
         hold few classes
     workers: processes, each with a shard at a time; they do not change the result
-    max_broken: share of images that may be broken before that is an error
+    max_bad: share of images that may be broken before that is an error
 
     Raises UserError.
     """
@@ -126,10 +126,10 @@ def write_shards(
         for first in range(0, len(order), shard_samples)
     ]
     todo = [task for task in tasks if task.path.name not in finished]
-    broken = [image for shard in finished.values() for image in shard.broken]
-    _refuse_too_many_broken(broken, len(order), max_broken)
+    bad_samples = [image for shard in finished.values() for image in shard.bad_samples]
+    _refuse_too_many_bad(bad_samples, len(order), max_bad)
     if not todo and (root / JSON_NAME).exists():
-        return Report(Manifest.load(root), len(tasks), sorted(broken), listing.ignored)
+        return Report(Manifest.load(root), len(tasks), sorted(bad_samples), listing.ignored)
     (root / JSON_NAME).unlink(missing_ok=True)  # until all is written, this is no data set
     progress = tqdm(total=len(order), unit=" images", disable=None)  # None: on a terminal only
     journal_path = root / JOURNAL_NAME
@@ -139,29 +139,29 @@ def write_shards(
             journal.write(json.dumps(shard) + "\n")
             journal.flush()
             progress.update(len(task.images))
-            broken += shard.broken
-            _refuse_too_many_broken(broken, len(order), max_broken)
-    if len(broken) == len(order):
-        raise UserError(f"no image of {source} can be decoded: {describe_broken(broken)}")
+            bad_samples += shard.bad_samples
+            _refuse_too_many_bad(bad_samples, len(order), max_bad)
+    if len(bad_samples) == len(order):
+        raise UserError(f"no image of {source} can be decoded: {describe_bad_images(bad_samples)}")
     if listing.class_names:
-        with saying_when_full(root), replacing(root / CLASSES_NAME) as file:
+        with saying_when_full(root), atomic_write(root / CLASSES_NAME) as file:
             file.write((json.dumps(listing.class_names) + "\n").encode())
     manifest = build_manifest(root, workers)
-    return Report(manifest, len(tasks) - len(todo), sorted(broken), listing.ignored)
+    return Report(manifest, len(tasks) - len(todo), sorted(bad_samples), listing.ignored)
 
 
-def describe_broken(broken: list[tuple[str, str]]) -> str:
-    """The first few broken images with their reasons, for a message."""
-    named = [f"{name} {reason}" for name, reason in sorted(broken)[:_NAMED_BROKEN]]
-    more = len(broken) - len(named)
+def describe_bad_images(bad_samples: list[tuple[str, str]]) -> str:
+    """The first few bad images with their reasons, for a message."""
+    named = [f"{name} {reason}" for name, reason in sorted(bad_samples)[:_NAMED_BROKEN]]
+    more = len(bad_samples) - len(named)
     return "; ".join(named) + (f"; and {more} more" if more else "")
 
 
-def _refuse_too_many_broken(broken: list[tuple[str, str]], images: int, max_broken: float) -> None:
-    if len(broken) > max_broken * images:
+def _refuse_too_many_bad(bad_samples: list[tuple[str, str]], images: int, max_bad: float) -> None:
+    if len(bad_samples) > max_bad * images:
         raise UserError(
-            f"{len(broken)} of {images} images are broken, more than the allowed share of "
-            f"{max_broken:g} (--max-broken): {describe_broken(broken)}"
+            f"{len(bad_samples)} of {images} images are broken, more than the allowed share of "
+            f"{max_bad:g} (--max-bad): {describe_bad_images(bad_samples)}"
         )
 
 
@@ -217,7 +217,7 @@ def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished
     if not path.exists():
         if any(root.glob("*.tar")):
             raise UserError(f"{root} holds shards already; write into another folder")
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write((json.dumps(command) + "\n").encode())
         return {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -232,8 +232,8 @@ def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished
     for line in lines[1:]:
         if not line.endswith("\n"):
             break  # the machine stopped while writing it; the shard is made again
-        name, size, broken = json.loads(line)
-        shard = _Finished(name, size, [(image, reason) for image, reason in broken])
+        name, size, bad_samples = json.loads(line)
+        shard = _Finished(name, size, [(image, reason) for image, reason in bad_samples])
         # A shard without a single good image has no file.
         is_there = (root / name).exists() and (root / name).stat().st_size == size
         if is_there or size == 0:
@@ -241,7 +241,7 @@ def _open_journal(root: Path, command: dict[str, object]) -> dict[str, _Finished
         else:
             finished.pop(name, None)
     if lines[1:] and not lines[-1].endswith("\n"):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write("".join(lines[:-1]).encode())
     return finished
 
@@ -251,16 +251,16 @@ def _write_shard(task: _ShardTask) -> _Finished:
     from webdataset.writer import TarWriter
 
     read = sources.reader(task.kind, task.source_path)
-    broken = []
+    bad_samples = []
     with (
-        replacing(task.path) as file,
+        atomic_write(task.path) as file,
         TarWriter(file, encoder=False, mtime=0, user="ganscale", group="ganscale") as tar,
     ):
         for position, image in enumerate(task.images, task.first_key):
             try:
                 extension, data = _encode(read, image, task.encoding)
             except DecodeError as error:
-                broken.append((image.name, str(error)))
+                bad_samples.append((image.name, str(error)))
                 continue
             sample = {"__key__": f"{position:09d}", extension: data}
             if image.label >= 0:
@@ -268,10 +268,10 @@ def _write_shard(task: _ShardTask) -> _Finished:
                 # can take the image for an unlabelled one.
                 sample["cls"] = str(image.label).encode()
             tar.write(sample)
-    if len(broken) == len(task.images):
+    if len(bad_samples) == len(task.images):
         task.path.unlink()
-        return _Finished(task.path.name, 0, broken)
-    return _Finished(task.path.name, task.path.stat().st_size, broken)
+        return _Finished(task.path.name, 0, bad_samples)
+    return _Finished(task.path.name, task.path.stat().st_size, bad_samples)
 
 
 def _encode(

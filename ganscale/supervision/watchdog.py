@@ -25,9 +25,15 @@ from typing import Any
 from ganscale import runtime as runtime_module
 from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, GanscaleError, UserError
 from ganscale.runtime import Runtime, is_communication_error, is_device_error
-from ganscale.supervision.attempts import note_ended
+from ganscale.supervision.failure_attribution import (
+    Failure,
+    FailureCause,
+    Member,
+    ProgressMark,
+    attribute_failure,
+)
+from ganscale.supervision.job_history import note_ended
 from ganscale.supervision.signals import PARENT, StopRequest
-from ganscale.supervision.verdicts import Failure, Mark, Member, Verdict, judged
 from ganscale.tracking.console import append_line
 
 _JOIN_SECONDS = 60.0
@@ -45,14 +51,14 @@ class Progress:
     """What this rank is at: told by its main thread, read by the watchdog."""
 
     def __init__(self) -> None:
-        self.current = Mark()
+        self.current = ProgressMark()
         self.run_folder: Path | None = None
         self.last_act: Callable[[], None] = lambda: None
         """What this rank should still be given some seconds for when another one is lost."""
 
     def mark(self, where: str, patience_seconds: float = 0.0) -> None:
         """Begins another part of the work, which may take so much longer than the limit."""
-        self.current = Mark(self.current.count + 1, where, patience_seconds)
+        self.current = ProgressMark(self.current.count + 1, where, patience_seconds)
 
 
 class Watchdog:
@@ -114,7 +120,7 @@ class Watchdog:
         except Exception as error:  # of our own: a rank without a watchdog would be taken for dead
             traceback.print_exception(error)
             self._leave(
-                Verdict(EXIT_RANK_LOST, f"the watchdog of {self._self.name} failed: {error}")
+                FailureCause(EXIT_RANK_LOST, f"the watchdog of {self._self.name} failed: {error}")
             )
 
     def _watch(self) -> None:
@@ -150,7 +156,7 @@ class Watchdog:
             if now < judges_at:  # a thousand ranks send hundreds of beats a second
                 continue
             judges_at = now + _LOOK_SECONDS
-            if verdict := judged(members, now, limit, self._silence):
+            if verdict := attribute_failure(members, now, limit, self._silence):
                 for link in self._links:
                     link.send({"end": [verdict.exit_code, verdict.sentence, verdict.is_hang]})
                 self._leave(verdict)
@@ -166,7 +172,7 @@ class Watchdog:
         # Should a thread hold the interpreter for ever, C at least says where.
         faulthandler.dump_traceback_later(1.5 * self._limit + mark.patience_seconds, file=_STDERR)
 
-    def _leave(self, verdict: Verdict) -> None:
+    def _leave(self, verdict: FailureCause) -> None:
         """Ends this process; what it still writes may hang, too, and then is left."""
         if self._is_closing.is_set() or not self._is_leaving.acquire(blocking=False):
             return
@@ -175,7 +181,7 @@ class Watchdog:
         writer.join(_LAST_ACT_SECONDS + 3 * _LEAVE_SECONDS)
         os._exit(verdict.exit_code)
 
-    def _say(self, verdict: Verdict) -> None:
+    def _say(self, verdict: FailureCause) -> None:
         if not verdict.is_hang:  # a checkpoint that is being written is worth a moment
             last_act = threading.Thread(target=self._progress.last_act, daemon=True)
             last_act.start()
@@ -225,7 +231,7 @@ class _Link:
         self.connection = connection
         now = time.monotonic()
         self.member = Member(name, now, now)
-        self.verdict: Verdict | None = None  # what rank 0 says
+        self.verdict: FailureCause | None = None  # what rank 0 says
         self.is_open = True
         self._received = b""
         self._unsent = b""
@@ -262,13 +268,13 @@ class _Link:
         member = self.member
         member.heard_at = now
         if "beat" in message:
-            mark, member.is_waiting = Mark(*message["beat"]), message["is_waiting"]
+            mark, member.is_waiting = ProgressMark(*message["beat"]), message["is_waiting"]
             if mark != member.mark:
                 member.mark, member.moved_at = mark, now
         elif "failed" in message:
             member.failure, member.failed_at = Failure(*message["failed"]), now
         elif "end" in message:
-            self.verdict, member.has_left = Verdict(*message["end"]), True
+            self.verdict, member.has_left = FailureCause(*message["end"]), True
         elif "bye" in message:
             member.has_left = True
 
@@ -286,7 +292,7 @@ def _connected(runtime: Runtime) -> list[_Link]:
         listeners.append(listener)
         return listener.getsockname()[1], secrets.token_hex(16), _name_of(0)
 
-    port, token, name_of_main = runtime.from_main(listen)
+    port, token, name_of_main = runtime.run_on_main(listen)
     links, problem = [], None
     try:
         if runtime.is_main:
@@ -301,7 +307,7 @@ def _connected(runtime: Runtime) -> list[_Link]:
             links = [_Link(connection, name_of_main)]
     except OSError as error:
         problem = f"rank {runtime.rank}: the ranks cannot connect to each other ({error})"
-    problems = [each for each in runtime.gather(problem) if each is not None]
+    problems = [each for each in runtime.all_gather_object(problem) if each is not None]
     if problems:
         raise UserError(f"{problems[0]}: machines of a run need open ports between them")
     return links

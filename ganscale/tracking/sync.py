@@ -12,11 +12,11 @@ from typing import Any
 
 from ganscale.errors import EXIT_FAILED, UnavailableError, UserError
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.following import Rows
-from ganscale.tracking.messages import Checkpoint, Identity
-from ganscale.tracking.mode import chosen_mode
-from ganscale.tracking.replaced import replaced_rows
+from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.superseded_rows import count_superseded
 from ganscale.tracking.uploader import alone
+from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
+from ganscale.tracking.wandb_mode import chosen_mode
 from ganscale.tracking.wandb_run import WandbRun
 
 _UPLOADER_SECONDS = 20.0  # that of a session which was killed ends by then
@@ -36,7 +36,7 @@ class Synchronized:
 
 def synchronize(
     run_folder: Path,
-    identity: Identity,
+    identity: WandbIdentity,
     checkpoints: Sequence[Checkpoint] = (),
     timeout_seconds: float = 300.0,
 ) -> Synchronized:
@@ -70,12 +70,12 @@ def synchronize(
 
 def _send(
     run_folder: Path,
-    identity: Identity,
+    identity: WandbIdentity,
     checkpoints: Sequence[Checkpoint],
     timeout_seconds: float,
 ) -> Synchronized:
     summary = _summary(run_folder / "summary.json")
-    rows = Rows(run_folder / "metrics.jsonl")
+    rows = RecordTail(run_folder / "metrics.jsonl")
     # The client keeps a copy of all it sends, which nobody needs.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         wandb_run = WandbRun(
@@ -91,8 +91,8 @@ def _send(
         for checkpoint in checkpoints:
             wandb_run.keep_checkpoint(checkpoint)
         wandb_run.finish(summary, summary.get("exit_code", EXIT_FAILED))
-    moments = ((seen, step) for seen, step, _ in Rows(run_folder / "metrics.jsonl").lines())
-    replaced = replaced_rows(run_folder, wandb_run.location, moments)
+    moments = ((seen, step) for seen, step, _ in RecordTail(run_folder / "metrics.jsonl").lines())
+    replaced = count_superseded(run_folder, wandb_run.location, moments)
     return Synchronized(rows.count, sent, replaced, wandb_run.location)
 
 

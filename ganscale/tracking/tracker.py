@@ -16,10 +16,16 @@ from typing import Any
 
 from ganscale.errors import UserError
 from ganscale.tracking.alerts import Alerts
-from ganscale.tracking.messages import CHECKPOINT_SECONDS, Checkpoint, Ending, Identity, Job
-from ganscale.tracking.mode import Mode
 from ganscale.tracking.record import IMAGES_SEEN, Record, Value
-from ganscale.tracking.replaced import note_cut
+from ganscale.tracking.superseded_rows import note_rewind
+from ganscale.tracking.uploader_messages import (
+    CHECKPOINT_SECONDS,
+    Checkpoint,
+    Job,
+    SessionEnd,
+    WandbIdentity,
+)
+from ganscale.tracking.wandb_mode import Mode
 
 STEP = "progress/step"
 
@@ -38,7 +44,7 @@ class Tracker:
     def __init__(
         self,
         run_folder: Path,
-        identity: Identity,
+        identity: WandbIdentity,
         mode: Mode,
         resumed_at: int | None,
         *,
@@ -68,7 +74,7 @@ class Tracker:
         kept_until = -1 if resumed_at is None else resumed_at
         if dropped := self._record.rewind(kept_until):
             logger.info("metrics.jsonl: %d rows after the checkpoint are logged again", dropped)
-        if dropped and changes and note_cut(run_folder, kept_until):
+        if dropped and changes and note_rewind(run_folder, kept_until):
             logger.warning(
                 "of the %d rows after the checkpoint, which come again with other settings (%s), "
                 "W&B keeps those that it has: it cannot change them",
@@ -102,7 +108,7 @@ class Tracker:
         if self._alerts is not None:
             self._alerts.tell(kind, title, text, images_seen)
 
-    def log_pictures(self, pictures: Mapping[str, Path], *, step: int, images_seen: int) -> None:
+    def log_images(self, pictures: Mapping[str, Path], *, step: int, images_seen: int) -> None:
         """Logs files of the run folder, under names that begin with `samples/`."""
         paths = {name: str(path.relative_to(self._run_folder)) for name, path in pictures.items()}
         self.log(paths, step=step, images_seen=images_seen)
@@ -118,7 +124,7 @@ class Tracker:
         self._record.close()
         if self._uploader is None:
             return
-        ending = Ending(exit_code, dict(summary), list(checkpoints))
+        ending = SessionEnd(exit_code, dict(summary), list(checkpoints))
         with contextlib.suppress(OSError):  # a process that is gone
             assert self._uploader.stdin is not None
             self._uploader.stdin.write(ending.to_line().encode())

@@ -21,9 +21,9 @@ from typing import Any, TextIO
 
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, UnavailableError, UserError
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.following import Rows
-from ganscale.tracking.messages import CHECKPOINT_SECONDS, Ending, Job
-from ganscale.tracking.mode import WandbMode, chosen_mode
+from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Job, SessionEnd
+from ganscale.tracking.wandb_mode import WandbMode, chosen_mode
 from ganscale.tracking.wandb_run import WandbRun
 
 _LOOK_SECONDS = 0.5
@@ -43,7 +43,7 @@ class Session:
     """
 
     def __init__(self, lines: TextIO, finish_seconds: float) -> None:
-        self.ending = Ending()
+        self.ending = SessionEnd()
         self._finish_seconds = finish_seconds
         self._lines = lines
         self._has_ended = threading.Event()
@@ -60,7 +60,7 @@ class Session:
     def _listen(self) -> None:
         with contextlib.suppress(ValueError):
             if line := self._lines.readline():
-                self.ending = Ending.from_line(line)
+                self.ending = SessionEnd.from_line(line)
         self._has_ended.set()
         time.sleep(self._finish_seconds + CHECKPOINT_SECONDS * len(self.ending.checkpoints) + 5)
         os._exit(EXIT_FAILED)
@@ -123,7 +123,7 @@ class Uploader:
         self._pause, self._has_failed = self._job.retry_seconds, False
 
     def _follow(self, wandb_run: WandbRun) -> None:
-        rows = Rows(self._folder / "metrics.jsonl")
+        rows = RecordTail(self._folder / "metrics.jsonl")
         first = sent = wandb_run.next_step
         looked_at = time.monotonic()
         while True:

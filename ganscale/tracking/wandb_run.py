@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
-from ganscale.tracking.messages import CHECKPOINT_SECONDS, Checkpoint, Identity
-from ganscale.tracking.mode import WandbMode, answers, client_settings
 from ganscale.tracking.record import IMAGES_SEEN
-from ganscale.tracking.replaced import note_connection
-from ganscale.tracking.values import Values
+from ganscale.tracking.superseded_rows import note_connection
+from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
+from ganscale.tracking.wandb_mode import WandbMode, answers, client_settings
+from ganscale.tracking.wandb_values import WandbValues
 
 _INIT_SECONDS = 30.0
 _ARRIVAL_SECONDS = 2
@@ -22,7 +22,7 @@ _ROWS_AT_ONCE = 100
 
 
 class WandbRun:
-    """The sole class that calls the client, with `Values`. Any call may raise anything, or hang.
+    """The only class that calls the client, with `WandbValues`. A call may raise anything, or hang.
 
     Attributes:
         next_step: W&B has every row of the run with a step below it
@@ -32,7 +32,7 @@ class WandbRun:
     def __init__(
         self,
         run_folder: Path,
-        identity: Identity,
+        identity: WandbIdentity,
         mode: WandbMode,
         *,
         client_folder: Path,
@@ -46,7 +46,7 @@ class WandbRun:
         """
         import wandb
 
-        self._values = Values(run_folder)
+        self._values = WandbValues(run_folder)
         self._alerts: set[str] = set()
         self._checkpoints = f"checkpoint-{identity.run_id}"
         if mode == "online" and not answers(url := client_settings().base_url):

@@ -13,8 +13,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.data.batch import Batch
-from ganscale.data.preprocess import random_flip, to_network_range
+from ganscale.data.images.preprocessing import random_flip, to_network_range
 from ganscale.errors import UserError
+from ganscale.metrics.collapse import collapse_meters
+from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
+from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.normalization import batches_together, normalizes_together
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
@@ -24,12 +27,9 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
-from ganscale.training.collapse import collapse_meters
-from ganscale.training.ema import decay, update_average
-from ganscale.training.profiling import section, stopwatch
-from ganscale.training.slope import slope_meters
+from ganscale.training.ema import decay, update_ema
 from ganscale.training.state import TrainingState
-from ganscale.training.step import make, once
+from ganscale.training.steps import make, once
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Cycle:
             slots = torch.cat([batch.slots for batch in ahead]).to(self.runtime.device)
             labels = torch.cat([batch.labels for batch in ahead]).to(self.runtime.device)
             if with_panel:  # what ranks wait for each other is not theirs
-                self.runtime.wait_for_all()
+                self.runtime.barrier()
             with section("fakes together"), batches_together(len(ahead)):
                 fakes = self._fakes(slots, labels if self.state.num_classes else None)
             self._fakes_ahead.extend(fakes.chunk(len(ahead)))
@@ -118,7 +118,7 @@ class Cycle:
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
         }
-        meters, maxima, logits = state.critic_player.update(inputs, state.images_seen)
+        meters, maxima, logits = state.critic_updater.update(inputs, state.images_seen)
         state.meters.add(meters, maxima)
         if self.objective.clip is not None:
             clip_weights(self.clipped, self.objective.clip.value)
@@ -140,7 +140,9 @@ class Cycle:
         if not self.objective.penalties:
             training = self.config.training
             how = training.precision, training.accumulate
-            state.meters.add(*slope_meters(state.critic, batch.images, batch.labels, *how))
+            state.meters.add(
+                *input_gradient_norm_meters(state.critic, batch.images, batch.labels, *how)
+            )
         if global_batch_size > 1:
             places = batch.slots - state.images_seen
             images = batch.images, fake_images
@@ -161,18 +163,18 @@ class Cycle:
             "labels": batch.labels,
             "with_real_logits": with_panel,
         }
-        meters, maxima, logits = state.generator_player.update(inputs, state.images_seen)
+        meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
         state.meters.add(meters, maxima)
         if with_panel:
             state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
         state.steps += 1
 
-    @section("average")
-    def update_average(self) -> None:
+    @section("ema")
+    def update_ema(self) -> None:
         """Moves the averaged generator over the images of a cycle."""
-        average, state = self.config.average, self.state
-        kept = decay(self.images, state.images_seen, average.half_life_images, average.ramp_up)
-        update_average(state.average, state.generator, kept)
+        ema, state = self.config.ema, self.state
+        kept = decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
+        update_ema(state.ema, state.generator, kept)
 
     @section("to the device")
     def on_device(self, batch: Batch) -> DeviceBatch:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def average_of(generator: nn.Module) -> nn.Module:
+def ema_copy(generator: nn.Module) -> nn.Module:
     """A frozen copy of `generator`, in evaluation mode."""
     return copy.deepcopy(generator).requires_grad_(False).eval()
 
@@ -22,7 +22,7 @@ def decay(images: int, images_seen: int, half_life_images: float, ramp_up: float
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, generator: nn.Module, kept: float) -> None:
+def update_ema(average: nn.Module, generator: nn.Module, kept: float) -> None:
     """average <- kept * average + (1 - kept) * generator, in one fused call; buffers are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(generator.parameters()), 1 - kept)
     buffers = list(average.buffers())

@@ -14,8 +14,8 @@ from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
 from ganscale.schema import Config
-from ganscale.training.networks import sample_shape
-from ganscale.training.step import CriticStep, GeneratorStep, make
+from ganscale.training.network_setup import sample_shape
+from ganscale.training.steps import CriticStep, GeneratorStep, make
 
 _BATCH = 2
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")

@@ -11,18 +11,23 @@ from torch import nn
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.config import load_stored
 from ganscale.errors import UserError
+from ganscale.metrics.health import Health
+from ganscale.metrics.meters import MeterAccumulator
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.objective import Objective
+from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
-from ganscale.training.ema import average_of
-from ganscale.training.health import Health
-from ganscale.training.meters import MeterSums
-from ganscale.training.networks import build_generator_of, build_networks
+from ganscale.training.ema import ema_copy
+from ganscale.training.network_setup import build_generator_of, build_networks
+from ganscale.training.network_updater import (
+    NetworkUpdater,
+    NonFiniteGuard,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from ganscale.training.optimizers import lazy_optimizer
-from ganscale.training.player import Player, Tripwire, load_optimizer_tensors, optimizer_tensors
-from ganscale.training.run_folder import RunFolder
-from ganscale.training.step import CriticStep, GeneratorStep
+from ganscale.training.steps import CriticStep, GeneratorStep
 
 
 class TrainingState:
@@ -43,36 +48,36 @@ class TrainingState:
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        self.tripwire = Tripwire(runtime.device)
+        self.non_finite_guard = NonFiniteGuard(runtime.device)
         precision, penalty_precision = config.training.precision, "float32"
         compiles = config.training.compile
         if config.training.penalty_precision == "autocast":
             penalty_precision = precision
-        self.critic_player = Player(
+        self.critic_updater = NetworkUpdater(
             "critic",
             CriticStep(self.critic, objective, precision, penalty_precision, compiles),
             self.critic,
             lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
             config.training,
             runtime,
-            self.tripwire,
+            self.non_finite_guard,
         )
-        self.generator_player = Player(
+        self.generator_updater = NetworkUpdater(
             "generator",
             GeneratorStep(self.generator, self.critic, objective, precision, compiles),
             self.generator,
             config.optimizer.generator,
             config.training,
             runtime,
-            self.tripwire,
+            self.non_finite_guard,
         )
-        self.average = average_of(self.generator)
+        self.ema = ema_copy(self.generator)
         self.num_classes = num_classes
-        self.meters = MeterSums(runtime)
+        self.meters = MeterAccumulator(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
         # Unreadable samples by (shard, reason), on all ranks and in all sessions.
-        self.broken: Counter[tuple[str, str]] = Counter()
+        self.bad_samples: Counter[tuple[str, str]] = Counter()
         self.health = Health()
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
@@ -82,9 +87,9 @@ class TrainingState:
         return {
             "generator": self.generator.state_dict(),
             "critic": self.critic.state_dict(),
-            "average": self.average.state_dict(),
-            "generator_optimizer": optimizer_tensors(self.generator_player.optimizer),
-            "critic_optimizer": optimizer_tensors(self.critic_player.optimizer),
+            "ema": self.ema.state_dict(),
+            "generator_optimizer": optimizer_tensors(self.generator_updater.optimizer),
+            "critic_optimizer": optimizer_tensors(self.critic_updater.optimizer),
         }
 
     def numbers(self) -> dict[str, Any]:
@@ -93,7 +98,7 @@ class TrainingState:
             "images_seen": self.images_seen,
             "num_classes": self.num_classes,
             "steps": self.steps,
-            "broken": [[*place, count] for place, count in sorted(self.broken.items())],
+            "bad_samples": [[*place, count] for place, count in sorted(self.bad_samples.items())],
             "seconds": self.seconds,
             "sessions": self.sessions,
             "health": asdict(self.health),
@@ -106,11 +111,11 @@ class TrainingState:
         Raises UserError where networks or optimizers are not those that were saved.
         """
         try:
-            for name in ("generator", "critic", "average"):
+            for name in ("generator", "critic", "ema"):
                 getattr(self, name).load_state_dict(load_tensors(folder, name))
-            for player in (self.generator_player, self.critic_player):
+            for updater in (self.generator_updater, self.critic_updater):
                 load_optimizer_tensors(
-                    player.optimizer, load_tensors(folder, f"{player.name}_optimizer")
+                    updater.optimizer, load_tensors(folder, f"{updater.name}_optimizer")
                 )
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
@@ -118,8 +123,8 @@ class TrainingState:
                 "continue with the networks and kinds of optimizer that it was trained with"
             ) from error
         numbers = load_state(folder)
-        self.broken = Counter(
-            {(shard, reason): count for shard, reason, count in numbers["broken"]}
+        self.bad_samples = Counter(
+            {(shard, reason): count for shard, reason, count in numbers["bad_samples"]}
         )
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
@@ -140,12 +145,12 @@ class TrainingState:
         return all(bool(t.isfinite().all()) for t in tensors)
 
 
-def load_generator(
+def load_run_generator(
     run_folder: Path, weights: str, checkpoint: Path | None = None
 ) -> tuple[nn.Module, int, int]:
     """(generator, latent_dim, number of classes) of a run's newest checkpoint, on the CPU.
 
-    `weights`: "average" or "generator"; `checkpoint`: one that was verified, in place of the
+    `weights`: "ema" or "generator"; `checkpoint`: one that was verified, in place of the
     newest. Raises UserError for a folder that is no run, or one without a whole checkpoint.
     """
     folder = RunFolder(run_folder)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
-from ganscale.data.ahead import start_loader
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import pinned_room, plain_room
+from ganscale.data.loader import allocate_batch, allocate_pinned_batch
+from ganscale.data.loader_process import start_loader
 from ganscale.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -20,21 +20,21 @@ from ganscale.errors import (
     UnavailableError,
     UserError,
 )
+from ganscale.metrics.profiling import profiled, section
 from ganscale.objectives.objective import build_objective
+from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
-from ganscale.supervision.attempts import note_started
+from ganscale.supervision.job_history import note_started
 from ganscale.supervision.signals import StopRequest
 from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
-from ganscale.tracking.messages import CHECKPOINT_SECONDS
+from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle
-from ganscale.training.exactness import check_batch
-from ganscale.training.feed import Feed
-from ganscale.training.networks import class_count
-from ganscale.training.profiling import profiled, section
-from ganscale.training.replicas import audit_replicas
-from ganscale.training.reports import Reports
-from ganscale.training.run_folder import RunFolder
+from ganscale.training.device_prefetcher import DevicePrefetcher
+from ganscale.training.invariance_checks import check_batch_divides
+from ganscale.training.network_setup import class_count
+from ganscale.training.replica_audit import audit_replicas
+from ganscale.training.run_reporter import RunReporter
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ class Trainer:
         self.progress = progress or Progress()
         mark, patience = self.progress.mark, config.data.retry_seconds
         mark("looking at the data", patience)
-        check_batch(config.training, runtime.world_size)
+        check_batch_divides(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         self.data = open_data(config.data)
-        runtime.from_main(lambda: self.data.check(runtime.node_share))
+        runtime.run_on_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)
         mark("building the networks")
         self.state = TrainingState(config, self.objective, runtime, num_classes)
@@ -74,14 +74,14 @@ class Trainer:
         self.progress.run_folder = self.folder.path
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", patience)
-        self.run_id, checkpoint = runtime.from_main(
+        self.run_id, checkpoint = runtime.run_on_main(
             lambda: self.folder.open(resolved, self.data.fingerprint)
         )
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            runtime.from_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
+            runtime.run_on_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
         except BaseException:
             self.folder.close()
             raise
@@ -114,7 +114,7 @@ class Trainer:
         loader = start_loader(
             self.data,
             config.data,
-            pinned_room if is_cuda else plain_room,
+            allocate_pinned_batch if is_cuda else allocate_batch,
             ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
@@ -122,14 +122,16 @@ class Trainer:
             world_size=self.runtime.world_size,
             images_seen=state.images_seen,
         )
-        feed = Feed(loader, self.runtime, config.objective.n_critic)
+        prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            reports = Reports(config, self.folder, self.resumed_at, self.runtime, state, feed)
+            reports = RunReporter(
+                config, self.folder, self.resumed_at, self.runtime, state, prefetcher
+            )
             try:
-                cycles = config.profile.steps if self.runtime.is_main else 0
+                cycles = config.profile.cycles if self.runtime.is_main else 0
                 profile = profiled(self.folder.path / "profile", cycles)
                 with profile as after_cycle:
-                    exit_code = self._train(feed, reports, after_cycle)
+                    exit_code = self._train(prefetcher, reports, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
                 known = isinstance(error, GanscaleError)
@@ -139,7 +141,9 @@ class Trainer:
             reports.close(exit_code)
         return exit_code
 
-    def _train(self, feed: Feed, reports: Reports, after_cycle: Callable[[], None]) -> int:
+    def _train(
+        self, prefetcher: DevicePrefetcher, reports: RunReporter, after_cycle: Callable[[], None]
+    ) -> int:
         state, cycle, config, stop = self.state, self.cycle, self.config, self.stop
         mark, data_patience = self.progress.mark, config.data.retry_seconds
         if self.runtime.is_main:
@@ -149,20 +153,20 @@ class Trainer:
         if is_due and reports.lacks_samples():
             reports.samples(self._is_stopped)
         mark("data", data_patience)
-        feed.fetch(stop.is_requested)
-        ending = self.runtime.start_vote(_ending(stop, feed, self.writer))()
+        prefetcher.fetch(stop.is_requested)
+        ending = self.runtime.start_max(_ending(stop, prefetcher, self.writer))()
         if ending != _GOES_ON:
-            return self._stopped(ending, feed)
+            return self._stopped(ending, prefetcher)
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
             logs = is_last or _crosses(before, after, config.log.every_images)
-            batches = feed.take()
+            batches = prefetcher.take()
             reports.real_images(batches)
             mark("data", data_patience)
             if not is_last:
-                feed.fetch(stop.is_requested)
-            votes = [self.runtime.start_vote(_ending(stop, feed, self.writer))]
+                prefetcher.fetch(stop.is_requested)
+            votes = [self.runtime.start_max(_ending(stop, prefetcher, self.writer))]
 
             # Data and critic
             mark("critic")
@@ -181,7 +185,7 @@ class Trainer:
             draws = is_last or _crosses(before, after, config.samples.every_images)
             if logs or draws or self.runtime.device.type == "cpu":
                 self._stop_if_not_finite(reports)
-            cycle.update_average()
+            cycle.update_ema()
 
             # Meters
             if logs:
@@ -194,7 +198,7 @@ class Trainer:
                 # The run's last grid is made whatever comes: nobody would make it afterwards
                 reports.samples(self._marked if is_last else self._is_stopped)
                 # A stop that had them given up has to be this one: they are made at resuming
-                votes.append(self.runtime.start_vote(_ending(stop, feed, self.writer)))
+                votes.append(self.runtime.start_max(_ending(stop, prefetcher, self.writer)))
 
             # Audit and checkpoint: what is not the same on all ranks is never saved
             mark("vote", data_patience)  # ranks may wait for data
@@ -206,13 +210,13 @@ class Trainer:
                 self._audit(reports)
             if saves:
                 mark("checkpoint")
-                feed.count_broken(state.broken)
+                prefetcher.count_bad_samples(state.bad_samples)
                 self._save(must_succeed=is_last or stops)
             after_cycle()
 
             # Stop
             if stops:
-                return self._stopped(ending, feed)
+                return self._stopped(ending, prefetcher)
         return EXIT_DONE
 
     def _is_stopped(self) -> bool:
@@ -223,10 +227,10 @@ class Trainer:
         self.progress.mark("samples")
         return False
 
-    def _stopped(self, ending: int, feed: Feed) -> int:
+    def _stopped(self, ending: int, prefetcher: DevicePrefetcher) -> int:
         """Ends the session on all ranks. Raises what ended the data, if that is why."""
         if ending == _DATA_FAILED:
-            raise feed.failure()
+            raise prefetcher.failure()
         images_seen, failed = self.state.images_seen, ending == _CHECKPOINT_FAILED
         why = "since a checkpoint could not be written" if failed else "on request"
         if self.runtime.is_main:
@@ -236,21 +240,21 @@ class Trainer:
         return EXIT_REQUEUE
 
     @section("audit")
-    def _audit(self, reports: Reports) -> None:
+    def _audit(self, reports: RunReporter) -> None:
         self._stop_if_not_finite(reports)  # held back updates must not count as images seen
         audit_replicas(self.state.audited(), self.runtime)
         self.state.health.audits_passed += 1
 
-    def _stop_if_not_finite(self, reports: Reports) -> None:
+    def _stop_if_not_finite(self, reports: RunReporter) -> None:
         """Raises NonFiniteError after saving the state that the tripwire has held, and a row that
         shows what came to it: at the images of that state, so that the resumed run keeps it."""
         state = self.state
-        if not state.tripwire.is_tripped():
+        if not state.non_finite_guard.has_tripped():
             return
-        held_back = int(state.critic_player.updates_held_back.item())
+        held_back = int(state.critic_updater.skipped_updates.item())
         failed_at = state.images_seen - held_back * self.config.training.global_batch_size
         state.images_seen = failed_at
-        state.steps -= int(state.generator_player.updates_held_back.item())
+        state.steps -= int(state.generator_updater.skipped_updates.item())
         state.health.non_finite_events += 1
         is_good = state.is_finite()
         if is_good:
@@ -283,12 +287,12 @@ class Trainer:
                     kind = UserError if isinstance(error, PermissionError) else UnavailableError
                     raise kind(message) from error
 
-        self.runtime.from_main(save)
+        self.runtime.run_on_main(save)
 
 
-def _ending(stop: StopRequest, feed: Feed, writer: CheckpointWriter) -> int:
+def _ending(stop: StopRequest, prefetcher: DevicePrefetcher, writer: CheckpointWriter) -> int:
     """This rank's vote; the largest of all ranks counts."""
-    if feed.has_failed:
+    if prefetcher.has_failed:
         return _DATA_FAILED
     if writer.has_failed:
         return _CHECKPOINT_FAILED

@@ -88,14 +88,14 @@ def test_what_is_seen_without_reading_the_tensors(tmp_path):
     os.truncate(cut / "generator.safetensors", 10)
     empty.mkdir()
     damage_quietly(save(tmp_path, 10))
-    whole, broken, nothing, quietly = survey(tmp_path)
+    whole, damaged, nothing, quietly = survey(tmp_path)
     files = [*whole.folder.glob("*.safetensors"), whole.folder / "state.json"]
     assert whole.bytes == sum(path.stat().st_size for path in files)
     assert whole.score == ("eval/fid", 1.5)
     assert whole.fault is None
     assert abs(whole.written_at - whole.folder.stat().st_mtime) < 1
-    assert broken.fault is not None
-    assert "generator.safetensors has 10 bytes instead of" in broken.fault
+    assert damaged.fault is not None
+    assert "generator.safetensors has 10 bytes instead of" in damaged.fault
     assert nothing.fault is not None
     assert quietly.fault is None  # `verify` is for that
 

@@ -27,7 +27,7 @@ def png(seed: int) -> bytes:
 @pytest.fixture
 def data_set(tmp_path) -> Path:
     """Three shards of four samples."""
-    from ganscale.shards.building import build_manifest
+    from ganscale.shards.indexing import build_manifest
 
     folder = tmp_path / "set"
     folder.mkdir()
@@ -68,7 +68,7 @@ def s3(s3_port, monkeypatch) -> Iterator[S3]:
     import boto3
     from botocore.config import Config
 
-    from ganscale.data import connections
+    from ganscale.data.remote import connections
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ganscale.data.manifest import Shard
-from ganscale.data.staging import ShardCache, StagedShard
+from ganscale.data.remote.shard_cache import ShardCache, CachedShard
 from tests.conftest import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000
@@ -55,7 +55,7 @@ class Caches:
         return list((self.folder / "shards").glob("*.partial"))
 
 
-def bytes_in(staged: StagedShard) -> bytes:
+def bytes_in(staged: CachedShard) -> bytes:
     return os.pread(staged.descriptor, 10 * SHARD_BYTES, 0)
 
 

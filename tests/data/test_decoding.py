@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data import decoding
-from ganscale.data.decoding import DecodeError, decode, decode_into, image_extension, image_size
+from ganscale.data.images import decoding
+from ganscale.data.images.decoding import DecodeError, decode, decode_into, image_extension, image_size
 
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:

@@ -1,4 +1,4 @@
-"""Batches are the same for every cluster and restart; broken samples are replaced, not hidden."""
+"""Batches are the same for every cluster and restart; bad samples are replaced, not hidden."""
 
 import contextlib
 import http.server
@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 from ganscale.data.batch import Batch
-from ganscale.data.broken import Broken, BrokenLog, broken_rows, check_broken_limit
+from ganscale.data.bad_samples import BadSample, BadSampleLog, bad_sample_rows, check_bad_sample_limit
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
-from ganscale.data.prefetching import WindowWatch, shards_ahead
+from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 
 SHARDS = (11, 5, 14)  # samples each
 TOTAL = sum(SHARDS)
@@ -228,25 +228,25 @@ def epoch_lanes(loader: Loader, epochs: int) -> list[list[int]]:
     return loader.order.samples(positions).reshape(-1, loader.order.lanes).T.tolist()
 
 
-def test_a_broken_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(loaders):
+def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(loaders):
     clean = loaders.batches(8)
-    broken = samples_in(clean[2])[5]
-    overwrite(loaders.manifest, broken)
+    bad = samples_in(clean[2])[5]
+    overwrite(loaders.manifest, bad)
     one = loaders.batches(8)
     followers = {
         lane[place + 1]
         for lane in epoch_lanes(loaders.made[0], 4)
         for place, sample in enumerate(lane[:-1])
-        if sample == broken
+        if sample == bad
     }
     replaced = 0
     for before, after in zip(clean, one, strict=True):
         for sample, found, label in zip(
             samples_in(before), samples_in(after), after.labels.tolist(), strict=True
         ):
-            assert found == sample or (sample == broken and found in followers)
+            assert found == sample or (sample == bad and found in followers)
             assert label == found % 3
-            replaced += sample == broken
+            replaced += sample == bad
     assert replaced >= 2  # 64 images of 30 samples
     for world_size, workers in ((1, 3), (2, 0), (4, 2)):
         ranks = [
@@ -257,18 +257,18 @@ def test_a_broken_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(l
     assert same(loaders.batches(6, images_seen=16), one[2:])
 
 
-def test_a_broken_sample_is_counted_and_named_in_the_log(loaders, caplog):
+def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
     overwrite(loaders.manifest, 12)
     loader = loaders(batch=TOTAL - 2, lanes=1, block_samples=100)
     with caplog.at_level(logging.WARNING):
         batch = next(loader)
     assert 12 not in samples_in(batch)
-    assert loader.broken == {("shard-1.tar", "no image"): 1}
-    (broken,) = batch.broken
-    assert (broken.shard, broken.reason, broken.key) == ("shard-1.tar", "no image", "00012")
+    assert loader.bad_samples == {("shard-1.tar", "no image"): 1}
+    (bad,) = batch.bad_samples
+    assert (bad.shard, bad.reason, bad.key) == ("shard-1.tar", "no image", "00012")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"sample 00012 of shard shard-1.tar {broken.detail}" in record.getMessage()
+    assert f"sample 00012 of shard shard-1.tar {bad.detail}" in record.getMessage()
 
 
 def damage_some(manifest: Manifest) -> set[int]:
@@ -282,7 +282,7 @@ def damage_some(manifest: Manifest) -> set[int]:
 
 
 def counts_by_hand(loader: Loader, damaged: set[int], images: range) -> Counter:
-    """How often the order comes by each broken sample."""
+    """How often the order comes by each bad sample."""
     shard_of = loader._manifest.shard_of
     positions = np.array(images)
     return Counter(
@@ -300,7 +300,7 @@ def test_broken_samples_are_counted_once_a_position_whatever_the_cluster(loaders
         for images_seen in range(8, 100, 8):
             for loader in ranks:
                 next(loader)
-            found = sum((Counter(loader.broken) for loader in ranks), Counter())
+            found = sum((Counter(loader.bad_samples) for loader in ranks), Counter())
             assert found == counts_by_hand(ranks[0], damaged, range(images_seen))
             assert sum(loader.samples_read for loader in ranks) == images_seen
 
@@ -314,7 +314,7 @@ def test_counts_of_two_sessions_add_up_to_those_of_one(loaders):
     )
     for loader, batches in ((whole, 12), (first, 5), (second, 7)):
         list(itertools.islice(loader, batches))
-    assert Counter(first.broken) + Counter(second.broken) == whole.broken
+    assert Counter(first.bad_samples) + Counter(second.bad_samples) == whole.bad_samples
     assert whole.samples_read == 96
 
 
@@ -324,27 +324,27 @@ def test_the_batch_carries_what_was_broken_in_the_order_of_its_rows(loaders):
         loader = loaders(workers=workers, batch=TOTAL)
         batch = next(loader)
         wanted = [s for s in expected_samples(loader, batch) if s in damaged]
-        assert [int(broken.key) for broken in batch.broken] == wanted
+        assert [int(bad_samples.key) for bad_samples in batch.bad_samples] == wanted
 
 
 def test_a_flood_of_broken_samples_is_a_few_lines_in_the_log(caplog):
-    log = BrokenLog()
+    log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
         for number in range(100_000):
-            log.tell([Broken(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")])
+            log.tell([BadSample(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")])
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == (
         "sample 0 of shard 0.tar is cut: 1 of 2 bytes; another one takes its place"
     )
     assert len(messages) < 130
-    assert "65,536 broken samples so far on this rank" in messages[-1]
+    assert "65,536 bad samples so far on this rank" in messages[-1]
 
 
 def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
-    log = BrokenLog()
+    log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
-        log.tell(Broken("a.tar", "cut", str(number), "is cut") for number in range(15))
-        log.tell([Broken("b.tar", "cut", "first", "is cut"), Broken("b.tar", "cut", "x", "is cut")])
+        log.tell(BadSample("a.tar", "cut", str(number), "is cut") for number in range(15))
+        log.tell([BadSample("b.tar", "cut", "first", "is cut"), BadSample("b.tar", "cut", "x", "is cut")])
     messages = [record.getMessage() for record in caplog.records]
     assert sum("shard a.tar" in message for message in messages) == 10
     assert [message for message in messages if "b.tar" in message] == [
@@ -360,11 +360,11 @@ def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
     found = [s for batch in itertools.islice(loader, 3) for s in samples_in(batch)]
     assert 29 not in found
     assert {*found} == {*range(29)}
-    assert set(loader.broken) == {("shard-2.tar", "cut")}
+    assert set(loader.bad_samples) == {("shard-2.tar", "cut")}
 
 
 @pytest.mark.parametrize(
-    ("broken", "read", "limit", "is_too_much"),
+    ("bad_samples", "read", "limit", "is_too_much"),
     [
         (0, 0, 0.0, False),
         (1, 10**9, 0.0, True),
@@ -375,27 +375,27 @@ def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
     ],
 )
 def test_the_limit_is_a_share_of_what_was_read_but_at_least_of_a_thousand(
-    broken, read, limit, is_too_much
+    bad_samples, read, limit, is_too_much
 ):
-    worst = Counter({("b.tar", "cut"): broken - 1, ("a.tar", "no image"): 1}).most_common()
+    worst = Counter({("b.tar", "cut"): bad_samples - 1, ("a.tar", "no image"): 1}).most_common()
     if not is_too_much:
-        return check_broken_limit(broken, read, limit, worst)
+        return check_bad_sample_limit(bad_samples, read, limit, worst)
     with pytest.raises(UserError) as raised:
-        check_broken_limit(broken, read, limit, worst)
-    assert f"{broken:,} of {read:,} samples could not be used" in str(raised.value)
-    assert f"data.broken_limit={limit:g} allows" in str(raised.value)
-    assert broken == 1 or f"b.tar: {broken - 1} cut; a.tar: 1 no image" in str(raised.value)
+        check_bad_sample_limit(bad_samples, read, limit, worst)
+    assert f"{bad_samples:,} of {read:,} samples could not be used" in str(raised.value)
+    assert f"data.bad_sample_limit={limit:g} allows" in str(raised.value)
+    assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(raised.value)
 
 
 def test_a_summary_lists_the_worst_and_sums_the_rest():
     counts = Counter({(f"{n}.tar", "cut"): n for n in range(1, 6)})
-    assert broken_rows(counts, most=3) == [
+    assert bad_sample_rows(counts, most=3) == [
         {"shard": "5.tar", "reason": "cut", "count": 5},
         {"shard": "4.tar", "reason": "cut", "count": 4},
         {"shard": "3.tar", "reason": "cut", "count": 3},
         {"shard": "(2 more)", "reason": "any", "count": 3},
     ]
-    assert len(broken_rows(counts)) == 5
+    assert len(bad_sample_rows(counts)) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -489,7 +489,7 @@ def test_a_shard_is_announced_once_a_window_and_before_it_is_needed(loaders, ran
     """The oracle walks the order position by position."""
     manifest = loaders.manifest
     order = loaders(lanes=4, block_samples=2, window_blocks=2).order
-    watch, announced, last_announced = WindowWatch(order), set(), 0
+    watch, announced, last_announced = WindowTracker(order), set(), 0
     positions = np.arange(0)
     for step in range(60):
         positions, _ = batch_positions(8 * step, 8, order.lanes, rank, world_size)

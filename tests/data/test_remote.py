@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ganscale.data import remote
+from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
 from tests.conftest import REPOSITORY
 from tests.data.fault_server import Fault, FaultServer
@@ -32,17 +32,17 @@ def server() -> Iterator[FaultServer]:
 
 
 def read(url: str, retry_seconds: float = 20.0) -> bytes:
-    with remote.open_stream(url, retry_seconds, stall_seconds=STALL) as stream:
+    with objects.open_stream(url, retry_seconds, stall_seconds=STALL) as stream:
         return stream.read()
 
 
 def test_names_are_joined_to_a_base_of_any_kind():
-    assert remote.join("s3://bucket/set/", "a.tar") == "s3://bucket/set/a.tar"
-    assert remote.join("/disk/set", "train/a.tar") == "/disk/set/train/a.tar"
+    assert objects.join("s3://bucket/set/", "a.tar") == "s3://bucket/set/a.tar"
+    assert objects.join("/disk/set", "train/a.tar") == "/disk/set/train/a.tar"
     assert (
-        remote.join("http://h/set?token=x", "a b?%.tar") == "http://h/set/a%20b%3F%25.tar?token=x"
+        objects.join("http://h/set?token=x", "a b?%.tar") == "http://h/set/a%20b%3F%25.tar?token=x"
     )
-    command = remote.join("pipe:cat /set/{} | zcat", "a; touch 'b'.tar")
+    command = objects.join("pipe:cat /set/{} | zcat", "a; touch 'b'.tar")
     printed = subprocess.run(
         [
             "sh",
@@ -55,7 +55,7 @@ def test_names_are_joined_to_a_base_of_any_kind():
     )
     assert printed.stdout == "a; touch 'b'.tar\n"
     with pytest.raises(UserError, match=r"has no \{\} where"):
-        remote.join("pipe:cat", "a.tar")
+        objects.join("pipe:cat", "a.tar")
 
 
 @pytest.mark.parametrize(
@@ -77,12 +77,12 @@ def test_names_are_joined_to_a_base_of_any_kind():
     ],
 )
 def test_locations_are_told_apart(location, is_remote, may_stand_in_a_manifest):
-    assert remote.is_remote(location) == is_remote
-    assert remote.is_object_store(location) == may_stand_in_a_manifest
+    assert objects.is_remote(location) == is_remote
+    assert objects.is_object_store(location) == may_stand_in_a_manifest
 
 
 def test_messages_show_neither_password_nor_signature():
-    shown = remote.shown("https://user:secret@host/a.tar?X-Amz-Signature=secret")
+    shown = objects.shown("https://user:secret@host/a.tar?X-Amz-Signature=secret")
     assert shown == "https://host/a.tar"
 
 
@@ -90,31 +90,31 @@ def test_patterns_expand_as_shells_do_on_disk_and_on_a_server(server, tmp_path):
     for name in ("a-000.tar", "a-001.tar", "b-000.tar", "c.txt"):
         (tmp_path / name).touch()
     here = [str(tmp_path / name) for name in ("a-000.tar", "a-001.tar", "b-000.tar")]
-    assert remote.expand(f"{tmp_path}/{{a-{{000..001}},b-000}}.tar") == here
-    assert remote.expand(f"{tmp_path}/*.tar") == here
-    assert remote.expand(f"{tmp_path}/a-00?.tar") == here[:2]
-    assert remote.expand(f"{server.url}/{{08..10}}.tar") == [
+    assert objects.expand(f"{tmp_path}/{{a-{{000..001}},b-000}}.tar") == here
+    assert objects.expand(f"{tmp_path}/*.tar") == here
+    assert objects.expand(f"{tmp_path}/a-00?.tar") == here[:2]
+    assert objects.expand(f"{server.url}/{{08..10}}.tar") == [
         f"{server.url}/{name}.tar" for name in ("08", "09", "10")
     ]
     links = "".join(f'<a href="{name}">x</a>' for name in ("b.tar", "a.tar", "c.txt"))
     server.objects["/listed/"] = server.objects["/listed"] = links.encode()
-    assert remote.expand(f"{server.url}/listed/*.tar") == [
+    assert objects.expand(f"{server.url}/listed/*.tar") == [
         f"{server.url}/listed/{name}.tar" for name in "ab"
     ]
     with pytest.raises(UserError, match=r"no file matches .*/b-001\.tar, which .* stands for"):
-        remote.expand(f"{tmp_path}/b-{{000..001}}.tar")
+        objects.expand(f"{tmp_path}/b-{{000..001}}.tar")
     with pytest.raises(UserError, match="no file matches"):
-        remote.expand(f"{server.url}/listed/*.zip")
+        objects.expand(f"{server.url}/listed/*.zip")
     with pytest.raises(UserError, match="do not pair"):
-        remote.expand(f"{tmp_path}/{{a")
+        objects.expand(f"{tmp_path}/{{a")
 
 
 def test_an_object_is_streamed_with_exact_reads_in_one_request(server):
-    with remote.open_stream(server.url + PATH, 0) as stream:
+    with objects.open_stream(server.url + PATH, 0) as stream:
         assert stream.read(512) == CONTENT[:512]
         assert stream.read(100_000) == CONTENT[512:100_512]
         assert stream.read() == CONTENT[100_512:]
-    assert remote.read_bytes(server.url + PATH, 0) == CONTENT
+    assert objects.read_bytes(server.url + PATH, 0) == CONTENT
     assert (server.gets[PATH], server.heads[PATH]) == (2, 0)
 
 
@@ -142,7 +142,7 @@ def test_a_server_without_ranges_is_read_again_from_the_start(server, has_length
     server.has_ranges, server.has_length = False, has_length
     server.faults[PATH].extend([Fault(cut_after=100_000), Fault(cut_after=200_000)])
     url = server.url + PATH
-    with remote.RemoteObject(url, 20, expected_size=len(CONTENT), stall_seconds=STALL) as source:
+    with objects.RemoteObject(url, 20, expected_size=len(CONTENT), stall_seconds=STALL) as source:
         assert source.readall() == CONTENT
         assert source.size == (len(CONTENT) if has_length else None)
     assert len(server.ranges[PATH]) == 3
@@ -152,7 +152,7 @@ def test_a_server_without_ranges_is_read_again_from_the_start(server, has_length
 def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(server, has_ranges):
     server.has_length, server.has_ranges = False, has_ranges
     short = server.objects[PATH] = CONTENT[:-1000]
-    with remote.RemoteObject(server.url + PATH, 20, expected_size=len(CONTENT)) as source:
+    with objects.RemoteObject(server.url + PATH, 20, expected_size=len(CONTENT)) as source:
         sentence = r"has (no byte 2,999,000|2,999,000 bytes, not the expected 3,000,000)"
         with pytest.raises(UserError, match=sentence):
             source.readall()
@@ -170,10 +170,10 @@ def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(serve
 def test_an_object_that_changes_meanwhile_is_not_mixed(server, other, sentence):
     server.has_identity = len(other) == len(CONTENT)
     server.faults[PATH].append(Fault(stall_after=100_000))
-    with remote.open_stream(server.url + PATH, 20, stall_seconds=STALL) as stream:
+    with objects.open_stream(server.url + PATH, 20, stall_seconds=STALL) as stream:
         stream.read(4096)
         server.objects[PATH] = other
-        with pytest.raises(remote.ObjectChanged, match=rf"/set/a\.tar {sentence}"):
+        with pytest.raises(objects.ObjectChanged, match=rf"/set/a\.tar {sentence}"):
             stream.read()
 
 
@@ -212,13 +212,13 @@ def test_what_does_not_pass_in_time_asks_for_a_requeue(server):
 def test_time_is_counted_from_the_last_byte_that_came(server):
     # Each request brings a little: all of them together take longer than may pass without any.
     server.faults[PATH].extend([Fault(stall_after=20_000)] * 4)
-    with remote.open_stream(server.url + PATH, 0.7, stall_seconds=0.4) as stream:
+    with objects.open_stream(server.url + PATH, 0.7, stall_seconds=0.4) as stream:
         assert stream.read() == CONTENT
 
 
 def test_what_a_command_prints_is_read_and_its_failure_is_one(tmp_path):
     (tmp_path / "a b.tar").write_bytes(CONTENT)
-    assert read(remote.join(f"pipe:cat {tmp_path}/{{}}", "a b.tar")) == CONTENT
+    assert read(objects.join(f"pipe:cat {tmp_path}/{{}}", "a b.tar")) == CONTENT
     half = f"pipe:head -c 1000 '{tmp_path}/a b.tar'; echo it broke >&2; exit 3"
     with pytest.raises(UnavailableError, match="exit code 3: it broke"):
         read(half, retry_seconds=0)
@@ -246,9 +246,9 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
     s3.put("a.tar", CONTENT)
     program = (
-        "import sys; from ganscale.data import remote\n"
-        "for url in sys.argv[1:]: print(len(remote.read_bytes(url, 5)))\n"
-        "with remote.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
+        "import sys; from ganscale.data.remote.objects import objects\n"
+        "for url in sys.argv[1:]: print(len(objects.read_bytes(url, 5)))\n"
+        "with objects.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c",
@@ -263,17 +263,17 @@ def test_s3_is_read_as_the_store_has_it_and_faults_are_borne(s3):
     s3.put("listed/b.tar", b"b")
     s3.put("a.tar", CONTENT)
     assert read("s3://bucket/a.tar") == CONTENT
-    assert remote.expand("s3://bucket/list*/*.tar") == ["s3://bucket/listed/b.tar"]
+    assert objects.expand("s3://bucket/list*/*.tar") == ["s3://bucket/listed/b.tar"]
     for fault in (Fault(status=503), Fault(status=500), Fault(cut_after=100_000),
                   Fault(stall_after=5)):  # fmt: skip
         s3.proxy.faults["/bucket/a.tar"].append(fault)
         assert read("s3://bucket/a.tar") == CONTENT
-    with remote.RemoteObject("s3://bucket/a.tar", 0, start=250_000) as source:
+    with objects.RemoteObject("s3://bucket/a.tar", 0, start=250_000) as source:
         assert source.size == len(CONTENT)
         assert source.identity
         assert source.readall() == CONTENT[250_000:]
     digest = hashlib.sha256()
-    with remote.open_stream("s3://bucket/a.tar", 0) as stream:
+    with objects.open_stream("s3://bucket/a.tar", 0) as stream:
         gets = s3.proxy.gets["/bucket/a.tar"]
         while data := stream.read(10_000):
             digest.update(data)
@@ -297,8 +297,8 @@ def test_what_s3_refuses_is_said_at_once_and_what_lasts_asks_for_a_requeue(s3):
 def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from ganscale.data import remote; from ganscale.errors import UserError\n"
-        "try: remote.read_bytes('s3://bucket/a.tar', 60)\n"
+        "from ganscale.data.remote.objects import objects; from ganscale.errors import UserError\n"
+        "try: objects.read_bytes('s3://bucket/a.tar', 60)\n"
         "except UserError as error: print(error)"
     )
     said = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=REPOSITORY)
@@ -307,7 +307,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
 
 
 def test_s3_without_credentials_says_so(s3, monkeypatch, tmp_path):
-    from ganscale.data import connections
+    from ganscale.data.remote import connections
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -12,7 +12,7 @@ from ganscale.data.dataset import open_data
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards, update_fingerprint
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 from tests.data.fault_server import Fault, FaultServer
 
 
@@ -224,7 +224,7 @@ def test_a_cache_too_small_for_what_is_read_at_one_time_is_told_at_the_start(
     server, data_set, tmp_path, caplog
 ):
     shard_bytes = (data_set / "0.tar").stat().st_size
-    for shards, is_told in ((2.9, True), (3.1, False)):
+    for shards, is_job_history_complete in ((2.9, True), (3.1, False)):
         config = DataConfig(
             path=f"{server.url}/set",
             resolution=4,
@@ -236,4 +236,4 @@ def test_a_cache_too_small_for_what_is_read_at_one_time_is_told_at_the_start(
         )
         caplog.clear()
         open_data(config).check(1.0)
-        assert ("will be fetched again and again" in caplog.text) == is_told
+        assert ("will be fetched again and again" in caplog.text) == is_job_history_complete

@@ -21,8 +21,8 @@ from PIL import Image
 
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
-from ganscale.data.streaming import StreamLoader
-from ganscale.data.tar_reader import check_urls, is_streamed, stream_identity, stream_urls
+from ganscale.data.streaming.loader import StreamLoader
+from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.data.conftest import S3
@@ -155,7 +155,7 @@ def test_images_come_with_their_labels_and_slots_go_on_from_the_images_seen(
             assert label == number % 3
     assert {*numbers_in(batches)} == {*range(SHARDS * PER_SHARD)}
     assert loader.samples_read == 240
-    assert not loader.broken
+    assert not loader.bad_samples
 
 
 def test_ranks_have_slots_of_their_own_and_see_different_images(
@@ -200,10 +200,10 @@ def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_pa
     # webdataset's own handler sleeps for half a second each time: 60 s here.
     assert time.monotonic() - started < 20
     assert {*numbers_in(batches)} == {*range(PER_SHARD)} - bad.keys()
-    found = Counter(key for batch in batches for _, _, key, _ in batch.broken)
+    found = Counter(key for batch in batches for _, _, key, _ in batch.bad_samples)
     assert {*found} == {"000", "002", "004"}
-    assert sum(loader.broken.values()) == found.total() > 40
-    assert {shard for shard, _ in loader.broken} == {"a.tar"}
+    assert sum(loader.bad_samples.values()) == found.total() > 40
+    assert {shard for shard, _ in loader.bad_samples} == {"a.tar"}
     assert loader.samples_read == 320 + found.total()
 
 
@@ -242,7 +242,7 @@ def test_what_webdataset_leaves_out_in_silence_is_counted(
     damage(folder / "shard-1.tar")
     loader = streams(str(folder / "shard-{0..2}.tar"))
     batches = some(loader, 40)
-    assert loader.broken.keys() == {("shard-1.tar", reason)}
+    assert loader.bad_samples.keys() == {("shard-1.tar", reason)}
     whole = {*range(10), *range(20, 30)}
     rest = {10, 11, 12, 13} if reason in ("cut", "damaged") else set()
     assert {*numbers_in(batches)} == whole | rest
@@ -261,7 +261,7 @@ def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path
         for number, label in zip(batch.images[:, 0, 0, 0], batch.labels, strict=True):
             assert int(label) == int(number) // 100
     assert 1 not in numbers_in(batches)
-    assert loader.broken[("0.tar", "no class")] > 0
+    assert loader.bad_samples[("0.tar", "no class")] > 0
 
 
 @pytest.mark.parametrize(
@@ -331,12 +331,12 @@ def test_a_commands_output_is_a_shard_and_its_failure_is_noticed(
 ) -> None:
     good = streams(f"pipe:cat {folder}/shard-{{0..2}}.tar", workers=2)
     assert {*numbers_in(some(good, 30))} == {*range(30)}
-    assert not good.broken
+    assert not good.bad_samples
     once = f"[ -e {folder}/failed ] || {{ touch {folder}/failed; "
     once += f"head -c 5000 {folder}/shard-0.tar; exit 3; }}"
     borne = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
     assert {*numbers_in(some(borne, 5))} == {*range(10)}
-    assert not borne.broken
+    assert not borne.bad_samples
     for command, code in ((f"cat {folder}/shard-0.tar; exit 3", 3), (f"cat {folder}/none", 1)):
         with pytest.raises(UnavailableError, match=f"failed with exit code {code}"):
             next(streams(f"pipe:{command}", retry_seconds=0))
@@ -356,7 +356,7 @@ def test_a_command_is_refused_where_the_environment_forbids_it(
 def test_a_source_that_falls_silent_asks_for_a_requeue(
     streams: Streams, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ganscale.data.streaming._STALL_SECONDS", 1.0)
+    monkeypatch.setattr("ganscale.data.streaming.loader._STALL_SECONDS", 1.0)
     command = f"pipe:head -c 4000 {folder}/shard-0.tar; exec sleep 600"
     loader = streams(command, retry_seconds=0)
     started = time.monotonic()
@@ -392,7 +392,7 @@ def test_cuts_and_a_busy_server_change_no_image(
         assert batch.images.equal(other.images)
         assert batch.labels.equal(other.labels)
     assert not any(server.faults.values())
-    assert not loader.broken
+    assert not loader.bad_samples
 
 
 def test_a_cut_that_the_protocol_cannot_show_is_counted(
@@ -402,7 +402,7 @@ def test_a_cut_that_the_protocol_cannot_show_is_counted(
     server.faults["/shard-1.tar"].append(Fault(cut_after=6_000))
     loader = streams(f"{server.url}/shard-{{0..2}}.tar")
     assert {*numbers_in(some(loader, 40))} == {*range(30)}
-    assert loader.broken == {("shard-1.tar", "cut"): 1}
+    assert loader.bad_samples == {("shard-1.tar", "cut"): 1}
 
 
 def test_shards_are_streamed_from_s3_also_by_wildcard(
@@ -417,7 +417,7 @@ def test_shards_are_streamed_from_s3_also_by_wildcard(
     s3.proxy.faults["/bucket"].append(Fault(status=503))
     loader = streams("s3://bucket/stream/*.tar", workers=2)
     assert {*numbers_in(some(loader, 30))} == {*range(30)}
-    assert not loader.broken
+    assert not loader.bad_samples
     assert not any(s3.proxy.faults.values())
 
 
@@ -427,8 +427,8 @@ def test_one_shard_that_is_not_there_is_counted_and_none_at_all_is_an_error(
     loader = streams(f"{server.url}/shard-{{0..3}}.tar?token=secret")
     batches = some(loader, 20)
     assert {*numbers_in(batches)} == {*range(30)}
-    assert loader.broken.keys() == {("shard-3.tar", "cannot be read")}
-    details = {broken.detail for batch in batches for broken in batch.broken}
+    assert loader.bad_samples.keys() == {("shard-3.tar", "cannot be read")}
+    details = {bad_samples.detail for batch in batches for bad_samples in batch.bad_samples}
     assert details == {"cannot be read: there is no such object"}
     missing = streams(f"{server.url}/none.tar?token=secret")
     with pytest.raises(UserError, match=r"/none\.tar cannot be read: there is no such object$"):
@@ -449,7 +449,7 @@ def test_a_network_that_is_away_asks_for_a_requeue_at_the_start_and_later(
     for _ in range(2):
         with pytest.raises(UnavailableError, match=r"shard-.\.tar cannot be read: 503"):
             some(loader, 200)
-    assert not loader.broken
+    assert not loader.bad_samples
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -477,21 +477,21 @@ def test_a_size_that_only_a_header_claims_costs_neither_memory_nor_time(
     (tmp_path / "a.tar").write_bytes(good + lie + bytes(20_000))
     loader = streams(tmp_path / "a.tar")
     assert {*numbers_in(some(loader, 10))} == {*range(10)}
-    assert ("a.tar", reason) in loader.broken
-    assert loader.broken.keys() <= {("a.tar", reason), ("a.tar", "cut")}
+    assert ("a.tar", reason) in loader.bad_samples
+    assert loader.bad_samples.keys() <= {("a.tar", reason), ("a.tar", "cut")}
 
 
 def test_a_member_beyond_the_limit_is_left_out_and_the_rest_is_read(
     streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ganscale.data.tar_reader.LARGEST_IMAGE_BYTES", 50_000)
+    monkeypatch.setattr("ganscale.data.streaming.tar_stream.LARGEST_IMAGE_BYTES", 50_000)
     members = [(name, data + bytes(50_000) if name == "004.png" else data)
                for name, data in members_of(0)]  # fmt: skip
     loader = streams(write_tar(tmp_path / "a.tar", members))
     batches = some(loader, 20)
     assert {*numbers_in(batches)} == {*range(10)} - {4}
-    assert loader.broken.keys() == {("a.tar", "too large")}
-    found = {(broken.key, broken.detail) for batch in batches for broken in batch.broken}
+    assert loader.bad_samples.keys() == {("a.tar", "too large")}
+    found = {(bad_samples.key, bad_samples.detail) for batch in batches for bad_samples in batch.bad_samples}
     assert found == {("004", f"has {50_000 + len(png(4)):,} bytes, more than 256 MiB")}
 
 
@@ -501,7 +501,7 @@ def test_a_member_beyond_the_limit_is_left_out_and_the_rest_is_read(
 def test_close_ends_a_read_that_hangs_and_its_command(
     streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr("ganscale.data.retrying._FIRST_DELAY_SECONDS", 30.0)
+    monkeypatch.setattr("ganscale.data.backoff._FIRST_DELAY_SECONDS", 30.0)
     monkeypatch.setattr("random.uniform", max)
     pid_file = tmp_path / "pid"
     loader = streams(path.format(pid=pid_file), retry_seconds=600)
@@ -539,4 +539,4 @@ def test_a_summary_of_what_was_broken_is_plain_json(streams: Streams, folder: Pa
     cut_in_an_image(folder / "shard-1.tar")
     loader = streams(folder / "*.tar")
     batches = some(loader, 20)
-    assert json.loads(json.dumps([broken for batch in batches for broken in batch.broken]))
+    assert json.loads(json.dumps([bad_samples for batch in batches for bad_samples in batch.bad_samples]))

@@ -28,7 +28,7 @@ def config_of(data: Path, workers: int) -> DataConfig:
 def consume(
     data: Path, record: Path, rank: int, world_size: int, workers: int, start: int, stop: int
 ) -> None:
-    """Appends one line a batch: its first slot, the samples in it, and the broken ones."""
+    """Appends one line a batch: its first slot, the samples in it, and the bad ones."""
     loading._PART_PIXELS = RESOLUTION**2  # else one thread would do such small batches
     loader = Loader(
         Manifest.load(data),
@@ -43,6 +43,8 @@ def consume(
     for _ in range(start, stop, GLOBAL_BATCH):
         batch = next(loader)
         samples = batch.images[:, 0, 0, 0].tolist()
-        line = json.dumps([int(batch.slots[0]), samples, [broken.key for broken in batch.broken]])
+        line = json.dumps(
+            [int(batch.slots[0]), samples, [bad_samples.key for bad_samples in batch.bad_samples]]
+        )
         os.write(file, f"{line}\n".encode())
     loader.close()

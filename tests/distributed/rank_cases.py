@@ -17,10 +17,10 @@ from ganscale.errors import ReplicaError, UserError
 from ganscale.networks.normalization import with_global_batch_norm
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import global_deviation
-from ganscale.runtime import Runtime, gather_batch, sum_over_ranks
+from ganscale.runtime import Runtime, all_gather_batch, all_reduce_sum_with_grad
 from ganscale.training.cycle import Cycle
-from ganscale.training.player import Player
-from ganscale.training.replicas import audit_replicas
+from ganscale.training.network_updater import NetworkUpdater
+from ganscale.training.replica_audit import audit_replicas
 from ganscale.training.state import TrainingState
 from ganscale.training.trainer import Trainer
 
@@ -65,24 +65,24 @@ def collectives(runtime: Runtime) -> dict[str, Any]:
         raise UserError("`data.path` is wrong")
 
     try:
-        runtime.from_main(fails_on_the_main_rank)
+        runtime.run_on_main(fails_on_the_main_rank)
         message = ""
     except UserError as error:
         message = str(error)
-    votes = [runtime.start_vote(flag) for flag in (runtime.rank, 1 - runtime.rank, 0)]
+    votes = [runtime.start_max(flag) for flag in (runtime.rank, 1 - runtime.rank, 0)]
     numbers = torch.tensor([7, -(2**63), 2**63 - 1, 2**62 + 1])
     equal = runtime.is_equal_everywhere(numbers)
     numbers[3] += runtime.rank
     images = 3 + 2 * draw(GLOBAL_BATCH, 2, 3, 3, seed=3)
     return {
         "error": message,
-        "from_main": runtime.from_main(lambda: [f"made on {runtime.rank}"]),
+        "run_on_main": runtime.run_on_main(lambda: [f"made on {runtime.rank}"]),
         "votes": [vote() for vote in votes],
-        "gathered": runtime.gather(f"of rank {runtime.rank}"),
+        "gathered": runtime.all_gather_object(f"of rank {runtime.rank}"),
         "equal": equal,
         "one unit apart": runtime.is_equal_everywhere(numbers),
         "deviation": global_deviation(share(images, runtime)),
-        "batch": gather_batch(share(images, runtime).transpose(1, 3)),
+        "batch": all_gather_batch(share(images, runtime).transpose(1, 3)),
     }
 
 
@@ -111,9 +111,11 @@ def differentiable_sums(runtime: Runtime) -> Tensor:
     """The gradient, averaged over the ranks as DDP does, of a loss with a sum over ranks in it."""
     weights = draw(5, seed=1).requires_grad_()
     images = share(draw(GLOBAL_BATCH, 5, seed=2), runtime)
-    loss = statistic_loss(weights, images, lambda x: sum_over_ranks(x.mean()) / runtime.world_size)
+    loss = statistic_loss(
+        weights, images, lambda x: all_reduce_sum_with_grad(x.mean()) / runtime.world_size
+    )
     (gradient,) = torch.autograd.grad(loss, weights)
-    return runtime.sum(gradient) / runtime.world_size
+    return runtime.all_reduce_sum(gradient) / runtime.world_size
 
 
 def network_with_batch_norms() -> nn.Module:
@@ -177,7 +179,7 @@ def audits(runtime: Runtime) -> dict[str, str]:
     for name in (
         "critic.middle.weight",
         "generator.norm.running_var",
-        "average.input.bias",
+        "ema.input.bias",
         "critic_optimizer.0.exp_avg",
         "generator_optimizer.1.exp_avg_sq",
         "generator_optimizer.0.step",
@@ -209,7 +211,7 @@ def reductions(combination: Combination, accumulate: int, runtime: Runtime) -> d
     """
     cycle = after_two_cycles(combination, accumulate, runtime)
     events: list[str] = []
-    players = {"critic": cycle.state.critic_player, "generator": cycle.state.generator_player}
+    players = {"critic": cycle.state.critic_updater, "generator": cycle.state.generator_updater}
     for name, player in players.items():
         listen(name, player, events)
     found: dict[str, Any] = {}
@@ -230,7 +232,7 @@ def reductions(combination: Combination, accumulate: int, runtime: Runtime) -> d
     return found
 
 
-def listen(name: str, player: Player, events: list[str]) -> None:
+def listen(name: str, player: NetworkUpdater, events: list[str]) -> None:
     wrapped = player._wrapped
     assert isinstance(wrapped, DistributedDataParallel)
 
@@ -247,23 +249,23 @@ def disturbed_run(folder: Path, runtime: Runtime) -> dict[str, Any]:
     arguments = (folder / "arguments.txt").read_text().splitlines()
     trainer = Trainer(resolve(arguments), runtime)
     checkpoints = trainer.folder.checkpoints
-    update_average, found = trainer.cycle.update_average, {}
+    update_ema, found = trainer.cycle.update_ema, {}
 
     def disturb() -> None:
-        update_average()
+        update_ema()
         if trainer.state.images_seen == 96:
             found["checkpoints before"] = digests(checkpoints)
             if runtime.rank == 1:
                 with torch.no_grad():
-                    trainer.state.critic_player.parameters[0][0].mul_(1 + 1e-6)
+                    trainer.state.critic_updater.parameters[0][0].mul_(1 + 1e-6)
 
-    trainer.cycle.update_average = disturb  # type: ignore[method-assign]
+    trainer.cycle.update_ema = disturb  # type: ignore[method-assign]
     try:
         trainer.run()
     except ReplicaError as error:
         found["error"] = str(error)
     found["images seen"] = trainer.state.images_seen
-    runtime.gather(None)  # nobody looks before all have stopped
+    runtime.all_gather_object(None)  # nobody looks before all have stopped
     found["checkpoints after"] = digests(checkpoints)
     return found
 

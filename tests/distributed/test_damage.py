@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 
 from benchmarks.ranks import environment_of, free_port
-from ganscale.data.decoding import DecodeError, decode
+from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 from tests.conftest import REPOSITORY, TINY, Runs, end_tree
 from tests.distributed.test_promise import curve
 
@@ -101,10 +101,10 @@ class Shards:
 
 def kinds_of_damage(shards: Shards) -> tuple[list[Damage], dict[int, tuple[str, str]]]:
     """What is done, and what of each sample is to be counted: (shard, reason)."""
-    broken: dict[int, tuple[str, str]] = {}
+    bad_samples: dict[int, tuple[str, str]] = {}
 
     def expect(kind: str, numbers: range | tuple[int, ...], reason: str) -> None:
-        broken.update({shards.sample(kind, n): (f"{kind}.tar", reason) for n in numbers})
+        bad_samples.update({shards.sample(kind, n): (f"{kind}.tar", reason) for n in numbers})
 
     def cut(kind: str, at: int) -> Damage:
         return "cut", f"{kind}.tar", at, ""
@@ -148,7 +148,7 @@ def kinds_of_damage(shards: Shards) -> tuple[list[Damage], dict[int, tuple[str, 
     checked = header + struct.pack(">I", zlib.crc32(header))
     damage += [shards.overwritten("bomb", 11, 12, checked)]
     expect("bomb", (11,), "too large")
-    return damage, broken
+    return damage, bad_samples
 
 
 def settings_of(data: Path, damage: list[Damage]) -> list[str]:
@@ -177,11 +177,15 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
 ) -> None:
     manifest = write_data(tmp_path / "data", sorted(FORMATS))
     shards = Shards(manifest)
-    damage, broken = kinds_of_damage(shards)
+    damage, bad_samples = kinds_of_damage(shards)
     shutil.copytree(manifest.root, tmp_path / "copy")  # each run does its own damage
-    settings = [*settings_of(manifest.root, damage), "data.broken_limit=0.2", "data.workers=2"]
+    settings = [*settings_of(manifest.root, damage), "data.bad_sample_limit=0.2", "data.workers=2"]
     output = runs.finish("two", *settings, ranks=2, seconds=DEADLINE_SECONDS)
-    settings = [*settings_of(tmp_path / "copy", damage), "data.broken_limit=0.2", "data.workers=0"]
+    settings = [
+        *settings_of(tmp_path / "copy", damage),
+        "data.bad_sample_limit=0.2",
+        "data.workers=0",
+    ]
     runs.finish("one", *settings, seconds=DEADLINE_SECONDS)
 
     # What the order alone says.
@@ -194,13 +198,15 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
         window_blocks=8,
     )
     samples = order.samples(np.arange(IMAGES)).tolist()
-    expected = Counter(broken[sample] for sample in samples if sample in broken)
-    assert expected.keys() == {*broken.values()}
+    expected = Counter(bad_samples[sample] for sample in samples if sample in bad_samples)
+    assert expected.keys() == {*bad_samples.values()}
     for name in ("one", "two"):
         summary = runs.summary(name)
-        found = {(row["shard"], row["reason"]): row["count"] for row in summary["broken"]}
+        found = {
+            (row["shard"], row["reason"]): row["count"] for row in summary["bad_samples_by_shard"]
+        }
         assert found == expected
-        assert runs.rows(name)[-1]["data/broken_samples"] == expected.total()
+        assert runs.rows(name)[-1]["data/bad_samples"] == expected.total()
     for shard, _ in expected:
         assert f"shard {shard}" in output
     assert "Traceback" not in output
@@ -259,8 +265,8 @@ def test_what_cannot_be_borne_ends_both_ranks_with_a_sentence(
     else:
         limit = 0.001  # of a thousand: one
         damage = [shards.overwritten("text", number, 0, b"?" * 20) for number in range(10)]
-        sentence = r"more than data\.broken_limit=0\.001 allows; most of them in text\.tar: "
-    settings = [*settings_of(manifest.root, damage), f"data.broken_limit={limit}"]
+        sentence = r"more than data\.bad_sample_limit=0\.001 allows; most of them in text\.tar: "
+    settings = [*settings_of(manifest.root, damage), f"data.bad_sample_limit={limit}"]
     codes, said = end_of_ranks(runs, settings, tmp_path)
     errors = [line for line in said.splitlines() if "error: " in line]
     assert codes == [2, 2], said

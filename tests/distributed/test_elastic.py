@@ -19,7 +19,7 @@ from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 from tests.conftest import REPOSITORY
 from tests.distributed.elastic_rank import GLOBAL_BATCH, RESOLUTION, SEED, config_of, consume
 
@@ -69,7 +69,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
-    """(samples, keys of the order's broken ones) slot by slot, from the order alone."""
+    """(samples, keys of the order's bad ones) slot by slot, from the order alone."""
     manifest, config = Manifest.load(data), config_of(data, 0)
     order = Order(
         np.diff(manifest.first_sample),
@@ -79,7 +79,7 @@ def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
         block_samples=config.block_samples,
         window_blocks=config.window_blocks,
     )
-    samples, broken = [], []
+    samples, bad_samples = [], []
     for images_seen in range(0, IMAGES, GLOBAL_BATCH):
         positions, _ = batch_positions(images_seen, GLOBAL_BATCH, order.lanes, 0, 1)
         for position in positions.tolist():
@@ -87,16 +87,16 @@ def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
             if sample in DAMAGED:
                 # Behind the cut, no name can be read any more.
                 offset = int(manifest.samples[sample]["offset"])
-                broken.append(f"{sample:03d}" if sample <= 211 else f"byte {offset}")
+                bad_samples.append(f"{sample:03d}" if sample <= 211 else f"byte {offset}")
             while sample in DAMAGED:
                 position += order.lanes
                 (sample,) = order.samples(np.array([position])).tolist()
             samples.append(sample)
-    return samples, broken
+    return samples, bad_samples
 
 
 def read_record(record: Path) -> list[tuple[int, list[int], list[str]]]:
-    """(first slot, samples, keys of broken ones) of each whole line: a kill may tear the last."""
+    """(first slot, samples, keys of bad ones) of each whole line: a kill may tear the last."""
     if not record.exists():
         return []
     lines = record.read_text().splitlines(keepends=True)
@@ -118,7 +118,7 @@ def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
     expected_samples, expected_broken = uninterrupted(data)
     deadline = time.monotonic() + DEADLINE_SECONDS
     samples: list[int] = []
-    broken: list[str] = []
+    bad_samples: list[str] = []
     world_sizes = itertools.cycle((1, 2, 4, 3))
     committed_kills = 0
     for session in range(KILLS + 1):
@@ -161,8 +161,8 @@ def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
                 slot, rank_samples, rank_broken = lines[batch]
                 assert slot == start + batch * GLOBAL_BATCH + rank * GLOBAL_BATCH // world_size
                 samples += rank_samples
-                broken += rank_broken
+                bad_samples += rank_broken
     assert samples == expected_samples
-    assert broken == expected_broken
-    assert len({*broken}) == len(DAMAGED)
+    assert bad_samples == expected_broken
+    assert len({*bad_samples}) == len(DAMAGED)
     assert committed_kills >= 3  # killed in the middle of what they had committed

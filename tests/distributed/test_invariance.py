@@ -25,7 +25,7 @@ from benchmarks.invariance import (
 )
 from benchmarks.report import table
 from benchmarks.tiny_networks import TinyCritic, TinyGenerator
-from ganscale.data.preprocess import to_network_range
+from ganscale.data.images.preprocessing import to_network_range
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES

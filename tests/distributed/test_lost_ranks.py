@@ -72,7 +72,7 @@ def test_the_others_leave_when_a_rank_is_killed_and_say_which(
 ) -> None:
     attempts = tmp_path / "attempts"
     ranks = Ranks(runs, 3, "training.global_batch_size=24", *NEVER_ENDS,
-                  GANSCALE_ATTEMPTS_FILE=str(attempts))  # fmt: skip
+                  GANSCALE_JOB_HISTORY_FILE=str(attempts))  # fmt: skip
     started.append(ranks)
     wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
     ranks.processes[2].kill()

@@ -74,7 +74,7 @@ def test_an_audit_of_equal_replicas_says_nothing(found: Found) -> None:
     [
         "critic.middle.weight",
         "generator.norm.running_var",
-        "average.input.bias",
+        "ema.input.bias",
         "critic_optimizer.0.exp_avg",
         "generator_optimizer.1.exp_avg_sq",
         "generator_optimizer.0.step",
@@ -105,7 +105,7 @@ def test_a_run_whose_replicas_part_ends_and_leaves_its_checkpoints_alone(found: 
 def test_a_mistake_that_the_main_rank_finds_is_raised_on_every_rank(found: Found) -> None:
     for rank in found:
         assert rank["runtime"]["error"] == "`data.path` is wrong"
-        assert rank["runtime"]["from_main"] == ["made on 0"]
+        assert rank["runtime"]["run_on_main"] == ["made on 0"]
 
 
 def test_a_vote_is_the_largest_flag_and_votes_do_not_mix(found: Found) -> None:

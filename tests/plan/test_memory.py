@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ganscale.checkpoints.checkpoint import save_checkpoint
-from ganscale.data.ahead import LoaderProcess, LoaderThread, start_loader
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import plain_room
+from ganscale.data.loader import allocate_batch
+from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
 from ganscale.objectives.objective import build_objective
@@ -24,7 +24,7 @@ from ganscale.plan.planning import checkpoint_positions, make_plan
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.training.cycle import Cycle
-from ganscale.training.feed import Feed
+from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
 from tests.plan.conftest import config_of
 
@@ -34,7 +34,7 @@ NETWORKS = {
         "optimizer.critic.name=rmsprop",
         "optimizer.critic.momentum=0.5",
         "optimizer.generator.name=rmsprop",
-        "average.half_life_images=0",
+        "ema.half_life_images=0",
     ],
     "sgd": ["optimizer.critic.name=sgd", "optimizer.generator.name=sgd"],
     "float64": ["training.precision=float64"],
@@ -58,7 +58,7 @@ def trained(config: Config, num_classes: int) -> tuple[TrainingState, Cycle]:
     given = Batch(images=images, labels=labels, slots=torch.arange(batch))
     cycle.critic_step(cycle.on_device(given), with_panel=True)
     cycle.generator_step(cycle.on_device(given), with_panel=True)
-    cycle.update_average()
+    cycle.update_ema()
     return state, cycle
 
 
@@ -73,10 +73,10 @@ def test_checkpoint_and_device_bytes_are_those_of_a_trained_state(digits, tmp_pa
     assert plan.checkpoint_bytes == tensors
     assert sum(written.values()) - tensors < 10_000  # plain numbers, however large the networks
 
-    networks = [state.generator, state.critic, state.average]
+    networks = [state.generator, state.critic, state.ema]
     held = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     held += [p.grad for network in networks for p in network.parameters() if p.grad is not None]
-    for player in (state.generator_player, state.critic_player):
+    for player in (state.generator_updater, state.critic_updater):
         held += [t for each in player.optimizer.state.values() for t in each.values()]
     assert plan.device_bytes == sum(t.nbytes for t in held if t is not None)
     count = sum(p.numel() for p in state.generator.parameters())
@@ -108,7 +108,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
     loader = start_loader(
         open_data(config.data),
         config.data,
-        plain_room,
+        allocate_batch,
         3,
         seed=0,
         global_batch_size=16,
@@ -116,7 +116,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         world_size=1,
         images_seen=0,
     )
-    feed = Feed(loader, Runtime.start(), 3)
+    feed = DevicePrefetcher(loader, Runtime.start(), 3)
     try:
         feed.fetch(lambda: False)
         for _ in range(3):

@@ -46,7 +46,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             "training_seconds": 20.0,
             "images_per_second": rows * 32.0,
             "exit_code": 0,
-            "broken_samples": 0,
+            "bad_samples": 0,
             "sessions": [{"images_seen": 0, "world_size": 1}],
         }
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -90,8 +90,8 @@ def test_names_and_settings_are_text_and_never_markup(
         f"objective: {{loss: {{name: {json.dumps(HOSTILE)}}}}}\nnote: {json.dumps(HOSTILE)}\n"
     )
     (folder / "log.txt").write_text(f"2026-01-01 10:00:00 ERROR: {HOSTILE}\n")
-    summary = {"images_seen": 41 * 640, "broken_samples": 1, "exit_code": HOSTILE}
-    summary["broken"] = [{"shard": HOSTILE, "reason": HOSTILE, "count": 1}]
+    summary = {"images_seen": 41 * 640, "bad_samples": 1, "exit_code": HOSTILE}
+    summary["bad_samples_by_shard"] = [{"shard": HOSTILE, "reason": HOSTILE, "count": 1}]
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "samples" / 'a"onload="window.hacked=3"-000000001.png').write_bytes(
         (folder / "samples" / "images-000000000.png").read_bytes()

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from made_rows import MakeRun, row
 
 from ganscale.errors import UserError
-from ganscale.report.comparing import differing_settings, in_figures, objective_of
+from ganscale.report.comparison import differing_settings, in_figures, objective_of
 from ganscale.report.curves import drawable, late_mean, layout_of, trained_by, unit_of
 from ganscale.report.faults import faults_of, read_log, standing
-from ganscale.report.pictures import read_strips
-from ganscale.report.reading import Curve, flattened, read_metrics, read_runs
+from ganscale.report.run_reader import Curve, flattened, read_metrics, read_runs
+from ganscale.report.samples import read_strips
 from ganscale.report.sessions import Session, sessions_of
 
 
@@ -199,8 +199,8 @@ def test_sessions_faults_and_state_are_those_of_summary_log_and_rows(make_run: M
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {
         "exit_code": 75,
-        "broken_samples": 3,
-        "broken": [{"shard": "a.tar", "reason": "cut", "count": 3}],
+        "bad_samples": 3,
+        "bad_samples_by_shard": [{"shard": "a.tar", "reason": "cut", "count": 3}],
         "sessions": [{"images_seen": 0, "world_size": 2}, {"images_seen": 1280, "world_size": 4}],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -217,7 +217,7 @@ def test_sessions_faults_and_state_are_those_of_summary_log_and_rows(make_run: M
         Session(5120),
     ]
     texts = [fault.text for fault in faults_of(run, log)]
-    assert texts == ["3 broken samples, replaced by others", "broken samples in a.tar: cut"]
+    assert texts == ["3 bad samples, replaced by others", "bad samples in a.tar: cut"]
 
     with (folder / "metrics.jsonl").open("a") as file:  # it goes on after that summary
         more = {"progress/images_seen": 7040, "loss/critic": "nan"}

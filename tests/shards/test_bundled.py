@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ganscale.data.contact_sheet import image_grid
+from ganscale.data.images.grid import image_grid
 from ganscale.errors import UserError
 from ganscale.shards import bundled
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
-from ganscale.data.store import BrokenSample, ShardStore
+from ganscale.data.shard_reader import BadSampleError, ShardReader
 from ganscale.errors import UserError
 from ganscale.shards import indexing
-from ganscale.shards.building import build_manifest
-from ganscale.shards.indexing import index_shard
+from ganscale.shards.indexing import build_manifest
+from ganscale.shards.shard_index import index_shard
 
 BROKEN = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
 
@@ -269,7 +269,7 @@ def test_missing_and_changed_shards_are_named(data_set):
 
 
 def test_the_store_reads_what_tarfile_reads_and_names_its_samples(data_set):
-    store = ShardStore(build_manifest(data_set), max_open_shards=1)
+    store = ShardReader(build_manifest(data_set), max_open_shards=1)
     expected = []
     for path in sorted(data_set.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -287,7 +287,7 @@ def test_the_store_reads_what_tarfile_reads_and_names_its_samples(data_set):
 def test_the_store_keeps_a_bounded_number_of_files_open_under_many_threads(tmp_path):
     for shard in range(12):
         write_tar(tmp_path / f"{shard:02d}.tar", labelled(4, first=shard * 4))
-    store = ShardStore(build_manifest(tmp_path), max_open_shards=3)
+    store = ShardReader(build_manifest(tmp_path), max_open_shards=3)
     expected = [png(i) for i in range(48)]
     wrong = []
 
@@ -307,12 +307,12 @@ def test_the_store_keeps_a_bounded_number_of_files_open_under_many_threads(tmp_p
 
 
 def test_a_cut_shard_is_a_broken_sample_and_a_missing_one_a_users_mistake(data_set):
-    store = ShardStore(build_manifest(data_set))
+    store = ShardReader(build_manifest(data_set))
     shard = data_set / "b.tar"
     row = store.manifest.samples[6]
     with shard.open("r+b") as file:
         file.truncate(int(row["offset"]) + 10)
-    with pytest.raises(BrokenSample, match=r"sample 6 of shard b\.tar is cut: 10 of") as raised:
+    with pytest.raises(BadSampleError, match=r"sample 6 of shard b\.tar is cut: 10 of") as raised:
         store.read(6)
     assert (raised.value.shard, raised.value.sample) == ("b.tar", 6)
     store.close()

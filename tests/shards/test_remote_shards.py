@@ -16,8 +16,8 @@ from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
-from ganscale.shards.building import build_manifest, index_shards
-from ganscale.shards.interchange import read_wids, write_wids
+from ganscale.shards.foreign_indices import read_wids, write_wids
+from ganscale.shards.indexing import build_manifest, index_shards
 from ganscale.shards.listing import list_shards
 from ganscale.shards.verifying import verify_shards
 from tests.shards.test_shards_cli import run

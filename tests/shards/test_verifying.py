@@ -11,8 +11,8 @@ from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
-from ganscale.shards.building import build_manifest
-from ganscale.shards.leaving_out import read_list
+from ganscale.shards.exclusions import read_list
+from ganscale.shards.indexing import build_manifest
 from ganscale.shards.verifying import Findings, verify_shards
 from tests.shards.test_shards_cli import run
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data.decoding import decode
+from ganscale.data.images.decoding import decode
 from ganscale.data.manifest import Manifest
-from ganscale.data.store import ShardStore
+from ganscale.data.shard_reader import ShardReader
 from ganscale.errors import UserError
 from ganscale.shards import bundled, sources
 from ganscale.shards.writing import write_shards
@@ -58,7 +58,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def contents(manifest: Manifest) -> dict[bytes, int]:
-    store = ShardStore(manifest)
+    store = ShardReader(manifest)
     labels = manifest.samples["label"].tolist()
     return {store.read(i): label for i, label in enumerate(labels)}
 
@@ -92,7 +92,7 @@ def test_webdataset_sees_the_samples_that_the_manifest_lists(photos, tmp_path):
     manifest = write_shards(
         str(photos), tmp_path, resolution=8, classes="folder", shard_samples=15
     ).manifest
-    store = ShardStore(manifest)
+    store = ShardReader(manifest)
     urls = [str(tmp_path / shard.name) for shard in manifest.shards]
     samples = list(WebDataset(urls, shardshuffle=False))
     assert len(samples) == 40
@@ -197,26 +197,26 @@ def test_broken_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
     files |= {"cut.png": png(50)[:60], "page.jpg": b"<html>", "notes.txt": b"", ".hidden.png": b""}
     source = str(write_files(tmp_path / "source", files))
     for _ in range(2):  # the second time, the shard is there
-        with pytest.raises(UserError, match=r"2 of 32 images are broken.*--max-broken.*cut.*page"):
+        with pytest.raises(UserError, match=r"2 of 32 images are broken.*--max-bad.*cut.*page"):
             write_shards(source, tmp_path / "shards")
     with pytest.raises(UserError, match=r"no manifest\.json"):
         Manifest.load(tmp_path / "shards")
-    report = write_shards(source, tmp_path / "shards", max_broken=0.1)
-    assert [name for name, _ in report.broken] == ["cut.png", "page.jpg"]
+    report = write_shards(source, tmp_path / "shards", max_bad=0.1)
+    assert [name for name, _ in report.bad_samples] == ["cut.png", "page.jpg"]
     assert len(report.manifest.samples) == 30
     assert report.ignored == {"(hidden)": 1, "txt": 1}
-    again = write_shards(source, tmp_path / "shards", max_broken=0.1)
-    assert (again.broken, again.kept_shards) == (report.broken, 1)
+    again = write_shards(source, tmp_path / "shards", max_bad=0.1)
+    assert (again.bad_samples, again.kept_shards) == (report.bad_samples, 1)
 
 
 def test_shards_of_broken_images_only_are_left_out(tmp_path):
     files = {"a.png": png(0), "b.png": b"?", "c.png": png(1), "d.png": b"?"}
     source = str(write_files(tmp_path / "source", files))
-    report = write_shards(source, tmp_path / "shards", shard_samples=1, max_broken=0.5)
+    report = write_shards(source, tmp_path / "shards", shard_samples=1, max_bad=0.5)
     assert len(report.manifest.shards) == 2
     write_files(tmp_path / "bad", {"b.png": b"?"})
     with pytest.raises(UserError, match=r"none of .* can be decoded"):
-        write_shards(str(tmp_path / "bad"), tmp_path / "none", max_broken=1.0)
+        write_shards(str(tmp_path / "bad"), tmp_path / "none", max_bad=1.0)
 
 
 def test_a_repeated_command_writes_only_what_is_missing(photos, tmp_path):
@@ -357,9 +357,9 @@ def test_a_damaged_zip_member_is_a_broken_image(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(png(1)) + 100] ^= 255
     path.write_bytes(data)
-    report = write_shards(str(path), tmp_path / "shards", max_broken=0.5)
-    assert [name for name, _ in report.broken] == ["1.png"]
-    assert "cannot be unpacked" in report.broken[0][1]
+    report = write_shards(str(path), tmp_path / "shards", max_bad=0.5)
+    assert [name for name, _ in report.bad_samples] == ["1.png"]
+    assert "cannot be unpacked" in report.bad_samples[0][1]
 
 
 def test_the_journal_names_no_path_of_this_machine(photos, tmp_path):

@@ -158,7 +158,7 @@ def test_a_preempted_job_makes_way_and_goes_on_and_a_cancelled_one_saves_and_doe
     stopped_at = jobs.summary()["images_seen"]
     assert stopped_at > 0
     jobs.cluster.wait_for(urgent, seconds=60, JobState="COMPLETED")
-    history = jobs.folder / f"{job}-ranks" / f"attempts-{job}"
+    history = jobs.folder / f"{job}-ranks" / f"history-{job}"
     jobs.wait_until(job, lambda: f"started {stopped_at}" in history.read_text().splitlines())
 
     jobs.cluster.run("scancel", job)

@@ -6,15 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ganscale.errors import GanscaleError
-from ganscale.tracking.messages import Checkpoint, Identity
 from ganscale.tracking.sync import synchronize
+from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
     checkpoints = [Checkpoint(**each) for each in arguments.pop("checkpoints", [])]
     project = arguments.pop("project", "tests")
     config = arguments.pop("config", {"world_size": 1})
-    identity = Identity("same-run", project, "a run", config)
+    identity = WandbIdentity("same-run", project, "a run", config)
     try:
         done = synchronize(Path(sys.argv[1]), identity, checkpoints, **arguments)
         print(json.dumps(asdict(done)))

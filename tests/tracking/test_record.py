@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import ganscale.tracking.record as record_module
-from ganscale.tracking.following import Rows
 from ganscale.tracking.record import Record, read_rows
+from ganscale.tracking.record_tail import RecordTail
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ def test_rewinding_drops_the_rows_after_a_checkpoint_and_keeps_its_own(path):
 
 def test_rewinding_a_run_without_a_record_drops_nothing(path):
     assert Record(path).rewind(-1) == 0
-    assert list(Rows(path).read()) == []
+    assert list(RecordTail(path).read()) == []
 
 
 @pytest.mark.parametrize("kept_bytes", [1, 20, 51])
@@ -84,16 +84,16 @@ def test_a_torn_last_line_is_dropped_and_reported(path, caplog, kept_bytes):
 
 def test_rows_of_one_moment_have_steps_one_after_the_other(path):
     write(path, [64, 64, 64, 65, 128, 128])
-    assert [step for step, _ in Rows(path).read()] == [64, 65, 66, 67, 128, 129]
+    assert [step for step, _ in RecordTail(path).read()] == [64, 65, 66, 67, 128, 129]
 
 
 def test_a_row_has_the_same_step_whoever_reads_it_and_when(path):
-    rows = Rows(path)
+    rows = RecordTail(path)
     followed = []
     for images_seen in (64, 64, 128):
         write(path, [images_seen])
         followed += rows.read()
-    assert followed == list(Rows(path).read())
+    assert followed == list(RecordTail(path).read())
     assert list(rows.read()) == []
 
 
@@ -101,7 +101,7 @@ def test_half_a_line_is_left_until_it_is_whole(path):
     write(path, [64, 128])
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
-    rows = Rows(path)
+    rows = RecordTail(path)
     assert [step for step, _ in rows.read()] == [64]
     path.write_bytes(whole)
     assert [step for step, _ in rows.read()] == [128]
@@ -143,7 +143,7 @@ def test_rewinding_and_skipping_parse_only_the_rows_that_count(path, monkeypatch
     monkeypatch.setattr(
         record_module, "images_seen_of", lambda line: counted.append(line) or count(line)
     )
-    assert [step for step, _ in Rows(path).read(1999)] == [1999, 2000]
+    assert [step for step, _ in RecordTail(path).read(1999)] == [1999, 2000]
     assert len(parsed) == 2
     assert Record(path).rewind(1997) == 3
     assert len(counted) == 4
@@ -206,7 +206,7 @@ for step in range(1, 10**9):
         process.kill()
         process.communicate(timeout=20)
 
-    last = [step for step, _ in Rows(path).read()][-1]
+    last = [step for step, _ in RecordTail(path).read()][-1]
     assert last >= 500
     Record(path).rewind(400)
     assert images_seen(path) == list(range(1, 401))

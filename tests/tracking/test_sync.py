@@ -20,11 +20,11 @@ from sessions import (
 from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.errors import GanscaleError, UnavailableError, UserError
+from ganscale.run_folder import RunFolder
 from ganscale.tracking import sync
-from ganscale.tracking.messages import Identity
-from ganscale.tracking.replaced import note_cut
-from ganscale.training.in_wandb import identity_of
-from ganscale.training.run_folder import RunFolder
+from ganscale.tracking.superseded_rows import note_rewind
+from ganscale.tracking.uploader_messages import WandbIdentity
+from ganscale.tracking.wandb_identity import wandb_identity
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
@@ -115,7 +115,7 @@ def test_it_says_how_many_rows_of_wandb_are_those_of_before_the_settings_changed
     with_account, run_folder, server
 ):
     train(with_account, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
-    assert note_cut(run_folder, 64)  # as a run that is resumed there
+    assert note_rewind(run_folder, 64)  # as a run that is resumed there
     assert synchronize(with_account, run_folder)["replaced"] == 2
     assert synchronize(with_account, run_folder)["replaced"] == 2
 
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_is_a_mistake_in_a_sentence(
     else:
         (run_folder / "wandb").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        sync.synchronize(run_folder, Identity("id", "p", "n", {}))
+        sync.synchronize(run_folder, WandbIdentity("id", "p", "n", {}))
 
 
 def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, monkeypatch, capsys):
@@ -160,7 +160,7 @@ def test_wandb_is_told_of_the_newest_sessions_only(tmp_path):
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "x"}')
     folder.sessions.write_text("".join(f'{{"images_seen": {n}}}\n' for n in range(300)))
-    told = identity_of(resolve(TINY).config, folder).config
+    told = wandb_identity(resolve(TINY).config, folder).config
     assert [each["images_seen"] for each in told["sessions"]] == [*range(280, 300)]
     assert told["session"] == told["sessions"][-1]
 

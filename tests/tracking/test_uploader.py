@@ -9,8 +9,8 @@ import pytest
 
 from ganscale.errors import UnavailableError
 from ganscale.tracking import uploader
-from ganscale.tracking.messages import Ending, Identity, Job
 from ganscale.tracking.record import Record
+from ganscale.tracking.uploader_messages import Job, SessionEnd, WandbIdentity
 from ganscale.tracking.wandb_run import WandbRun
 
 FIRST_PAUSE = 60.0
@@ -30,7 +30,7 @@ class Session(uploader.Session):
     """Ends when its time is over."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
-        self.ending = Ending(exit_code=0)
+        self.ending = SessionEnd(exit_code=0)
         self.waits: list[float] = []
         self._clock, self._end = clock, seconds
 
@@ -90,7 +90,7 @@ def follow(
     arrived = [0]
     monkeypatch.setattr(uploader, "WandbRun", Client)
     session = Session(clock, seconds)
-    job = Job(str(run_folder), "online", Identity("id", "p", "n", {}), 1, FIRST_PAUSE, 1.0)
+    job = Job(str(run_folder), "online", WandbIdentity("id", "p", "n", {}), 1, FIRST_PAUSE, 1.0)
     uploader.Uploader(job, session, lambda **content: None).run()
     return session
 

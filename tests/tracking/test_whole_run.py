@@ -68,7 +68,7 @@ def test_a_run_is_in_wandb_with_all_that_belongs_to_it(trained, server, digits, 
     assert histogram["_type"] == "histogram"
     assert histogram["values"] == rows[-2]["logits/real_histogram"]["counts"]
 
-    for name, count in {"average": 4, "raw": 4, "walk": 4, "real": 1}.items():
+    for name, count in {"ema": 4, "non_ema": 4, "interpolation": 4, "real": 1}.items():
         shown = [row[f"samples/{name}"] for row in run.history if f"samples/{name}" in row]
         assert len(shown) == count
         assert all(picture["path"] in run.files and picture["format"] == "jpg" for picture in shown)

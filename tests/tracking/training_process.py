@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ganscale.tracking import Tracker, setup_logging
-from ganscale.tracking.messages import Checkpoint, Identity
+from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 IMAGES_PER_STEP = 64
 
@@ -33,7 +33,7 @@ def main(
     started = time.monotonic()
     tracker = Tracker(
         Path(run_folder),
-        Identity("same-run", "tests", "a run", {"world_size": first_step}),
+        WandbIdentity("same-run", "tests", "a run", {"world_size": first_step}),
         mode,  # type: ignore[arg-type]
         (first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
         retry_seconds=2.0,
@@ -47,7 +47,7 @@ def main(
             path = Path(run_folder) / "samples" / f"images-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.full((16, 32, 3), step, np.uint8)).save(path)
-            tracker.log_pictures({"samples/images": path}, **position)
+            tracker.log_images({"samples/images": path}, **position)
             tracker.log({"eval/fid": 100.0 / step}, **position)
         if step in (pause_at, pause_again_at):
             print(json.dumps({"logged": step}), flush=True)

@@ -50,7 +50,7 @@ def run_rank(folder: Path) -> None:
     runtime = Runtime.start()
     weights = after_a_cycle("training.compile=true", runtime=runtime)
     torch.save(weights, folder / f"weights{runtime.rank}.pt")
-    runtime.wait_for_all()
+    runtime.barrier()
     runtime.close()
 
 

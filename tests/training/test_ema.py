@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.training.ema import average_of, decay, update_average
+from ganscale.training.ema import decay, ema_copy, update_ema
 
 
 def network(value: float) -> nn.Sequential:
@@ -21,9 +21,9 @@ def network(value: float) -> nn.Sequential:
 def test_after_n_updates_each_network_weighs_what_was_kept_since():
     """kept**n of the first, and (1 - kept) kept**(n - i) of the i-th."""
     kept, values = 0.9, [5.0, -3.0, 2.0, 7.0, 1.0]
-    average: Any = average_of(network(4.0))
+    average: Any = ema_copy(network(4.0))
     for value in values:
-        update_average(average, network(value), kept)
+        update_ema(average, network(value), kept)
     n = len(values)
     expected = kept**n * 4 + sum(
         (1 - kept) * kept ** (n - i) * value for i, value in enumerate(values, 1)
@@ -33,10 +33,10 @@ def test_after_n_updates_each_network_weighs_what_was_kept_since():
 
 
 def test_buffers_are_copied_and_not_averaged():
-    average, generator = average_of(network(3.0)), network(8.0)
+    average, generator = ema_copy(network(3.0)), network(8.0)
     generator.train()
     generator(torch.randn(4, 2).double())  # counts a batch
-    update_average(average, generator, 0.5)
+    update_ema(average, generator, 0.5)
     copied, own = dict(average.named_buffers()), dict(generator.named_buffers())
     for name, buffer in own.items():
         assert torch.equal(copied[name], buffer), name
@@ -46,18 +46,18 @@ def test_buffers_are_copied_and_not_averaged():
 
 def test_keeping_nothing_copies_to_the_bit_and_keeping_all_changes_nothing():
     torch.manual_seed(0)
-    average: Any = average_of(nn.Linear(50, 50))
+    average: Any = ema_copy(nn.Linear(50, 50))
     generator = nn.Linear(50, 50)
     before = copy.deepcopy(average)
-    update_average(average, generator, 1.0)
+    update_ema(average, generator, 1.0)
     assert torch.equal(average.weight, before.weight)
-    update_average(average, generator, 0.0)
+    update_ema(average, generator, 0.0)
     assert torch.equal(average.weight, generator.weight)
 
 
 def test_the_average_is_frozen_in_evaluation_mode_and_owns_its_weights():
     generator: Any = network(1.0).train()
-    average: Any = average_of(generator)
+    average: Any = ema_copy(generator)
     assert not average.training
     assert generator.training
     assert not any(parameter.requires_grad for parameter in average.parameters())
@@ -70,11 +70,11 @@ def test_the_average_is_frozen_in_evaluation_mode_and_owns_its_weights():
 def test_a_weight_that_is_used_twice_is_averaged_once():
     generator: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
     generator[1].weight = generator[0].weight
-    average: Any = average_of(generator)
+    average: Any = ema_copy(generator)
     start = average[0].weight.clone()
     with torch.no_grad():
         generator[0].weight += 1
-    update_average(average, generator, 0.5)
+    update_ema(average, generator, 0.5)
     assert average[1].weight is average[0].weight
     torch.testing.assert_close(average[0].weight, start + 0.5)
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ganscale.config import resolve
 from ganscale.errors import NonFiniteError
 from ganscale.runtime import Runtime
-from ganscale.shards.building import build_manifest
+from ganscale.shards.indexing import build_manifest
 from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.record import read_rows
 from ganscale.training.trainer import Trainer
@@ -99,7 +99,7 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
 
     whole = trainer_of(folder, runtime, f"whole-{breaks_at}")
     critics = {}
-    whole.state.critic_player.optimizer.register_step_pre_hook(
+    whole.state.critic_updater.optimizer.register_step_pre_hook(
         lambda *_: critics.update({whole.state.images_seen: state_of(whole.state.critic)})
     )
     assert whole.run() == 0
@@ -160,7 +160,7 @@ def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_profile_tells_where_the_time_of_a_cycle_goes(folder, runtime):
     trainer = trainer_of(
-        folder, runtime, "profiled", "profile.steps=3", "checkpoint.every_images=8"
+        folder, runtime, "profiled", "profile.cycles=3", "checkpoint.every_images=8"
     )
     assert trainer.run() == 0
     written = trainer.folder.path / "profile"
@@ -170,13 +170,11 @@ def test_a_profile_tells_where_the_time_of_a_cycle_goes(folder, runtime):
     for name, count in (("critic forward", 6), ("generator backward", 3), ("checkpoint", 3)):
         assert spans.count(name) == count
     sections = (written / "table.txt").read_text().partition("\n\n")[0].splitlines()[1:]
-    assert {"data wait", "critic update", "average", "checkpoint"} <= {
-        s[:36].strip() for s in sections
-    }
+    assert {"data wait", "critic update", "ema", "checkpoint"} <= {s[:36].strip() for s in sections}
     assert sum(float(line[46:54].strip(" %")) for line in sections) == pytest.approx(100, abs=1)
 
 
 def test_a_run_too_short_to_be_profiled_says_so(folder, runtime):
-    trainer = trainer_of(folder, runtime, "short", "profile.steps=30", "training.total_images=16")
+    trainer = trainer_of(folder, runtime, "short", "profile.cycles=30", "training.total_images=16")
     assert trainer.run() == 0
     assert "ended before 30 cycles could be profiled" in trainer.folder.log.read_text()

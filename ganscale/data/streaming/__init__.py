@@ -1,0 +1,1 @@
+"""Shards without a manifest, streamed as WebDataset streams them."""

@@ -1,0 +1,1 @@
+"""What is measured of a training cycle: losses, logits, gradients, time and collapse."""

@@ -1,0 +1,45 @@
+"""What a run folder says that its run in W&B should be."""
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from ganscale.checkpoints.retention import best_of, survey
+from ganscale.run_folder import RunFolder
+from ganscale.schema import Config
+from ganscale.secrets import without_secrets
+from ganscale.tracking.provenance import read_sessions
+from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
+
+_SHOWN_SESSIONS = 20  # a run that is requeued for weeks has hundreds
+
+
+def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
+    """The run's id, project and name in W&B, and its config there: the settings, and where each
+    session came from (the newest under `session`, where a table shows its parts as columns), all
+    without passwords and signatures."""
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(settings, dict)
+    sessions = read_sessions(folder.sessions)[-_SHOWN_SESSIONS:]
+    return WandbIdentity(
+        run_id=json.loads(folder.identity.read_text())["id"],
+        project=config.log.project,
+        name=config.run.name,
+        config=without_secrets(
+            {str(key): value for key, value in settings.items()}
+            | {"session": sessions[-1] if sessions else {}, "sessions": sessions}
+        ),
+    )
+
+
+def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
+    """The checkpoints that `log.artifacts` asks for, with their aliases there."""
+    wanted = config.log.artifacts
+    saved = [each for each in survey(root) if each.fault is None] if wanted != "none" else []
+    aliases: dict[Path, list[str]] = {}
+    if saved and wanted in ("last", "both"):
+        aliases.setdefault(saved[-1].folder, []).append("last")
+    if wanted in ("best", "both") and (best := best_of(saved, config.checkpoint)) is not None:
+        aliases.setdefault(best.folder, []).append("best")
+    return [Checkpoint(str(folder), names) for folder, names in aliases.items()]

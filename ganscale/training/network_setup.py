@@ -1,0 +1,115 @@
+"""The two networks of a config: built from the seed, tried once, and refused if they cannot do."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.data.dataset import DataSet
+from ganscale.errors import UserError
+from ganscale.networks.build import build_critic, build_generator
+from ganscale.networks.normalization import GlobalBatchNorm, with_global_batch_norm
+from ganscale.randomness import derived_seed
+from ganscale.schema import Config
+from ganscale.training.invariance_checks import check_forwards, check_layers
+
+
+def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """(generator, critic), with the same weights on every rank; on the CPU, in float32.
+
+    Raises UserError for networks that cannot be built, do not fit the data or each other, or with
+    which a run would depend on its cluster.
+    """
+    generator, critic = build_unchecked_networks(config, num_classes)
+    with seeded(config.seed, "trial"):
+        _try(generator, critic, config, num_classes)
+    return generator, critic
+
+
+def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
+    """`build_networks` without a forward, so also on the meta device, without storage."""
+    with seeded(config.seed, "initial weights"):
+        generator = build_generator_of(config, num_classes)
+        critic = build_critic(
+            config.critic.target,
+            config.critic.options,
+            sample_shape=sample_shape(config),
+            num_classes=num_classes,
+        )
+    check_layers(generator, critic)
+    return with_global_batch_norm(generator), critic
+
+
+def sample_shape(config: Config) -> tuple[int, int, int]:
+    return (config.data.channels, config.data.resolution, config.data.resolution)
+
+
+def build_generator_of(config: Config, num_classes: int) -> nn.Module:
+    return build_generator(
+        config.generator.target,
+        config.generator.options,
+        latent_dim=config.generator.latent_dim,
+        sample_shape=sample_shape(config),
+        num_classes=num_classes,
+    )
+
+
+def class_count(config: Config, data: DataSet) -> int:
+    """The classes that the networks see, 0 in unconditional training.
+
+    Raises UserError for conditional training on data without labels.
+    """
+    if not config.training.conditional:
+        return 0
+    if data.class_count == 0:
+        raise UserError(
+            "`training.conditional` needs class labels, but the shards in "
+            f"{data.location} have none"
+        )
+    return data.class_count
+
+
+@contextlib.contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """torch's own generator as a function of (seed, purpose), put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(seed, purpose))
+        yield
+
+
+@torch.no_grad()
+def _try(generator: nn.Module, critic: nn.Module, config: Config, num_classes: int) -> None:
+    """Forwards of four samples: a network of the user's own may fit neither data nor partner."""
+    labels = (torch.arange(4) % num_classes,) if num_classes else ()
+    latents = torch.randn(4, config.generator.latent_dim)
+    # In training mode but for batch norms, whose statistics need the other ranks' devices.
+    norms = [module for module in generator.modules() if isinstance(module, GlobalBatchNorm)]
+    for norm in norms:
+        norm.eval()
+    buffers = [*generator.buffers(), *critic.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        images = generator(latents, *labels)
+        if tuple(images.shape) != (4, *sample_shape(config)):
+            raise UserError(
+                f"generator {config.generator.target} makes samples of shape "
+                f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
+            )
+        logits = critic(images, *labels)
+        if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != 4:
+            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(
+                f"critic {config.critic.target} returns {shape} for a batch of 4: "
+                "it must be a tensor whose first dimension is the batch"
+            )
+        check_forwards(generator, critic, latents, images, labels)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"generator {config.generator.target} and critic {config.critic.target} do not run "
+            f"together on {sample_shape(config)}: {' '.join(str(error).split())}"
+        ) from error
+    for buffer, value in zip(buffers, before, strict=True):
+        buffer.copy_(value)
+    for norm in norms:
+        norm.train()

@@ -1,0 +1,160 @@
+"""Samples come from shards anywhere as from local ones, also through a disk that stumbles."""
+
+import errno
+import os
+import pickle
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from ganscale.data.remote import connections
+from ganscale.data.manifest import Manifest
+from ganscale.data.remote.shard_cache import ShardCache
+from ganscale.data.shard_reader import BadSampleError, ShardReader, open_shard_reader
+from ganscale.errors import UnavailableError, UserError
+from ganscale.schema import DataConfig
+from tests.data.conftest import png
+from tests.data.fault_server import Fault, FaultServer
+
+
+@pytest.fixture
+def server(data_set) -> Iterator[FaultServer]:
+    with FaultServer().running() as server:
+        for path in data_set.iterdir():
+            server.objects[f"/set/{path.name}"] = path.read_bytes()
+        yield server
+
+
+@pytest.fixture
+def stores(tmp_path) -> Iterator:
+    made = []
+
+    def store(path: str, **settings) -> ShardReader:
+        config = DataConfig(path=path, resolution=4, cache=str(tmp_path / "cache"), **settings)
+        manifest = Manifest.load(config.path, shards=config.shards, cache=config.cache)
+        made.append(open_shard_reader(manifest, config))
+        return made[-1]
+
+    yield store
+    for each in made:
+        each.close()
+
+
+def all_samples(store: ShardReader) -> list[tuple[str, str, bytes]]:
+    return [(*store.locate(i), store.read(i)) for i in range(12)]
+
+
+EXPECTED = [(f"{i // 4}.tar", str(i), png(i)) for i in range(12)]
+
+
+def test_samples_are_the_same_from_disk_server_store_and_command(data_set, server, stores, s3):
+    for path in data_set.iterdir():
+        s3.put(f"set/{path.name}", path.read_bytes())
+    kinds = (
+        (str(data_set), {}),
+        (f"{server.url}/set", {}),
+        (f"{server.url}/set/manifest.json", {"shards": str(data_set)}),
+        ("s3://bucket/set", {}),
+        (str(data_set), {"shards": f"pipe:cat {data_set}/{{}}"}),
+        (str(data_set), {"shards": "s3://bucket/set"}),
+    )
+    for path, settings in kinds:
+        store = stores(path, **settings)
+        assert all_samples(store) == EXPECTED
+        assert all_samples(pickle.loads(pickle.dumps(store))) == EXPECTED
+    # Each shard came once for all of these: what is staged goes by its contents.
+    assert {path: count for path, count in server.gets.items() if path.endswith(".tar")} == {
+        f"/set/{number}.tar": 1 for number in range(3)
+    }
+
+
+def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
+    store = stores(f"{server.url}/set")
+    assert store.is_remote
+    store.prefetch([2, 0])
+    deadline = time.monotonic() + 20
+    while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    server.faults["/set/2.tar"].append(Fault(status=404))
+    assert store.read(11) == png(11)
+    assert server.gets["/set/1.tar"] == 0
+
+
+def test_on_disk_there_is_nothing_to_fetch(data_set, stores, tmp_path):
+    store = stores(str(data_set))
+    assert not store.is_remote
+    store.prefetch([0, 1, 2])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_shards_elsewhere_cannot_be_read_without_a_cache(server, tmp_path):
+    manifest = Manifest.load(f"{server.url}/set", cache=tmp_path)
+    with pytest.raises(ValueError, match="need a cache"):
+        ShardReader(manifest)
+
+
+def test_a_sample_that_cannot_be_is_broken_and_nothing_is_read(data_set):
+    rows = np.load(data_set / "manifest.npy")
+    rows[1]["size"] = (256 << 20) + 1
+    rows[2]["offset"] = 2**63
+    rows[3]["offset"] = 10
+    np.save(data_set / "manifest.npy", rows)
+    store = ShardReader(Manifest.load(data_set))
+    with pytest.raises(BadSampleError, match=r"has 268,435,457 bytes, more than 256 MiB"):
+        store.read(1)
+    with pytest.raises(BadSampleError, match=r"bytes at byte 9,223,372,036,854,775,808 of"):
+        store.read(2)
+    assert store.locate(2) == ("0.tar", f"byte {2**63}")
+    assert store.locate(3) == ("0.tar", "byte 10")
+
+
+class Stumbling:
+    """Stands in for a disk that fails: `os.pread` of the first reads raises. Nothing short of a
+    broken disk does that by itself."""
+
+    def __init__(self, monkeypatch, code: int, times: int) -> None:
+        self.left, self.code, self.pread = times, code, os.pread
+        monkeypatch.setattr("ganscale.data.shard_reader.os.pread", self)
+
+    def __call__(self, descriptor: int, size: int, offset: int) -> bytes:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.code, os.strerror(self.code))
+        return self.pread(descriptor, size, offset)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_that_stumbles_is_borne_and_one_that_stays_down_asks_for_a_requeue(
+    data_set, monkeypatch, code
+):
+    manifest = Manifest.load(data_set)
+    Stumbling(monkeypatch, code, times=2)
+    assert ShardReader(manifest, retry_seconds=30).read(5) == png(5)
+    Stumbling(monkeypatch, code, times=10**9)
+    with pytest.raises(UnavailableError, match=r"set/1\.tar cannot be read: .*tried for 0\.1 s"):
+        ShardReader(manifest, retry_seconds=0.1).read(5)
+
+
+def test_what_no_waiting_mends_is_said_at_once(data_set, monkeypatch):
+    (data_set / "1.tar").unlink()
+    (data_set / "1.tar").mkdir()
+    store = ShardReader(Manifest.load(data_set), retry_seconds=60)
+    with pytest.raises(UserError, match=r"set/1\.tar cannot be read: Is a directory"):
+        store.read(5)
+    (data_set / "2.tar").unlink()
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"set/2\.tar of the manifest is missing"):
+        store.read(8)
+    assert time.monotonic() - start < 30
+
+
+def test_a_cache_goes_with_the_store_to_another_process(server, tmp_path):
+    manifest = Manifest.load(f"{server.url}/set", cache=tmp_path)
+    store = ShardReader(manifest, ShardCache(tmp_path, 10**6, 5.0))
+    copy = pickle.loads(pickle.dumps(store))
+    connections._made.cache_clear()
+    assert copy.read(0) == png(0)
+    assert (tmp_path / "shards").is_dir()

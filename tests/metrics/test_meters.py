@@ -1,0 +1,87 @@
+"""Meters are means over the steps that had them, read once, and survive a restart."""
+
+import json
+
+import torch
+
+from ganscale.metrics.meters import MeterAccumulator
+
+
+def add(meters: MeterAccumulator, **values: float) -> None:
+    meters.add({name: torch.tensor(value) for name, value in values.items()})
+
+
+def test_a_figure_is_averaged_over_the_steps_that_had_it(runtime):
+    meters = MeterAccumulator(runtime)
+    for critic, real in ((1.0, 10.0), (2.0, 20.0), (6.0, 60.0)):
+        add(meters, critic=critic, real=real)
+    add(meters, generator=5.0)
+    add(meters, critic=3.0, real=30.0, panel=7.0)  # the last step of a cycle has more figures
+    assert meters.read() == {"critic": 3.0, "real": 30.0, "generator": 5.0, "panel": 7.0}
+
+
+def test_of_maxima_the_largest_counts_and_reading_starts_anew(runtime):
+    meters = MeterAccumulator(runtime)
+    for largest in (-3.0, -1.0, -2.0):
+        meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(largest)})
+    meters.add({"loss": torch.tensor(3.0)}, {"norm": torch.tensor(-1.5), "other": torch.tensor(7)})
+    assert meters.read() == {"loss": 1.5, "norm": -1.0, "other": 7.0}
+    meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(-5.0)})
+    assert meters.read() == {"loss": 1.0, "norm": -5.0}
+
+
+def test_reading_starts_anew(runtime):
+    meters = MeterAccumulator(runtime)
+    add(meters, loss=1.0)
+    assert meters.read() == {"loss": 1.0}
+    assert meters.read() == {}
+    add(meters, loss=3.0)
+    assert meters.read() == {"loss": 3.0}
+
+
+def test_the_order_of_figures_does_not_mix_them_up(runtime):
+    meters = MeterAccumulator(runtime)
+    add(meters, a=1.0, b=2.0)
+    add(meters, b=4.0, a=3.0)
+    assert meters.read() == {"a": 2.0, "b": 3.0}
+
+
+def test_sums_of_many_small_float32_figures_lose_nothing(runtime):
+    meters = MeterAccumulator(runtime)
+    add(meters, loss=2.0**24)
+    for _ in range(9):
+        add(meters, loss=1.0)  # in float32, 2**24 + 1 is 2**24
+    assert meters.read()["loss"] == (2**24 + 9) / 10
+
+
+def test_adding_keeps_no_graph_and_no_reference_to_the_steps_tensors(runtime):
+    meters = MeterAccumulator(runtime)
+    loss = torch.tensor(1.0)
+    meters.add({"loss": loss})
+    loss.fill_(100.0)
+    assert meters.read() == {"loss": 1.0}
+
+
+def test_meters_continue_from_a_checkpoint_as_if_never_stopped(runtime):
+    whole, first, second = (MeterAccumulator(runtime) for _ in range(3))
+    values = [0.1, 0.7, -3.3, 1e-9, 5.5]
+    for meters, part in ((whole, values), (first, values[:2])):
+        for value in part:
+            add(meters, loss=value, norm=2 * value)
+            meters.add({"b": torch.tensor(value)}, {"largest": torch.tensor(value)})
+        add(meters, other=1.0)
+    second.load_state(json.loads(json.dumps(first.state())))
+    for value in values[2:]:
+        add(second, loss=value, norm=2 * value)
+        second.add({"b": torch.tensor(value)}, {"largest": torch.tensor(value)})
+    assert second.read() == whole.read()
+    assert whole.read() == {}
+
+
+def test_saving_the_state_does_not_disturb_the_running_means(runtime):
+    meters = MeterAccumulator(runtime)
+    add(meters, loss=1.0)
+    assert meters.state() == meters.state()
+    add(meters, loss=2.0)
+    assert meters.read() == {"loss": 1.5}
+    assert MeterAccumulator(runtime).state() == []

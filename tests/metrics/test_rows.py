@@ -1,0 +1,230 @@
+"""The figures of a row are what their names say, by numpy and by hand."""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.invariance import Combination, config_of, synthetic_batch
+from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
+from ganscale.metrics.meters import MeterAccumulator
+from ganscale.metrics.performance import PerformanceMeter
+from ganscale.metrics.rows import derived, logit_histograms, metrics_row, weight_meters
+from ganscale.objectives.objective import build_objective
+from ganscale.runtime import Runtime
+from ganscale.training.cycle import Cycle
+from ganscale.training.ema import update_ema
+from ganscale.training.state import TrainingState
+from tests.conftest import REPOSITORY
+
+
+def cycle_of(runtime: Runtime, combination: Combination, accumulate: int = 1) -> Cycle:
+    config = config_of(combination, accumulate, "float64")
+    objective = build_objective(config.objective)
+    return Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
+
+
+def run(cycle: Cycle, cycles: int, sees: Any = lambda: None) -> None:
+    """Cycles of which the last is logged; `sees` is called after each critic step."""
+    n_critic = cycle.config.objective.n_critic
+    for number in range(cycles):
+        logs = number == cycles - 1
+        for step in range(n_critic):
+            batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
+            cycle.critic_step(cycle.on_device(batch), logs and step == n_critic - 1)
+            sees()
+        cycle.generator_step(cycle.on_device(batch), with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
+        cycle.update_ema()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_row_has_mean_deviation_and_signs_of_all_logits_since_the_last_one(
+    runtime, monkeypatch, accumulate
+):
+    seen: list[dict[str, Tensor]] = []
+    cycle = cycle_of(runtime, Combination("hinge", "dragan", "patches"), accumulate)
+    update = cycle.state.critic_updater.update
+
+    def noting(*arguments: Any) -> Any:
+        found = update(*arguments)
+        seen.append(found.logits)
+        return found
+
+    monkeypatch.setattr(cycle.state.critic_updater, "update", noting)
+    run(cycle, 3)
+    row = metrics_row(cycle.state, runtime, total_images=1000)
+    for kind in ("real", "fake"):
+        values = np.concatenate([logits[kind].numpy().ravel() for logits in seen])
+        assert len(values) == 3 * 2 * 8 * seen[0][kind][0].numel() > 48
+        assert row[f"logits/{kind}_mean"] == pytest.approx(values.mean(), rel=1e-12)
+        assert row[f"logits/{kind}_std"] == pytest.approx(values.std(), rel=1e-9)
+        assert row[f"logits/{kind}_sign_rate"] == pytest.approx(np.sign(values).mean(), rel=1e-12)
+        last = seen[-1][kind].numpy().ravel()
+        histogram = row[f"logits/{kind}_histogram"]
+        both = np.concatenate([seen[-1][each].numpy().ravel() for each in ("real", "fake")])
+        counts, edges = np.histogram(last, bins=32, range=(both.min(), both.max()))
+        assert histogram["counts"] == counts.tolist()
+        assert histogram["edges"] == pytest.approx(edges.tolist(), rel=1e-12, abs=1e-12)
+    real, fake = (np.concatenate([e[k].numpy().ravel() for e in seen]) for k in ("real", "fake"))
+    assert row["logits/pairs_in_order"] == (real > fake).mean()
+    assert row["logits/wasserstein"] == pytest.approx(real.mean() - fake.mean(), rel=1e-9)
+
+
+def test_a_penaltys_gradient_norms_have_mean_deviation_and_maximum(runtime, monkeypatch):
+    norms: list[float] = []
+    cycle = cycle_of(runtime, Combination("wgan", "wgan_gp"), accumulate=2)
+    points = cycle.objective.penalty_points
+    critic = cycle.state.critic
+
+    def noting(*arguments: Any) -> dict[str, Tensor]:
+        found = points(*arguments)
+        for image in found["wgan_gp"]:
+            image = image[None].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(critic(image).sum(), image)
+            norms.append(slope.norm().item())
+        return found
+
+    monkeypatch.setattr(type(cycle.objective), "penalty_points", lambda _, *rest: noting(*rest))
+    run(cycle, 2)
+    row = metrics_row(cycle.state, runtime, total_images=1000)
+    assert len(norms) == 2 * 2 * 8
+    assert row["penalty/wgan_gp_gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-9)
+    assert row["penalty/wgan_gp_gradient_norm_std"] == pytest.approx(np.std(norms), rel=1e-6)
+    assert row["penalty/wgan_gp_gradient_norm_max"] == pytest.approx(max(norms), rel=1e-9)
+    expected = np.mean([(norm - 1) ** 2 for norm in norms])
+    assert row["penalty/wgan_gp"] == pytest.approx(expected, rel=1e-9)
+    assert row["loss/penalty_wgan_gp"] == pytest.approx(10 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["plain", "spectral_norm", "patches"])
+def test_without_a_penalty_the_critics_slope_at_real_images_is_looked_at(runtime, variant):
+    cycle = cycle_of(runtime, Combination("hinge", "none", variant), accumulate=2)
+    critic, images = cycle.state.critic, []
+    run(cycle, 2, lambda: images.append(cycle.state.images_seen - 8))
+    seen = cycle.on_device(synthetic_batch(cycle.config, runtime, images[-1])).images
+    norms = []
+    for image in seen:
+        image = image[None].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(critic(image).mean(), image)
+        norms.append(slope.norm().item())
+    row = metrics_row(cycle.state, runtime, total_images=1000)
+    assert len(norms) == 8
+    assert row["input_gradient_norm/real_mean"] == pytest.approx(np.mean(norms), rel=1e-9)
+    assert row["input_gradient_norm/real_std"] == pytest.approx(np.std(norms), rel=1e-6)
+    assert row["input_gradient_norm/real_max"] == pytest.approx(max(norms), rel=1e-9)
+
+
+def test_looking_at_the_slope_leaves_gradients_and_buffers_alone():
+    critic = nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
+    )
+    before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
+    images = torch.randn(4, 3, 2, 2)
+    means, maxima = input_gradient_norm_meters(critic, images, None, "float32", parts=2)
+    assert not any(each.requires_grad for each in (*means.values(), *maxima.values()))
+    assert all(torch.equal(before[name], each) for name, each in critic.state_dict().items())
+    assert all(parameter.grad is None for parameter in critic.parameters())
+    assert critic.training
+
+
+def test_the_largest_of_figures_that_are_no_numbers_is_none(runtime):
+    meters = MeterAccumulator(runtime)
+    meters.add({"a": torch.tensor(1.0)}, {"b": torch.tensor(math.nan)})
+    meters.add({"a": torch.tensor(1.0)}, {"b": torch.tensor(2.0), "c": torch.tensor(3.0)})
+    found = meters.read()
+    assert math.isnan(found["b"])
+    assert found["c"] == 3
+
+
+def test_gradient_norms_are_averaged_and_their_largest_is_kept(runtime):
+    cycle, norms = cycle_of(runtime, Combination("lsgan", "none")), []
+    critic = cycle.state.critic_updater
+
+    def note() -> None:
+        gradients = [p.grad.flatten() for p in critic.parameters if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+
+    run(cycle, 3, note)
+    row = metrics_row(cycle.state, runtime, total_images=1000)
+    assert row["optim/critic_gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-9)
+    assert row["optim/critic_gradient_norm_max"] == pytest.approx(max(norms), rel=1e-9)
+
+
+def test_weight_norms_and_the_distance_of_the_average(runtime):
+    state = cycle_of(runtime, Combination("wgan", "wgan_gp", "batch_norm")).state
+    assert weight_meters(state)["optim/ema_distance"] == 0
+    weights = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+    with torch.no_grad():
+        for parameter in state.generator.parameters():
+            parameter *= 3
+    meters = weight_meters(state)
+    assert meters["optim/generator_weight_norm"] == pytest.approx(3 * weights.norm().item())
+    assert meters["optim/ema_distance"] == pytest.approx(2 / 3, rel=1e-12)
+    update_ema(state.ema, state.generator, kept=0.25)
+    assert weight_meters(state)["optim/ema_distance"] == pytest.approx(1 / 6, rel=1e-12)
+
+
+def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(runtime):
+    page = (REPOSITORY / "docs" / "metrics.md").read_text()
+    explained = set(re.findall(r"`([a-z]+/[A-Za-z_/]+)`", page))
+    logged = {"progress/images_seen", "progress/step"}
+    for combination in (
+        Combination("relativistic_average", "r1+r2", "patches"),
+        Combination("relativistic", "wgan_gp"),
+        Combination("wgan", "none", "clip_weights"),
+    ):
+        cycle = cycle_of(runtime, combination)
+        speed = PerformanceMeter(cycle.config, runtime, cycle.state)
+        run(cycle, 1)
+        cycle.state.bad_samples["shard-0.tar", "cannot be decoded"] += 1
+        row = metrics_row(cycle.state, runtime, total_images=1000)
+        logged |= row.keys() | speed.row(speed.interval(0.0)).keys()
+    patterns = {name: re.sub("NAME|LOSS|REASON", "[a-z0-9_]+", name) for name in explained}
+    unexplained = {
+        name for name in logged if not any(re.fullmatch(p, name) for p in patterns.values())
+    }
+    assert not unexplained
+    not_logged = {
+        name for name, p in patterns.items() if not any(re.fullmatch(p, each) for each in logged)
+    }
+    assert not_logged == {"perf/device_memory_gib", "perf/peak_share"}  # of GPUs
+
+
+def test_the_share_of_a_peak_that_is_given(runtime):
+    cycle = cycle_of(runtime, Combination("wgan", "wgan_gp"))
+    cycle.config.log.peak_tflops = 0.5
+    speed = PerformanceMeter(cycle.config, runtime, cycle.state)
+    run(cycle, 1)
+    row = speed.row(speed.interval(0.0))
+    assert row["perf/peak_share"] == pytest.approx(2 * row["perf/tflops"])
+
+
+def test_a_deviation_of_equal_figures_is_zero_and_no_nan():
+    mean = 0.1 + 0.2
+    row = derived({"a/x_mean": mean, "a/x_square": mean**2 * (1 - 1e-16), **WITH_LOGITS})
+    assert row["a/x_std"] == 0
+    assert "a/x_square" not in row
+
+
+WITH_LOGITS = {"logits/real_mean": 2.0, "logits/fake_mean": -1.0}
+
+
+def test_a_row_without_steps_that_were_logged_has_no_histogram(runtime):
+    assert logit_histograms({}, runtime) == {}
+    histograms = logit_histograms({"real": torch.ones(5), "fake": torch.ones(5)}, runtime)
+    assert sum(histograms["real"]["counts"]) == 5
+    assert all(map(math.isfinite, histograms["real"]["edges"]))
+
+
+def test_infinite_logits_are_counted_at_the_ends_of_finite_edges(runtime):
+    inf = math.inf
+    logits = {"real": torch.tensor([-inf, 0.0, inf]), "fake": torch.tensor([math.nan, 1.0, inf])}
+    histograms = logit_histograms(logits, runtime)
+    assert all(map(math.isfinite, histograms["real"]["edges"]))
+    counts = histograms["real"]["counts"]
+    assert (counts[0], counts[16], counts[-1], sum(counts)) == (1, 1, 1, 3)
+    assert sum(histograms["fake"]["counts"]) == 3

@@ -1,0 +1,208 @@
+"""Indices of other tools are read and written as those tools do it, and believed only so far."""
+
+import io
+import json
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganscale.data.manifest import Manifest
+from ganscale.errors import UserError
+from ganscale.shards.exclusions import Exclusion, Exclusions
+from ganscale.shards.foreign_indices import read_wids, write_wids
+from ganscale.shards.indexing import build_manifest, index_shards
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, count: int, tar_format=tarfile.GNU_FORMAT, folder: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for i in range(count):
+            for name, data in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode())):
+                info = tarfile.TarInfo(folder + name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_idx(shard: Path) -> Path:
+    """As DALI's tools/wds2idx.py, v1.2, does it: from what `tar --list` says, where data end at the
+    block of the next entry. Written after its format here, since the tool itself is not packaged.
+    """
+
+    def run(*options: str) -> list[str]:
+        command = ["tar", *options, "--file", str(shard)]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.splitlines()
+
+    blocks = [line.split(": ", 1) for line in run("--list", "--block-num")]
+    details = [line.split() for line in run("--verbose", "--list")]
+    components: dict[str, list[str]] = {}
+    for (_, name), (following, _), words in zip(blocks, blocks[1:], details, strict=False):
+        size = int(words[2])
+        end = int(following.removeprefix("block ")) * 512
+        offset = (end - size) // 512 * 512
+        extension = name.rpartition("/")[2].partition(".")[2]
+        key = name[: len(name) - len(extension) - 1]
+        components.setdefault(key, []).append(f"{extension} {offset} {size} {name}")
+    lines = [f"v1.2 {len(components)}", *(" ".join(parts) for parts in components.values())]
+    idx = shard.with_suffix(".idx")
+    idx.write_text("\n".join(lines) + "\n")
+    return idx
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
+    """Also with names that need a header of their own, and one shard that has no .idx."""
+    folder = "a/" * 60 if tar_format == tarfile.GNU_FORMAT else ""
+    shard = write_tar(tmp_path / "0.tar", 5, tar_format, folder)
+    write_tar(tmp_path / "1.tar", 3)
+    whole = build_manifest(tmp_path)
+    write_idx(shard)
+    report = index_shards([str(tmp_path)], trusts_idx=True)
+    assert report.read == 1
+    trusted = report.manifest
+    assert trusted is not None
+    assert trusted.samples.tobytes() == whole.samples.tobytes()
+    assert [bool(shard.sha256) for shard in trusted.shards] == [False, True]
+    assert [shard.bytes for shard in trusted.shards] == [shard.bytes for shard in whole.shards]
+    assert trusted.resolution is None  # nobody looked
+    assert trusted.fingerprint != whole.fingerprint
+    again = index_shards([str(tmp_path)], trusts_idx=True)
+    assert again.read == 0
+    assert index_shards([str(tmp_path)]).manifest.fingerprint == whole.fingerprint  # type: ignore[union-attr]
+
+
+def test_a_trusted_idx_spares_reading_the_images(tmp_path):
+    """An image whose bytes are garbage behind their first: only reading them all would tell."""
+    shard = write_tar(tmp_path / "0.tar", 5)
+    row = build_manifest(tmp_path).samples[2]
+    write_idx(shard)
+    with shard.open("r+b") as file:
+        file.seek(int(row["offset"]) + 20)
+        file.write(b"garbage")
+    os.utime(tmp_path / "0.idx")
+    manifest = index_shards([str(tmp_path)], trusts_idx=True).manifest
+    assert manifest is not None
+    assert len(manifest.samples) == 5
+
+
+def test_an_idx_that_does_not_fit_is_named(tmp_path):
+    shard = write_tar(tmp_path / "0.tar", 5)
+    idx = write_idx(shard)
+    text = idx.read_text()
+    lines = text.splitlines()
+    first_offset = lines[1].split()[1]
+    for damaged, sentence in (
+        (text.replace("v1.2 5", "v1.1 5"), "no index of DALI's wds2idx, version v1.2"),
+        ("\n".join(lines[:-1]) + "\n", "not whole"),
+        ("", "no index of DALI's"),
+        (text.replace(" 00000.png", " 00000 a.png"), "line 2: not `extension offset size name`"),
+        (text.replace(f" {first_offset} ", " 5120000 ", 1), "reaches into the next|is said to lie"),
+        (text.replace(f" {first_offset} ", " 0 ", 1), "is said to lie from byte 0"),
+        (text.replace(f" {first_offset} ", " 513 ", 1), "is said to lie from byte 513"),
+        (text.replace(lines[3].split()[1], str(int(lines[3].split()[1]) - 512)), "reaches into"),
+        (text.replace("00004.cls", "00004.json").replace(" 1 ", " 2 "), "no member|reaches"),
+    ):
+        idx.write_text(damaged)
+        with pytest.raises(UserError, match=sentence) as raised:
+            index_shards([str(tmp_path)], trusts_idx=True)
+        assert "0.idx" in str(raised.value)
+    idx.write_text(text)
+    os.utime(idx, ns=(1, 1))
+    with pytest.raises(UserError, match="older than the shard"):
+        index_shards([str(tmp_path)], trusts_idx=True)
+    os.utime(idx)
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 20 * 512 + 100)
+    os.utime(idx)
+    with pytest.raises(UserError, match=r"is said to lie|the tar is cut"):
+        index_shards([str(tmp_path)], trusts_idx=True)
+
+
+def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
+    write_tar(tmp_path / "shards" / "b.tar", 2)
+    write_tar(tmp_path / "shards" / "a.tar", 3)
+    write_tar(tmp_path / "shards" / "not-listed.tar", 3)
+    shards = [{"url": "shards/a.tar", "nsamples": 3}, {"url": "shards/b.tar", "nsamples": 2}]
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps(content))
+    manifest = index_shards([str(path)]).manifest
+    assert manifest is not None
+    assert manifest.root == tmp_path / "shards"
+    assert [shard.name for shard in manifest.shards] == ["a.tar", "b.tar"]
+    content["shardlist"] = [{"url": "a.tar", "nsamples": 3}, {"url": "b.tar", "nsamples": 4}]
+    path.write_text(json.dumps({**content, "base": "shards"}))
+    with pytest.raises(UserError, match=r"b\.tar has 2 samples, but 4 in the WebDataset index"):
+        index_shards([str(path)], again=True)
+
+
+def test_a_wids_index_is_data_and_no_program(tmp_path):
+    path = tmp_path / "set.json"
+    content = {"wids_version": 1, "shardlist": [{"url": "pipe:touch x", "nsamples": 3}]}
+    for bad, sentence in (
+        (content, "names 'pipe:touch x', which is no URL"),
+        (content | {"base": "pipe:x/{}"}, "names 'pipe:x"),
+        (content | {"wids_version": 2}, "only a WebDataset index of version 1"),
+        (content | {"shardlist": [{"url": 3, "nsamples": 3}]}, "is no shard"),
+        (content | {"shardlist": [{"url": "a.tar", "nsamples": "3"}]}, "is no shard"),
+        ({"wids_version": 1}, "is no WebDataset index"),
+        ([], "is no WebDataset index"),
+    ):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=sentence):
+            read_wids(str(path), 0)
+
+
+def test_a_written_wids_index_is_read_again(tmp_path):
+    """And its fields are those that wids asks for: url and nsamples, relative where it can be."""
+    folder = tmp_path / "set"
+    write_tar(folder / "a.tar", 3)
+    write_tar(folder / "b.tar", 2)
+    manifest = build_manifest(folder)
+    write_wids(manifest, folder / "wids.json", [3, 2])
+    content = json.loads((folder / "wids.json").read_text())
+    assert content["__kind__"] == "wids-shard-index-v1"
+    assert content["wids_version"] == 1
+    assert content["shardlist"][1] == {
+        "url": "b.tar",
+        "nsamples": 2,
+        "filesize": (folder / "b.tar").stat().st_size,
+    }
+    moved = folder.rename(tmp_path / "moved")
+    assert read_wids(str(moved / "wids.json"), 0) == [
+        (str(moved / "a.tar"), 3),
+        (str(moved / "b.tar"), 2),
+    ]
+    write_wids(Manifest.load(moved), tmp_path / "elsewhere.json", [3, 2])
+    assert read_wids(str(tmp_path / "elsewhere.json"), 0)[0] == (str(moved / "a.tar"), 3)
+
+
+def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
+    write_tar(tmp_path / "00000.tar", 5)
+    stats = tmp_path / "00000_stats.json"
+    for successes, is_fine in ((5, True), (4, True), (6, False)):
+        stats.write_text(json.dumps({"count": 9, "successes": successes, "status_dict": {}}))
+        if is_fine:
+            index_shards([str(tmp_path)], again=True)
+        else:
+            with pytest.raises(UserError, match=r"00000\.tar has 5 .* img2dataset wrote 6"):
+                index_shards([str(tmp_path)], again=True)
+    stats.write_text(json.dumps({"successes": 5}))
+    left_out = Exclusions((Exclusion("00000.tar", "00001", ""),))
+    assert index_shards([str(tmp_path)], left_out=left_out).left_out == 1
+    stats.write_text("not JSON")
+    index_shards([str(tmp_path)], again=True)

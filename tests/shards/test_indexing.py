@@ -1,0 +1,336 @@
+"""Indexing goes on where it was stopped, reads only what is new, and names all that is bad."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganscale.data.manifest import Manifest
+from ganscale.errors import UnavailableError, UserError
+from ganscale.shards import indexing, parallel
+from ganscale.shards.exclusions import Exclusion, Exclusions, read_list
+from ganscale.shards.indexing import Report, build_manifest, index_shards
+
+
+def png(seed: int, size: int = 4) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
+    return [
+        member
+        for i in range(first, first + count)
+        for member in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode()))
+    ]
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    folder = tmp_path / "set"
+    for number in range(6):
+        write_tar(folder / f"{number}.tar", samples(number + 2, first=10 * number))
+    return folder
+
+
+def index(source: Path, output: Path | None = None, **options) -> Report:
+    return index_shards([str(source)], output, **options)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def same(first: Manifest | None, second: Manifest | None) -> bool:
+    assert first is not None
+    assert second is not None
+    return (
+        first.fingerprint == second.fingerprint
+        and first.shards == second.shards
+        and first.samples.tobytes() == second.samples.tobytes()
+        and (first.extensions, first.resolution) == (second.extensions, second.resolution)
+        and (first.class_count, first.class_names) == (second.class_count, second.class_names)
+    )
+
+
+def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
+    """A changed shard, an added one and a removed one, in any order of time."""
+    assert index(shards)[2:4] == (6, 0)
+    assert index(shards)[2:4] == (0, 6)
+    write_tar(shards / "2.tar", samples(9, first=500))
+    write_tar(shards / "10.tar", [("x.png", png(3, size=7)), ("x.cls", b"8")])
+    (shards / "4.tar").unlink()
+    report = index(shards)
+    assert (report.read, report.kept) == (2, 4)
+    fresh = index(shards, tmp_path / "fresh").manifest
+    assert same(report.manifest, fresh)
+    assert fresh is not None
+    assert [shard.name for shard in fresh.shards] == [f"{i}.tar" for i in (0, 1, 10, 2, 3, 5)]
+    assert fresh.resolution is None
+    assert fresh.class_count == 9
+    assert "indexing" not in files(shards)
+    assert index(shards, again=True)[2:4] == (6, 0)
+
+
+def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
+    fingerprint = build_manifest(shards).fingerprint
+    write_tar(shards / "0.tar", [*samples(1), ("00001.png", png(1)), ("00001.cls", b"2")])
+    os.utime(shards / "0.tar", ns=(1, 1))
+    report = index(shards)
+    assert report.read == 1
+    assert report.manifest is not None
+    assert report.manifest.fingerprint != fingerprint
+
+
+def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
+    """The rows stand in the manifest alone: with another one, or none, all is read again."""
+    whole = build_manifest(shards)
+    content = json.loads((shards / "manifest.json").read_text())
+    for damage in ("delete", "other", "garbage"):
+        if damage == "delete":
+            (shards / "manifest.npy").unlink()
+        elif damage == "other":
+            (shards / "manifest.json").write_text(json.dumps(content | {"fingerprint": "0"}))
+        else:
+            (shards / "indexing.json").write_text('{"fingerprint"')
+        report = index(shards)
+        assert report.read == 6
+        assert same(report.manifest, whole)
+
+
+def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
+    folder = tmp_path / "set"
+    for number in range(60):
+        write_tar(folder / f"{number:02d}.tar", samples(60, first=100 * number))
+    program = (
+        "from ganscale.shards.indexing import build_manifest\n"
+        f"build_manifest({str(folder)!r}, workers=1)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
+    try:
+        deadline = time.monotonic() + 60
+        finished = folder / "indexing"
+        while not finished.exists() or len(list(finished.iterdir())) < 3:
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait(60)
+    assert not (folder / "manifest.json").exists()
+    # The machine may also stop while a file is written: a short one is not believed.
+    torn = sorted(path for path in finished.iterdir() if not path.name.startswith("."))[0]
+    torn.write_bytes(torn.read_bytes()[:-7])
+    report = index(folder, workers=2)
+    assert 1 <= report.kept < 60
+    assert same(report.manifest, index(folder, tmp_path / "fresh").manifest)
+    assert "indexing" not in files(folder)
+
+
+def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
+    output = tmp_path / "parts"
+    command = [sys.executable, "-m", "ganscale", "shards", "index", str(shards)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--output", str(output), "--part", f"{part}/3", "--workers", "1"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in (1, 2, 3)
+    ]
+    for process in processes:
+        try:
+            said, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        assert said == "indexed 2 shards; the call without --part is still due\n"
+    assert files(output) == {"indexing"}
+    report = index(shards, output)
+    assert (report.read, report.kept) == (0, 6)
+    assert same(report.manifest, build_manifest(shards))
+
+
+def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
+    """A cut shard, samples that are none, and one without a label: the good rest is indexed."""
+    cut = shards / "1.tar"
+    cut.write_bytes(cut.read_bytes()[:2000])
+    write_tar(
+        shards / "3.tar",
+        [
+            *samples(2, first=30),
+            ("page.png", b"<html>"),
+            ("page.cls", b"1"),
+            ("alone.cls", b"1"),
+            ("unlabelled.png", png(0)),
+        ],
+    )
+    with pytest.raises(UserError) as raised:
+        index(shards, workers=2)
+    message = str(raised.value)
+    assert message.startswith(f"2 of 6 shards are bad: {cut}: the tar is cut")
+    assert f"{shards / '3.tar'}: member 'page.png' is no JPEG" in message
+    assert "(and 2 more bad samples)" in message
+    assert message.endswith(f"(to index the rest: --leave-out {shards / 'bad.jsonl'})")
+    assert not (shards / "manifest.json").exists()
+    left_out = read_list(shards / "bad.jsonl")
+    assert [(sample.shard, sample.key) for sample in left_out.samples] == [
+        ("1.tar", None),
+        ("3.tar", "alone"),
+        ("3.tar", "page"),
+        ("3.tar", "unlabelled"),
+    ]
+    report = index(shards, left_out=left_out)
+    assert (report.read, report.kept) == (1, 4)
+    assert (report.left_out, report.left_out_shards) == (3, 1)
+    assert report.manifest is not None
+    assert [shard.samples for shard in report.manifest.shards] == [2, 4, 2, 6, 7]
+    # Found later: the list keeps what it had.
+    write_tar(shards / "9.tar", [("0.png", b"?")])
+    with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is no JPEG"):
+        index(shards, left_out=left_out)
+    assert len(read_list(shards / "bad.jsonl").samples) == 5
+
+
+def test_many_bad_shards_are_counted(tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.tar").write_bytes(b"?" * 600)
+    with pytest.raises(UserError, match=r"^8 of 8 shards are bad: .*4\.tar: .*; and 3 more \("):
+        build_manifest(tmp_path)
+
+
+def test_left_out_samples_are_in_no_row_and_change_the_fingerprint(shards):
+    whole = build_manifest(shards)
+    left_out = Exclusions(
+        (
+            Exclusion("0.tar", "00001", "ugly"),
+            Exclusion("2.tar", None, "ugly"),
+            Exclusion("0.tar", "no such key", ""),
+            *(Exclusion("1.tar", f"{key:05d}", "all of it") for key in (10, 11, 12)),
+        )
+    )
+    report = index(shards, left_out=left_out)
+    manifest = report.manifest
+    assert manifest is not None
+    assert (report.left_out, report.left_out_shards) == (4, 1)
+    assert [shard.name for shard in manifest.shards] == ["0.tar", "3.tar", "4.tar", "5.tar"]
+    assert manifest.fingerprint != whole.fingerprint
+    expected = np.concatenate([whole.samples[:1], whole.samples[2 + 3 + 4 :]])
+    assert manifest.samples.tobytes() == expected.tobytes()
+    restored = index(shards)
+    assert same(restored.manifest, whole)
+    assert restored.in_again >= 1  # of shards that kept a sample, at least
+    assert index(shards).in_again == 0
+    with pytest.raises(UserError, match="no sample is left"):
+        index(shards, left_out=Exclusions(tuple(Exclusion(f"{i}.tar", None, "") for i in range(6))))
+
+
+def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
+    path = tmp_path / "list"
+    with pytest.raises(UserError, match="no list of samples"):
+        read_list(path)
+    good = '{"shard": "a.tar", "key": "0"}\n\n'
+    for bad in ("nonsense", '"text"', '{"shard": "a.tar"}', '{"shard": 3, "key": "0"}'):
+        path.write_text(good + bad + "\n")
+        with pytest.raises(UserError, match="list, line 3: not "):
+            read_list(path)
+    path.write_text(good)
+    assert read_list(path).samples == (Exclusion("a.tar", "0", ""),)
+
+
+def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(2))
+    write_tar(tmp_path / "b.tar", samples(2))
+    assert len(build_manifest(tmp_path).samples) == 4
+
+
+def test_a_killed_process_is_a_sentence(shards):
+    with pytest.raises(UserError, match="a process was killed, perhaps for its memory"):
+        list(parallel.run_all(_kill_oneself, [1, 2], 2))
+
+
+def _kill_oneself(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_shard_that_grows_while_it_is_read_is_not_believed(shards, monkeypatch):
+    """Where another program is still writing: a size that was right a moment ago."""
+    read = indexing.read_index
+
+    def growing(file, name, label, left_out):
+        index = read(file, name, label, left_out)
+        if name == "5.tar":
+            with (shards / name).open("ab") as shard:
+                shard.write(bytes(512))
+        return index
+
+    monkeypatch.setattr(indexing, "read_index", growing)
+    with pytest.raises(UserError, match=r"5\.tar was changed while it was read"):
+        build_manifest(shards)
+
+
+def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
+    """The peak of a fresh process grows by less than the rows of twenty times as many shards."""
+    program = (
+        "import resource, sys; from pathlib import Path\n"
+        "from ganscale.shards.indexing import build_manifest\n"
+        "build_manifest(sys.argv[1])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)\n"
+    )
+    pixel = png(0, size=1)
+    members = [(f"{i}.png", pixel) for i in range(3000)]
+    random.Random(0).shuffle(members)
+    whole = write_tar(tmp_path / "0.tar", members).read_bytes()
+    peaks = []
+    for count in (2, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.tar").write_bytes(whole)
+        run = [sys.executable, "-c", program, str(folder)]
+        peaks.append(int(subprocess.run(run, capture_output=True, timeout=120, check=True).stdout))
+    assert peaks[1] - peaks[0] < 38 * 3000 * 16
+
+
+def test_what_cannot_be_read_does_not_hide_the_other_bad_shards(shards):
+    (shards / "folder.tar").mkdir()
+    os.mkfifo(shards / "pipe.tar")
+    (shards / "text.tar").write_text("no tar")
+    with pytest.raises(UserError, match=r"3 of \d+ shards are bad") as caught:
+        index(shards)
+    for said in ("folder.tar is no file", "pipe.tar is no file", "text.tar"):
+        assert said in str(caught.value)
+
+
+def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(shards, tmp_path):
+    command = f"pipe:test {{}} != away.tar && cat {shards}/{{}}"
+    names = [path.name for path in sorted(shards.glob("*.tar"))]
+    output = tmp_path / "output"
+    with pytest.raises(UnavailableError, match=r"away\.tar"):
+        index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
+    assert not (output / "bad.jsonl").exists()
+    again = index_shards([command], output, names=names, retry_seconds=0)
+    assert (again.kept, again.read) == (len(names), 0)  # they were not held up
+    assert same(again.manifest, build_manifest(shards))

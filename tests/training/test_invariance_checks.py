@@ -1,0 +1,74 @@
+"""Networks with which a run would depend on its cluster are refused, by name."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ganscale.errors import UserError
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.training.invariance_checks import check_forwards, check_layers
+
+
+def nested(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer))
+
+
+def test_a_batch_norm_deep_in_the_critic_is_refused_by_its_name():
+    with pytest.raises(UserError, match=r"the critic's layer `1\.0` is a batch norm"):
+        check_layers(nn.Linear(2, 2), nested(nn.BatchNorm1d(2)))
+    with pytest.raises(UserError, match="is a batch norm"):
+        check_layers(nn.Linear(2, 2), nested(nn.SyncBatchNorm(2)))
+
+
+def test_dropout_is_refused_in_either_network_unless_it_drops_nothing():
+    with pytest.raises(UserError, match=r"the generator's layer `1\.0` is a dropout"):
+        check_layers(nested(nn.Dropout(0.1)), nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"the critic's layer `1\.0` is a dropout"):
+        check_layers(nn.Linear(2, 2), nested(nn.Dropout2d(0.5)))
+    check_layers(nested(nn.Dropout(0.0)), nested(nn.Dropout(0.0)))
+
+
+def test_what_keeps_samples_apart_is_fine():
+    critic = nn.Sequential(nn.LayerNorm(2), nn.GroupNorm(1, 2), nn.InstanceNorm2d(2))
+    check_layers(nested(nn.BatchNorm1d(2)), critic)
+
+
+def test_the_batch_norm_over_all_ranks_is_refused_in_a_critic_too():
+    with pytest.raises(UserError, match="is a batch norm"):
+        check_layers(nn.Linear(2, 2), nested(GlobalBatchNorm(2)))
+
+
+def test_the_older_spectral_norm_is_refused_with_the_newer_one_named():
+    with pytest.raises(UserError, match=r"use torch\.nn\.utils\.parametrizations"):
+        check_layers(nn.Linear(2, 2), nested(nn.utils.spectral_norm(nn.Linear(2, 2))))
+
+
+class _Critic(nn.Module):
+    """A linear critic whose images first go through `change`."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Linear(3, 1), change
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(self.change(images)).squeeze(1)
+
+
+def shown(change) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3)
+    check_forwards(nn.Linear(2, 3), _Critic(change), torch.randn(4, 2), images, ())
+
+
+@pytest.mark.parametrize(
+    "draws", [nn.functional.dropout, nn.RReLU(), lambda x: x + torch.randn_like(x)]
+)
+def test_random_draws_in_a_forward_are_noticed_however_they_are_made(draws):
+    with pytest.raises(UserError, match="the critic draws random numbers in its forward"):
+        shown(draws)
+
+
+def test_a_critic_that_looks_at_the_whole_batch_is_noticed():
+    with pytest.raises(UserError, match="depends on the other images of its batch"):
+        shown(lambda images: images + images.mean(0))
+    shown(torch.tanh)

@@ -1,0 +1,276 @@
+"""An update is the optimizer's, held back for good once a gradient was not a number."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ganscale.errors import UserError
+from ganscale.objectives.objective import build_objective
+from ganscale.runtime import Runtime
+from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from ganscale.training.network_updater import (
+    NetworkUpdater,
+    NonFiniteGuard,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from ganscale.training.optimizers import build_optimizer, rate_factor
+from ganscale.training.steps import CriticStep
+
+LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
+OPTIMIZERS = {
+    "adam": OptimizerConfig("adam", 0.01, weight_decay=0.1),
+    "sgd": OptimizerConfig("sgd", 0.01),
+    "sgd with momentum": OptimizerConfig("sgd", 0.01, momentum=0.9),
+    "rmsprop": OptimizerConfig("rmsprop", 0.01),
+    "rmsprop with momentum": OptimizerConfig("rmsprop", 0.01, momentum=0.9),
+}
+each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+
+
+def convolutions(memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.LeakyReLU(), nn.Conv2d(4, 2, 3))
+    return network.to(memory_format=memory_format)  # type: ignore[call-overload]
+
+
+def player_of(
+    network: nn.Module,
+    runtime: Runtime,
+    optimizer: OptimizerConfig,
+    non_finite_guard: NonFiniteGuard | None = None,
+    **training,
+) -> NetworkUpdater:
+    return NetworkUpdater(
+        "updater",
+        CriticStep(network, LSGAN, "float32"),
+        network,
+        optimizer,
+        TrainingConfig(total_images=1000, **training),
+        runtime,
+        non_finite_guard or NonFiniteGuard(runtime.device),
+    )
+
+
+def images(scale: float = 1.0, seed: int = 1) -> dict[str, Any]:
+    draws = torch.Generator().manual_seed(seed)
+    real, fake = (scale * torch.randn(2, 3, 8, 8, generator=draws) for _ in range(2))
+    return {"real_images": real, "fake_images": fake, "labels": None, "points": {}}
+
+
+def loss_of(network: nn.Module, seed: int) -> Tensor:
+    inputs = images(seed=seed)
+    real, fake = network(inputs["real_images"]), network(inputs["fake_images"])
+    return ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2
+
+
+def everything(updater: NetworkUpdater) -> dict[str, Tensor]:
+    weights = {f"weight {i}": p.detach().clone() for i, p in enumerate(updater.parameters)}
+    return weights | {k: v.clone() for k, v in optimizer_tensors(updater.optimizer).items()}
+
+
+def from_disk(updater: NetworkUpdater, folder: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors as a checkpoint keeps them: packed, without strides."""
+    packed = {k: v.contiguous() for k, v in optimizer_tensors(updater.optimizer).items()}
+    save_file(packed, folder / "optimizer.safetensors")
+    return load_file(folder / "optimizer.safetensors")
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@each_optimizer
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_changes_nothing_and_holds_back_all_that_follow(
+    runtime, optimizer, bad
+):
+    updater = player_of(convolutions(), runtime, optimizer)
+    start = everything(updater)
+    updater.update(images(), 0)
+    updater.update(images(seed=2), 2)
+    good = everything(updater)
+    assert not torch.equal(good["weight 0"], start["weight 0"])
+    assert updater.skipped_updates.item() == 0
+    updater.update(images(scale=bad), 4)
+    assert_same(everything(updater), good)
+    for step in range(3):
+        updater.update(images(seed=step), 6)
+        assert_same(everything(updater), good)
+        assert updater.skipped_updates.item() == 2 + step
+
+
+@each_optimizer
+def test_a_bad_very_first_gradient_leaves_moments_that_a_restart_can_use(
+    runtime, optimizer, tmp_path
+):
+    """Held back at its first step an optimizer has no moments, or ones of zero: never garbage."""
+    updater = player_of(convolutions(), runtime, optimizer)
+    weights = [parameter.detach().clone() for parameter in updater.parameters]
+    updater.update(images(scale=math.nan), 0)
+    for name, tensor in optimizer_tensors(updater.optimizer).items():
+        assert not tensor.any(), name
+    restarted, fresh = (player_of(convolutions(), runtime, optimizer) for _ in range(2))
+    assert all(map(torch.equal, weights, updater.parameters))
+    load_optimizer_tensors(restarted.optimizer, from_disk(updater, tmp_path))
+    for each in (restarted, fresh):
+        each.update(images(), 0)
+        each.update(images(seed=2), 2)
+    assert_same(everything(restarted), everything(fresh))
+
+
+def test_a_tripwire_stops_both_players_that_share_it(runtime):
+    non_finite_guard = NonFiniteGuard(runtime.device)
+    critic = player_of(convolutions(), runtime, OPTIMIZERS["adam"], non_finite_guard)
+    generator = player_of(
+        convolutions(), runtime, OPTIMIZERS["sgd with momentum"], non_finite_guard
+    )
+    generator.update(images(), 0)
+    good = everything(generator)
+    assert not non_finite_guard.has_tripped()
+    critic.update(images(scale=math.nan), 0)
+    assert non_finite_guard.has_tripped()
+    generator.update(images(), 0)
+    assert_same(everything(generator), good)
+    assert generator.skipped_updates.item() == 1
+
+
+@each_optimizer
+def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optimizer):
+    updater = player_of(convolutions(), runtime, optimizer)
+    plain = convolutions()
+    settings = {"lr": 0.01, "weight_decay": optimizer.weight_decay}
+    reference: torch.optim.Optimizer
+    if optimizer.name == "adam":
+        reference = torch.optim.Adam(plain.parameters(), **settings, foreach=False)
+    elif optimizer.name == "sgd":
+        reference = torch.optim.SGD(
+            plain.parameters(), **settings, momentum=optimizer.momentum, foreach=False
+        )
+    else:
+        reference = torch.optim.RMSprop(
+            plain.parameters(), **settings, momentum=optimizer.momentum, foreach=False
+        )
+    for seed in range(5):
+        meters, maxima, _ = updater.update(images(seed=seed), 0)
+        reference.zero_grad()
+        loss = loss_of(plain, seed)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in plain.parameters() if p.grad is not None]
+        norm = torch.cat(gradients).norm().item()
+        assert meters["loss/critic"].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert meters["optim/player_gradient_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert maxima["optim/player_gradient_norm_max"] == meters["optim/player_gradient_norm"]
+        reference.step()
+    for parameter, expected in zip(updater.parameters, plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.05, 1e6])
+def test_a_gradient_is_clipped_by_its_global_norm_which_is_reported_as_it_was(runtime, limit):
+    sgd = OptimizerConfig("sgd", 1.0)
+    updater = player_of(convolutions(), runtime, sgd, gradient_clip=limit)
+    unlimited = player_of(convolutions(), runtime, sgd)
+    before = [p.detach().double().clone() for p in updater.parameters]
+    norms = [
+        p.update(images(), 0)[0]["optim/player_gradient_norm"].item() for p in (updater, unlimited)
+    ]
+    assert norms[0] == norms[1] > 0.05
+    change = [b - p for b, p in zip(before, updater.parameters, strict=True)]
+    whole = [b - p for b, p in zip(before, unlimited.parameters, strict=True)]
+    length = torch.cat([c.flatten() for c in change]).norm().item()
+    assert length == pytest.approx(min(limit, norms[0]), rel=1e-4)
+    share = length / norms[0]
+    for clipped, full in zip(change, whole, strict=True):
+        torch.testing.assert_close(clipped, share * full, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_parameters_are_left_alone_and_idle_ones_refused_by_name(runtime):
+    network = nn.ModuleDict({"used": nn.Linear(2, 1)})
+    network["frozen"] = nn.Linear(1, 1).requires_grad_(False)
+    network.forward = lambda x: network["frozen"](network["used"](x))
+    real, fake = torch.ones(3, 2), torch.zeros(3, 2)
+    inputs = {"real_images": real, "fake_images": fake, "labels": None, "points": {}}
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    player_of(network, runtime, OPTIMIZERS["adam"], gradient_clip=1).update(inputs, 0)
+    changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"used.weight", "used.bias"}
+    network["idle"] = nn.Linear(2, 1)
+    with pytest.raises(UserError, match=r"parameters idle\.weight, idle\.bias get no gradient"):
+        player_of(network, runtime, OPTIMIZERS["adam"]).update(inputs, 0)
+
+
+def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):
+    config = OptimizerConfig("sgd", 0.5)
+    updater = player_of(convolutions(), runtime, config, schedule="linear", warmup_images=100)
+    for seen, rate in ((0, 0.0), (50, 0.25), (100, 0.5), (550, 0.25), (1000, 0.0), (2000, 0.0)):
+        assert updater.learning_rate(seen) == pytest.approx(rate)
+        before = [p.detach().clone() for p in updater.parameters]
+        updater.update(images(scale=1e-3), seen)
+        for parameter, old in zip(updater.parameters, before, strict=True):
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.detach(), old - rate * parameter.grad)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("linear", [1, 0.75, 0.5, 0]),
+        ("cosine", [1, (1 + math.sqrt(0.5)) / 2, 0.5, 0]),
+    ],
+)
+def test_schedules_run_from_one_at_the_end_of_the_warm_up_to_their_end(schedule, factors):
+    for warmup in (0, 200):
+        config = TrainingConfig(total_images=warmup + 800, schedule=schedule, warmup_images=warmup)
+        found = [rate_factor(config, warmup + seen) for seen in (0, 200, 400, 800)]
+        assert found == pytest.approx(factors, abs=1e-12)
+        assert rate_factor(config, warmup + 900) == pytest.approx(factors[-1], abs=1e-12)
+        if warmup:
+            rising = [rate_factor(config, seen) for seen in (0, 50, 100, 199)]
+            assert rising == pytest.approx([0, 0.25, 0.5, 0.995])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_warm_up_longer_than_the_run_only_rises(schedule):
+    config = TrainingConfig(total_images=100, schedule=schedule, warmup_images=200)
+    assert [rate_factor(config, seen) for seen in (0, 50, 99)] == [0, 0.25, 99 / 200]
+
+
+@each_optimizer
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_an_optimizer_that_was_saved_continues_to_the_bit(
+    runtime, optimizer, memory_format, tmp_path: Path
+):
+    trained, network = convolutions(memory_format), convolutions(memory_format)
+    whole = player_of(trained, runtime, optimizer)
+    for seed in range(3):
+        whole.update(images(seed=seed), 0)
+    network.load_state_dict(trained.state_dict())
+    continued = player_of(network, runtime, optimizer)
+    load_optimizer_tensors(continued.optimizer, from_disk(whole, tmp_path))
+    assert_same(everything(continued), everything(whole))
+    for seed in range(3, 6):
+        whole.update(images(seed=seed), 0)
+        continued.update(images(seed=seed), 0)
+        assert_same(everything(continued), everything(whole))
+
+
+def test_a_restarted_optimizer_keeps_the_settings_of_its_new_config():
+    networks = [convolutions() for _ in range(2)]
+    first = build_optimizer(networks[0].parameters(), OptimizerConfig("adam", 0.01))
+    loss_of(networks[0], seed=1).backward()
+    first.step()
+    config = OptimizerConfig("adam", 0.5, betas=[0.1, 0.2], eps=1e-3)
+    second = build_optimizer(networks[1].parameters(), config)
+    load_optimizer_tensors(second, optimizer_tensors(first))
+    (group,) = second.param_groups
+    assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.1, 0.2), 1e-3)
+    assert optimizer_tensors(second)["0.step"].item() == 1

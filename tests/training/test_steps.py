@@ -1,0 +1,396 @@
+"""A step's loss and gradients are those of the written-out objective."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy
+
+from ganscale.metrics.meters import MeterAccumulator
+from ganscale.objectives.objective import Objective, build_objective
+from ganscale.objectives.penalties import Draws
+from ganscale.runtime import Runtime
+from ganscale.schema import (
+    LossConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    TrainingConfig,
+)
+from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
+from ganscale.training.optimizers import lazy_optimizer
+from ganscale.training.steps import CriticStep, GeneratorStep
+
+BATCH, WEIGHT = 4, 10.0
+
+
+class SmoothCritic(nn.Module):
+    """D(x) = v . tanh(W x + b) + c, whose input gradient is known in closed form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(draw(6, 12, seed=1)), nn.Parameter(draw(6, seed=2))
+        self.last, self.last_bias = nn.Parameter(draw(6, seed=3)), nn.Parameter(draw(1, seed=4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
+        return hidden @ self.last + self.last_bias
+
+    def gradient_norms(self, images: Tensor) -> Tensor:
+        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
+        return (((1 - hidden**2) * self.last) @ self.weight).square().sum(1).sqrt()
+
+
+class SmallGenerator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(5, 12).double()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return torch.tanh(self.layer(latents)).view(-1, 3, 2, 2)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def objective(loss: str, **penalties: PenaltyConfig) -> Objective:
+    return build_objective(ObjectiveConfig(LossConfig(loss), penalties))
+
+
+GRADIENT_PENALTY = {"wgan_gp": PenaltyConfig(WEIGHT)}
+
+
+def critic_inputs(built: Objective, batch: int = BATCH, update: int = 0) -> dict[str, Any]:
+    real, fake = draw(batch, 3, 2, 2, seed=5), draw(batch, 3, 2, 2, seed=6)
+    points = built.penalty_points(real, fake, Draws(0, torch.arange(batch), 0), update)
+    return {"real_images": real, "fake_images": fake, "labels": None, "points": points}
+
+
+def generator_inputs(batch: int = BATCH) -> dict[str, Any]:
+    real = draw(batch, 3, 2, 2, seed=5)
+    return {"latents": draw(batch, 5, seed=8), "real_images": real, "labels": None}
+
+
+def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
+    ones, zeros = torch.ones_like(real), torch.zeros_like(fake)
+    return binary_cross_entropy(real.sigmoid(), ones) + binary_cross_entropy(fake.sigmoid(), zeros)
+
+
+def average(better: Tensor, worse: Tensor) -> Tensor:
+    return cross_entropy(better - worse.mean(), worse - better.mean())
+
+
+CRITIC_LOSSES = {
+    "minimax": cross_entropy,
+    "non_saturating": cross_entropy,
+    "lsgan": lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
+    "wgan": lambda real, fake: fake.mean() - real.mean(),
+    "hinge": lambda real, fake: (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean(),
+    "relativistic": lambda real, fake: -(real - fake).sigmoid().log().mean(),
+    "relativistic_average": average,
+}
+GENERATOR_LOSSES = {
+    "minimax": lambda fake, _: (1 - fake.sigmoid()).log().mean(),
+    "non_saturating": lambda fake, _: -fake.sigmoid().log().mean(),
+    "lsgan": lambda fake, _: ((fake - 1) ** 2).mean() / 2,
+    "wgan": lambda fake, _: -fake.mean(),
+    "hinge": lambda fake, _: -fake.mean(),
+    "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
+    "relativistic_average": average,
+}
+LOGIT_FIGURES = {
+    "mean": torch.mean,
+    "square": lambda logits: (logits**2).mean(),
+    "sign_rate": lambda logits: 2 * (logits > 0).double().mean() - 1,
+}
+
+
+def log(probability: Tensor) -> Tensor:
+    return -probability.log().mean()
+
+
+# Of what the critic minimises, the part for real images and that for fakes. One of pairs has none.
+CRITIC_PARTS = {
+    "minimax": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
+    "non_saturating": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
+    "lsgan": lambda real, fake: (((real - 1) ** 2).mean() / 2, (fake**2).mean() / 2),
+    "wgan": lambda real, fake: (-real.mean(), fake.mean()),
+    "hinge": lambda real, fake: ((1 - real).clamp_min(0).mean(), (1 + fake).clamp_min(0).mean()),
+    "relativistic_average": lambda real, fake: (
+        log((real - fake.mean()).sigmoid()),
+        log(1 - (fake - real.mean()).sigmoid()),
+    ),
+}
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_penalty", [False, True])
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
+def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty):
+    critic, by_hand = SmoothCritic(), SmoothCritic()
+    built = objective(name, **(GRADIENT_PENALTY if with_penalty else {}))
+    inputs = critic_inputs(built)
+    loss, meters, maxima, logits = CriticStep(critic, built, "float64")(**inputs)
+    loss.backward()
+
+    real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
+    adversarial = CRITIC_LOSSES[name](real, fake)
+    total = adversarial
+    shown = {f"logits/real_{name}": figure(real) for name, figure in LOGIT_FIGURES.items()}
+    shown |= {f"logits/fake_{name}": figure(fake) for name, figure in LOGIT_FIGURES.items()}
+    shown["logits/pairs_in_order"] = (
+        torch.tensor([r > f for r, f in zip(real.tolist(), fake.tolist(), strict=True)])
+        .double()
+        .mean()
+    )
+    largest = {}
+    if with_penalty:
+        norms = by_hand.gradient_norms(inputs["points"]["wgan_gp"])
+        penalty = ((norms - 1) ** 2).mean()
+        total = adversarial + WEIGHT * penalty
+        shown |= {"penalty/wgan_gp": penalty, "loss/penalty_wgan_gp": WEIGHT * penalty}
+        shown["penalty/wgan_gp_gradient_norm"] = norms.mean()
+        shown["penalty/wgan_gp_gradient_norm_square"] = (norms**2).mean()
+        largest = {"penalty/wgan_gp_gradient_norm_max": norms.max().detach()}
+    total.backward()
+    close(loss, total)
+    for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
+        close(parameter.grad, expected.grad)
+    shown |= {"loss/critic": total, "loss/critic_adversarial": adversarial}
+    if name in CRITIC_PARTS:
+        of_real, of_fake = CRITIC_PARTS[name](real, fake)
+        shown |= {"loss/critic_real": of_real, "loss/critic_fake": of_fake}
+    close(meters, {name: value.detach() for name, value in shown.items()})
+    close(maxima, largest)
+    close(logits, {"real": real.detach(), "fake": fake.detach()})
+
+
+def test_a_lazy_penalty_weighs_its_interval_times_as_much_when_it_is_due():
+    lazy = objective("wgan", r1=PenaltyConfig(WEIGHT, interval=4))
+    steady = objective("wgan", r1=PenaltyConfig(4 * WEIGHT))
+    critic = SmoothCritic()
+    losses = {
+        update: CriticStep(critic, lazy, "float64")(**critic_inputs(lazy, update=update)).loss
+        for update in range(5)
+    }
+    expected = CriticStep(critic, steady, "float64")(**critic_inputs(steady)).loss
+    adversarial = CriticStep(critic, objective("wgan"), "float64")
+    without = adversarial(**critic_inputs(objective("wgan"))).loss
+    assert [losses[0].item(), losses[4].item()] == pytest.approx([expected.item()] * 2, rel=1e-12)
+    assert [losses[update].item() for update in (1, 2, 3)] == [without.item()] * 3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
+def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate):
+    """Also over an interval in which a lazy penalty was due once and another one always."""
+    built = objective(name, wgan_gp=PenaltyConfig(WEIGHT), r1=PenaltyConfig(3.0, interval=4))
+    critic, sums = SmoothCritic(), MeterAccumulator(runtime)
+    trained = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
+    for step in range(6):
+        update = trained.update(critic_inputs(built, update=step), 0)
+        sums.add(update.meters, update.maxima)
+    row = sums.read()
+    penalties = row["loss/penalty_wgan_gp"] + row["loss/penalty_r1"]
+    assert row["loss/critic_adversarial"] + penalties == pytest.approx(
+        row["loss/critic"], rel=1e-14
+    )
+    assert row["loss/penalty_wgan_gp"] == pytest.approx(WEIGHT * row["penalty/wgan_gp"], rel=1e-14)
+    # Due in steps 0 and 4 of 6, with 4 times its weight; alone it is the mean of those two.
+    assert row["loss/penalty_r1"] == pytest.approx(2 / 6 * 4 * 3 * row["penalty/r1"], rel=1e-14)
+    assert ("loss/critic_real" in row) == (name != "relativistic")
+    if "loss/critic_real" in row:
+        parts = row["loss/critic_real"] + row["loss/critic_fake"]
+        assert parts == pytest.approx(row["loss/critic_adversarial"], rel=1e-14)
+
+
+def test_lazy_penalties_correct_adam_as_stylegan2_does():
+    config = OptimizerConfig("adam", 0.002, betas=[0.0, 0.99])
+    corrected = lazy_optimizer(config, 16 / 17)
+    assert corrected.learning_rate == pytest.approx(0.002 * 16 / 17)
+    assert corrected.betas == pytest.approx([0.0, 0.99 ** (16 / 17)])
+    assert lazy_optimizer(config, 1.0) == config
+
+
+def test_labels_go_with_real_fake_and_penalised_images_alike():
+    seen: list[list[int]] = []
+
+    class ClassCritic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Parameter(draw(3, seed=1))
+
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            seen.append(labels.tolist())
+            return images.flatten(1).sum(1) * self.score[labels]
+
+    built = objective("wgan", **GRADIENT_PENALTY)
+    step = CriticStep(ClassCritic(), built, "float64")
+    step(**{**critic_inputs(built), "labels": torch.tensor([0, 2, 1, 2])})
+    assert seen == [[0, 2, 1, 2, 0, 2, 1, 2], [0, 2, 1, 2]]
+
+
+@pytest.mark.parametrize("with_real_logits", [False, True])
+@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_real_logits):
+    generator, critic, inputs = SmallGenerator(), SmoothCritic(), generator_inputs()
+    step = GeneratorStep(generator, critic, objective(name), "float64")
+    loss, meters, _, logits = step(**inputs, with_real_logits=with_real_logits)
+    parameters = list(generator.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    fake, real = critic(generator(inputs["latents"])), critic(inputs["real_images"])
+    expected = GENERATOR_LOSSES[name](fake, real.detach())
+    close(loss, expected)
+    close(found, torch.autograd.grad(expected, parameters))
+    parts = {"loss/generator_fake": expected}
+    if name == "relativistic_average":
+        of_fake, of_real = CRITIC_PARTS[name](fake, real)  # with real and fake exchanged
+        parts = {"loss/generator_real": of_real, "loss/generator_fake": of_fake}
+    parts = {} if name == "relativistic" else parts
+    close(meters, {k: v.detach() for k, v in {"loss/generator": expected, **parts}.items()})
+    close(logits["fake"], fake.detach())
+    needs_real = name.startswith("relativistic")
+    assert ("real" in logits) == (with_real_logits or needs_real)
+    if "real" in logits:
+        close(logits["real"], real.detach())
+    assert list(step.parameters()) == parameters  # the critic is not this module's to synchronize
+
+
+def updater(
+    step: CriticStep | GeneratorStep, network: nn.Module, runtime: Runtime, parts: int = 1
+) -> NetworkUpdater:
+    return NetworkUpdater(
+        "updater",
+        step,
+        network,
+        OptimizerConfig("sgd", 0.1),  # Adam would amplify the rounding of gradients that cancel
+        TrainingConfig(total_images=1000, accumulate=parts),
+        runtime,
+        NonFiniteGuard(runtime.device),
+    )
+
+
+@pytest.mark.parametrize("name", CRITIC_LOSSES)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_change_no_update_of_the_critic(runtime, name, parts):
+    built, critics, results = objective(name, **GRADIENT_PENALTY), [], []
+    for accumulate in (1, parts):
+        critic = SmoothCritic()
+        trained = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
+        results.append([trained.update(critic_inputs(built, batch=8), seen) for seen in (0, 8)])
+        critics.append(critic)
+    close(*(list(critic.parameters()) for critic in critics), rtol=1e-12)
+    close(*results)  # meters, and logits in the order of the batch
+
+
+@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+def test_micro_batches_change_no_update_of_the_generator(runtime, name):
+    generators, results = [], []
+    for accumulate in (1, 2):
+        generator = SmallGenerator()
+        step = GeneratorStep(generator, SmoothCritic(), objective(name), "float64")
+        trained = updater(step, generator, runtime, accumulate)
+        results.append(trained.update({**generator_inputs(8), "with_real_logits": True}, 0))
+        generators.append(generator)
+    close(*(list(generator.parameters()) for generator in generators), rtol=1e-12)
+    close(*results)
+
+
+def test_a_first_look_at_the_logits_leaves_no_trace_in_buffers(runtime):
+    """A loss over the whole batch needs all logits before the first micro-batch."""
+
+    class Counting(SmoothCritic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("forwards", torch.zeros(()))
+            self.forwards: Tensor
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.forwards += 1
+            return super().forward(images)
+
+    counts = []
+    for name in ("wgan", "relativistic_average"):
+        critic = Counting()
+        built = objective(name)
+        trained = updater(CriticStep(critic, built, "float64"), critic, runtime, parts=2)
+        trained.update(critic_inputs(built), 0)
+        counts.append(critic.forwards.item())
+    assert counts == [2, 2]
+
+
+def test_a_generator_update_leaves_the_critic_without_gradients(runtime):
+    generator, critic = SmallGenerator(), SmoothCritic()
+    before = [parameter.clone() for parameter in critic.parameters()]
+    step = GeneratorStep(generator, critic, objective("wgan"), "float64")
+    updater(step, generator, runtime).update({**generator_inputs(), "with_real_logits": True}, 0)
+    for parameter, value in zip(critic.parameters(), before, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(parameter, value)
+    assert all(parameter.grad is not None for parameter in generator.parameters())
+
+
+def test_a_critic_update_leaves_the_generator_without_gradients(runtime):
+    """Even where a caller forgot to make the fakes without a graph."""
+    generator, critic, built = (
+        SmallGenerator(),
+        SmoothCritic(),
+        objective("wgan", **GRADIENT_PENALTY),
+    )
+    inputs = {**critic_inputs(built), "fake_images": generator(draw(4, 5, seed=8))}
+    updater(CriticStep(critic, built, "float64"), critic, runtime).update(inputs, 0)
+    assert all(parameter.grad is None for parameter in generator.parameters())
+    assert all(parameter.grad is not None for parameter in critic.parameters())
+
+
+def test_fakes_that_were_kept_give_the_update_of_fakes_made_again(runtime):
+    """Also when the critic has moved in between, as it has in a run."""
+    made, kept, critic = SmallGenerator(), SmallGenerator(), SmoothCritic()
+    inputs = generator_inputs()
+    fakes = kept(inputs["latents"])
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            parameter *= 1.5
+    results = []
+    for generator, given in ((made, {}), (kept, {"latents": None, "fake_images": fakes})):
+        step = GeneratorStep(generator, critic, objective("relativistic"), "float64")
+        results.append(updater(step, generator, runtime).update({**inputs, **given}, 0))
+    close(list(made.parameters()), list(kept.parameters()), rtol=1e-15)
+    close(*results, rtol=1e-15)
+
+
+def test_nothing_that_a_step_reports_keeps_its_graph_alive(runtime):
+    critic, built = SmoothCritic(), objective("lsgan", **GRADIENT_PENALTY)
+    output = CriticStep(critic, built, "float64")(**critic_inputs(built))
+    step = GeneratorStep(SmallGenerator(), critic, objective("relativistic"), "float64")
+    for loss, *seen in (output, step(**generator_inputs())):
+        assert loss.requires_grad
+        assert not any(value.requires_grad for figures in seen for value in figures.values())
+
+
+def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 1))
+    built = objective("wgan", **GRADIENT_PENALTY)
+    inputs = critic_inputs(built)
+    inputs |= {name: inputs[name].float() for name in ("real_images", "fake_images")}
+    inputs["points"] = {name: images.float() for name, images in inputs["points"].items()}
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        loss, meters, _, logits = CriticStep(layers, built, precision)(**inputs)
+        assert loss.dtype == logits["real"].dtype == torch.float32
+        found[precision] = meters
+    assert torch.equal(found["bfloat16"]["penalty/wgan_gp"], found["float32"]["penalty/wgan_gp"])
+    of_logits = [meters["logits/real_mean"].item() for meters in found.values()]
+    assert of_logits[0] != of_logits[1]  # the logits, though, are bfloat16's
+    assert of_logits[0] == pytest.approx(of_logits[1], abs=0.02)
+
+    rounded = CriticStep(layers, built, "bfloat16", penalty_precision="bfloat16")(**inputs)
+    exact = found["float32"]["penalty/wgan_gp"]
+    assert rounded.meters["penalty/wgan_gp"].dtype == torch.float32
+    assert rounded.meters["penalty/wgan_gp"] != exact
+    assert rounded.meters["penalty/wgan_gp"].item() == pytest.approx(exact.item(), rel=0.05)
