@@ -4,7 +4,7 @@
         [--objective NAME] [--data ring8|grid25] [--images N]
 
 The protocol and what was published are in `benchmarks.mixtures`. The networks are not the papers';
-what trains them is the package's own steps, players, average and draws. One thread, so that sums
+what trains them is the package's own steps, updaters, EMA and draws. One thread, so that sums
 have one order: on one machine the seed and the images decide the result.
 """
 
@@ -54,7 +54,7 @@ CYCLES_DRAWN_AT_ONCE = 64  # a draw costs as much for 10,000 slots as for 100
 class Recipe:
     """An objective and what trains it.
 
-    rate: Adam's or RMSprop's for both players, falling linearly to zero
+    rate: Adam's or RMSprop's for both networks, falling linearly to zero
     images: points of the grid that the critic sees; of the ring, half as many
     """
 
@@ -157,13 +157,13 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
     training = TrainingConfig(images, BATCH, schedule="linear")
     non_finite_guard = NonFiniteGuard(runtime.device)
 
-    def player(name: str, step: CriticStep | GeneratorStep, network: nn.Module) -> NetworkUpdater:
+    def updater(name: str, step: CriticStep | GeneratorStep, network: nn.Module) -> NetworkUpdater:
         return NetworkUpdater(
             name, step, network, recipe.optimizer_config(), training, runtime, non_finite_guard
         )
 
-    critic_updater = player("critic", CriticStep(critic, objective, "float32"), critic)
-    generator_updater = player(
+    critic_updater = updater("critic", CriticStep(critic, objective, "float32"), critic)
+    generator_updater = updater(
         "generator", GeneratorStep(generator, critic, objective, "float32"), generator
     )
     clipped = clipped_parameters(critic, objective.clip.scope) if objective.clip else []

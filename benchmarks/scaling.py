@@ -89,8 +89,8 @@ def _contestant(task: dict, batch: int, runtime: Runtime, communicates: bool) ->
     share = config_of(task["objective"], task["network"], task["images_per_rank"])
     ours = Ours(config, runtime, random_images(share, runtime.device))
     if not communicates:
-        for player in (ours.state.critic_updater, ours.state.generator_updater):
-            player._wrapped = player._step
+        for updater in (ours.state.critic_updater, ours.state.generator_updater):
+            updater._wrapped = updater._step
 
     def run() -> None:
         for _ in range(task["cycles"]):

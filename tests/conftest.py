@@ -7,9 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+if TYPE_CHECKING:
+    from ganscale.runtime import Runtime
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -39,6 +43,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_shards("bundled:mnist", folder, shard_samples=1000)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runtime() -> "Runtime":
+    """This process as a run's only rank."""
+    from ganscale.runtime import Runtime
+
+    return Runtime.start()
 
 
 @pytest.fixture

@@ -60,12 +60,12 @@ def batch_of(*values: int) -> Batch:
     return Batch(images, torch.full([len(values)], -1), torch.arange(len(values)))
 
 
-def test_average_and_raw_weights_show_the_same_latents(state, tmp_path):
+def test_ema_and_non_ema_weights_show_the_same_latents(state, tmp_path):
     files = pictures_of(state, tmp_path).make(never)
     assert {name: path.name for name, path in files.items()} == {
         "samples/ema": "images-000000064.png",
-        "samples/non_ema": "raw-000000064.jpg",
-        "samples/interpolation": "walk-000000064.jpg",
+        "samples/non_ema": "non_ema-000000064.jpg",
+        "samples/interpolation": "interpolation-000000064.jpg",
     }
     latents = normal(0, "samples", torch.arange(20), 4)
     for name, network, largest_error in (

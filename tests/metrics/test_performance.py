@@ -188,7 +188,7 @@ def test_operations_of_a_network_that_takes_no_two_images_are_not_counted(runtim
 
 
 def test_a_network_with_a_collective_of_its_own_is_not_counted_and_holds_nobody_up(tmp_path: Path):
-    run_ranks("tests.training.test_speed:run_rank_with_collectives", tmp_path, 2, seconds=60)
+    run_ranks("tests.metrics.test_performance:run_rank_with_collectives", tmp_path, 2, seconds=60)
     assert (tmp_path / "done1").exists()
     assert (tmp_path / "done0").read_text() == "None None"
 
@@ -242,7 +242,7 @@ def test_peaks_go_by_a_gpus_whole_name(name, precision, tflops):
 
 
 def test_the_rank_that_holds_the_others_up_is_named(tmp_path: Path):
-    run_ranks("tests.training.test_speed:run_rank", tmp_path, 2, seconds=120)
+    run_ranks("tests.metrics.test_performance:run_rank", tmp_path, 2, seconds=120)
     rows = [torch.load(tmp_path / f"row{rank}.pt") for rank in range(2)]
     assert rows[0].keys() - rows[1].keys() == {"perf/tflops"}  # counted once
     row = rows[0]
@@ -273,7 +273,7 @@ def run_rank(folder: Path) -> None:
 
 
 def test_who_waits_for_another_rank_does_not_count_it_as_making_fakes(tmp_path: Path):
-    run_ranks("tests.training.test_speed:run_rank_with_batch_norm", tmp_path, 2, seconds=120)
+    run_ranks("tests.metrics.test_performance:run_rank_with_batch_norm", tmp_path, 2, seconds=120)
     for rank in range(2):
         row = torch.load(tmp_path / f"row{rank}.pt")
         assert 0 < row["perf/fake_images_ms"] < 1000 * PAUSE

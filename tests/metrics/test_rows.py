@@ -170,7 +170,7 @@ def test_weight_norms_and_the_distance_of_the_average(runtime):
 
 def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(runtime):
     page = (REPOSITORY / "docs" / "metrics.md").read_text()
-    explained = set(re.findall(r"`([a-z]+/[A-Za-z_/]+)`", page))
+    explained = set(re.findall(r"`([a-z_]+/[A-Za-z_/]+)`", page))
     logged = {"progress/images_seen", "progress/step"}
     for combination in (
         Combination("relativistic_average", "r1+r2", "patches"),

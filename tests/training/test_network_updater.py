@@ -39,7 +39,7 @@ def convolutions(memory_format: torch.memory_format = torch.channels_last) -> nn
     return network.to(memory_format=memory_format)  # type: ignore[call-overload]
 
 
-def player_of(
+def updater_of(
     network: nn.Module,
     runtime: Runtime,
     optimizer: OptimizerConfig,
@@ -92,7 +92,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def test_a_gradient_that_is_no_number_changes_nothing_and_holds_back_all_that_follow(
     runtime, optimizer, bad
 ):
-    updater = player_of(convolutions(), runtime, optimizer)
+    updater = updater_of(convolutions(), runtime, optimizer)
     start = everything(updater)
     updater.update(images(), 0)
     updater.update(images(seed=2), 2)
@@ -112,12 +112,12 @@ def test_a_bad_very_first_gradient_leaves_moments_that_a_restart_can_use(
     runtime, optimizer, tmp_path
 ):
     """Held back at its first step an optimizer has no moments, or ones of zero: never garbage."""
-    updater = player_of(convolutions(), runtime, optimizer)
+    updater = updater_of(convolutions(), runtime, optimizer)
     weights = [parameter.detach().clone() for parameter in updater.parameters]
     updater.update(images(scale=math.nan), 0)
     for name, tensor in optimizer_tensors(updater.optimizer).items():
         assert not tensor.any(), name
-    restarted, fresh = (player_of(convolutions(), runtime, optimizer) for _ in range(2))
+    restarted, fresh = (updater_of(convolutions(), runtime, optimizer) for _ in range(2))
     assert all(map(torch.equal, weights, updater.parameters))
     load_optimizer_tensors(restarted.optimizer, from_disk(updater, tmp_path))
     for each in (restarted, fresh):
@@ -126,10 +126,10 @@ def test_a_bad_very_first_gradient_leaves_moments_that_a_restart_can_use(
     assert_same(everything(restarted), everything(fresh))
 
 
-def test_a_tripwire_stops_both_players_that_share_it(runtime):
+def test_a_non_finite_guard_stops_both_updaters_that_share_it(runtime):
     non_finite_guard = NonFiniteGuard(runtime.device)
-    critic = player_of(convolutions(), runtime, OPTIMIZERS["adam"], non_finite_guard)
-    generator = player_of(
+    critic = updater_of(convolutions(), runtime, OPTIMIZERS["adam"], non_finite_guard)
+    generator = updater_of(
         convolutions(), runtime, OPTIMIZERS["sgd with momentum"], non_finite_guard
     )
     generator.update(images(), 0)
@@ -144,7 +144,7 @@ def test_a_tripwire_stops_both_players_that_share_it(runtime):
 
 @each_optimizer
 def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optimizer):
-    updater = player_of(convolutions(), runtime, optimizer)
+    updater = updater_of(convolutions(), runtime, optimizer)
     plain = convolutions()
     settings = {"lr": 0.01, "weight_decay": optimizer.weight_decay}
     reference: torch.optim.Optimizer
@@ -166,8 +166,8 @@ def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optim
         gradients = [p.grad.flatten() for p in plain.parameters() if p.grad is not None]
         norm = torch.cat(gradients).norm().item()
         assert meters["loss/critic"].item() == pytest.approx(loss.item(), rel=1e-4)
-        assert meters["optim/player_gradient_norm"].item() == pytest.approx(norm, rel=1e-4)
-        assert maxima["optim/player_gradient_norm_max"] == meters["optim/player_gradient_norm"]
+        assert meters["optim/updater_gradient_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert maxima["optim/updater_gradient_norm_max"] == meters["optim/updater_gradient_norm"]
         reference.step()
     for parameter, expected in zip(updater.parameters, plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
@@ -176,11 +176,11 @@ def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optim
 @pytest.mark.parametrize("limit", [0.05, 1e6])
 def test_a_gradient_is_clipped_by_its_global_norm_which_is_reported_as_it_was(runtime, limit):
     sgd = OptimizerConfig("sgd", 1.0)
-    updater = player_of(convolutions(), runtime, sgd, gradient_clip=limit)
-    unlimited = player_of(convolutions(), runtime, sgd)
+    updater = updater_of(convolutions(), runtime, sgd, gradient_clip=limit)
+    unlimited = updater_of(convolutions(), runtime, sgd)
     before = [p.detach().double().clone() for p in updater.parameters]
     norms = [
-        p.update(images(), 0)[0]["optim/player_gradient_norm"].item() for p in (updater, unlimited)
+        p.update(images(), 0)[0]["optim/updater_gradient_norm"].item() for p in (updater, unlimited)
     ]
     assert norms[0] == norms[1] > 0.05
     change = [b - p for b, p in zip(before, updater.parameters, strict=True)]
@@ -199,17 +199,17 @@ def test_frozen_parameters_are_left_alone_and_idle_ones_refused_by_name(runtime)
     real, fake = torch.ones(3, 2), torch.zeros(3, 2)
     inputs = {"real_images": real, "fake_images": fake, "labels": None, "points": {}}
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    player_of(network, runtime, OPTIMIZERS["adam"], gradient_clip=1).update(inputs, 0)
+    updater_of(network, runtime, OPTIMIZERS["adam"], gradient_clip=1).update(inputs, 0)
     changed = {k for k, v in network.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"used.weight", "used.bias"}
     network["idle"] = nn.Linear(2, 1)
     with pytest.raises(UserError, match=r"parameters idle\.weight, idle\.bias get no gradient"):
-        player_of(network, runtime, OPTIMIZERS["adam"]).update(inputs, 0)
+        updater_of(network, runtime, OPTIMIZERS["adam"]).update(inputs, 0)
 
 
 def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):
     config = OptimizerConfig("sgd", 0.5)
-    updater = player_of(convolutions(), runtime, config, schedule="linear", warmup_images=100)
+    updater = updater_of(convolutions(), runtime, config, schedule="linear", warmup_images=100)
     for seen, rate in ((0, 0.0), (50, 0.25), (100, 0.5), (550, 0.25), (1000, 0.0), (2000, 0.0)):
         assert updater.learning_rate(seen) == pytest.approx(rate)
         before = [p.detach().clone() for p in updater.parameters]
@@ -250,11 +250,11 @@ def test_an_optimizer_that_was_saved_continues_to_the_bit(
     runtime, optimizer, memory_format, tmp_path: Path
 ):
     trained, network = convolutions(memory_format), convolutions(memory_format)
-    whole = player_of(trained, runtime, optimizer)
+    whole = updater_of(trained, runtime, optimizer)
     for seed in range(3):
         whole.update(images(seed=seed), 0)
     network.load_state_dict(trained.state_dict())
-    continued = player_of(network, runtime, optimizer)
+    continued = updater_of(network, runtime, optimizer)
     load_optimizer_tensors(continued.optimizer, from_disk(whole, tmp_path))
     assert_same(everything(continued), everything(whole))
     for seed in range(3, 6):
