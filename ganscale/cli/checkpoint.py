@@ -168,12 +168,10 @@ def export_generator(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> "RunFolder":
-    from ganscale.errors import UserError
     from ganscale.run_folder import RunFolder
 
     run = RunFolder(arguments.run_folder)
-    if not run.config.exists():
-        raise UserError(f"{run.path} is not a run folder: it has no {run.config.name}")
+    run.check_exists()
     return run
 
 

@@ -43,12 +43,12 @@ class SampleGrids:
         self._folder = folder
         self._state = state
         self._real: list[np.ndarray] | None = None
-        if config.samples.real and (state.images_seen == 0 or not self._real_path.exists()):
+        if config.samples.real and (state.images_seen == 0 or not folder.real_samples.exists()):
             self._real = []
 
     def are_missing(self) -> bool:
         """Whether the grid for the images seen so far is not there."""
-        return not self._folder.samples(self._state.images_seen).exists()
+        return not self._folder.sample_grid(self._state.images_seen).exists()
 
     def make(self, is_stopped: Callable[[], bool]) -> dict[str, Path]:
         """The files by name of their row; none of them when stopped meanwhile.
@@ -78,7 +78,10 @@ class SampleGrids:
             if grid is None:
                 return {}
             grids[kind] = grid
-        return {f"samples/{k}": _written(grid, self._path(k)) for k, grid in grids.items()}
+        return {
+            f"samples/{kind}": _written(grid, self._folder.sample_grid(state.images_seen, kind))
+            for kind, grid in grids.items()
+        }
 
     def real(self, batches: Sequence[Batch]) -> Path | None:
         """The file of the first real images that this rank trains on, once there are enough."""
@@ -89,17 +92,8 @@ class SampleGrids:
         if len(self._real) < count:
             return None
         images, self._real = np.stack(self._real[:count]), None
-        return _written(image_grid(images, max(1, round(math.sqrt(count)))), self._real_path)
-
-    @property
-    def _real_path(self) -> Path:
-        return self._folder.path / "samples" / "real.jpg"
-
-    def _path(self, kind: str) -> Path:
-        ema_path = self._folder.samples(self._state.images_seen)
-        if kind == "ema":
-            return ema_path
-        return ema_path.with_name(ema_path.name.replace("images", kind)).with_suffix(".jpg")
+        grid = image_grid(images, max(1, round(math.sqrt(count))))
+        return _written(grid, self._folder.real_samples)
 
 
 def _grid(

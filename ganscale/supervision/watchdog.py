@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from pathlib import Path
 from typing import Any
 
 from ganscale import runtime as runtime_module
 from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, GanscaleError, UserError
+from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime, is_communication_error, is_device_error
 from ganscale.supervision.failure_attribution import (
     Failure,
@@ -52,7 +52,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.current = ProgressMark()
-        self.run_folder: Path | None = None
+        self.run_folder: RunFolder | None = None
         self.last_act: Callable[[], None] = lambda: None
         """What this rank should still be given some seconds for when another one is lost."""
 
@@ -205,7 +205,7 @@ class Watchdog:
         if self._speaks():
             note_ended(verdict.exit_code, verdict.sentence)
             if folder := self._progress.run_folder:
-                append_line(folder / "log.txt", f"ERROR: {verdict.sentence}")
+                append_line(folder.log, f"ERROR: {verdict.sentence}")
 
     def _speaks(self) -> bool:
         """On rank 0; where that one is lost, on rank 1 and on a rank of every other machine."""
@@ -218,9 +218,9 @@ class Watchdog:
         if self._progress.run_folder is None:
             faulthandler.dump_traceback(file=_STDERR)
             return
-        folder = self._progress.run_folder / "stacks"
-        folder.mkdir(exist_ok=True)
-        with (folder / f"rank-{self._runtime.rank:04d}.txt").open("w") as file:
+        path = self._progress.run_folder.stack(self._runtime.rank)
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
             faulthandler.dump_traceback(file)
 
 

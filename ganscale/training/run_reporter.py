@@ -1,6 +1,5 @@
 """What rank 0 tells about a run: rows, sample grids, the summary, and where everything lies."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,11 +14,11 @@ from ganscale.evaluation.sample_grids import SampleGrids
 from ganscale.metrics.performance import Interval, PerformanceMeter
 from ganscale.metrics.profiling import section
 from ganscale.metrics.rows import metrics_row
-from ganscale.run_folder import RunFolder, write_summary
+from ganscale.run_folder import RunFolder, append_json_line
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.tracking.console import Console
-from ganscale.tracking.provenance import append_session, session_facts
+from ganscale.tracking.sessions import session_facts
 from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
 from ganscale.training.device_prefetcher import DevicePrefetcher
@@ -36,6 +35,7 @@ class RunReporter:
         config: Config,
         folder: RunFolder,
         resumed_at: int | None,
+        changed_settings: Sequence[str],
         runtime: Runtime,
         state: TrainingState,
         prefetcher: DevicePrefetcher,
@@ -49,21 +49,21 @@ class RunReporter:
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._pictures: SampleGrids | None = None
-        runtime.run_on_main(lambda: self._open(resumed_at))
+        runtime.run_on_main(lambda: self._open(resumed_at, changed_settings))
         self._speed = PerformanceMeter(config, runtime, state)
 
-    def _open(self, resumed_at: int | None) -> None:
+    def _open(self, resumed_at: int | None, changed_settings: Sequence[str]) -> None:
         """On rank 0, whose UserError (online without a key) ends every rank."""
         config, folder = self._config, self._folder
-        fingerprint = json.loads(folder.identity.read_text())["fingerprint"]
+        fingerprint = folder.read_identity()["fingerprint"]
         facts = session_facts(self._runtime, self._state.images_seen, fingerprint)
-        append_session(folder.sessions, facts)
+        append_json_line(folder.sessions, facts)
         self._tracker = Tracker(
-            folder.path,
+            folder,
             wandb_identity(config, folder),
             config.log.wandb,  # type: ignore[arg-type]
             resumed_at,
-            changes=folder.changes,
+            changed_settings=changed_settings,
             alerts=config.log.alerts,
         )
         self._pictures = SampleGrids(config, folder, self._state)
@@ -171,7 +171,7 @@ class RunReporter:
             "last": {k: v for k, v in self.newest_row.items() if not isinstance(v, dict)},
         }
         try:
-            write_summary(folder.summary, summary)
+            folder.write_summary(summary)
         except OSError as error:
             logger.error("no summary could be written: %s", error)
         if isinstance(cause, NonFiniteError):
@@ -189,6 +189,6 @@ class RunReporter:
                 f"bad data:   {state.bad_samples.total():,} samples, replaced by others; which: "
                 f"{folder.summary}"
             )
-        self._console.message(f"samples:    {folder.samples(state.images_seen)}")
+        self._console.message(f"samples:    {folder.sample_grid(state.images_seen)}")
         self._console.message(f"checkpoint: {checkpoint}")
         self._console.message(f"W&B record: {self._tracker.location}")

@@ -154,8 +154,7 @@ def load_run_generator(
     newest. Raises UserError for a folder that is no run, or one without a whole checkpoint.
     """
     folder = RunFolder(run_folder)
-    if not folder.config.exists():
-        raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
+    folder.check_exists()
     if checkpoint is None:
         checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
     if checkpoint is None:

@@ -34,6 +34,7 @@ from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 from ganscale.training.replica_audit import audit_replicas
+from ganscale.training.resume import accept_settings, open_run
 from ganscale.training.run_reporter import RunReporter
 from ganscale.training.state import TrainingState
 
@@ -71,17 +72,19 @@ class Trainer:
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
-        self.progress.run_folder = self.folder.path
+        self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", patience)
-        self.run_id, checkpoint = runtime.run_on_main(
-            lambda: self.folder.open(resolved, self.data.fingerprint)
+        checkpoint = runtime.run_on_main(
+            lambda: open_run(self.folder, resolved, self.data.fingerprint)
         )
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            runtime.run_on_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
+            self.changed_settings = runtime.run_on_main(
+                lambda: accept_settings(self.folder, resolved, self.data.fingerprint)
+            )
         except BaseException:
             self.folder.close()
             raise
@@ -125,11 +128,17 @@ class Trainer:
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
             reports = RunReporter(
-                config, self.folder, self.resumed_at, self.runtime, state, prefetcher
+                config,
+                self.folder,
+                self.resumed_at,
+                self.changed_settings,
+                self.runtime,
+                state,
+                prefetcher,
             )
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                profile = profiled(self.folder.path / "profile", cycles)
+                profile = profiled(self.folder.profile, cycles)
                 with profile as after_cycle:
                     exit_code = self._train(prefetcher, reports, after_cycle)
             except BaseException as error:

@@ -185,7 +185,7 @@ def test_rows_of_a_training_that_is_killed_are_sent_after_its_death(
     assert server.runs[RUN_ID].exit_code == 1
 
 
-def test_an_uploader_that_dies_is_told_of_once(with_account, run_folder, server):
+def test_an_uploader_that_dies_is_logged_once(with_account, run_folder, server):
     process = paused(with_account, run_folder)
     for child in psutil.Process(process.pid).children():
         child.kill()

@@ -99,7 +99,7 @@ def test_rows_of_sessions_without_wandb_are_sent_by_the_next_one_that_has_it(
 def test_without_an_api_key_a_run_is_offline_and_nobody_is_asked(environment, run_folder, server):
     environment["WANDB_BASE_URL"] = server.url
     report = train(environment, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
-    assert "no API key" in report["output"]
+    assert "no Weights & Biases API key" in report["output"]
     assert "offline-run" in report["location"]
     assert not server.runs
 
@@ -126,5 +126,5 @@ def test_online_without_an_api_key_is_a_mistake_with_a_remedy(environment, run_f
     process = start(environment, run_folder=run_folder, mode="online", first_step=1, last_step=3)
     _, stderr = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode != 0
-    assert "UserError: tracking mode 'online' needs an API key" in stderr
+    assert "UserError: log.wandb=online needs a Weights & Biases API key" in stderr
     assert "WANDB_API_KEY" in stderr

@@ -1,7 +1,6 @@
-"""Where a session of a run comes from: code, versions, cluster, data."""
+"""What is recorded of each session of a run: its code, versions, cluster and data."""
 
 import contextlib
-import json
 import os
 import platform
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ganscale import __version__
+from ganscale.run_folder import RunFolder, read_json_lines
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
@@ -21,7 +20,7 @@ _GIT_SECONDS = 5.0
 
 
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
-    """What is kept of each session; texts and numbers only."""
+    """The session's entry in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
     cluster = {
         "world_size": runtime.world_size,
@@ -38,35 +37,24 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
         "command": without_secrets(sys.argv),
         "git": git_revision(Path.cwd()),
         "versions": {
-            "ganscale": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "none",
-            **{name: _version(name) for name in ("accelerate", "numpy", "wandb")},
+            **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
         },
         "cluster": cluster,
         "data_fingerprint": fingerprint,
     }
 
 
-def append_session(path: Path, facts: dict[str, Any]) -> None:
-    """Adds a session to a file of one JSON object a line, if the disk takes it."""
-    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")
-
-
-def read_sessions(path: Path) -> list[dict[str, Any]]:
-    """All sessions of a run, in order; a damaged line is passed over."""
-    sessions = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                sessions.append(json.loads(line))
-    return sessions
+def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
+    """The entries of all sessions of a run, in order; damaged lines are skipped."""
+    entries = read_json_lines(folder.sessions)
+    return [entry for entry in entries if isinstance(entry.get("images_seen"), int)]
 
 
 def git_revision(folder: Path) -> dict[str, Any]:
-    """{"revision", "is_dirty"} of the working tree that holds `folder`; {} outside of any."""
+    """{"revision", "is_dirty"} of the git working tree around `folder`; {} if there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = _git(folder, "rev-parse", "HEAD").strip()
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
