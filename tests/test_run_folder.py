@@ -20,9 +20,7 @@ def test_a_small_file_is_replaced_as_a_whole(tmp_path):
     before = path.stat().st_ino
     write_text(path, "new")
     assert path.read_text() == "new"
-    assert (
-        path.stat().st_ino != before
-    )  # renamed into place: open readers keep the old one
+    assert path.stat().st_ino != before  # renamed into place: open readers keep the old one
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 

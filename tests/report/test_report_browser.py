@@ -199,9 +199,7 @@ def test_real_images_that_all_runs_share_are_shown_once(make_run: MakeRun) -> No
 def test_samples_move_with_time_in_all_runs(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    browser.open(
-        report(tmp_path / "page.html", make_run("a", pictures=3), make_run("b", pictures=2))
-    )
+    browser.open(report(tmp_path / "page.html", make_run("a", grids=3), make_run("b", grids=2)))
     shown = """[...document.querySelectorAll('figure')].map(figure =>
         [...figure.querySelectorAll('img')].filter(i => !i.hidden).map(i => i.dataset.at).join())"""
     assert browser.value(shown) == ["12800", "6400"]
@@ -245,8 +243,8 @@ def test_a_hundred_thousand_rows_are_drawn_with_every_spike_and_gap(
     values[1234], values[77_777], values[50_000] = 40.0, -55.5, math.nan
     with (folder / "metrics.jsonl").open("w") as file:
         for number, value in enumerate(values):
-            told = "nan" if math.isnan(value) else value
-            file.write(f'{{"loss/critic": {json.dumps(told)}, ')
+            text = "nan" if math.isnan(value) else value
+            file.write(f'{{"loss/critic": {json.dumps(text)}, ')
             file.write(f'"progress/images_seen": {number * 64}}}\n')
     page = report(tmp_path / "page.html", folder)
     assert page.stat().st_size < 3e6
@@ -266,7 +264,7 @@ def test_a_hundred_thousand_rows_are_drawn_with_every_spike_and_gap(
 def test_a_run_that_has_just_begun_and_one_without_rows_are_pages_too(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    begun, bare = make_run("begun", rows=1, pictures=0), make_run("bare", rows=0, pictures=0)
+    begun, bare = make_run("begun", rows=1, grids=0), make_run("bare", rows=0, grids=0)
     (begun / "summary.json").unlink()
     for name in ("metrics.jsonl", "summary.json", "log.txt"):
         (bare / name).unlink()
@@ -284,7 +282,7 @@ def test_pages_are_as_small_as_they_claim(make_run: MakeRun) -> None:
     assert "2026-01-02 03:04" in page
 
 
-def test_mistakes_are_told_in_one_sentence(
+def test_mistakes_are_reported_in_one_sentence(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
