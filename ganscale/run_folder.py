@@ -100,6 +100,11 @@ class RunFolder:
     def write_identity(self, run_id: str, fingerprint: str) -> None:
         write_text(self.identity, json.dumps({"id": run_id, "fingerprint": fingerprint}))
 
+    def read_sessions(self) -> list[dict[str, Any]]:
+        """The entries of all sessions in order, without damaged lines."""
+        entries = read_json_lines(self.sessions)
+        return [entry for entry in entries if isinstance(entry.get("images_seen"), int)]
+
     def read_summary(self) -> dict[str, Any]:
         """The summary of the last session that ended; {} if there is none or it is damaged."""
         with contextlib.suppress(OSError, ValueError, RecursionError):

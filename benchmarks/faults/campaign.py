@@ -28,7 +28,6 @@ from benchmarks.faults.plan import (
 )
 from benchmarks.faults.session import REPOSITORY, NotSurvived, RunOver, Session
 from ganscale.run_folder import RunFolder
-from ganscale.tracking.sessions import read_sessions
 
 _RUN_SECONDS = 900.0  # far more than a session needs that nobody disturbs
 _NETWORKS = "benchmarks.tiny_networks"
@@ -220,7 +219,7 @@ class Campaign:
 
     def _told_sessions(self) -> list[int]:
         """Where each session of the run began, by its own account."""
-        return [facts["images_seen"] for facts in read_sessions(RunFolder(self._run))]
+        return [facts["images_seen"] for facts in RunFolder(self._run).read_sessions()]
 
     def _expect_beginning(self, images: int, before: list[int]) -> None:
         """Of a session that has come so far as to tell it."""

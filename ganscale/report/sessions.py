@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ganscale.report.run_reader import Run
-from ganscale.tracking.sessions import read_sessions
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Session:
 
 def sessions_of(run: Run) -> list[Session]:
     """All sessions in order, from `sessions.jsonl` or, in a run without it, from the summary."""
-    if entries := read_sessions(run.folder):
+    if entries := run.folder.read_sessions():
         return [_session(entry) for entry in entries]
     sessions = [
         Session(entry["images_seen"], ranks=_text(entry.get("world_size")))

@@ -134,12 +134,12 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line; None if the line is damaged or incomplete."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
+        if _HAS_NON_FINITE.search(line):
+            row = _from_json(row)
     except (ValueError, RecursionError):
         return None
     images_seen = row.get(IMAGES_SEEN) if isinstance(row, dict) else None
-    if type(images_seen) is not int or not 0 <= images_seen < _MAX_IMAGES:
-        return None
-    return _from_json(row) if _HAS_NON_FINITE.search(line) else row
+    return row if type(images_seen) is int and 0 <= images_seen < _MAX_IMAGES else None
 
 
 def images_seen_of(line: bytes) -> int | None:

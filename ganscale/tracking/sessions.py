@@ -1,4 +1,4 @@
-"""What is recorded of each session of a run: its code, versions, cluster and data."""
+"""What is recorded of a session when it starts: its code, versions, cluster and data."""
 
 import contextlib
 import os
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ganscale.run_folder import RunFolder, read_json_lines
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
@@ -20,7 +19,7 @@ _GIT_SECONDS = 5.0
 
 
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
-    """The session's entry in `sessions.jsonl`; texts and numbers only."""
+    """The entry of a session in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
     cluster = {
         "world_size": runtime.world_size,
@@ -45,12 +44,6 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
         "cluster": cluster,
         "data_fingerprint": fingerprint,
     }
-
-
-def read_sessions(folder: RunFolder) -> list[dict[str, Any]]:
-    """The entries of all sessions of a run, in order; damaged lines are skipped."""
-    entries = read_json_lines(folder.sessions)
-    return [entry for entry in entries if isinstance(entry.get("images_seen"), int)]
 
 
 def git_revision(folder: Path) -> dict[str, Any]:

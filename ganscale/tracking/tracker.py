@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +74,7 @@ class Tracker:
         self._has_started = False
         self._user_error = ""
         self._alerts = Alerts(folder, identity.name) if alerts else None
-        kept_until = -1 if resumed_at is None else resumed_at
-        if dropped := self._record.rewind(kept_until):
-            logger.info(
-                "%s: %d rows after the checkpoint are logged again", folder.record.name, dropped
-            )
-        if dropped and changed_settings and note_rewind(folder, kept_until):
-            logger.warning(
-                "the %d rows after the checkpoint are logged again with other settings (%s), but "
-                "W&B cannot change the rows it has and keeps the old ones",
-                dropped,
-                ", ".join(changed_settings),
-            )
+        self._rewind(-1 if resumed_at is None else resumed_at, changed_settings)
         if mode != "disabled":
             self._start_uploader(
                 UploadJob(
@@ -134,10 +123,7 @@ class Tracker:
             self._uploader.stdin.write(end.to_line().encode())
             self._uploader.stdin.close()
         limit = self._finish_seconds + CHECKPOINT_SECONDS * len(checkpoints)
-        deadline = time.monotonic() + limit
-        while self._uploader is not None and time.monotonic() < deadline:
-            time.sleep(0.02)
-            self._read_messages()
+        self._read_messages_until(lambda: False, limit)
         if (uploader := self._uploader) is not None:
             uploader.kill()
             self._reap(uploader)
@@ -145,6 +131,18 @@ class Tracker:
                 "W&B did not take everything within %.0f s: `ganscale sync %s` sends the rest",
                 limit,
                 self._folder.path,
+            )
+
+    def _rewind(self, images_seen: int, changed_settings: Sequence[str]) -> None:
+        dropped = self._record.rewind(images_seen)
+        if dropped:
+            logger.info("metrics.jsonl: %d rows after the checkpoint are logged again", dropped)
+        if dropped and changed_settings and note_rewind(self._folder, images_seen):
+            logger.warning(
+                "the %d rows after the checkpoint are logged again with other settings (%s), but "
+                "W&B cannot change the rows it has and keeps the old ones",
+                dropped,
+                ", ".join(changed_settings),
             )
 
     def _start_uploader(self, job: UploadJob) -> None:
@@ -170,12 +168,16 @@ class Tracker:
 
     def _wait_until_started(self) -> None:
         """Raises UserError if the mode is not possible."""
-        deadline = time.monotonic() + _START_SECONDS
-        while self._uploader is not None and not self._has_started and time.monotonic() < deadline:
-            time.sleep(0.02)
-            self._read_messages()
+        self._read_messages_until(lambda: self._has_started, _START_SECONDS)
         if self._user_error:
             raise UserError(self._user_error)
+
+    def _read_messages_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Or until the uploader ends."""
+        deadline = time.monotonic() + seconds
+        while self._uploader is not None and not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+            self._read_messages()
 
     def _read_messages(self) -> None:
         """Handles the uploader's new messages, without waiting for any."""

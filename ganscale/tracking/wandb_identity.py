@@ -8,7 +8,6 @@ from ganscale.checkpoints.retention import best_of, survey
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
-from ganscale.tracking.sessions import read_sessions
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 _SHOWN_SESSIONS = 20  # a run that is requeued for weeks has hundreds
@@ -20,7 +19,7 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
     passwords and signatures."""
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
-    sessions = read_sessions(folder)[-_SHOWN_SESSIONS:]
+    sessions = folder.read_sessions()[-_SHOWN_SESSIONS:]
     return WandbIdentity(
         run_id=folder.read_identity()["id"],
         project=config.log.project,

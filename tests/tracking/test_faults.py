@@ -69,10 +69,10 @@ def test_a_server_that_fails_at_the_start(fault, with_account, run_folder, serve
         server.stop()
     server.fault = lambda path: None if fault == "dead" else fault
     process = paused(with_account, run_folder)
-    report = end(process)
-    assert report["start_seconds"] < 1
-    assert report["finish_seconds"] < FINISH_SECONDS + 1
-    assert report["output"].count("ganscale sync") == 1
+    outcome = end(process)
+    assert outcome["start_seconds"] < 1
+    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert outcome["output"].count("ganscale sync") == 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
     assert not sent(server)
 
@@ -84,9 +84,9 @@ def test_a_server_that_fails_in_the_middle(fault, with_account, run_folder, serv
     if fault == "dead":
         server.stop()
     server.fault = lambda path: None if fault == "dead" else fault
-    report = end(process)
-    assert report["finish_seconds"] < FINISH_SECONDS + 1
-    assert report["output"].count("ganscale sync") == 1
+    outcome = end(process)
+    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert outcome["output"].count("ganscale sync") == 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
 
     server.fault = lambda path: None
@@ -107,16 +107,16 @@ def test_a_server_that_comes_back_gets_all_rows_within_the_session(
     server.start()
     wait_until(lambda: server.requests["file_stream"] > 0, "refused rows")
     server.fault = lambda path: None
-    report = end(process)
-    assert report["output"].count("W&B gets no rows") == 1
+    outcome = end(process)
+    assert outcome["output"].count("W&B gets no rows") == 1
     expect_all_rows_once(server)
 
 
 def test_a_server_that_dies_after_the_last_row(with_account, run_folder, server):
     server.fault = lambda path: 503 if server.requests["file_stream"] > 1 else None
     process = paused(with_account, run_folder)
-    report = end(process)
-    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    outcome = end(process)
+    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
     server.fault = lambda path: None
     synchronize(with_account, run_folder)
     expect_all_rows_once(server)
@@ -129,10 +129,10 @@ def test_a_service_that_dies_or_hangs(number, with_account, run_folder, server):
     wait_until(lambda: is_streaming(server), "a connected client")
     (service,) = services(process)
     service.send_signal(number)
-    report = end(process)
+    outcome = end(process)
     with contextlib.suppress(psutil.NoSuchProcess):
         service.kill()
-    assert report["finish_seconds"] < FINISH_SECONDS + 1
+    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
     synchronize(with_account, run_folder)
     expect_all_rows_once(server)
@@ -189,6 +189,6 @@ def test_an_uploader_that_dies_is_logged_once(with_account, run_folder, server):
     process = paused(with_account, run_folder)
     for child in psutil.Process(process.pid).children():
         child.kill()
-    report = end(process)
-    assert report["output"].count("W&B is off") == 1
+    outcome = end(process)
+    assert outcome["output"].count("W&B is off") == 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(2 * DEADLINE_SECONDS)
 
 
 def test_an_offline_run_holds_every_row_once_over_images_seen(environment, run_folder):
-    report = train(environment, run_folder=run_folder, mode="offline", first_step=1, last_step=20)
+    outcome = train(environment, run_folder=run_folder, mode="offline", first_step=1, last_step=20)
 
     rows = [record["item"] for record in offline_records(run_folder, "history")]
     assert steps(rows) == list(range(1, 21))
@@ -33,7 +33,7 @@ def test_an_offline_run_holds_every_row_once_over_images_seen(environment, run_f
     assert axes == {"*": "progress/images_seen"}
     (alert,) = offline_records(run_folder, "alert")
     assert alert["title"] == "a run: not finite"
-    assert Path(report["location"]).parent == run_folder / "wandb"
+    assert Path(outcome["location"]).parent == run_folder / "wandb"
 
 
 def test_fragments_of_a_run_resumed_twice_share_no_step(environment, run_folder):
@@ -48,10 +48,10 @@ def test_fragments_of_a_run_resumed_twice_share_no_step(environment, run_folder)
 
 def test_a_run_resumed_twice_arrives_once_at_the_server(with_account, run_folder, server):
     for first, last in ((1, 12), (13, 13), (9, 30)):
-        report = train(
+        outcome = train(
             with_account, run_folder=run_folder, mode="online", first_step=first, last_step=last
         )
-        assert report["location"].startswith(server.url)
+        assert outcome["location"].startswith(server.url)
     run = server.runs["same-run"]
     assert steps(run.history) == recorded_steps(run_folder) == list(range(1, 31))
     assert steps(run.history, "eval/fid") == [10, 20, 30]
@@ -98,9 +98,9 @@ def test_rows_of_sessions_without_wandb_are_sent_by_the_next_one_that_has_it(
 
 def test_without_an_api_key_a_run_is_offline_and_nobody_is_asked(environment, run_folder, server):
     environment["WANDB_BASE_URL"] = server.url
-    report = train(environment, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
-    assert "no Weights & Biases API key" in report["output"]
-    assert "offline-run" in report["location"]
+    outcome = train(environment, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
+    assert "no Weights & Biases API key" in outcome["output"]
+    assert "offline-run" in outcome["location"]
     assert not server.runs
 
 
@@ -117,8 +117,8 @@ def test_wandb_mode_in_the_environment_decides_where_the_config_does_not(
     with_account, run_folder, server
 ):
     with_account["WANDB_MODE"] = "offline"
-    report = train(with_account, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
-    assert "offline-run" in report["location"]
+    outcome = train(with_account, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
+    assert "offline-run" in outcome["location"]
     assert not server.runs
 
 
