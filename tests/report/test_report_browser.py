@@ -49,9 +49,7 @@ def test_curves_hold_the_numbers_of_the_record(
     assert browser.errors == []
 
 
-def test_nothing_is_asked_of_the_network(
-    browser: Chromium, make_run: MakeRun, tmp_path: Path
-) -> None:
+def test_the_page_needs_no_network(browser: Chromium, make_run: MakeRun, tmp_path: Path) -> None:
     page = report(tmp_path / "page.html", make_run("a"), make_run("b", loss="hinge"))
     text = page.read_text()
     assert re.findall(r"""(?:https?:)?//[\w-]+\.[\w.]+""", text) == []
@@ -164,7 +162,7 @@ def test_a_run_has_one_colour_in_all_charts_and_can_be_hidden(
     assert browser.value(shown) == [False, True]
 
 
-def test_a_smoothed_line_joins_the_raw_one_and_is_its_weighted_past(
+def test_a_smoothed_line_is_drawn_over_the_raw_one_as_its_weighted_past(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
     folder = make_run("demo", rows=50)
@@ -261,7 +259,7 @@ def test_a_hundred_thousand_rows_are_drawn_with_every_spike_and_gap(
     assert browser.errors == []
 
 
-def test_a_run_that_has_just_begun_and_one_without_rows_are_pages_too(
+def test_new_runs_and_runs_without_rows_make_pages_too(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
     begun, bare = make_run("begun", rows=1, grids=0), make_run("bare", rows=0, grids=0)

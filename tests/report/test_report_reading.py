@@ -65,7 +65,7 @@ def test_numbers_that_are_not_finite_are_kept_and_text_is_not(tmp_path: Path) ->
     assert curve.y[1:].tolist() == [math.inf, -math.inf, math.inf, -math.inf, 2.0]
 
 
-def test_rows_are_in_the_order_of_images_and_of_two_the_later_counts(tmp_path: Path) -> None:
+def test_rows_are_sorted_by_images_and_of_two_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as file:
         for at, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0), (30, 5.0)):
@@ -98,7 +98,7 @@ def test_runs_of_one_name_are_shown_with_their_folders(make_run: MakeRun) -> Non
     st.lists(st.floats(width=32, allow_subnormal=False), min_size=1, max_size=400),
     st.integers(6, 40),
 )
-def test_a_thinned_curve_has_real_rows_only_and_every_stretchs_extremes(
+def test_a_thinned_curve_has_only_real_rows_and_keeps_every_extreme(
     values: list[float], most: int
 ) -> None:
     y = np.array(values)

@@ -1,4 +1,4 @@
-"""Sessions of training in processes of their own, and what they leave."""
+"""Sessions of training in separate processes, and what they leave."""
 
 import json
 import subprocess
@@ -90,8 +90,8 @@ def recorded_steps(run_folder: Path, name: str = "loss/critic") -> list[int]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """kill -9 for a process and all that it has started, as when its node dies."""
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
 
 
@@ -104,7 +104,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 def synchronize(environment: dict[str, str], run_folder: Path, **arguments: Any) -> dict:
-    """Runs `synchronize` in a process of its own: what it returns, or {"error"} and its name."""
+    """Runs `synchronize` in a separate process: its result, or {"error"} and its name."""
     script = REPOSITORY / "tests/tracking/sync_process.py"
     done = subprocess.run(
         [sys.executable, str(script), str(run_folder), json.dumps(arguments)],

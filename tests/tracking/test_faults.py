@@ -1,4 +1,4 @@
-"""Whatever becomes of W&B, training goes on, ends in time, and loses nothing: `sync` sends it."""
+"""When W&B fails, training continues, ends in time and loses nothing; `sync` sends the rest."""
 
 import contextlib
 import os

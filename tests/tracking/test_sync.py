@@ -1,4 +1,4 @@
-"""`ganscale sync`: what W&B lacks of a run, once, whatever has happened before."""
+"""`ganscale sync` sends what W&B lacks of a run, once, whatever happened before."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
 
 
 def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:
-    """Every row of the record is at the server, exactly once and in order, with its picture."""
+    """Every row of the record is at the server, exactly once and in order, with its sample grid."""
     history = server.runs[run_id].history
     assert steps(history) == recorded_steps(run_folder)
     for name in ("eval/fid", "samples/images"):
@@ -72,7 +72,7 @@ def test_a_run_killed_three_times_has_every_row_once(with_account, run_folder, s
     assert recorded_steps(run_folder) == list(range(1, 41))
 
 
-def test_an_offline_run_is_sent_with_pictures_and_alerts(with_account, run_folder, server):
+def test_an_offline_run_is_sent_with_samples_and_alerts(with_account, run_folder, server):
     train(with_account, run_folder=run_folder, mode="offline", first_step=1, last_step=20)
     assert not server.runs
     done = synchronize(with_account, run_folder)
@@ -80,9 +80,9 @@ def test_an_offline_run_is_sent_with_pictures_and_alerts(with_account, run_folde
     assert done["location"].startswith(server.url)
     expect_the_record(server, run_folder)
     run = server.runs[RUN_ID]
-    pictures = [name for name in run.files if name.startswith("media/images")]
-    assert len(pictures) == 2
-    assert all(name.endswith(".jpg") for name in pictures)
+    images = [name for name in run.files if name.startswith("media/images")]
+    assert len(images) == 2
+    assert all(name.endswith(".jpg") for name in images)
     assert run.alerts == ["a run: not finite"]
     # `wandb sync`, out of habit, finds these marked as sent.
     assert len([*run_folder.glob("wandb/offline-run-*/*.wandb.synced")]) == 1
@@ -98,7 +98,7 @@ def test_another_project_gets_all_rows(with_account, run_folder, server):
     assert server.runs[RUN_ID].project == "papers"
 
 
-def test_a_session_that_is_to_be_queued_again_is_preempted_and_shown_by_its_command(
+def test_a_session_to_be_requeued_is_preempted_and_shown_by_its_command(
     with_account, run_folder, server
 ):
     train(with_account, run_folder=run_folder, mode="disabled", first_step=1, last_step=3)
@@ -121,7 +121,7 @@ def test_it_counts_the_rows_in_wandb_from_before_the_settings_changed(
 
 
 @pytest.mark.parametrize("obstacle", [".lock", "wandb"])
-def test_a_folder_that_cannot_be_written_is_a_mistake_in_a_sentence(
+def test_a_folder_that_cannot_be_written_to_is_a_user_error(
     with_account, run_folder, monkeypatch, obstacle
 ):
     monkeypatch.setenv("WANDB_API_KEY", with_account["WANDB_API_KEY"])

@@ -115,7 +115,7 @@ def test_a_changed_setting_is_refused_by_its_name_and_nothing_is_written(session
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
-def test_what_the_refusal_says_to_type_continues_the_run_and_holds_from_then_on(sessions):
+def test_the_suggested_override_continues_the_run_and_is_stored(sessions):
     folder, run_id = sessions.stopped_run()
     settings = sessions.settings("seed=1", "resume.allow=[seed]")
     open_run(folder, settings, "digits")
@@ -138,7 +138,7 @@ def test_other_shards_are_refused_unless_the_data_may_change(sessions):
     assert json.loads(folder.identity.read_text()) == {"id": run_id, "fingerprint": "faces"}
 
 
-def test_runs_have_ids_of_their_own_and_folders_are_made_as_needed(tmp_path, sessions):
+def test_runs_have_distinct_ids_and_folders_are_made_as_needed(tmp_path, sessions):
     first, second = (RunFolder(tmp_path / "deep" / name) for name in ("first", "second"))
     for folder in (first, second):
         open_run(folder, sessions.settings(), "digits")
@@ -147,7 +147,7 @@ def test_runs_have_ids_of_their_own_and_folders_are_made_as_needed(tmp_path, ses
     assert load_stored(first.config) == sessions.settings().config
 
 
-def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path, sessions):
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path, sessions):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot use the run folder"):
         open_run(RunFolder(tmp_path / "file" / "run"), sessions.settings(), "digits")
