@@ -37,8 +37,8 @@ def resolve_mode(mode: RequestedMode) -> WandbMode:
     if not _has_api_key(settings):
         if mode == "online":
             raise UserError(
-                "log.wandb=online needs a Weights & Biases API key: set WANDB_API_KEY, run "
-                "`wandb login`, or choose log.wandb=auto or log.wandb=offline"
+                "tracking online needs a Weights & Biases API key: set WANDB_API_KEY or run "
+                "`wandb login`, or train with log.wandb=auto or log.wandb=offline"
             )
         logger.info("no Weights & Biases API key: this run is tracked offline")
         return "offline"

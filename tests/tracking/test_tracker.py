@@ -124,5 +124,5 @@ def test_online_without_an_api_key_says_what_to_do(environment, run_folder):
     process = start(environment, run_folder=run_folder, mode="online", first_step=1, last_step=3)
     _, stderr = process.communicate(timeout=DEADLINE_SECONDS)
     assert process.returncode != 0
-    assert "UserError: log.wandb=online needs a Weights & Biases API key" in stderr
+    assert "UserError: tracking online needs a Weights & Biases API key" in stderr
     assert "WANDB_API_KEY" in stderr
