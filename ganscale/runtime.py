@@ -147,7 +147,7 @@ class Runtime:
         if isinstance(wrapped, DistributedDataParallel):
             wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)
 
-    def seconds_of_averaging(self, wrapped: nn.Module) -> float:
+    def averaging_seconds(self, wrapped: nn.Module) -> float:
         """From the end of this rank's own gradients to the end of their averaging over the ranks,
         in the last backward, if it was watched. Waits for the device."""
         if self.world_size == 1:
