@@ -254,7 +254,8 @@ def _settle_buckets(wrapped: nn.Module) -> None:
     """Makes DDP arrange its buckets now, by a backward of zeros, not after the first real one.
 
     With more than two ranks, the order in which a gradient is summed depends on its place in a
-    bucket: the first step of a resumed run would differ in its last bits from the uninterrupted one.
+    bucket: the first step of a resumed run would differ in its last bits from that of an
+    uninterrupted one.
     """
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     wrapped.reducer.prepare_for_backward([])  # type: ignore[union-attr, operator]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import allocate_batch
@@ -26,7 +27,6 @@ from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
 from tests.plan.conftest import config_of
-from tests.checkpoints.saving import save_checkpoint
 
 NETWORKS = {
     "adam": [],
