@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     runs = read_runs(arguments.run_folders)
     is_single = len(runs) == 1
-    output = arguments.output or (runs[0].folder.report if is_single else Path("report.html"))
+    default = runs[0].folder.report
+    output = arguments.output or (default if is_single else Path(default.name))
     page = render(runs, datetime.now())
     try:
         write_text(output, page)

@@ -84,8 +84,7 @@ def _send(
             finish_seconds=timeout_seconds,
         )
         sent = wandb_run.send(rows.read(wandb_run.next_step))
-        for alert in read_alerts(folder):
-            wandb_run.alert(alert.kind, alert.title, alert.text)
+        wandb_run.send_alerts(read_alerts(folder))
         for checkpoint in checkpoints:
             wandb_run.upload_checkpoint(checkpoint)
         wandb_run.finish(summary, summary.get("exit_code", EXIT_FAILED))

@@ -135,8 +135,7 @@ class Uploader:
             # Asked before the rows are read: rows written after the answer are read next time.
             is_last = self._session.has_ended
             wandb_run.send(rows.read(wandb_run.next_step))
-            for alert in read_alerts(self._folder):
-                wandb_run.alert(alert.kind, alert.title, alert.text)
+            wandb_run.send_alerts(read_alerts(self._folder))
             if is_last:
                 break
             if time.monotonic() > checked_at + _ARRIVAL_CHECK_RETRIES * self._job.retry_seconds:

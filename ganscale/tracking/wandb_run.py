@@ -11,6 +11,7 @@ from typing import Any
 
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
 from ganscale.run_folder import RunFolder
+from ganscale.tracking.alerts import Alert
 from ganscale.tracking.record import IMAGES_SEEN
 from ganscale.tracking.superseded_rows import note_connection
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
@@ -97,15 +98,15 @@ class WandbRun:
             sent += len(batch)
         return sent
 
-    def alert(self, kind: str, title: str, text: str) -> None:
-        """Sends an alert, unless W&B has sent this kind before: the run's summary keeps that."""
-        name = f"alerts/{kind}"
-        if name in self._sent_alerts:
-            return
-        self._sent_alerts.add(name)
-        if self._run.summary.get(name) is None:
-            self._run.alert(title, text, level="INFO" if kind == "finish" else "WARN")
-            self._run.summary[name] = text
+    def send_alerts(self, alerts: Iterable[Alert]) -> None:
+        """Sends the kinds that W&B has not sent before: the run's summary keeps which it has."""
+        for alert in alerts:
+            name = f"alerts/{alert.kind}"
+            if name not in self._sent_alerts and self._run.summary.get(name) is None:
+                level = "INFO" if alert.kind == "finish" else "WARN"
+                self._run.alert(alert.title, alert.text, level=level)
+                self._run.summary[name] = alert.text
+            self._sent_alerts.add(name)
 
     def upload_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Uploads a folder as an artifact. One that W&B has already does not get a new version.
