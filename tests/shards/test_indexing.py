@@ -18,8 +18,8 @@ from PIL import Image
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, parallel
-from ganscale.shards.exclusions import Exclusion, Exclusions, read_list
-from ganscale.shards.indexing import Report, build_manifest, index_shards
+from ganscale.shards.exclusions import Exclusion, read_exclusions
+from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
 
 
 def png(seed: int, size: int = 4) -> bytes:
@@ -55,7 +55,7 @@ def shards(tmp_path) -> Path:
     return folder
 
 
-def index(source: Path, output: Path | None = None, **options) -> Report:
+def index(source: Path, output: Path | None = None, **options) -> IndexResult:
     return index_shards([str(source)], output, **options)
 
 
@@ -82,10 +82,10 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     write_tar(shards / "2.tar", samples(9, first=500))
     write_tar(shards / "10.tar", [("x.png", png(3, size=7)), ("x.cls", b"8")])
     (shards / "4.tar").unlink()
-    report = index(shards)
-    assert (report.read, report.kept) == (2, 4)
+    result = index(shards)
+    assert (result.read, result.kept) == (2, 4)
     fresh = index(shards, tmp_path / "fresh").manifest
-    assert same(report.manifest, fresh)
+    assert same(result.manifest, fresh)
     assert fresh is not None
     assert [shard.name for shard in fresh.shards] == [f"{i}.tar" for i in (0, 1, 10, 2, 3, 5)]
     assert fresh.resolution is None
@@ -98,10 +98,10 @@ def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
     fingerprint = build_manifest(shards).fingerprint
     write_tar(shards / "0.tar", [*samples(1), ("00001.png", png(1)), ("00001.cls", b"2")])
     os.utime(shards / "0.tar", ns=(1, 1))
-    report = index(shards)
-    assert report.read == 1
-    assert report.manifest is not None
-    assert report.manifest.fingerprint != fingerprint
+    result = index(shards)
+    assert result.read == 1
+    assert result.manifest is not None
+    assert result.manifest.fingerprint != fingerprint
 
 
 def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
@@ -115,9 +115,9 @@ def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
             (shards / "manifest.json").write_text(json.dumps(content | {"fingerprint": "0"}))
         else:
             (shards / "indexing.json").write_text('{"fingerprint"')
-        report = index(shards)
-        assert report.read == 6
-        assert same(report.manifest, whole)
+        result = index(shards)
+        assert result.read == 6
+        assert same(result.manifest, whole)
 
 
 def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
@@ -143,9 +143,9 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
     # The machine may also stop while a file is written: a short one is not believed.
     torn = sorted(path for path in finished.iterdir() if not path.name.startswith("."))[0]
     torn.write_bytes(torn.read_bytes()[:-7])
-    report = index(folder, workers=2)
-    assert 1 <= report.kept < 60
-    assert same(report.manifest, index(folder, tmp_path / "fresh").manifest)
+    result = index(folder, workers=2)
+    assert 1 <= result.kept < 60
+    assert same(result.manifest, index(folder, tmp_path / "fresh").manifest)
     assert "indexing" not in files(folder)
 
 
@@ -166,11 +166,11 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
         finally:
             process.kill()
         assert process.returncode == 0
-        assert said == "indexed 2 shards; the call without --part is still due\n"
+        assert said == "indexed 2 shards; run without --part to make the manifest\n"
     assert files(output) == {"indexing"}
-    report = index(shards, output)
-    assert (report.read, report.kept) == (0, 6)
-    assert same(report.manifest, build_manifest(shards))
+    result = index(shards, output)
+    assert (result.read, result.kept) == (0, 6)
+    assert same(result.manifest, build_manifest(shards))
 
 
 def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
@@ -191,27 +191,27 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
         index(shards, workers=2)
     message = str(raised.value)
     assert message.startswith(f"2 of 6 shards are bad: {cut}: the tar is cut")
-    assert f"{shards / '3.tar'}: member 'page.png' is no JPEG" in message
+    assert f"{shards / '3.tar'}: member 'page.png' is not a JPEG" in message
     assert "(and 2 more bad samples)" in message
     assert message.endswith(f"(to index the rest: --leave-out {shards / 'bad.jsonl'})")
     assert not (shards / "manifest.json").exists()
-    left_out = read_list(shards / "bad.jsonl")
-    assert [(sample.shard, sample.key) for sample in left_out.samples] == [
+    exclusions = read_exclusions(shards / "bad.jsonl")
+    assert [(sample.shard, sample.key) for sample in exclusions] == [
         ("1.tar", None),
         ("3.tar", "alone"),
         ("3.tar", "page"),
         ("3.tar", "unlabelled"),
     ]
-    report = index(shards, left_out=left_out)
-    assert (report.read, report.kept) == (1, 4)
-    assert (report.left_out, report.left_out_shards) == (3, 1)
-    assert report.manifest is not None
-    assert [shard.samples for shard in report.manifest.shards] == [2, 4, 2, 6, 7]
+    result = index(shards, exclusions=exclusions)
+    assert (result.read, result.kept) == (1, 4)
+    assert (result.excluded_samples, result.excluded_shards) == (3, 1)
+    assert result.manifest is not None
+    assert [shard.samples for shard in result.manifest.shards] == [2, 4, 2, 6, 7]
     # Found later: the list keeps what it had.
     write_tar(shards / "9.tar", [("0.png", b"?")])
-    with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is no JPEG"):
-        index(shards, left_out=left_out)
-    assert len(read_list(shards / "bad.jsonl").samples) == 5
+    with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is not a JPEG"):
+        index(shards, exclusions=exclusions)
+    assert len(read_exclusions(shards / "bad.jsonl")) == 5
 
 
 def test_many_bad_shards_are_counted(tmp_path):
@@ -223,41 +223,39 @@ def test_many_bad_shards_are_counted(tmp_path):
 
 def test_left_out_samples_are_in_no_row_and_change_the_fingerprint(shards):
     whole = build_manifest(shards)
-    left_out = Exclusions(
-        (
-            Exclusion("0.tar", "00001", "ugly"),
-            Exclusion("2.tar", None, "ugly"),
-            Exclusion("0.tar", "no such key", ""),
-            *(Exclusion("1.tar", f"{key:05d}", "all of it") for key in (10, 11, 12)),
-        )
-    )
-    report = index(shards, left_out=left_out)
-    manifest = report.manifest
+    exclusions = [
+        Exclusion("0.tar", "00001", "ugly"),
+        Exclusion("2.tar", None, "ugly"),
+        Exclusion("0.tar", "no such key", ""),
+        *(Exclusion("1.tar", f"{key:05d}", "all of it") for key in (10, 11, 12)),
+    ]
+    result = index(shards, exclusions=exclusions)
+    manifest = result.manifest
     assert manifest is not None
-    assert (report.left_out, report.left_out_shards) == (4, 1)
+    assert (result.excluded_samples, result.excluded_shards) == (4, 1)
     assert [shard.name for shard in manifest.shards] == ["0.tar", "3.tar", "4.tar", "5.tar"]
     assert manifest.fingerprint != whole.fingerprint
     expected = np.concatenate([whole.samples[:1], whole.samples[2 + 3 + 4 :]])
     assert manifest.samples.tobytes() == expected.tobytes()
     restored = index(shards)
     assert same(restored.manifest, whole)
-    assert restored.in_again >= 1  # of shards that kept a sample, at least
-    assert index(shards).in_again == 0
+    assert restored.restored_samples >= 1  # of shards that kept a sample, at least
+    assert index(shards).restored_samples == 0
     with pytest.raises(UserError, match="no sample is left"):
-        index(shards, left_out=Exclusions(tuple(Exclusion(f"{i}.tar", None, "") for i in range(6))))
+        index(shards, exclusions=[Exclusion(f"{i}.tar", None, "") for i in range(6)])
 
 
 def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
     path = tmp_path / "list"
     with pytest.raises(UserError, match="no list of samples"):
-        read_list(path)
+        read_exclusions(path)
     good = '{"shard": "a.tar", "key": "0"}\n\n'
     for bad in ("nonsense", '"text"', '{"shard": "a.tar"}', '{"shard": 3, "key": "0"}'):
         path.write_text(good + bad + "\n")
         with pytest.raises(UserError, match="list, line 3: not "):
-            read_list(path)
+            read_exclusions(path)
     path.write_text(good)
-    assert read_list(path).samples == (Exclusion("a.tar", "0", ""),)
+    assert read_exclusions(path) == [Exclusion("a.tar", "0", "")]
 
 
 def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
@@ -267,7 +265,7 @@ def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
 
 
 def test_a_killed_process_is_a_sentence(shards):
-    with pytest.raises(UserError, match="a process was killed, perhaps for its memory"):
+    with pytest.raises(UserError, match="a process was killed, perhaps for lack of memory"):
         list(parallel.run_all(_kill_oneself, [1, 2], 2))
 
 
@@ -279,15 +277,15 @@ def test_a_shard_that_grows_while_it_is_read_is_not_believed(shards, monkeypatch
     """Where another program is still writing: a size that was right a moment ago."""
     read = indexing.read_index
 
-    def growing(file, name, label, left_out):
-        index = read(file, name, label, left_out)
+    def growing(file, name, label, excluded_keys):
+        index = read(file, name, label, excluded_keys)
         if name == "5.tar":
             with (shards / name).open("ab") as shard:
                 shard.write(bytes(512))
         return index
 
     monkeypatch.setattr(indexing, "read_index", growing)
-    with pytest.raises(UserError, match=r"5\.tar was changed while it was read"):
+    with pytest.raises(UserError, match=r"5\.tar changed while it was read"):
         build_manifest(shards)
 
 
@@ -320,7 +318,7 @@ def test_what_cannot_be_read_does_not_hide_the_other_bad_shards(shards):
     (shards / "text.tar").write_text("no tar")
     with pytest.raises(UserError, match=r"3 of \d+ shards are bad") as caught:
         index(shards)
-    for said in ("folder.tar is no file", "pipe.tar is no file", "text.tar"):
+    for said in ("folder.tar is not a file", "pipe.tar is not a file", "text.tar"):
         assert said in str(caught.value)
 
 

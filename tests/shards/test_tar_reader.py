@@ -147,7 +147,7 @@ def test_sparse_files_links_and_unknown_types_are_refused(tmp_path):
         subprocess.run(command, check=True, timeout=60)
         with shard.open("rb") as file, pytest.raises(UserError, match="is a link or sparse"):
             read(file)
-    for kind, sentence in ((tarfile.LNKTYPE, "is a link"), (b"Z", "of the unknown type b'Z'")):
+    for kind, sentence in ((tarfile.LNKTYPE, "is a link"), (b"Z", "has the unknown type b'Z'")):
         stream = io.BytesIO()
         with tarfile.open(fileobj=stream, mode="w") as tar:
             member = tarfile.TarInfo("0.png")
@@ -192,7 +192,7 @@ def test_what_is_no_tar_is_said_to_be_what_it_is():
     whole = write([("0.png", b"1")], tarfile.GNU_FORMAT)
     for content, sentence in (
         (b"", "the file is empty"),
-        (b"<html>" * 200, "no tar header at its beginning"),
+        (b"<html>" * 200, "does not begin with a tar header"),
         (gzip.compress(whole), r"it is compressed \(gzip\); .*unpack it"),
         (b"\x28\xb5\x2f\xfd" + whole, r"it is compressed \(zstd\)"),
     ):
