@@ -56,7 +56,7 @@ class IndexCache:
 
     def load(self, name: str) -> ShardIndex:
         """The index of a shard. Raises UserError if its file has been deleted meanwhile."""
-        path = self._path(name)
+        path = _shard_path(self._folder, name)
         if path.exists():
             with path.open("rb") as file:
                 record = json.loads(file.readline())
@@ -80,8 +80,8 @@ class IndexCache:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _record(self, name: str) -> dict[str, Any] | None:
+        path = _shard_path(self._folder, name)
         try:
-            path = self._path(name)
             with path.open("rb") as file:
                 line = file.readline()
             record = json.loads(line)
@@ -91,9 +91,6 @@ class IndexCache:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return self._records.get(name)
-
-    def _path(self, name: str) -> Path:
-        return _shard_path(self._folder, name)
 
 
 def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> None:

@@ -259,7 +259,8 @@ def _index_one(task: _Task) -> _Failure | None:
     except OSError as error:
         return _Failure(f"{task.address} cannot be read: {error.strerror or error}")
     if index.bad:
-        more = f" (and {len(index.bad) - 1} more bad samples)" if len(index.bad) > 1 else ""
+        others = len(index.bad) - 1
+        more = f" (and {others} more bad samples)" if others else ""
         return _Failure(f"{objects.shown(task.address)}: {index.bad[0][1]}{more}", index.bad)
     save_shard(task.output, index, stamp, task.options)
     return None

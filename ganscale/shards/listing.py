@@ -40,8 +40,6 @@ class Listing:
 
     def address(self, name: str) -> str:
         """The path, URL or command of a shard."""
-        if self.is_local:
-            return str(Path(self.base, name))
         return objects.join(self.base, name)
 
 
@@ -70,35 +68,31 @@ def list_shards(
             addresses += _expand(source)
     if len(sources) == 1 and Path(sources[0]).is_dir():
         return Listing(sources[0], tuple(sorted(Path(address).name for address in addresses)))
-    is_remote = {objects.is_remote(address) for address in addresses}
-    if len(is_remote) > 1:
+    if len({objects.is_remote(address) for address in addresses}) > 1:
         raise UserError("some of these shards are local, others remote: index them separately")
-    if is_remote == {False}:
-        clean = {address: os.path.abspath(address) for address in addresses}  # noqa: PTH100
-    else:
-        clean = {address: address for address in addresses}
     queries = {urlsplit(address).query for address in addresses if address.startswith(_WEB)}
     if len(queries) > 1:
         raise UserError("the URLs of these shards have different queries after the ?")
-    query = queries.pop() if queries else ""
-    if query:
-        clean = {address: address.partition("?")[0] for address in addresses}
-    base = _common_folder(list(clean.values()))
-    names_of = {address: clean[address][len(base) :].lstrip("/") for address in addresses}
+    paths = [_path(address) for address in addresses]
+    base = _common_folder(paths)
+    relative = [path[len(base) :].lstrip("/") for path in paths]
     if base.startswith(_WEB):
         # Names are unquoted, as on disk; `objects.join` quotes them again.
-        names_of = {address: unquote(name) for address, name in names_of.items()}
-        base += f"?{query}" if query else ""
-    by_name = {name: address for address, name in names_of.items()}
-    if len(by_name) < len(addresses):
-        raise UserError(f"{len(addresses) - len(by_name)} of these shards are given twice")
-    for name in by_name:
-        _refuse_unclean(name)
-    return Listing(
-        base,
-        tuple(sorted(by_name)),
-        {name: counts[address] for name, address in by_name.items() if address in counts},
-    )
+        relative = [unquote(name) for name in relative]
+        base += "".join(f"?{query}" for query in queries if query)
+    sample_counts = {
+        name: counts[address]
+        for name, address in zip(relative, addresses, strict=True)
+        if address in counts
+    }
+    return Listing(base, _checked(relative), sample_counts)
+
+
+def _path(address: str) -> str:
+    """An address without its query, or an absolute path."""
+    if address.startswith(_WEB):
+        return address.partition("?")[0]
+    return address if objects.is_remote(address) else os.path.abspath(address)  # noqa: PTH100
 
 
 def open_shard(address: str, retry_seconds: float) -> AbstractContextManager[BinaryIO]:
@@ -133,11 +127,7 @@ def _list_pipe(sources: Sequence[str], names: Sequence[str]) -> Listing:
             "'pipe:COMMAND {}' --names 'train-{000..099}.tar'"
         )
     expanded = [name for pattern in names for name in _expand_range(pattern)]
-    for name in expanded:
-        _refuse_unclean(name)
-    if len(set(expanded)) < len(expanded):
-        raise UserError("--names lists a shard twice")
-    return Listing(sources[0], tuple(sorted(expanded)))
+    return Listing(sources[0], _checked(expanded))
 
 
 def _expand_range(pattern: str) -> list[str]:
@@ -171,6 +161,11 @@ def common_start(paths: Sequence[list[str]]) -> list[str]:
     return [part for part, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
-def _refuse_unclean(name: str) -> None:
-    if not name or name.startswith("/") or ".." in name.split("/"):
-        raise UserError(f"'{name}' cannot be the name of a shard: names are relative, without ..")
+def _checked(names: list[str]) -> tuple[str, ...]:
+    """The names, sorted. Raises UserError for duplicates and for names outside the base."""
+    for name in names:
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"'{name}' is not a valid shard name: use relative names without ..")
+    if len(set(names)) < len(names):
+        raise UserError(f"{len(names) - len(set(names))} of these shards are given twice")
+    return tuple(sorted(names))

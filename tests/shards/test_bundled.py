@@ -1,4 +1,4 @@
-"""The image sets that come with the package are what they are said to be."""
+"""The bundled image sets contain what their documentation states."""
 
 from pathlib import Path
 

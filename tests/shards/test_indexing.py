@@ -1,4 +1,4 @@
-"""Indexing goes on where it was stopped, reads only what is new, and names all that is bad."""
+"""Indexing continues where it stopped, reads only new or changed shards, and names bad ones."""
 
 import io
 import json
@@ -104,8 +104,8 @@ def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
     assert result.manifest.fingerprint != fingerprint
 
 
-def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
-    """The rows stand in the manifest alone: with another one, or none, all is read again."""
+def test_the_cache_is_ignored_beside_another_manifest(shards, tmp_path):
+    """Only the manifest has the rows: with another one, or none, all shards are read again."""
     whole = build_manifest(shards)
     content = json.loads((shards / "manifest.json").read_text())
     for damage in ("delete", "other", "garbage"):
@@ -120,7 +120,7 @@ def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
         assert same(result.manifest, whole)
 
 
-def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
+def test_a_killed_index_continues_and_gives_the_same_manifest(tmp_path):
     folder = tmp_path / "set"
     for number in range(60):
         write_tar(folder / f"{number:02d}.tar", samples(60, first=100 * number))
@@ -131,8 +131,8 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
     try:
         deadline = time.monotonic() + 60
-        finished = folder / "indexing"
-        while not finished.exists() or len(list(finished.iterdir())) < 3:
+        cache = folder / "indexing"
+        while not cache.exists() or len(list(cache.iterdir())) < 3:
             assert process.poll() is None, "ended before it could be killed"
             assert time.monotonic() < deadline
         process.send_signal(signal.SIGKILL)
@@ -140,8 +140,8 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
         process.kill()
         process.wait(60)
     assert not (folder / "manifest.json").exists()
-    # The machine may also stop while a file is written: a short one is not believed.
-    torn = sorted(path for path in finished.iterdir() if not path.name.startswith("."))[0]
+    # The machine can also stop while a file is written: a short file is ignored.
+    torn = sorted(path for path in cache.iterdir() if not path.name.startswith("."))[0]
     torn.write_bytes(torn.read_bytes()[:-7])
     result = index(folder, workers=2)
     assert 1 <= result.kept < 60
@@ -162,11 +162,11 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
     ]
     for process in processes:
         try:
-            said, _ = process.communicate(timeout=120)
+            output_text, _ = process.communicate(timeout=120)
         finally:
             process.kill()
         assert process.returncode == 0
-        assert said == "indexed 2 shards; run without --part to make the manifest\n"
+        assert output_text == "indexed 2 shards; run without --part to make the manifest\n"
     assert files(output) == {"indexing"}
     result = index(shards, output)
     assert (result.read, result.kept) == (0, 6)
@@ -174,7 +174,7 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
 
 
 def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
-    """A cut shard, samples that are none, and one without a label: the good rest is indexed."""
+    """A cut shard, samples without an image, and one without a label: the rest is indexed."""
     cut = shards / "1.tar"
     cut.write_bytes(cut.read_bytes()[:2000])
     write_tar(
@@ -207,7 +207,7 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
     assert (result.excluded_samples, result.excluded_shards) == (3, 1)
     assert result.manifest is not None
     assert [shard.samples for shard in result.manifest.shards] == [2, 4, 2, 6, 7]
-    # Found later: the list keeps what it had.
+    # A list keeps its entries when bad samples are added.
     write_tar(shards / "9.tar", [("0.png", b"?")])
     with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is not a JPEG"):
         index(shards, exclusions=exclusions)
@@ -245,7 +245,7 @@ def test_left_out_samples_are_in_no_row_and_change_the_fingerprint(shards):
         index(shards, exclusions=[Exclusion(f"{i}.tar", None, "") for i in range(6)])
 
 
-def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
+def test_a_bad_list_is_named_with_its_line(tmp_path):
     path = tmp_path / "list"
     with pytest.raises(UserError, match="no list of samples"):
         read_exclusions(path)
@@ -258,13 +258,13 @@ def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
     assert read_exclusions(path) == [Exclusion("a.tar", "0", "")]
 
 
-def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
+def test_two_shards_can_have_the_same_keys(tmp_path):
     write_tar(tmp_path / "a.tar", samples(2))
     write_tar(tmp_path / "b.tar", samples(2))
     assert len(build_manifest(tmp_path).samples) == 4
 
 
-def test_a_killed_process_is_a_sentence(shards):
+def test_a_killed_process_gives_a_clear_error(shards):
     with pytest.raises(UserError, match="a process was killed, perhaps for lack of memory"):
         list(parallel.run_all(_kill_oneself, [1, 2], 2))
 
@@ -273,8 +273,8 @@ def _kill_oneself(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_shard_that_grows_while_it_is_read_is_not_believed(shards, monkeypatch):
-    """Where another program is still writing: a size that was right a moment ago."""
+def test_a_shard_that_grows_while_it_is_read_is_refused(shards, monkeypatch):
+    """Another program is still writing it."""
     read = indexing.read_index
 
     def growing(file, name, label, excluded_keys):
@@ -289,7 +289,7 @@ def test_a_shard_that_grows_while_it_is_read_is_not_believed(shards, monkeypatch
         build_manifest(shards)
 
 
-def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     """The peak of a fresh process grows by less than the rows of twenty times as many shards."""
     program = (
         "import resource, sys; from pathlib import Path\n"
@@ -312,17 +312,17 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 
-def test_what_cannot_be_read_does_not_hide_the_other_bad_shards(shards):
+def test_an_unreadable_shard_does_not_hide_other_bad_shards(shards):
     (shards / "folder.tar").mkdir()
     os.mkfifo(shards / "pipe.tar")
     (shards / "text.tar").write_text("no tar")
     with pytest.raises(UserError, match=r"3 of \d+ shards are bad") as caught:
         index(shards)
-    for said in ("folder.tar is not a file", "pipe.tar is not a file", "text.tar"):
-        assert said in str(caught.value)
+    for sentence in ("folder.tar is not a file", "pipe.tar is not a file", "text.tar"):
+        assert sentence in str(caught.value)
 
 
-def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(shards, tmp_path):
+def test_an_unavailable_shard_is_retried_later_and_not_left_out(shards, tmp_path):
     command = f"pipe:test {{}} != away.tar && cat {shards}/{{}}"
     names = [path.name for path in sorted(shards.glob("*.tar"))]
     output = tmp_path / "output"
@@ -330,5 +330,5 @@ def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(sh
         index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
     assert not (output / "bad.jsonl").exists()
     again = index_shards([command], output, names=names, retry_seconds=0)
-    assert (again.kept, again.read) == (len(names), 0)  # they were not held up
+    assert (again.kept, again.read) == (len(names), 0)
     assert same(again.manifest, build_manifest(shards))

@@ -1,4 +1,4 @@
-"""Indices of other tools are read and written as those tools do it, and believed only so far."""
+"""Indices of other tools are read and written as those tools do it, and checked where possible."""
 
 import io
 import json
@@ -37,8 +37,8 @@ def write_tar(path: Path, count: int, tar_format=tarfile.GNU_FORMAT, folder: str
 
 
 def write_idx(shard: Path) -> Path:
-    """As DALI's tools/wds2idx.py, v1.2, does it: from what `tar --list` says, where data end at the
-    block of the next entry. Written after its format here, since the tool itself is not packaged.
+    """Like DALI's tools/wds2idx.py, v1.2: from the output of `tar --list`, where data ends at the
+    block of the next entry. Reimplemented here, since the tool is not packaged.
     """
 
     def run(*options: str) -> list[str]:
@@ -64,8 +64,8 @@ def write_idx(shard: Path) -> Path:
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
-def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
-    """Also with names that need a header of their own, and one shard that has no .idx."""
+def test_a_trusted_idx_gives_the_same_rows_as_reading_the_shard(tmp_path, tar_format):
+    """Also with names that need an extra header, and beside a shard without .idx."""
     folder = "a/" * 60 if tar_format == tarfile.GNU_FORMAT else ""
     shard = write_tar(tmp_path / "0.tar", 5, tar_format, folder)
     write_tar(tmp_path / "1.tar", 3)
@@ -78,15 +78,15 @@ def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
     assert trusted.samples.tobytes() == whole.samples.tobytes()
     assert [bool(shard.sha256) for shard in trusted.shards] == [False, True]
     assert [shard.bytes for shard in trusted.shards] == [shard.bytes for shard in whole.shards]
-    assert trusted.resolution is None  # nobody looked
+    assert trusted.resolution is None
     assert trusted.fingerprint != whole.fingerprint
     again = index_shards([str(tmp_path)], trust_idx=True)
     assert again.read == 0
     assert index_shards([str(tmp_path)]).manifest.fingerprint == whole.fingerprint  # type: ignore[union-attr]
 
 
-def test_a_trusted_idx_spares_reading_the_images(tmp_path):
-    """An image whose bytes are garbage behind their first: only reading them all would tell."""
+def test_with_a_trusted_idx_images_are_not_read(tmp_path):
+    """An image whose first bytes are good and whose rest is garbage is not noticed."""
     shard = write_tar(tmp_path / "0.tar", 5)
     row = build_manifest(tmp_path).samples[2]
     write_idx(shard)
@@ -99,7 +99,7 @@ def test_a_trusted_idx_spares_reading_the_images(tmp_path):
     assert len(manifest.samples) == 5
 
 
-def test_an_idx_that_does_not_fit_is_named(tmp_path):
+def test_an_idx_that_does_not_match_is_named(tmp_path):
     shard = write_tar(tmp_path / "0.tar", 5)
     idx = write_idx(shard)
     text = idx.read_text()
@@ -149,9 +149,7 @@ def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
     assert [shard.name for shard in manifest.shards] == ["a.tar", "b.tar"]
     content["shardlist"] = [{"url": "a.tar", "nsamples": 3}, {"url": "b.tar", "nsamples": 4}]
     path.write_text(json.dumps({**content, "base": "shards"}))
-    with pytest.raises(
-        UserError, match=r"b\.tar has 2 samples, .* index lists it with 4"
-    ):
+    with pytest.raises(UserError, match=r"b\.tar has 2 samples, .* index lists it with 4"):
         index_shards([str(path)], again=True)
 
 
@@ -164,10 +162,10 @@ def test_the_shards_of_several_wids_indices_are_indexed_together(tmp_path):
         paths[-1].write_text(json.dumps({"wids_version": 1, "shardlist": shards}))
     manifest = index_shards([str(path) for path in paths]).manifest
     assert manifest is not None
-    assert [(shard.name, shard.samples) for shard in manifest.shards] == [("a.tar", 3), ("b.tar", 2)]
+    assert {shard.name: shard.samples for shard in manifest.shards} == {"a.tar": 3, "b.tar": 2}
 
 
-def test_a_wids_index_is_data_and_no_program(tmp_path):
+def test_a_wids_index_cannot_run_commands(tmp_path):
     path = tmp_path / "set.json"
     content = {"wids_version": 1, "shardlist": [{"url": "pipe:touch x", "nsamples": 3}]}
     for bad, sentence in (
@@ -184,8 +182,8 @@ def test_a_wids_index_is_data_and_no_program(tmp_path):
             read_wids(str(path), 0)
 
 
-def test_a_written_wids_index_is_read_again(tmp_path):
-    """And its fields are those that wids asks for: url and nsamples, relative where it can be."""
+def test_a_written_wids_index_can_be_read(tmp_path):
+    """It has the fields that wids needs, url and nsamples, with relative URLs where possible."""
     folder = tmp_path / "set"
     write_tar(folder / "a.tar", 3)
     write_tar(folder / "b.tar", 2)

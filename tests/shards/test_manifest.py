@@ -1,4 +1,4 @@
-"""Tars of any origin are indexed right, or refused with a sentence; samples are read in place."""
+"""Tars of any origin are indexed correctly, or refused with a reason; samples are read in place."""
 
 import hashlib
 import io
@@ -91,7 +91,7 @@ def test_a_plain_tar_of_any_format_indexes_to_its_members_bytes(tmp_path, tar_fo
         ("seg.png", [b"1", b"2"], [-1, -1]),
     ],
 )
-def test_labels_are_read_from_where_they_are_usual(tmp_path, extension, texts, labels):
+def test_labels_are_read_from_the_usual_members(tmp_path, extension, texts, labels):
     members = []
     for i, text in enumerate(texts):
         members += [(f"{i}.jpg", STUB), (f"{i}.{extension}", text)]
@@ -99,7 +99,7 @@ def test_labels_are_read_from_where_they_are_usual(tmp_path, extension, texts, l
     assert rows["label"].tolist() == labels
 
 
-def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
+def test_members_that_webdataset_skips_are_skipped(tmp_path):
     members = [("__index__/x", b""), ("._0.png", b""), ("d/.DS_Store", b""), ("0.png", png(0))]
     shard, _ = index_shard(write_tar(tmp_path / "a.tar", members))
     assert shard.samples == 1
@@ -135,14 +135,14 @@ def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],
 )
-def test_members_that_are_no_samples_are_named(tmp_path, members, sentence):
+def test_bad_samples_are_named(tmp_path, members, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
         index_shard(write_tar(tmp_path / "a.tar", members))
     assert "a.tar" in str(raised.value)
 
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path):
-    """Cuts between members too, which tarfile and WebDataset take for the end of the archive."""
+    """Also cuts between members, which tarfile and WebDataset take for the end of the archive."""
     whole = write_tar(tmp_path / "whole.tar", labelled(4)).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         last = tar.getmembers()[-1]
@@ -154,7 +154,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
             index_shard(path)
 
 
-def test_a_damaged_header_and_data_behind_the_end_are_noticed(tmp_path):
+def test_a_damaged_header_and_data_after_the_end_are_noticed(tmp_path):
     path = write_tar(tmp_path / "a.tar", labelled(4))
     whole = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
@@ -245,7 +245,7 @@ def test_too_few_class_names_are_an_error(data_set):
         build_manifest(data_set)
 
 
-def test_loading_says_what_is_wrong_and_what_to_do(data_set):
+def test_loading_explains_what_is_wrong_and_what_to_do(data_set):
     index_again = "ganscale shards index"
     with pytest.raises(UserError, match="no data set at"):
         Manifest.load(data_set / "nowhere")

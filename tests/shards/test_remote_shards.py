@@ -79,8 +79,8 @@ def server(shards) -> Iterator[Server]:
     server.server_close()
 
 
-def test_shards_of_a_server_are_indexed_as_local_ones_are(server, shards, tmp_path):
-    """Rows, checksums and fingerprint; the manifest says where the shards lie."""
+def test_shards_on_a_server_are_indexed_like_local_ones(server, shards, tmp_path):
+    """Rows, checksums and fingerprint; the manifest has the location of the shards."""
     local = index_shards([str(shards / "train" / "*.tar"), str(shards / "val")], tmp_path / "local")
     urls = [f"{server.url}/set/train/{{000..002}}.tar", f"{server.url}/set/val/000.tar"]
     with pytest.raises(UserError, match=r"are not on this machine: .* --output FOLDER"):
@@ -102,7 +102,7 @@ def test_shards_of_a_server_are_indexed_as_local_ones_are(server, shards, tmp_pa
     }
 
 
-def test_unchanged_shards_of_a_server_are_not_read_again(server, shards, tmp_path):
+def test_unchanged_shards_on_a_server_are_not_read_again(server, shards, tmp_path):
     pattern = f"{server.url}/set/train/{{000..002}}.tar"
     index_shards([pattern], tmp_path / "out")
     server.reads.clear()
@@ -128,7 +128,7 @@ def test_a_shard_that_is_cut_on_the_server_is_named(server, shards, tmp_path):
         index_shards([f"{server.url}/set/train/{{000..002}}.tar"], tmp_path / "out")
 
 
-def test_remote_shards_are_verified_where_they_lie(server, shards, tmp_path):
+def test_remote_shards_are_verified_on_the_server(server, shards, tmp_path):
     pattern = f"{server.url}/set/train/{{000..002}}.tar"
     manifest = index_shards([pattern], tmp_path / "out").manifest
     assert manifest is not None
@@ -175,9 +175,9 @@ def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
         (["pipe:cat {}"], [], "a pipe needs {} in place of the shard's name, and the names"),
         (["pipe:cat"], ["a.tar"], "a pipe needs {} in place"),
         (["pipe:cat {}", "pipe:ls {}"], ["a.tar"], "must be the only source"),
-        (["pipe:cat {}"], ["a.tar", "a.tar"], "lists a shard twice"),
-        (["pipe:cat {}"], ["../a.tar"], "names are relative, without"),
-        (["pipe:cat {}"], ["/a.tar"], "names are relative, without"),
+        (["pipe:cat {}"], ["a.tar", "a.tar"], "given twice"),
+        (["pipe:cat {}"], ["../a.tar"], "use relative names without"),
+        (["pipe:cat {}"], ["/a.tar"], "use relative names without"),
         (["http://a/x.tar", "http://b/x.tar"], [], "have no folder in common"),
         (["http://a/s/x.tar", "s3://a/s/y.tar"], [], "have no folder in common"),
         (["http://a/x.tar", "http://a/x.tar"], [], "twice"),
@@ -186,7 +186,7 @@ def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
         (["nowhere-*.tar"], [], "nowhere"),
     ],
 )
-def test_sources_that_mean_no_shards_of_one_place_are_refused(sources, names, sentence):
+def test_sources_without_a_common_base_are_refused(sources, names, sentence):
     with pytest.raises(UserError, match=sentence):
         list_shards(sources, names)
 
@@ -209,7 +209,7 @@ def test_local_and_remote_shards_do_not_mix(shards):
         list_shards([str(shards / "val"), "http://a/x.tar"])
 
 
-def test_the_common_place_is_the_longest(shards):
+def test_the_base_is_the_longest_common_folder(shards):
     listing = list_shards([str(shards / "train" / "00{0..2}.tar"), str(shards / "val")])
     assert listing.base == str(shards)
     assert listing.names == ("train/000.tar", "train/001.tar", "train/002.tar", "val/000.tar")

@@ -1,4 +1,4 @@
-"""`ganscale shards` as a user meets it."""
+"""`ganscale shards` as a user runs it."""
 
 import argparse
 import subprocess
@@ -59,7 +59,7 @@ def test_a_sheet_shows_the_samples(digits, tmp_path, capsys):
     assert all(cell.max() > 200 for cell in cells)
 
 
-def test_mistakes_are_sentences(digits, tmp_path):
+def test_mistakes_give_clear_errors(digits, tmp_path):
     with pytest.raises(UserError, match="ganscale shards index"):
         run("show", str(tmp_path))
     with pytest.raises(UserError, match="with a different seed"):

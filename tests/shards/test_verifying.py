@@ -1,4 +1,4 @@
-"""Verifying finds every bad image and every changed shard, and goes on to the end."""
+"""Verifying finds every bad image and every changed shard, and always reads to the end."""
 
 import io
 import os
@@ -89,7 +89,7 @@ def test_changed_and_missing_shards_are_named_and_do_not_stop_the_rest(photos):
         assert not found["3.tar"].problem
 
 
-def test_the_command_tells_all_and_its_list_leaves_the_bad_ones_out(photos, tmp_path, capsys):
+def test_the_command_prints_bad_images_and_its_list_leaves_them_out(photos, tmp_path, capsys):
     todo = tmp_path / "todo.jsonl"
     with pytest.raises(UserError, match=r"cannot be decoded: 2; shards .* changed: 0$"):
         run("verify", str(photos), "--workers", "1", "--leave-out", str(todo))
@@ -111,14 +111,14 @@ def test_the_command_tells_all_and_its_list_leaves_the_bad_ones_out(photos, tmp_
     assert capsys.readouterr().out == "all 22 images in 4 shards are good\n"
 
 
-def test_the_command_says_what_to_do_about_a_changed_shard(photos, capsys):
+def test_the_command_explains_what_to_do_about_a_changed_shard(photos, capsys):
     os.truncate(photos / "2.tar", 2000)
     with pytest.raises(UserError, match=r"changed: 1 \(to index .*ganscale shards index"):
         run("verify", str(photos), "--workers", "1")
     assert "2.tar          6  has changed since" in capsys.readouterr().out
 
 
-def test_shards_in_another_place_are_verified_there(photos, tmp_path):
+def test_shards_in_another_folder_are_verified_there(photos, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     for shard in photos.glob("*.tar"):
@@ -127,7 +127,7 @@ def test_shards_in_another_place_are_verified_there(photos, tmp_path):
     assert not any(found.problem for found in verify(photos, base=str(moved)).values())
 
 
-def test_a_manifest_that_is_made_anew_meanwhile_stops_verifying(photos):
+def test_a_manifest_that_is_replaced_meanwhile_stops_verifying(photos):
     old = Manifest.load(photos)
     (photos / "3.tar").unlink()
     build_manifest(photos)

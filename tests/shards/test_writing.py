@@ -1,4 +1,4 @@
-"""Writing gives the same shards however it is run, and leaves nothing out without saying so."""
+"""Writing gives the same shards however it is run, and reports everything that it leaves out."""
 
 import gc
 import io
@@ -51,7 +51,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
-    """All that makes the data set; the journals tell of when and in which order it was made."""
+    """All files of the data set except the journals, which depend on the order of writing."""
     journals = ("writing.jsonl", "indexing.json")
     files = [p for p in folder.iterdir() if p.name not in journals]
     return {path.name: path.read_bytes() for path in files}
@@ -103,7 +103,7 @@ def test_webdataset_sees_the_samples_that_the_manifest_lists(photos, tmp_path):
     gc.collect()
 
 
-def test_files_that_need_no_change_are_stored_as_they_are(photos, tmp_path):
+def test_unchanged_files_are_stored_as_they_are(photos, tmp_path):
     result = write_shards(str(photos), tmp_path, classes="folder")
     assert contents(result.manifest) == {
         data: int(name.startswith("dog")) for name, data in images(40).items()
@@ -178,7 +178,7 @@ def test_bundled_sets_keep_pixels_labels_and_names(tmp_path):
     }
 
 
-def test_shard_bytes_are_met_about(photos, tmp_path):
+def test_shards_have_about_the_requested_size(photos, tmp_path):
     manifest = write_shards(
         str(photos),
         tmp_path,
@@ -237,7 +237,7 @@ def test_a_repeated_command_writes_only_what_is_missing(photos, tmp_path):
     assert write().kept_shards == 4
 
 
-def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_command_continues_and_ends_with_the_same_bytes(tmp_path):
     options: dict[str, Any] = {"image_format": "png", "shard_samples": 100, "workers": 2}
     program = (
         "from ganscale.shards.writing import write_shards\n"
@@ -269,7 +269,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 256 KiB, mounted."""
+    """A mounted disk of 256 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
@@ -279,13 +279,11 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(small_disk, tmp_path):
-    """Once more room is there, at the shard that found none."""
+def test_a_full_disk_gives_a_clear_error_and_the_same_command_continues(small_disk, tmp_path):
+    """It continues at the shard that did not fit."""
     photos = write_files(tmp_path / "photos", {f"{i:02d}.png": png(i, size=64) for i in range(30)})
     options: dict[str, Any] = {"shard_samples": 5}
-    with pytest.raises(
-        UserError, match=r"^cannot write to .*disk: the disk is full; .* continue"
-    ):
+    with pytest.raises(UserError, match=r"^cannot write to .*disk: the disk is full; .* continue"):
         write_shards(str(photos), small_disk, **options)
     finished = len(list(small_disk.glob("*.tar")))
     assert 1 <= finished < 6
@@ -364,7 +362,7 @@ def test_a_damaged_zip_member_is_a_bad_image(tmp_path):
     assert "cannot be unpacked" in result.bad_images[0][1]
 
 
-def test_the_journal_names_no_path_of_this_machine(photos, tmp_path):
+def test_the_journal_contains_no_path_of_this_machine(photos, tmp_path):
     write_shards(str(photos), tmp_path)
     for name in ("writing.jsonl", "manifest.json"):
         text = (tmp_path / name).read_text()
