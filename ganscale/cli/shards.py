@@ -26,30 +26,42 @@ def _add_write(commands) -> None:
         description="Makes a data set from images. If interrupted, run it again to continue.",
     )
     parser.set_defaults(run=_write)
-    option = parser.add_argument
-    option(
+    add = parser.add_argument
+    add(
         "source",
         metavar="SOURCE",
         help="a folder (with subfolders), zip or tar of images, or bundled:mnist or bundled:emoji",
     )
-    option("output", metavar="OUTPUT", type=Path, help="the folder for the data set")
-    text = "crop to a centred square and resize to PIXELS (default: no change)"
-    option("--resolution", type=positive_int, metavar="PIXELS", help=text)
-    text = "grey or RGB (default: 3; 1 for bundled:mnist)"
-    option("--channels", type=int, choices=(1, 3), help=text)
-    text = "how images are stored (default: keep the files if no image is changed, else png)"
-    option("--format", choices=("png", "webp", "jpeg", "npy", "keep"), help=text)
-    text = "for jpeg (default: 95) or webp (default: lossless)"
-    option("--quality", type=positive_int, metavar="1-100", help=text)
-    text = "folder: each subfolder is a class (default: none; bundled sets keep their classes)"
-    option("--classes", choices=("folder", "none"), default="none", help=text)
+    add("output", metavar="OUTPUT", type=Path, help="the folder for the data set")
+    add("--resolution", type=positive_int, metavar="PIXELS", help="crop and resize to this square")
+    add(
+        "--channels", type=int, choices=(1, 3), help="grey or RGB (default: 3; 1 for bundled:mnist)"
+    )
+    add(
+        "--format",
+        choices=("png", "webp", "jpeg", "npy", "keep"),
+        help="how images are stored (default: keep the files if no image is changed, else png)",
+    )
+    add("--quality", type=positive_int, metavar="1-100", help="jpeg default: 95; webp: lossless")
+    add(
+        "--classes",
+        choices=("folder", "none"),
+        default="none",
+        help="folder: each subfolder is a class (default: none; bundled sets have classes)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-samples", type=positive_int, metavar="N", help="images per shard")
-    text = "approximate size of a shard (default: 128 MiB)"
-    size.add_argument("--shard-bytes", type=positive_int, metavar="BYTES", help=text)
-    option("--seed", type=int, default=0, help="seed of the images' order (default: 0)")
-    text = "share of bad images to leave out before it is an error (default: 0.01)"
-    option("--max-bad", type=float, default=0.01, metavar="SHARE", help=text)
+    size.add_argument(
+        "--shard-bytes", type=positive_int, metavar="BYTES", help="shard size (default: 128 MiB)"
+    )
+    add("--seed", type=int, default=0, help="seed of the images' order (default: 0)")
+    add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of bad images to leave out before it is an error (default: 0.01)",
+    )
     _add_workers(parser)
 
 
@@ -92,33 +104,36 @@ def _add_index(commands) -> None:
         "all have finished, run it once without --part to make the manifest.",
     )
     parser.set_defaults(run=_index)
-    option = parser.add_argument
-    option(
+    add = parser.add_argument
+    add(
         "sources",
         metavar="SOURCE",
         nargs="+",
         help="a folder (its *.tar); a path or URL, with {000..099} or wildcards; a WebDataset "
         "index (*.json); or 'pipe:COMMAND {}', which prints the shard whose name replaces {}",
     )
-    text = "folder for the manifest (default: that of the shards; required for remote shards)"
-    option("--output", type=Path, metavar="FOLDER", help=text)
-    text = "names of the shards for a pipe, with {000..099}"
-    option("--names", nargs="+", default=[], metavar="NAME", help=text)
-    option("--again", action="store_true", help="read all shards, even unchanged ones")
-    option(
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for the manifest (default: that of the shards; required for remote shards)",
+    )
+    add("--names", nargs="+", default=[], metavar="NAME", help="shards of a pipe, with {000..099}")
+    add("--again", action="store_true", help="read all shards, even unchanged ones")
+    add(
         "--leave-out",
         type=Path,
         metavar="FILE",
         help="leave the samples in this list out of the manifest; `verify --leave-out` and a "
         "failed `index` write one: JSON lines of shard, key (null: the whole shard), reason",
     )
-    option(
+    add(
         "--trust-idx",
         action="store_true",
         help="take offsets from DALI's .idx beside a local shard instead of reading the shard, "
         "which then has no checksum",
     )
-    option("--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)")
+    add("--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)")
     _add_workers(parser)
 
 
@@ -166,16 +181,22 @@ def _add_verify(commands) -> None:
     )
     parser.set_defaults(run=_verify)
     _add_data_set(parser)
-    text = "folder, URL or 'pipe:COMMAND {}' of the shards, if not that of the manifest"
-    parser.add_argument("--shards", default="", metavar="PLACE", help=text)
-    text = "add the bad samples to this list, for `ganscale shards index --leave-out`"
-    parser.add_argument("--leave-out", type=Path, metavar="FILE", help=text)
+    parser.add_argument(
+        "--shards",
+        default="",
+        metavar="PLACE",
+        help="folder, URL or 'pipe:COMMAND {}' of the shards, if not that of the manifest",
+    )
+    parser.add_argument(
+        "--leave-out",
+        type=Path,
+        metavar="FILE",
+        help="add the bad samples to this list, for `ganscale shards index --leave-out`",
+    )
     _add_workers(parser)
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from ganscale.data.manifest import Manifest
     from ganscale.errors import UserError
     from ganscale.shards.exclusions import Exclusion, read_exclusions, write_exclusions
@@ -187,13 +208,8 @@ def _verify(args: argparse.Namespace) -> int:
         exclusions += read_exclusions(
             args.leave_out
         )  # a bad list must fail before hours of reading
-    bad_shards = []
-    with tqdm(total=len(manifest.samples), unit=" images", disable=None) as progress:
-        for result in verify_shards(manifest, args.shards, args.workers):
-            progress.update(result.samples)
-            if result.problem or result.bad:
-                bad_shards.append(result)
-    bad_shards.sort()
+    results = verify_shards(manifest, args.shards, args.workers)
+    bad_shards = [result for result in results if result.problem or result.bad]
     unknown = sum(not shard.sha256 for shard in manifest.shards)
     if unknown:
         print(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
@@ -237,8 +253,9 @@ def _add_show(commands) -> None:
     parser.set_defaults(run=_show)
     _add_data_set(parser)
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write a grid of images")
-    text = "images in it (default: 64)"
-    parser.add_argument("--count", type=positive_int, default=64, metavar="N", help=text)
+    parser.add_argument(
+        "--count", type=positive_int, default=64, metavar="N", help="images in it (default: 64)"
+    )
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -312,9 +329,13 @@ def _add_data_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    text = "processes (default: %(default)s, one per core); they do not change the result"
-    cores = _available_cores()
-    parser.add_argument("--workers", type=positive_int, metavar="N", default=cores, help=text)
+    parser.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        default=_available_cores(),
+        help="processes (default: %(default)s, one per core); they do not change the result",
+    )
 
 
 def _available_cores() -> int:

@@ -1,10 +1,11 @@
 """Checks that shards still match their manifest, and that all their images can be decoded."""
 
 import hashlib
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
@@ -36,8 +37,8 @@ class _Task(NamedTuple):
     address: str
 
 
-def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> Iterator[VerifyResult]:
-    """Reads every shard once and decodes every image; yields the result of each shard.
+def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> list[VerifyResult]:
+    """Reads every shard once and decodes every image; returns the results sorted by shard.
 
     base: the folder, URL or `pipe:COMMAND {}` of the shards, if not that of the manifest
     workers: processes, each with one shard at a time
@@ -51,8 +52,13 @@ def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> Itera
         )
         for position, shard in enumerate(manifest.shards)
     ]
-    for _, result in run_all(_verify_shard, tasks, workers):
-        yield result
+    results = []
+    # disable=None: only on a terminal
+    with tqdm(total=len(manifest.samples), unit=" images", disable=None) as progress:
+        for _, result in run_all(_verify_shard, tasks, workers):
+            progress.update(result.samples)
+            results.append(result)
+    return sorted(results)
 
 
 @lru_cache(maxsize=1)
