@@ -204,10 +204,10 @@ def _verify(args: argparse.Namespace) -> int:
 
     manifest = Manifest.load(args.folder)
     exclusions = []
-    if args.leave_out and args.leave_out.exists():
-        exclusions += read_exclusions(
-            args.leave_out
-        )  # a bad list must fail before hours of reading
+    if (
+        args.leave_out and args.leave_out.exists()
+    ):  # read now: a bad list fails before hours of work
+        exclusions += read_exclusions(args.leave_out)
     results = verify_shards(manifest, args.shards, args.workers)
     bad_shards = [result for result in results if result.problem or result.bad]
     unknown = sum(not shard.sha256 for shard in manifest.shards)

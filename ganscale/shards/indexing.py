@@ -120,30 +120,13 @@ def index_shards(
     """
     listing = list_shards(sources, names, retry_seconds)
     output = output or _default_output(listing)
-    excluded_keys: dict[str, set[str | None]] = {}
-    for exclusion in exclusions:
-        excluded_keys.setdefault(exclusion.shard, set()).add(exclusion.key)
-    included = [name for name in listing.names if None not in excluded_keys.get(name, ())]
-    excluded_shards = len(listing.names) - len(included)
+    tasks = _plan(listing, output, exclusions, trust_idx, retry_seconds)
+    excluded_shards = len(listing.names) - len(tasks)
     if part is not None:
-        included = included[part[0] :: part[1]]
-    tasks = [
-        _Task(
-            name,
-            listing.address(name),
-            listing.is_local,
-            output,
-            frozenset(key for key in excluded_keys.get(name, ()) if key is not None),
-            listing.sample_counts.get(name),
-            trust_idx,
-            retry_seconds,
-        )
-        for name in included
-    ]
+        tasks = tasks[part[0] :: part[1]]
     cache = IndexCache(output)
-    excluded_before = sum(map(cache.excluded, included))
     todo = tasks if again else _outdated(tasks, cache, listing.is_local)
-    manifest, excluded_samples = None, 0
+    kept = len(tasks) - len(todo)
     with explain_full_disk(output):
         output.mkdir(parents=True, exist_ok=True)
         failures = _index_all(todo, len(tasks), workers)
@@ -151,18 +134,43 @@ def index_shards(
             # Parts run at the same time, so only the last call writes the list of bad samples.
             list_path = output / BAD_NAME if part is None else None
             raise _failure_error(failures, len(tasks), exclusions, list_path)
-        if part is None:
-            excluded_samples = write_manifest(output, _location(listing, output), included, cache)
-            manifest = Manifest.load(output)
-    return IndexResult(
-        manifest,
-        listing,
-        len(todo),
-        len(tasks) - len(todo),
-        excluded_samples,
-        excluded_shards,
-        0 if manifest is None else max(0, excluded_before - excluded_samples),
-    )
+        if part is not None:
+            return IndexResult(None, listing, len(todo), kept, 0, excluded_shards)
+        included = [task.name for task in tasks]
+        excluded_before = sum(map(cache.excluded, included))
+        excluded = write_manifest(output, _location(listing, output), included, cache)
+    restored = max(0, excluded_before - excluded)
+    manifest = Manifest.load(output)
+    return IndexResult(manifest, listing, len(todo), kept, excluded, excluded_shards, restored)
+
+
+def _plan(
+    listing: Listing,
+    output: Path,
+    exclusions: Sequence[Exclusion],
+    trust_idx: bool,
+    retry_seconds: float,
+) -> list[_Task]:
+    """A task for each shard that is not excluded."""
+    excluded_shards = {exclusion.shard for exclusion in exclusions if exclusion.key is None}
+    excluded_keys: dict[str, set[str]] = {}
+    for shard, key, _ in exclusions:
+        if key is not None:
+            excluded_keys.setdefault(shard, set()).add(key)
+    return [
+        _Task(
+            name,
+            listing.address(name),
+            listing.is_local,
+            output,
+            frozenset(excluded_keys.get(name, ())),
+            listing.sample_counts.get(name),
+            trust_idx,
+            retry_seconds,
+        )
+        for name in listing.names
+        if name not in excluded_shards
+    ]
 
 
 def _default_output(listing: Listing) -> Path:

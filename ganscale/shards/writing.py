@@ -114,8 +114,7 @@ def write_shards(
         else:
             _refuse_too_many_bad(journal, len(order), max_bad)
             manifest = Manifest.load(root)
-    kept_shards = len(tasks) - len(todo)
-    return WriteResult(manifest, kept_shards, journal.bad_images, listing.ignored)
+    return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
 
 
 def describe_bad_images(bad_images: list[tuple[str, str]]) -> str:
