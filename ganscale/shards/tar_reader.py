@@ -90,10 +90,8 @@ class TarReader:
                     _add_extension(kind, content, extensions, defaults)
                     offset += BLOCK_BYTES + _whole_blocks(size)
                     continue
-                name = _header_name(header)
-                if extensions or defaults:
-                    name, size, kind = _extended(name, size, kind, defaults | extensions)
-                    extensions = {}
+                name, size, kind = _member(header, size, kind, defaults | extensions)
+                extensions = {}
             except _BadHeader as error:
                 raise self._damaged(offset, header) from error
             offset += BLOCK_BYTES
@@ -160,9 +158,7 @@ class TarReader:
         return data
 
     def _extension(self, offset: int, size: int) -> bytes:
-        if size > _MAX_EXTENSION_BYTES:
-            raise _BadHeader
-        content = self._at(offset, size)
+        content = self._at(offset, min(size, _MAX_EXTENSION_BYTES))
         if len(content) < size:
             raise _BadHeader
         return content
@@ -220,15 +216,15 @@ def _add_extension(
         extensions |= _pax_records(content)
 
 
-def _header_name(header: bytes) -> str:
+def _member(
+    header: bytes, size: int, kind: bytes, records: dict[str, str]
+) -> tuple[str, int, bytes]:
+    """A member's name, size and type; `records` of extra headers replace the header's own."""
     name = _text(header[:100])
     if header[345] and header[257:263] == b"ustar\0":
-        return f"{_text(header[345:500])}/{name}"
-    return name
-
-
-def _extended(name: str, size: int, kind: bytes, records: dict[str, str]) -> tuple[str, int, bytes]:
-    """A member's name, size and type, where `records` of extra headers replace the header's own."""
+        name = f"{_text(header[345:500])}/{name}"
+    if not records:
+        return name, size, kind
     if "size" in records:
         size = _decimal(records["size"])
     if any(key.startswith("GNU.sparse.") for key in records):
