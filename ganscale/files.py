@@ -1,7 +1,9 @@
-"""Files that are whole or not there."""
+"""Files and folders that are complete or absent, flushed to disk, and compared by checksum."""
 
+import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+UNFINISHED = ".unfinished-"
+"""How the name of a folder begins until it is complete."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, on disk and as a whole."""
+    """Opens a file that replaces `path` at once, flushed to disk, if the block succeeds."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -31,10 +37,41 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Writes a new safetensors file of CPU tensors that are contiguous and share no memory.
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Makes an empty folder that is renamed to `path` if the block succeeds, else deleted."""
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
-    Raises OSError with the number that the system gave.
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
+
+    Raises OSError with the system's error number.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

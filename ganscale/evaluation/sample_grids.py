@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ganscale.data.batch import Batch
 from ganscale.data.images.grid import image_grid, to_picture
 from ganscale.evaluation.sampling import (
-    generate,
-    interpolated_latents,
+    generate_uint8,
+    interpolate_latents,
     sample_labels,
     sample_latents,
 )
@@ -65,7 +65,7 @@ class SampleGrids:
         if config.non_ema:
             wanted["non_ema"] = (state.generator, latents, labels, columns)
         if config.interpolations:
-            latents = interpolated_latents(
+            latents = interpolate_latents(
                 self._seed, config.interpolations, INTERPOLATION_STEPS, self._latent_dim
             )
             labels = sample_labels(0, config.interpolations, state.num_classes)
@@ -111,7 +111,7 @@ def _grid(
 ) -> Grid | None:
     """The images of `latents` as one; None when stopped."""
     images: list[np.ndarray] = []
-    with closing(generate(generator, latents, labels)) as chunks:  # type: ignore[type-var]
+    with closing(generate_uint8(generator, latents, labels)) as chunks:  # type: ignore[type-var]
         for chunk in chunks:
             images += list(chunk.numpy())
             if is_stopped():

@@ -11,7 +11,7 @@ from ganscale.metrics.profiling import HOST_SECTIONS, stopwatch
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime, all_gather_batch
 from ganscale.schema import Config
-from ganscale.training.flops import flops_of_a_cycle
+from ganscale.training.flops import count_cycle_flops
 from ganscale.training.state import TrainingState
 
 _DEVICE_PARTS = ("fake_images", "critic", "penalty", "generator", "ema", "communication")
@@ -52,7 +52,7 @@ class PerformanceMeter:
         if runtime.is_main:
             objective = build_objective(config.objective)
             networks = state.generator, state.critic
-            self._cycle_flops = flops_of_a_cycle(config, objective, *networks, state.num_classes)
+            self._cycle_flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._peak_tflops = config.log.peak_tflops
         if not self._peak_tflops and runtime.device.type == "cuda":
             name = torch.cuda.get_device_name(runtime.device)
@@ -109,7 +109,7 @@ class PerformanceMeter:
 
     def _device_seconds(self) -> dict[str, float]:
         """Of the logged cycle, its last critic step standing for all of them."""
-        seconds, n_critic = stopwatch.read(), self._config.objective.n_critic
+        seconds, n_critic = stopwatch.read_device(), self._config.objective.n_critic
         critic, generator = self._state.critic_updater, self._state.generator_updater
         waited = {each.name: each.seconds_of_averaging() for each in (critic, generator)}
 

@@ -27,7 +27,7 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
-from ganscale.training.ema import decay, update_ema
+from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.state import TrainingState
 from ganscale.training.steps import make, once
 
@@ -81,7 +81,7 @@ class Cycle:
         The generator stays as it is until they are done, so their fakes may be made together; they
         are where ranks then wait for each other once instead of in every step.
         """
-        stopwatch.run(with_panel)
+        stopwatch.restart(with_panel)
         self._fakes_ahead.clear()
         ahead = batches[: len(batches) - self.config.training.reuse_fakes]
         if self._makes_fakes_together and len(ahead) > 1:
@@ -173,8 +173,8 @@ class Cycle:
     def update_ema(self) -> None:
         """Moves the averaged generator over the images of a cycle."""
         ema, state = self.config.ema, self.state
-        kept = decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
-        update_ema(state.ema, state.generator, kept)
+        decay = ema_decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
+        update_ema(state.ema, state.generator, decay)
 
     @section("to the device")
     def on_device(self, batch: Batch) -> DeviceBatch:

@@ -12,7 +12,7 @@ from ganscale.errors import UserError
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
-from ganscale.training.optimizers import build_optimizer, rate_factor
+from ganscale.training.optimizers import build_optimizer, learning_rate_factor
 from ganscale.training.steps import (
     CriticStep,
     GeneratorStep,
@@ -157,7 +157,7 @@ class NetworkUpdater:
         return self._runtime.seconds_of_averaging(self._wrapped)
 
     def learning_rate(self, images_seen: int) -> float:
-        return self._learning_rate * rate_factor(self._training, images_seen)
+        return self._learning_rate * learning_rate_factor(self._training, images_seen)
 
     def _check_gradients(self) -> None:
         """Raises UserError for a parameter that the loss does not reach: on one rank it would idle,

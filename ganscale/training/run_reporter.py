@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ganscale.checkpoints.checkpoint import newest_name
+from ganscale.checkpoints.checkpoint import checkpoint_folders
 from ganscale.data.bad_samples import bad_sample_rows, check_bad_sample_limit
 from ganscale.data.batch import Batch
 from ganscale.errors import EXIT_DONE, NonFiniteError
@@ -182,7 +182,7 @@ class RunReporter:
             self._tracker.alert("finish", "done", done, state.images_seen)
             checkpoints = artifacts_to_upload(folder.checkpoints, self._config)
         self._tracker.finish(summary, exit_code, checkpoints)
-        checkpoint = newest_name(folder.checkpoints)
+        saved = checkpoint_folders(folder.checkpoints)
         self._console.close()
         if state.bad_samples:
             self._console.message(
@@ -190,5 +190,5 @@ class RunReporter:
                 f"{folder.summary}"
             )
         self._console.message(f"samples:    {folder.samples(state.images_seen)}")
-        self._console.message(f"checkpoint: {checkpoint}")
+        self._console.message(f"checkpoint: {saved[-1] if saved else None}")
         self._console.message(f"W&B record: {self._tracker.location}")

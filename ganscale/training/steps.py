@@ -100,7 +100,7 @@ class CriticStep(nn.Module):
         seen = {name: each.detach() for name, each in logits.items()}
         meters |= logit_moments(seen["real"], seen["fake"])
         if points:
-            stopwatch.split_backward(loss, "penalty")
+            stopwatch.time_backward_until(loss, "penalty")
         # A penalty that is not due adds nothing: so its part is averaged over all steps, as the
         # loss is, and the parts of a row add up to it.
         for name in self._objective.penalties:

@@ -20,7 +20,7 @@ from ganscale.errors import (
     UnavailableError,
     UserError,
 )
-from ganscale.metrics.profiling import profiled, section
+from ganscale.metrics.profiling import profile_cycles, section
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
@@ -90,8 +90,8 @@ class Trainer:
         self.writer = CheckpointWriter(  # used on rank 0
             self.folder.checkpoints,
             config.checkpoint,
-            companions=[self.folder.record],
-            still_writes=lambda: self.progress.mark("checkpoint"),
+            flush_first=[self.folder.record],
+            on_progress=lambda: self.progress.mark("checkpoint"),
         )
         self.progress.last_act = self.writer.wait
         self.newest: dict[str, float] = {}  # of every value that was logged
@@ -129,7 +129,7 @@ class Trainer:
             )
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                profile = profiled(self.folder.path / "profile", cycles)
+                profile = profile_cycles(self.folder.path / "profile", cycles)
                 with profile as after_cycle:
                     exit_code = self._train(prefetcher, reports, after_cycle)
             except BaseException as error:
@@ -294,7 +294,7 @@ def _ending(stop: StopRequest, prefetcher: DevicePrefetcher, writer: CheckpointW
     """This rank's vote; the largest of all ranks counts."""
     if prefetcher.has_failed:
         return _DATA_FAILED
-    if writer.has_failed:
+    if writer.should_stop:
         return _CHECKPOINT_FAILED
     return _STOP_REQUESTED if stop.is_requested() else _GOES_ON
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ganscale.checkpoints.checkpoint import damage, load_state, load_tensors, newest_checkpoint
+from ganscale.checkpoints.checkpoint import find_damage, load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
 
@@ -70,7 +70,7 @@ def say(root: Path, **more: object) -> None:
     files = [load_tensors(newest, name) for name in ("generator", "critic")]
     values = {state["value"]} | {v for f in files for v in f["first"].unique().tolist()}
     values |= {-v for f in files for v in f["second"].unique().tolist()}
-    whole = [path.name for path in sorted(root.glob("images-*")) if damage(path) is None]
+    whole = [path.name for path in sorted(root.glob("images-*")) if find_damage(path) is None]
     found = {"newest": newest.name, "values": sorted(values), "whole": whole, "left": left}
     print(json.dumps({**more, **found}), flush=True)
 

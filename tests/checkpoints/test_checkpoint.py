@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from ganscale.checkpoints.checkpoint import (
-    damage,
+    find_damage,
     load_state,
     load_tensors,
     newest_checkpoint,
-    save_checkpoint,
 )
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
+from tests.checkpoints.saving import save_checkpoint
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -121,7 +121,7 @@ def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path):
 
 def test_a_flipped_bit_in_any_byte_is_noticed(tmp_path):
     folder = save_checkpoint(tmp_path, 5, weights(elements=1), {"images_seen": 5})
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     unnoticed = []
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
@@ -129,11 +129,11 @@ def test_a_flipped_bit_in_any_byte_is_noticed(tmp_path):
             flipped = bytearray(whole)
             flipped[place] ^= 1 << (place % 8)
             path.write_bytes(flipped)
-            if damage(folder) is None:
+            if find_damage(folder) is None:
                 unnoticed.append((path.name, place))
         path.write_bytes(whole)
     assert unnoticed == []
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 def test_every_cut_and_every_missing_file_is_noticed(tmp_path):
@@ -142,13 +142,13 @@ def test_every_cut_and_every_missing_file_is_noticed(tmp_path):
         whole = path.read_bytes()
         for length in range(0, len(whole), 3):
             path.write_bytes(whole[:length])
-            assert damage(folder) is not None, (path.name, length)
+            assert find_damage(folder) is not None, (path.name, length)
         path.write_bytes(whole + b"\0")
-        assert damage(folder) is not None, path.name
+        assert find_damage(folder) is not None, path.name
         path.unlink()
-        assert damage(folder) is not None, path.name
+        assert find_damage(folder) is not None, path.name
         path.write_bytes(whole)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize("file", ["generator.safetensors", "state.json", "checksums.json"])

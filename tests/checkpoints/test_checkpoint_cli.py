@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
-from ganscale.checkpoints.retention import scored
+from ganscale.checkpoints.retention import score_entry
 from ganscale.cli.main import main
+from tests.checkpoints.saving import save_checkpoint
 
 CONFIG = """
 data: {path: data/x, resolution: 8}
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     for images_seen, score in enumerate((None, 40.0, 8.25, 30.0, 20.0, 9.0, 10.0)):
         files = {"generator": {"weight": torch.zeros(250_000)}}
         if images_seen:
-            numbers = scored("eval/fid", score)
+            numbers = score_entry("eval/fid", score)
             save_checkpoint(folder / "checkpoints", 100 * images_seen, files, numbers)
     return folder
 

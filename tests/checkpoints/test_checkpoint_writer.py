@@ -235,15 +235,14 @@ def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
     said = record.getMessage()
     assert f"no checkpoint could be written at {images_seen} images" in said
     assert os.strerror(code) in said
-    assert writer.has_failed is (on_failure == "stop")
-    assert writer.failed_writes == 1
+    assert writer.should_stop is (on_failure == "stop")
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
         writer.finish()
     assert raised.value.errno == code
 
     writer.save(192, files_of(3.0), {})  # the disk is well again, and so is the run
     writer.finish()
-    assert not writer.has_failed
+    assert not writer.should_stop
     assert names(small_disk) == [old.name, "images-000000192"]
 
 
@@ -312,7 +311,8 @@ def test_an_error_of_any_operation_leaves_all_as_it_was(root, monkeypatch, caplo
             (f"images-{images_seen:09d}", 7.0),
         ], failed_at
         if value == 128.0:  # not in place
-            assert writer.failed_writes == 1
+            with pytest.raises(OSError, match="Input/output error"):
+                writer.finish()
             assert after == before, failed_at
     assert failed_at > 12
     assert "Input/output error" in caplog.text
@@ -385,7 +385,7 @@ def test_rows_reach_the_disk_before_the_checkpoint_that_they_led_to(root, monkey
         flush(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    writer = CheckpointWriter(root, CheckpointConfig(), companions=[record, root / "absent"])
+    writer = CheckpointWriter(root, CheckpointConfig(), flush_first=[record, root / "absent"])
     writer.save(64, files_of(1.0), {})
     writer.finish()
     assert (str(record), False) in flushed  # and no checkpoint was there yet

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
-from ganscale.checkpoints.retention import prune, scored, survey
+from ganscale.checkpoints.retention import inspect_checkpoints, prune, score_entry
 from ganscale.schema import CheckpointConfig
+from tests.checkpoints.saving import save_checkpoint
 
 
 def names(root) -> list[int]:
@@ -17,7 +17,7 @@ def names(root) -> list[int]:
 
 def save(root, images_seen, score=None, name="eval/fid"):
     files = {"generator": {"weight": torch.full((4,), float(images_seen))}}
-    return save_checkpoint(root, images_seen, files, scored(name, score))
+    return save_checkpoint(root, images_seen, files, score_entry(name, score))
 
 
 def damage_quietly(folder):
@@ -88,16 +88,16 @@ def test_what_is_seen_without_reading_the_tensors(tmp_path):
     os.truncate(cut / "generator.safetensors", 10)
     empty.mkdir()
     damage_quietly(save(tmp_path, 10))
-    whole, damaged, nothing, quietly = survey(tmp_path)
+    whole, damaged, nothing, quietly = inspect_checkpoints(tmp_path)
     files = [*whole.folder.glob("*.safetensors"), whole.folder / "state.json"]
     assert whole.bytes == sum(path.stat().st_size for path in files)
     assert whole.score == ("eval/fid", 1.5)
-    assert whole.fault is None
+    assert whole.damage is None
     assert abs(whole.written_at - whole.folder.stat().st_mtime) < 1
-    assert damaged.fault is not None
-    assert "generator.safetensors has 10 bytes instead of" in damaged.fault
-    assert nothing.fault is not None
-    assert quietly.fault is None  # `verify` is for that
+    assert damaged.damage is not None
+    assert "generator.safetensors has 10 bytes instead of" in damaged.damage
+    assert nothing.damage is not None
+    assert quietly.damage is None  # `verify` is for that
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"score": 3}', '{"score": {"name": 1}}'])
@@ -107,9 +107,9 @@ def test_a_state_that_is_none_is_a_fault_and_no_crash(tmp_path, content):
     sums["state.json"]["bytes"] = len(content)
     (folder / "state.json").write_text(content)
     (folder / "checksums.json").write_text(json.dumps(sums))
-    (saved,) = survey(tmp_path)
+    (saved,) = inspect_checkpoints(tmp_path)
     assert saved.score is None
-    assert (saved.fault is None) is (content == "{}")
+    assert (saved.damage is None) is (content == "{}")
 
 
 def test_the_only_one_that_verifies_stays_whatever_the_settings_say(tmp_path):
@@ -118,7 +118,7 @@ def test_the_only_one_that_verifies_stays_whatever_the_settings_say(tmp_path):
     damage_quietly(tmp_path / "images-000000003")
     damage_quietly(tmp_path / "images-000000004")
     keep = CheckpointConfig(keep_last=2)
-    assert [each.images_seen for each in prune(tmp_path, keep, is_dry_run=True)] == [1]
+    assert [each.images_seen for each in prune(tmp_path, keep, dry_run=True)] == [1]
     assert names(tmp_path) == [1, 2, 3, 4]
     prune(tmp_path, keep)
     assert names(tmp_path) == [2, 3, 4]

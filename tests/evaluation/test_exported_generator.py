@@ -102,7 +102,7 @@ def test_a_checkpoint_is_chosen_by_name_and_nothing_is_overwritten(
     assert all(torch.equal(saved[name], weights[name]) for name in saved)
     capsys.readouterr()
     assert main([*export, str(out)]) == 2
-    assert f"{out} is there already" in capsys.readouterr().err
+    assert f"{out} already exists" in capsys.readouterr().err
     assert (out / "generator.safetensors").read_bytes() == content
     assert main([*export, str(tmp_path / "x"), "--checkpoint", "images-000000065"]) == 2
     assert "there are images-000000064, images-000000128" in capsys.readouterr().err
@@ -197,7 +197,7 @@ def test_nothing_but_a_network_is_called_from_a_folder_of_somebody_elses(
     recipe = json.loads(path.read_text())
     recipe |= {"target": target, "options": {"args": ["touch", str(tmp_path / "called")]}}
     path.write_text(json.dumps(recipe))
-    with pytest.raises(UserError, match=f"{target} is no class of torch.nn.Module"):
+    with pytest.raises(UserError, match=f"{target} is not a subclass of torch.nn.Module"):
         load_generator(path.parent)
     assert not (tmp_path / "called").exists()
 
@@ -230,7 +230,7 @@ def test_a_damaged_folder_is_a_sentence_wherever_it_is_damaged(tmp_path: Path) -
     recipe.write_text(text)
     assert load_generator(folder).sample(1).shape == (1, 3, 16, 16)
     for other in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="holds no exported generator"):
+        with pytest.raises(UserError, match="does not contain an exported generator"):
             load_generator(other)
 
 
@@ -238,6 +238,6 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
     wrong = build_generator(
         "resnet", {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=0
     )
-    with pytest.raises(UserError, match="the weights are not those of resnet"):
+    with pytest.raises(UserError, match="the weights do not fit resnet"):
         export_generator(tmp_path / "deep" / "out", wrong, about={}, **RECIPE)
     assert list((tmp_path / "deep").iterdir()) == []

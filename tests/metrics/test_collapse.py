@@ -44,7 +44,7 @@ def test_large_images_are_reduced_and_of_large_batches_every_other_image_is_take
     small_real, small_fake = smaller  # 500 -> 250 <= 256
     whole = meters_of(real, fake, runtime)
     assert whole == pytest.approx(meters_of(small_real, small_fake, runtime), rel=1e-10)
-    # In whatever order a rank has them: the places tell.
+    # In whatever order a rank has them: their positions are given.
     order = torch.randperm(500, generator=torch.Generator().manual_seed(3))
     found = collapse_meters(real[order], fake[order], order, 500, runtime)
     assert found["collapse/nearest"].item() == pytest.approx(whole["nearest"], rel=1e-10)
@@ -71,7 +71,7 @@ def test_a_single_image_a_batch_and_equal_real_images_are_no_numbers_to_divide_b
 
 def alarms(values: list[float], every: int, total: int) -> list[bool]:
     health = Health()
-    return [health.is_collapsed(value, (i + 1) * every, total) for i, value in enumerate(values)]
+    return [health.update_collapse(value, (i + 1) * every, total) for i, value in enumerate(values)]
 
 
 def test_the_third_low_row_is_an_alarm_once_the_generator_had_been_diverse():
@@ -93,6 +93,6 @@ def test_before_a_quarter_of_the_run_images_that_are_still_alike_are_no_alarm():
 def test_an_alarm_outlives_a_restart():
     health = Health()
     for nearest in (0.3, 0.05, 0.05):
-        assert not health.is_collapsed(nearest, 1000, 10**6)
+        assert not health.update_collapse(nearest, 1000, 10**6)
     restarted = Health(**json.loads(json.dumps(asdict(health))))
-    assert restarted.is_collapsed(0.05, 1000, 10**6)
+    assert restarted.update_collapse(0.05, 1000, 10**6)
