@@ -11,7 +11,7 @@ import torch
 from ganscale.config import load_stored, resolve
 from ganscale.errors import UserError
 from ganscale.run_folder import RunFolder, write_text
-from tests.checkpoints.saving import save_checkpoint
+from tests.checkpoints.helpers import save_checkpoint
 
 CONFIG = """
 data: {path: data/x, resolution: 8}

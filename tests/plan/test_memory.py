@@ -25,7 +25,7 @@ from ganscale.schema import Config
 from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
-from tests.checkpoints.saving import save_checkpoint
+from tests.checkpoints.helpers import save_checkpoint
 from tests.plan.conftest import config_of
 
 NETWORKS = {
