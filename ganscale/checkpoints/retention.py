@@ -68,8 +68,8 @@ def prune(
 ) -> list[CheckpointInfo]:
     """Deletes the checkpoints that `config` does not keep; returns them.
 
-    verified: a checkpoint that was just written, which is kept. Without it, prune first reads
-    checkpoints until it finds an undamaged one, those to be kept first, and keeps that one, too.
+    verified: a checkpoint that was just written, which is kept. Without it, prune reads checkpoints,
+    first those to keep, until it finds an undamaged one, and keeps that one in any case.
     dry_run: delete nothing
     """
     checkpoints = inspect_checkpoints(root)

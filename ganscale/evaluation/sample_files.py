@@ -26,9 +26,7 @@ def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
 
 def write_folder(chunks: Chunks, folder: Path) -> None:
     """A file `000000123.png` for each image. Raises UserError if the folder contains PNGs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.png")):
-        raise UserError(f"{folder} already contains images; write into another folder")
+    _make_folder(folder, ".png")
     for index, image in enumerate(_images(chunks)):
         to_picture(image).save(folder / f"{index:09d}.png")
 
@@ -40,9 +38,7 @@ def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
     """
     from webdataset.writer import ShardWriter
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise UserError(f"{folder} already contains shards; write into another folder")
+    _make_folder(folder, ".tar")
     pattern = str(folder / "shard-%06d.tar")
     with ShardWriter(pattern, maxcount=SHARD_SAMPLES, encoder=False, verbose=0, mtime=0) as shards:
         for index, image in enumerate(_images(chunks)):
@@ -53,6 +49,12 @@ def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
                 sample["cls"] = str(int(labels[index])).encode()
             shards.write(sample)
     build_manifest(folder)
+
+
+def _make_folder(folder: Path, extension: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob(f"*{extension}")):
+        raise UserError(f"{folder} already contains {extension} files; write into another folder")
 
 
 def _images(chunks: Chunks) -> Iterator[np.ndarray]:

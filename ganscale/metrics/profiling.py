@@ -45,20 +45,17 @@ class Stopwatch:
     them, and from then on. On CUDA they are timed by events in the current stream.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self) -> None:
         self.is_running = False
-        self._is_cuda = device is not None and device.type == "cuda"
+        self._is_cuda = False
         self._starts: dict[str, Any] = {}  # of open sections
         self._intervals: list[tuple[str, Any, Any]] = []  # (section, start, end)
         self._host_seconds: defaultdict[str, float] = defaultdict(float)
 
-    def reset(self, device: torch.device) -> None:
-        """Forgets everything, before a run."""
-        self.__init__(device)
-
-    def restart(self, is_running: bool) -> None:
-        """Forgets the device's sections, and times the next ones if `is_running`."""
+    def restart(self, is_running: bool, device: torch.device) -> None:
+        """Forgets the sections on the device, and times the next ones if `is_running`."""
         self.is_running = is_running
+        self._is_cuda = device.type == "cuda"
         self._intervals.clear()
 
     def start_section(self, name: str) -> None:
@@ -97,7 +94,8 @@ class Stopwatch:
         seconds: defaultdict[str, float] = defaultdict(float)
         for name, start, end in self._intervals:
             seconds[name] += start.elapsed_time(end) / 1000 if self._is_cuda else end - start
-        self.restart(is_running=False)
+        self.is_running = False
+        self._intervals.clear()
         return seconds
 
     def _now(self) -> Any:

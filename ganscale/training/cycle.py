@@ -63,7 +63,6 @@ class Cycle:
         )
         self._fakes_ahead: deque[Tensor] = deque()
         self._kept_fakes: Tensor | None = None
-        stopwatch.reset(runtime.device)
         self.clipped = []
         if objective.clip is not None:
             self.clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -81,7 +80,7 @@ class Cycle:
         The generator stays as it is until they are done, so their fakes may be made together; they
         are where ranks then wait for each other once instead of in every step.
         """
-        stopwatch.restart(with_panel)
+        stopwatch.restart(with_panel, self.runtime.device)
         self._fakes_ahead.clear()
         ahead = batches[: len(batches) - self.config.training.reuse_fakes]
         if self._makes_fakes_together and len(ahead) > 1:
