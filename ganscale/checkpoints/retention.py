@@ -68,8 +68,8 @@ def prune(
 ) -> list[CheckpointInfo]:
     """Deletes the checkpoints that `config` does not keep; returns them.
 
-    verified: a checkpoint that was just written, which is kept. Without it, prune reads checkpoints,
-    first those to keep, until it finds an undamaged one, and keeps that one in any case.
+    verified: a checkpoint that was just written, which is kept. Without it, prune reads
+    checkpoints, first those to keep, until it finds an undamaged one, and keeps that one.
     dry_run: delete nothing
     """
     checkpoints = inspect_checkpoints(root)
