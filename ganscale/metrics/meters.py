@@ -15,9 +15,7 @@ from ganscale.runtime import Runtime
 class MeterAccumulator:
     """Sums and maxima of meters since the last `read`.
 
-    Meters of one `add` are kept as one tensor: adding them launches few kernels.
-
-    Attribute `logits`: this rank's `real` and `fake` logits of the last logged step.
+    Meters of one `add` are kept as one tensor: adding them is one stack and one sum.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -25,7 +23,6 @@ class MeterAccumulator:
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._maxima: dict[tuple[str, ...], Tensor] = {}
-        self.logits: dict[str, Tensor] = {}
 
     def add(self, meters: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
         """Adds detached scalars without waiting for the device.

@@ -16,10 +16,13 @@ from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, Traini
 from ganscale.training.network_updater import (
     NetworkUpdater,
     NonFiniteGuard,
+)
+from ganscale.training.optimizers import (
+    build_optimizer,
+    learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from ganscale.training.optimizers import build_optimizer, learning_rate_factor
 from ganscale.training.steps import CriticStep
 
 LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
