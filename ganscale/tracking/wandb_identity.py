@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ganscale.checkpoints.retention import best_of, survey
+from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
@@ -36,10 +36,11 @@ def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
     policy = config.log.artifacts
     if policy == "none":
         return []
-    saved = [checkpoint for checkpoint in survey(root) if checkpoint.fault is None]
+    saved = [c for c in inspect_checkpoints(root) if c.damage is None]
     aliases: dict[Path, list[str]] = {}
     if saved and policy in ("last", "both"):
         aliases.setdefault(saved[-1].folder, []).append("last")
-    if policy in ("best", "both") and (best := best_of(saved, config.checkpoint)) is not None:
+    best = best_checkpoint(saved, config.checkpoint) if policy in ("best", "both") else None
+    if best is not None:
         aliases.setdefault(best.folder, []).append("best")
     return [Checkpoint(str(folder), names) for folder, names in aliases.items()]

@@ -22,7 +22,7 @@ def load_run_generator(
     folder = RunFolder(run_folder)
     folder.check_exists()
     if checkpoint is None:
-        checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
+        checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
     if checkpoint is None:
         raise UserError(f"{run_folder} has no whole checkpoint yet")
     config = load_stored(folder.config)

@@ -19,7 +19,7 @@ _LOCK_SECONDS = 120.0
 
 
 def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | None:
-    """Locks the folder, creating it if need be, and returns the newest intact checkpoint, if any.
+    """Locks the folder, creating it if need be, and returns the newest whole checkpoint, if any.
     On rank 0 only.
 
     Raises UserError when another process trains there, or when the stored run differs in a way
@@ -97,5 +97,5 @@ def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) 
         )
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None and folder.record.exists():
-        logger.warning("%s has no intact checkpoint: the run starts again", folder.path)
+        logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
     return checkpoint
