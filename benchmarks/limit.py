@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ours import Ours, config_of, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import interleaved, spread, step_clock
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 

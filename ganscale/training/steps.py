@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.global_batch_loss import logit_gradients, surrogate_loss
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 
 
 def main() -> None:

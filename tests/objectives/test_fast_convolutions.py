@@ -1,4 +1,4 @@
-"""Convolutions in other fast_convolutions against torch's own, in float64."""
+"""Faster convolutions against torch's own, in float64."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 from ganscale.objectives import fast_convolutions
-from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.fast_convolutions import (
-    Settings,
+    ConvolutionSettings,
     as_matrix_product,
+    convolution_gradients,
     convolve,
-    gradients,
     unpool,
 )
+from ganscale.objectives.fast_derivatives import FastDerivatives
 
 aten = torch.ops.aten
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -29,13 +29,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def strided(*, is_transposed: bool) -> Iterator[tuple[Settings, tuple[int, int]]]:
-    """Settings with a stride and kernels, square and not, that the stride divides and not."""
+def strided(*, is_transposed: bool) -> Iterator[tuple[ConvolutionSettings, tuple[int, int]]]:
+    """Settings with a stride, and kernel sizes, square or not, that it divides or not."""
     for stride, padding, kernel in product((2, 3), (0, 1, 2), ((2, 2), (3, 3), (4, 4), (5, 3))):
         for more in range(stride if is_transposed else 1):
             paddings = [padding, max(0, padding - 1)]
             yield (
-                Settings([stride] * 2, paddings, [1, 1], is_transposed, [more, 0], 1),
+                ConvolutionSettings([stride] * 2, paddings, [1, 1], is_transposed, [more, 0], 1),
                 kernel,
             )
 
@@ -69,10 +69,10 @@ def test_gradients_of_images_are_autograds(
         weight = draw(5, 3, *kernel, seed=1).contiguous(memory_format=layout)
         gradient = draw(*aten.convolution(x, weight, None, *settings).shape, seed=2)
         gradient = gradient.contiguous(memory_format=layout)
-        for asked in ([True, False, False], [True, True, True]):
+        for output_mask in ([True, False, False], [True, True, True]):
             arguments = gradient, x, weight, [5], settings
-            found = gradients(*arguments, asked)
-            expected = aten.convolution_backward(gradient, x, weight, [5], *settings, asked)
+            found = convolution_gradients(*arguments, output_mask)
+            expected = aten.convolution_backward(gradient, x, weight, [5], *settings, output_mask)
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine is None) == (theirs is None)
                 if mine is not None and theirs is not None:
@@ -82,25 +82,27 @@ def test_gradients_of_images_are_autograds(
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each sum by phases could be done so: it grows."""
-    original, taken = fast_convolutions._by_phases, []
+    original, taken = fast_convolutions._subpixel_convolution, []
 
     def by_phases(*arguments: object) -> Tensor | None:
         output = original(*arguments)  # type: ignore[arg-type]
         taken.append(output is not None)
         return output
 
-    monkeypatch.setattr(fast_convolutions, "_by_phases", by_phases)
+    monkeypatch.setattr(fast_convolutions, "_subpixel_convolution", by_phases)
     return taken
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_weights_by_patches_are_autograds(layout: torch.memory_format) -> None:
+def test_im2col_weight_gradients_are_autograds(
+    layout: torch.memory_format,
+) -> None:
     only_weight = [False, True, False]
     for settings, kernel in strided(is_transposed=False):
         fine = draw(2, 6, 9, 8).contiguous(memory_format=layout)
         weight = draw(5, 6, *kernel, seed=1).contiguous(memory_format=layout)
         coarse = draw(*aten.convolution(fine, weight, None, *settings).shape, seed=2)
-        found = fast_convolutions._by_patches(coarse, fine, weight, settings)
+        found = fast_convolutions._im2col_weight_gradient(coarse, fine, weight, settings)
         arguments = coarse, fine, weight, None, *settings
         expected = aten.convolution_backward(*arguments, only_weight)[1]
         torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-12)
@@ -110,23 +112,23 @@ def test_gradients_of_weights_by_patches_are_autograds(layout: torch.memory_form
             back = aten.convolution(coarse, weight, None, *settings[:3], True, [0, 0], 1)
             up = settings._replace(is_transposed=True)
             other = draw(*back.shape, seed=3)
-            found = fast_convolutions._by_patches(coarse, other, weight, up)
+            found = fast_convolutions._im2col_weight_gradient(coarse, other, weight, up)
             arguments = other, coarse, weight, None, *up
             expected = aten.convolution_backward(*arguments, only_weight)[1]
             torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_gradients_by_patches_err_no_more_than_torchs(is_transposed: bool) -> None:
-    settings = Settings([2, 2], [1, 1], [1, 1], is_transposed, [0, 0], 1)
+def test_im2col_weight_gradients_err_no_more_than_torchs(is_transposed: bool) -> None:
+    settings = ConvolutionSettings([2, 2], [1, 1], [1, 1], is_transposed, [0, 0], 1)
     x, weight = draw(4, 64, 8, 8), draw(64, 64, 4, 4, seed=1)
     gradient = draw(*aten.convolution(x, weight, None, *settings).shape, seed=2)
-    asked = [True, True, True]
-    exact = aten.convolution_backward(gradient, x, weight, [64], *settings, asked)
+    output_mask = [True, True, True]
+    exact = aten.convolution_backward(gradient, x, weight, [64], *settings, output_mask)
     gradient, x, weight = gradient.bfloat16(), x.bfloat16(), weight.bfloat16()
-    assert fast_convolutions.has_patches(weight, weight.dtype, settings)
-    found = gradients(gradient, x, weight, [64], settings, asked)
-    torchs = aten.convolution_backward(gradient, x, weight, [64], *settings, asked)
+    assert fast_convolutions.is_im2col_faster(weight, weight.dtype, settings)
+    found = convolution_gradients(gradient, x, weight, [64], settings, output_mask)
+    torchs = aten.convolution_backward(gradient, x, weight, [64], *settings, output_mask)
     for mine, theirs, true in zip(found, torchs, exact, strict=True):
         assert mine is not None
         assert mine.dtype == torch.bfloat16
@@ -150,7 +152,7 @@ def test_products_are_convolutions(name: str, layout: torch.memory_format) -> No
         x, weight = (each.contiguous(memory_format=layout) for each in (x, weight))
     bias = draw(weight.shape[1 if is_transposed else 0], seed=2)
     ones, zeros = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-    settings = Settings(ones, zeros, ones, is_transposed, zeros, 1)
+    settings = ConvolutionSettings(ones, zeros, ones, is_transposed, zeros, 1)
     x, weight, bias = leaves = [each.clone().requires_grad_() for each in (x, weight, bias)]
     found = as_matrix_product(x, weight, bias, settings)
     expected = aten.convolution(x, weight, bias, *settings)
@@ -165,7 +167,7 @@ def test_products_are_convolutions(name: str, layout: torch.memory_format) -> No
 
 
 def test_what_is_no_product_is_none() -> None:
-    plain = Settings([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    plain = ConvolutionSettings([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     x, weight = draw(2, 4, 4, 4), draw(3, 4, 4, 4)
     assert as_matrix_product(x, weight, None, plain) is not None
     assert as_matrix_product(x, weight, None, plain._replace(padding=[1, 1])) is None
@@ -228,10 +230,10 @@ def test_layers_at_both_ends_of_a_gan_are_taken() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             low = critic[2](torch.zeros(2, 64, 16, 16))
     assert [type(each.grad_fn).__name__ for each in (first, middle, made, low)] == [
-        "_ConvolutionBackward",
+        "FastConvolutionBackward",
         "ConvolutionBackward0",
-        "_ConvolutionBackward",
-        "_ConvolutionBackward",
+        "FastConvolutionBackward",
+        "FastConvolutionBackward",
     ]
     assert "Convolution" not in type(last.grad_fn.next_functions[0][0]).__name__  # type: ignore[union-attr]
 
