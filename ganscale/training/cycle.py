@@ -18,8 +18,8 @@ from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.normalization import batches_together, normalizes_together
-from ganscale.networks.spectral import advance_power_iterations
+from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
+from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.panel import critic_panel, generator_panel
@@ -44,7 +44,7 @@ class DeviceBatch:
 def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
     """Whether the fakes of several critic steps are made in one forward. Not with micro-batches:
     who needs them has no memory for that."""
-    return world_size > 1 and config.training.accumulate == 1 and normalizes_together(generator)
+    return world_size > 1 and config.training.accumulate == 1 and can_concatenate_batches(generator)
 
 
 class Cycle:
@@ -89,7 +89,7 @@ class Cycle:
             labels = torch.cat([batch.labels for batch in ahead]).to(self.runtime.device)
             if with_panel:  # what ranks wait for each other is not theirs
                 self.runtime.barrier()
-            with section("fakes together"), batches_together(len(ahead)):
+            with section("fakes together"), concatenated_batches(len(ahead)):
                 fakes = self._fakes(slots, labels if self.state.num_classes else None)
             self._fakes_ahead.extend(fakes.chunk(len(ahead)))
 
@@ -100,9 +100,9 @@ class Cycle:
         """
         state, seed = self.state, self.config.seed
         stopwatch.is_running = with_panel
-        advance_power_iterations(state.critic)
+        update_spectral_norms(state.critic)
         if keeps_fakes:
-            advance_power_iterations(state.generator)
+            update_spectral_norms(state.generator)
         if self._fakes_ahead:
             fake_images = self._fakes_ahead.popleft()
         else:
@@ -154,7 +154,7 @@ class Cycle:
         kept, self._kept_fakes = self._kept_fakes, None
         latents = None
         if kept is None:
-            advance_power_iterations(state.generator)
+            update_spectral_norms(state.generator)
             latents = self._latents("latents/generator", batch.slots)
         inputs = {
             "latents": latents,

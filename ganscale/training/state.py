@@ -13,7 +13,7 @@ from ganscale.config import load_stored
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
-from ganscale.networks.spectral import advance_power_iterations
+from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime, weights_dtype
@@ -43,7 +43,7 @@ class TrainingState:
         self.generator.to(self.dtype)
         self.critic.to(self.dtype)
         for network in (self.generator, self.critic):
-            advance_power_iterations(network)
+            update_spectral_norms(network)
         if config.training.memory_format == "channels_last":
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ganscale.networks import GlobalBatchNorm, ResNetGenerator
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.networks.resnet import ResNetGenerator
 
 WORLD_SIZE = 2
 GLOBAL_BATCH = 8

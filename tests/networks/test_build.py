@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks import ResNetCritic, build_critic, build_generator, parameter_count
+from ganscale.networks.build import build_critic, build_generator, parameter_count
+from ganscale.networks.resnet import ResNetCritic
 
 OWN_NETWORKS = """
 from torch import nn

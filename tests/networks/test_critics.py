@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from ganscale.networks import build_critic
+from ganscale.networks.build import build_critic
 
 CRITICS = {
     "mlp": ("mlp", {"width": 8}),

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks import DCGANCritic, DCGANGenerator, GlobalBatchNorm, parameter_count
+from ganscale.networks.build import parameter_count
+from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
+from ganscale.networks.normalization import GlobalBatchNorm
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ganscale.errors import UserError
-from ganscale.networks import MLPCritic, MLPGenerator, parameter_count
+from ganscale.networks.build import parameter_count
+from ganscale.networks.mlp import MLPCritic, MLPGenerator
 from ganscale.networks.shapes import require_positive
 
 

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm, ResNetGenerator
-from ganscale.networks.normalization import batches_together
+from ganscale.networks.normalization import (
+    ConditionalBatchNorm2d,
+    GlobalBatchNorm,
+    concatenated_batches,
+)
+from ganscale.networks.resnet import ResNetGenerator
 
 sys.path.insert(0, str(Path(__file__).parent))
 import normalization_ranks as ranks
@@ -153,7 +157,7 @@ def test_batches_taken_together_are_normalized_as_if_they_came_one_after_another
         of_each = (None,) * 3 if labels is None else labels
         expected = torch.cat([one_by_one(*each) for each in zip(latents, of_each, strict=True)])
     of_all = latents.flatten(0, 1), None if labels is None else labels.flatten()
-    with batches_together(3):
+    with concatenated_batches(3):
         assert_equal_in_float64(together(*of_all), expected)
     for (name, found), buffer in zip(together.named_buffers(), one_by_one.buffers(), strict=True):
         assert_equal_in_float64(found, buffer, msg=lambda m, n=name: f"{n} {m}")

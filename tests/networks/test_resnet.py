@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ganscale.errors import UserError
-from ganscale.networks import ResNetCritic, ResNetGenerator, parameter_count
-from ganscale.networks.resnet import DownBlock, InputBlock, UpBlock
+from ganscale.networks.build import parameter_count
+from ganscale.networks.resnet import DownBlock, ResNetCritic, ResNetGenerator, UpBlock
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
@@ -54,7 +54,7 @@ def test_parameter_counts_of_the_cifar_pair_follow_from_the_papers_tables():
     assert parameter_count(ResNetCritic((3, 32, 32))) == critic
 
 
-Block = TypeVar("Block", UpBlock, DownBlock, InputBlock)
+Block = TypeVar("Block", UpBlock, DownBlock)
 
 
 def _convolve(conv: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_shortcuts_at_the_smaller_resolution_equal_those_of_the_papers_code():
     expected = F.avg_pool2d(_convolve(block.shortcut, images) + residual, 2)
     torch.testing.assert_close(block(images), expected, rtol=1e-12, atol=1e-12)
 
-    block = _with_biases(InputBlock(3, 5))
+    block = _with_biases(DownBlock(3, 5, is_first=True))
     residual = F.avg_pool2d(_convolve(block.conv2, _convolve(block.conv1, images).relu()), 2)
     expected = _convolve(block.shortcut, F.avg_pool2d(images, 2)) + residual
     torch.testing.assert_close(block(images), expected, rtol=1e-12, atol=1e-12)
