@@ -179,8 +179,8 @@ def test_an_index_goes_everywhere_equally_often_with_any_other_and_in_any_next_e
     assert chi_square(next_epoch, length) < chi_square_once_in_a_thousand(length - 1)
 
 
-def test_where_indices_go_stays_what_it_has_always_been():
-    """Nor may it: every run that is resumed would get another data order."""
+def test_permuted_indices_are_the_same_as_ever():
+    """Otherwise every resumed run would get another data order."""
     indices = np.arange(10)
     assert permuted(7, "order/blocks", (3, 2, 1), indices, 10).tolist() == [
         4,
