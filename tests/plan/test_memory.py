@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import allocate_batch
@@ -26,6 +25,7 @@ from ganscale.schema import Config
 from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
+from tests.checkpoints.helpers import save_checkpoint
 from tests.plan.conftest import config_of
 
 NETWORKS = {
