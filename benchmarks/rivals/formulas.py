@@ -1,4 +1,4 @@
-"""Losses and penalties as loops without ganscale write them."""
+"""Losses and penalties as they are written in loops without ganscale."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,30 +20,33 @@ class Loss(NamedTuple):
     generator_needs_real: bool = False
 
 
-def _is(label: float, logits: Tensor) -> Tensor:
+def _bce(label: float, logits: Tensor) -> Tensor:
     return binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def _near(label: float, logits: Tensor) -> Tensor:
+def _mse(label: float, logits: Tensor) -> Tensor:
     return 0.5 * mse_loss(logits, torch.full_like(logits, label))
 
 
-def _averaged(better: Tensor, worse: Tensor) -> Tensor:
-    return _is(1, better - worse.mean()) + _is(0, worse - better.mean())
+def _relativistic_average(higher: Tensor, lower: Tensor) -> Tensor:
+    return _bce(1, higher - lower.mean()) + _bce(0, lower - higher.mean())
 
 
-def _needed(logits: Tensor | None) -> Tensor:
+def _required(logits: Tensor | None) -> Tensor:
     assert logits is not None
     return logits
 
 
 LOSSES = {
-    "minimax": Loss(lambda real, fake: [_is(1, real), _is(0, fake)], lambda fake, _: -_is(0, fake)),
+    "minimax": Loss(
+        lambda real, fake: [_bce(1, real), _bce(0, fake)], lambda fake, _: -_bce(0, fake)
+    ),
     "non_saturating": Loss(
-        lambda real, fake: [_is(1, real), _is(0, fake)], lambda fake, _: _is(1, fake)
+        lambda real, fake: [_bce(1, real), _bce(0, fake)], lambda fake, _: _bce(1, fake)
     ),
     "lsgan": Loss(
-        lambda real, fake: [_near(1, real), _near(0, fake)], lambda fake, _: _near(1, fake)
+        lambda real, fake: [_mse(1, real), _mse(0, fake)],
+        lambda fake, _: _mse(1, fake),
     ),
     "wgan": Loss(lambda real, fake: [-real.mean(), fake.mean()], lambda fake, _: -fake.mean()),
     "hinge": Loss(
@@ -51,32 +54,32 @@ LOSSES = {
         lambda fake, _: -fake.mean(),
     ),
     "relativistic": Loss(
-        lambda real, fake: [_is(1, real - fake)],
-        lambda fake, real: _is(1, fake - _needed(real)),
+        lambda real, fake: [_bce(1, real - fake)],
+        lambda fake, real: _bce(1, fake - _required(real)),
         generator_needs_real=True,
     ),
     "relativistic_average": Loss(
-        lambda real, fake: [_averaged(real, fake)],
-        lambda fake, real: _averaged(fake, _needed(real)),
+        lambda real, fake: [_relativistic_average(real, fake)],
+        lambda fake, real: _relativistic_average(fake, _required(real)),
         generator_needs_real=True,
     ),
 }
 
 
 def penalty(name: str, score: Score, real: Tensor, fake: Tensor) -> Tensor:
-    """The penalty called `name`; fakes carry no graph."""
-    at = real
+    """The penalty named `name`; `fake` has no graph."""
+    points = real
     if name in ("wgan_gp", "wgan_lp"):
-        share = torch.rand(len(real), 1, 1, 1, device=real.device)
-        at = share * real + (1 - share) * fake
+        epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+        points = epsilon * real + (1 - epsilon) * fake
     elif name == "dragan":
-        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
         noise = torch.rand_like(real)
-        at = real + share * 0.5 * real.std(correction=0) * noise
+        points = real + epsilon * 0.5 * real.std(correction=0) * noise
     elif name == "r2":
-        at = fake
-    at = at.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(score(at).sum(), at, create_graph=True)
+        points = fake
+    points = points.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
     norm = gradient.flatten(1).norm(dim=1)
     if name == "wgan_lp":
         return relu(norm - 1).square().mean()
