@@ -95,7 +95,7 @@ def check_bad_sample_limit(
         return
     places = "; ".join(f"{shard}: {count:,} {reason}" for (shard, reason), count in worst[:3])
     raise UserError(
-        f"{bad_samples:,} of {read:,} samples could not be used, more than data.bad_sample_limit={limit:g} "
+        f"{bad_samples:,} of {read:,} samples could not be used, more than data.max_bad_fraction={limit:g} "
         f"allows; most of them in {places} (`ganscale shards verify --leave-out` lists them all)"
     )
 

@@ -110,7 +110,7 @@ class RunReporter:
         check_bad_sample_limit(
             state.bad_samples.total(),
             state.images_seen,
-            self._config.data.bad_sample_limit,
+            self._config.data.max_bad_fraction,
             state.bad_samples.most_common(3),
         )
         for name in non_finite:

@@ -383,7 +383,7 @@ def test_the_limit_is_a_share_of_what_was_read_but_at_least_of_a_thousand(
     with pytest.raises(UserError) as raised:
         check_bad_sample_limit(bad_samples, read, limit, worst)
     assert f"{bad_samples:,} of {read:,} samples could not be used" in str(raised.value)
-    assert f"data.bad_sample_limit={limit:g} allows" in str(raised.value)
+    assert f"data.max_bad_fraction={limit:g} allows" in str(raised.value)
     assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(raised.value)
 
 

@@ -15,7 +15,7 @@ from ganscale.plan.shard_reads import (
     blocks_per_shard,
     expected_fetches,
     expected_shards,
-    lane_shares,
+    lane_readers,
 )
 from tests.plan.conftest import config_of
 
@@ -47,9 +47,9 @@ def test_lanes_of_ranks_are_those_that_their_batches_come_from(batch, lanes, ran
         for rank in range(ranks):
             positions, _ = batch_positions(step * batch, batch, lanes, rank, ranks)
             counted[rank, positions % lanes] = True
-    shares = lane_shares(batch, lanes, ranks)
-    assert shares.is_complete
-    assert np.array_equal(shares.by_rank, counted)
+    readers = lane_readers(batch, lanes, ranks)
+    assert readers.is_complete
+    assert np.array_equal(readers.by_rank, counted)
 
 
 SHARDS = [300, 280, 300, 100, 290, 300, 250, 300] * 5
