@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ganscale.data.images.grid import image_grid, to_picture
+from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.shards.indexing import build_manifest
@@ -22,7 +22,7 @@ def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
     """All images as one picture, row by row, in the format that the name's ending says."""
     grid = image_grid(np.stack(list(_each(chunks))), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_picture(grid).save(path)
+    to_pil_image(grid).save(path)
 
 
 def write_folder(chunks: Chunks, folder: Path) -> int:
@@ -35,7 +35,7 @@ def write_folder(chunks: Chunks, folder: Path) -> int:
         raise UserError(f"{folder} holds images already; write into another folder")
     count = 0
     for image in _each(chunks):
-        to_picture(image).save(folder / f"{count:09d}.png")
+        to_pil_image(image).save(folder / f"{count:09d}.png")
         count += 1
     return count
 
@@ -54,7 +54,7 @@ def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> Manifes
     with ShardWriter(pattern, maxcount=SHARD_SAMPLES, encoder=False, verbose=0, mtime=0) as shards:
         for index, image in enumerate(_each(chunks)):
             stream = io.BytesIO()
-            to_picture(image).save(stream, "PNG")
+            to_pil_image(image).save(stream, "PNG")
             sample = {"__key__": f"{index:09d}", "png": stream.getvalue()}
             if labels is not None:
                 sample["cls"] = str(int(labels[index])).encode()

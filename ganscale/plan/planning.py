@@ -6,7 +6,7 @@ from dataclasses import astuple
 import numpy as np
 
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import parts_and_depth
+from ganscale.data.loader import chunks_and_depth
 from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
 from ganscale.networks import parameter_count
@@ -148,7 +148,7 @@ def _host_memory(
 ) -> HostMemory:
     # Those of the cycle that is trained on, of the next one, of the one after it but the last, and
     # what is being decoded behind them.
-    batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
+    batches = 3 * config.objective.n_critic - 1 + chunks_and_depth(config.data, share)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1

@@ -1,7 +1,6 @@
 """Which shards a command means: folders, patterns, URLs, lists, or names behind a command."""
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -14,7 +13,6 @@ from ganscale.shards.foreign_indices import read_wids
 
 _PIPE = "pipe:"
 _WEB = ("http://", "https://")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -124,26 +122,12 @@ def _list_pipe(sources: Sequence[str], names: Sequence[str]) -> Listing:
             "a pipe needs a place for the shard's name and the names: "
             "'pipe:COMMAND {}' --names 'train-{000..099}.tar'"
         )
-    expanded = [name for pattern in names for name in _expand_range(pattern)]
+    expanded = [name for pattern in names for name in objects.expand_braces(pattern)]
     for name in expanded:
         _refuse_unclean(name)
     if len(set(expanded)) < len(expanded):
         raise UserError("--names has a shard twice")
     return Listing(sources[0], tuple(sorted(expanded)))
-
-
-def _expand_range(pattern: str) -> list[str]:
-    """`train-{08..10}.tar` as train-08.tar, train-09.tar, train-10.tar; any number of ranges."""
-    match = _RANGE.search(pattern)
-    if match is None:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    return [
-        before + str(number).zfill(len(match[1])) + rest
-        for number in numbers
-        for rest in _expand_range(after)
-    ]
 
 
 def _common_folder(addresses: list[str]) -> str:

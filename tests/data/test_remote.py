@@ -105,7 +105,7 @@ def test_patterns_expand_as_shells_do_on_disk_and_on_a_server(server, tmp_path):
         objects.expand(f"{tmp_path}/b-{{000..001}}.tar")
     with pytest.raises(UserError, match="no file matches"):
         objects.expand(f"{server.url}/listed/*.zip")
-    with pytest.raises(UserError, match="do not pair"):
+    with pytest.raises(UserError, match="do not match"):
         objects.expand(f"{tmp_path}/{{a")
 
 
@@ -312,6 +312,6 @@ def test_s3_without_credentials_says_so(s3, monkeypatch, tmp_path):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    connections._made.cache_clear()
+    connections._create_filesystem.cache_clear()
     with pytest.raises(UserError, match="no valid credentials"):
         read("s3://bucket/a.tar")

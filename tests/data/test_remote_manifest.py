@@ -88,7 +88,7 @@ def test_rows_of_another_manifest_are_refused_and_nothing_of_them_stays(server, 
     rows = server.objects[ROWS]
     server.objects[ROWS] = rows[:-1] + bytes([rows[-1] ^ 1])
     for _ in range(2):
-        with pytest.raises(UserError, match="do not go together"):
+        with pytest.raises(UserError, match="do not belong together"):
             Manifest.load(f"{server.url}/set", cache=tmp_path)
     server.objects[ROWS] = rows
     assert len(Manifest.load(f"{server.url}/set", cache=tmp_path).samples) == 12
@@ -118,7 +118,7 @@ def test_a_downloaded_manifest_may_not_point_to_this_machine_or_to_commands(
     server, tmp_path, location
 ):
     edited(server, location=location.format(mark=tmp_path / "mark"))
-    with pytest.raises(UserError, match=r"not taken from a manifest; .* data\.shards="):
+    with pytest.raises(UserError, match=r"a manifest may not name; .* data\.shards="):
         Manifest.load(f"{server.url}/set", cache=tmp_path)
     trusted = Manifest.load(f"{server.url}/set", cache=tmp_path, shards="pipe:cat /x/{}")
     assert trusted.address(0) == "pipe:cat /x/0.tar"
@@ -152,7 +152,7 @@ def test_a_local_manifest_points_anywhere_but_to_commands(data_set, tmp_path):
         description.write_text(json.dumps(content | {"location": location}))
         assert Manifest.load(data_set).address(0) == str(address)
     description.write_text(json.dumps(content | {"location": "pipe:cat {}"}))
-    with pytest.raises(UserError, match="not taken from a manifest"):
+    with pytest.raises(UserError, match="a manifest may not name"):
         Manifest.load(data_set)
     del content["location"]  # as version 1 was
     description.write_text(json.dumps(content | {"version": 1}))

@@ -1,7 +1,6 @@
 """Staged shards are whole, fetched once for all, and never more than there is room for."""
 
 import hashlib
-import pickle
 import threading
 import time
 from dataclasses import replace
@@ -9,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ganscale.data.remote.shard_cache import ShardCache, working_set
+from ganscale.data.remote.shard_cache import ShardCache
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.errors import UnavailableError, UserError
 from tests.data.fault_server import Fault
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of, until
@@ -18,7 +18,7 @@ from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of, u
 def test_a_shard_is_fetched_once_and_named_by_its_contents(caches, shard_server):
     url = caches.address(SHARDS[0])
     assert bytes_in(caches().open(url, SHARDS[0])) == content_of(0)
-    again = pickle.loads(pickle.dumps(caches())).open("http://127.0.0.1:9/moved.tar", SHARDS[0])
+    again = caches().open("http://127.0.0.1:9/moved.tar", SHARDS[0])
     assert bytes_in(again) == content_of(0)
     assert shard_server.gets.total() == 1
     assert caches.copies() == [SHARDS[0].sha256]
@@ -158,7 +158,7 @@ def test_what_is_being_fetched_counts_as_a_whole(caches, shard_server):
 
 
 def test_a_cache_that_is_too_small_is_named_with_what_it_needs(caches):
-    with pytest.raises(UserError, match=r"no room .* of 200,000 bytes.* data\.cache_gib=0\.001"):
+    with pytest.raises(UserError, match=r"no space .* of 200,000 bytes.* data\.cache_gib=0\.001"):
         caches(0.9).open(caches.address(SHARDS[0]), SHARDS[0])
 
 
@@ -200,7 +200,7 @@ def test_the_working_set_is_that_of_two_windows_of_each_lane():
     def need(**settings) -> int:
         sizes = np.full(1000, 10**8)
         default = {"node_lanes": 8, "lanes": 64, "block_samples": 256, "window_blocks": 4}
-        return working_set(sizes, np.full(1000, 2560), **{**default, **settings})
+        return working_set_bytes(sizes, np.full(1000, 2560), **{**default, **settings})
 
     assert need() == 8 * 10 * 10**8  # of each lane twice 4 blocks and one more, all far apart
     assert need(window_blocks=8) == 8 * 18 * 10**8

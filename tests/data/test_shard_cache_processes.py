@@ -102,7 +102,7 @@ def test_the_least_recently_used_go_first_and_what_is_open_stays(caches):
 
 def test_who_waits_in_vain_gives_up(caches, shard_server):
     held = caches(1).open(caches.address(SHARDS[0]), SHARDS[0])
-    with pytest.raises(UnavailableError, match=r"all room in .* and did nothing for 1 s"):
+    with pytest.raises(UnavailableError, match=r"all space in .* and has made no progress for 1 s"):
         caches(1, retry_seconds=0).open(caches.address(SHARDS[1]), SHARDS[1])
     del held
     shard_server.faults[f"/{SHARDS[2].name}"].append(Fault(seconds_a_piece=0.05))
@@ -118,7 +118,7 @@ def test_who_waits_in_vain_for_the_folder_gives_up(caches):
     caches()
     with (caches.folder / "shards" / "lock").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UnavailableError, match="another process holds it for 1 s"):
+        with pytest.raises(UnavailableError, match="another process has kept it locked for 1 s"):
             caches(retry_seconds=0)
 
 
@@ -146,5 +146,5 @@ def test_a_full_disk_costs_copies_first_and_then_a_sentence(caches, tmp_path):
             assert ended.stdout.count("True") == len(SHARDS)
             assert ended.stdout.split()[-1] == "3"  # two copies and the lock
         else:
-            assert "no room in data.cache" in ended.stderr
+            assert "no space in data.cache" in ended.stderr
             assert "the disk has" in ended.stderr
