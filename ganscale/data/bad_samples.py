@@ -87,7 +87,9 @@ def check_bad_sample_limit(
     )
 
 
-def bad_sample_rows(counts: Counter[tuple[str, str]], most: int = 100) -> list[dict[str, str | int]]:
+def bad_sample_rows(
+    counts: Counter[tuple[str, str]], most: int = 100
+) -> list[dict[str, str | int]]:
     """{"shard", "reason", "count"} for summaries, the most frequent first; beyond `most` rows, a
     last one has the sum of the others."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -57,8 +57,8 @@ class DataSet:
         )
         if need > config.cache_gib * 2**30:
             logger.warning(
-                "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads from at "
-                "one time: they will be fetched again and again (see `ganscale plan`)",
+                "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads at one "
+                "time: they will be fetched again and again (see `ganscale plan`)",
                 config.cache_gib,
                 need / 2**30,
             )

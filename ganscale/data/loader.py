@@ -115,7 +115,9 @@ class Loader:
         self._reader.prefetch(shards_ahead(self._manifest, self.order, positions).tolist())
         return []
 
-    def _fill(self, positions: np.ndarray, pixels: np.ndarray, labels: np.ndarray) -> list[BadSample]:
+    def _fill(
+        self, positions: np.ndarray, pixels: np.ndarray, labels: np.ndarray
+    ) -> list[BadSample]:
         """Decodes the samples at `positions` into the rows of `pixels`; returns the bad ones."""
         samples = self.order.samples(positions)
         bad_samples: list[BadSample] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote.shard_cache import ShardCache, CachedShard
+from ganscale.data.remote.shard_cache import CachedShard, ShardCache
 from tests.conftest import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000

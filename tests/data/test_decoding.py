@@ -10,7 +10,13 @@ import pytest
 from PIL import Image
 
 from ganscale.data.images import decoding
-from ganscale.data.images.decoding import DecodeError, decode, decode_into, image_extension, image_size
+from ganscale.data.images.decoding import (
+    DecodeError,
+    decode,
+    decode_into,
+    image_extension,
+    image_size,
+)
 
 
 def encoded(image: Image.Image, file_format: str, **options) -> bytes:

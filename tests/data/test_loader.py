@@ -18,8 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ganscale.data.bad_samples import (
+    BadSample,
+    BadSampleLog,
+    bad_sample_rows,
+    check_bad_sample_limit,
+)
 from ganscale.data.batch import Batch
-from ganscale.data.bad_samples import BadSample, BadSampleLog, bad_sample_rows, check_bad_sample_limit
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
@@ -333,7 +338,9 @@ def test_a_flood_of_bad_samples_is_a_few_lines_in_the_log(caplog):
     log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
         for number in range(100_000):
-            log.warn([BadSample(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")])
+            log.warn(
+                [BadSample(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")]
+            )
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == (
         "sample 0 of shard 0.tar is cut: 1 of 2 bytes; another sample replaces it"
@@ -346,7 +353,9 @@ def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
     log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
         log.warn(BadSample("a.tar", "cut", str(number), "is cut") for number in range(15))
-        log.warn([BadSample("b.tar", "cut", "first", "is cut"), BadSample("b.tar", "cut", "x", "is cut")])
+        log.warn(
+            [BadSample("b.tar", "cut", "first", "is cut"), BadSample("b.tar", "cut", "x", "is cut")]
+        )
     messages = [record.getMessage() for record in caplog.records]
     assert sum("shard a.tar" in message for message in messages) == 10
     assert [message for message in messages if "b.tar" in message] == [
@@ -386,7 +395,9 @@ def test_the_limit_is_a_share_of_what_was_read_but_at_least_of_a_thousand(
         check_bad_sample_limit(bad_samples, read, limit, worst)
     assert f"{bad_samples:,} of {read:,} samples could not be used" in str(raised.value)
     assert f"data.bad_sample_limit={limit:g} allows" in str(raised.value)
-    assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(raised.value)
+    assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(
+        raised.value
+    )
 
 
 def test_a_summary_lists_the_worst_and_sums_the_rest():

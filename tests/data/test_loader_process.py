@@ -10,17 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.data.batch import Batch, allocate_batch
 from ganscale.data.dataset import DataSet, open_data
 from ganscale.data.loader import Loader
+from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
@@ -100,7 +99,9 @@ def test_bad_samples_are_logged_here(
     config = config_of(tmp_path, workers=2, block_samples=32)
     with caplog.at_level(logging.INFO):
         found = list(itertools.islice(start(config), 60))
-        here = [record for record in caplog.records if "another sample replaces" in record.getMessage()]
+        here = [
+            record for record in caplog.records if "another sample replaces" in record.getMessage()
+        ]
         caplog.clear()
         expected = within(config, 60)
     assert_same(found, expected)

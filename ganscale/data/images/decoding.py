@@ -6,10 +6,10 @@ here runs code from a file: of an array, only plain uint8 values are read.
 Common files are decoded on fast paths, all others by Pillow:
 
 - JPEGs by simplejpeg if it is installed (twice as fast as Pillow), straight into their place in a
-  batch. Both use libjpeg-turbo with the same settings and give the same pixels, except for *damaged*
-  files, more of which simplejpeg rejects.
-- Plain PNGs by imagecodecs if it is installed (in two thirds of Pillow's time). Else Pillow gets the
-  compressed pixels only: for an image of 32 pixels, its own parsing of the file costs more.
+  batch. Both use libjpeg-turbo with the same settings and give the same pixels, except that
+  simplejpeg rejects more of the *damaged* files.
+- Plain PNGs by imagecodecs if it is installed (in two thirds of Pillow's time). Else Pillow gets
+  only the compressed pixels: for an image of 32 pixels, its own parsing of the file costs more.
 - Resizing is torch's, in 8 bits: a Lanczos filter like Pillow's (no value differs by more than
   one), in a fifth of the time.
 
@@ -34,7 +34,7 @@ except ImportError:  # large, and not a dependency of ours
     png_decode = None
 
 MAX_PIXELS = 64_000_000
-"""Images with more are refused by their header: decoding a 1 MB JPEG of 100 megapixels takes 3 GB."""
+"""Larger images are refused by their header: a JPEG of 1 MB and 100 megapixels takes 3 GB."""
 
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _EXIF_ORIENTATION = 0x0112

@@ -136,7 +136,9 @@ def _filesystem(url: str, stall_seconds: float) -> Any:
         options = filesystem._get_kwargs_from_urls(url)
         # All threads share one, unlike in fsspec's own cache, and so its connections.
         with _lock:
-            return _create_filesystem(filesystem, protocol, stall_seconds, tuple(sorted(options.items())))
+            return _create_filesystem(
+                filesystem, protocol, stall_seconds, tuple(sorted(options.items()))
+            )
     except ImportError as error:
         problem = f"{protocol}:// needs a package that is not installed ({error})"
         if protocol in _IN_EXTRA:

@@ -92,7 +92,9 @@ class StreamLoader:
         nothing comes from them; again at every further call."""
         while len(self._started) < 2 * len(self._streams):
             i = self._next_stream
-            self._started.append((self._streams[i], self._threads[i].submit(self._streams[i].batch)))
+            self._started.append(
+                (self._streams[i], self._threads[i].submit(self._streams[i].batch))
+            )
             self._next_stream = (i + 1) % len(self._streams)
         batch = self._wait(*self._started[0])
         self._started.popleft()

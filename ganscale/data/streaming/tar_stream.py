@@ -13,9 +13,9 @@ from typing import Any
 from webdataset import utils
 from webdataset.tariterators import group_by_keys
 
-from ganscale.data.remote import objects
 from ganscale.data.bad_samples import BadSample
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from ganscale.data.remote import objects
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UnavailableError, UserError
 from ganscale.randomness import derived_seed
