@@ -6,7 +6,7 @@ counts are a function of the images seen, the same on every cluster.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ganscale.errors import UserError
@@ -69,20 +69,19 @@ class BadSampleLog:
                 logger.warning("%s bad samples so far on this rank", f"{self._count:,}")
 
 
-def check_bad_sample_limit(
-    bad_samples: int, read: int, limit: float, worst: Sequence[tuple[tuple[str, str], int]]
-) -> None:
+def check_bad_sample_limit(counts: Counter[tuple[str, str]], read: int, limit: float) -> None:
     """Raises UserError when more than the share `limit` of the samples read was bad.
 
-    bad_samples, read: over all ranks, in samples; read includes the bad ones
-    worst: ((shard, reason), count), the most frequent first, as from `Counter.most_common`
+    counts: of bad samples by (shard, reason), over all ranks
+    read: samples over all ranks, the bad ones included
     """
-    if bad_samples <= limit * max(read, _FEWEST_READ):
+    bad = counts.total()
+    if bad <= limit * max(read, _FEWEST_READ):
         return
-    places = "; ".join(f"{shard}: {count:,} {reason}" for (shard, reason), count in worst[:3])
+    worst = "; ".join(f"{shard}: {n:,} {reason}" for (shard, reason), n in counts.most_common(3))
     raise UserError(
-        f"{bad_samples:,} of {read:,} samples could not be used, more than "
-        f"data.bad_sample_limit={limit:g} allows; most of them in {places} "
+        f"{bad:,} of {read:,} samples could not be used, more than "
+        f"data.bad_sample_limit={limit:g} allows; most of them in {worst} "
         "(`ganscale shards verify --leave-out` lists them all)"
     )
 

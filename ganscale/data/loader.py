@@ -37,7 +37,7 @@ def chunks_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
     return chunks, 2 + config.workers // chunks if config.workers else 1
 
 
-class Loader:
+class Loader(Iterator[Batch]):
     """The endless stream of this rank's batches from `images_seen` on."""
 
     def __init__(
@@ -73,9 +73,6 @@ class Loader:
         self._chunks, self._depth = chunks_and_depth(config, share)
         # Batches that are being filled, with the bad samples of each chunk to come.
         self._started: deque[tuple[Batch, list[Future[list[BadSample]]]]] = deque()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Raises UserError for a lane without a usable sample, and as the shard reader does; again

@@ -53,7 +53,7 @@ def start_loader(
     return LoaderThread(data.make_loader(allocate=allocate, **arguments), batches_ahead)
 
 
-class LoaderThread:
+class LoaderThread(Iterator[Batch]):
     """The batches of a loader, taken from it by a thread."""
 
     def __init__(self, loader: Loader | StreamLoader, batches_ahead: int) -> None:
@@ -62,9 +62,6 @@ class LoaderThread:
         self._requested: deque[Future[Batch]] = deque()
         for _ in range(batches_ahead):
             self._request()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Raises as the loader does, also at every further call."""
@@ -87,7 +84,7 @@ class LoaderThread:
         self._requested.append(self._thread.submit(lambda: next(self._loader)))
 
 
-class LoaderProcess:
+class LoaderProcess(Iterator[Batch]):
     """The batches of `data.make_loader` from another process.
 
     `batches_ahead` are requested at the start, and another one whenever one is returned. Images are
@@ -117,9 +114,6 @@ class LoaderProcess:
         self._send(LoaderJob(data, arguments, self._shape, count))
         for _ in range(batches_ahead):
             self._send(None)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Raises as the loader does, also at every further call; UnavailableError when the other

@@ -14,7 +14,8 @@ import numpy as np
 from ganscale.data.backoff import Backoff
 from ganscale.data.manifest import Manifest
 from ganscale.data.remote import objects
-from ganscale.data.remote.shard_cache import CachedShard, ShardCache
+from ganscale.data.remote.cache_files import OpenShard
+from ganscale.data.remote.shard_cache import ShardCache
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 
@@ -50,21 +51,6 @@ class SampleLocation(NamedTuple):
     size: int
 
 
-class _OpenShard:
-    """A file descriptor that is closed with the last reference to this object.
-
-    So one thread can drop it from the open files while another is still reading from it.
-    """
-
-    def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self):
-        descriptor = getattr(self, "descriptor", None)
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 class ShardReader:
     """Reads samples by index, from any number of threads.
 
@@ -89,7 +75,7 @@ class ShardReader:
         self._max_open_shards = max_open_shards
         self._cache = cache if manifest.is_remote else None
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
     @property
     def is_remote(self) -> bool:
@@ -179,7 +165,7 @@ class ShardReader:
                 backoff = backoff or Backoff(self._retry_seconds)
                 backoff.wait(error, problem)
 
-    def _open_shard(self, shard: int) -> _OpenShard | CachedShard:
+    def _open_shard(self, shard: int) -> OpenShard:
         if self._cache is not None:
             return self._cache.open(self.manifest.address(shard), self.manifest.shards[shard])
         with self._lock:
@@ -188,7 +174,7 @@ class ShardReader:
                 self._open.move_to_end(shard)
                 return file
         # Outside the lock: a file system that is slow for one shard must not delay the others.
-        file = _OpenShard(self.manifest.address(shard))
+        file = OpenShard(self.manifest.address(shard))
         with self._lock:
             self._open[shard] = file
             while len(self._open) > self._max_open_shards:
@@ -204,7 +190,7 @@ def open_shard_reader(manifest: Manifest, config: DataConfig) -> ShardReader:
     return ShardReader(manifest, cache, retry_seconds=config.retry_seconds)
 
 
-def _read_up_to(file: _OpenShard | CachedShard, size: int, offset: int) -> bytes:
+def _read_up_to(file: OpenShard, size: int, offset: int) -> bytes:
     data = os.pread(file.descriptor, size, offset)
     while 0 < len(data) < size:  # a read may be interrupted, and never exceeds 2 GiB
         more = os.pread(file.descriptor, size - len(data), offset + len(data))

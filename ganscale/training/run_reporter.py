@@ -91,8 +91,7 @@ class RunReporter:
         self.newest_row = row
         self._log(row, interval)
         limit = self._config.data.bad_sample_limit
-        worst = state.bad_samples.most_common(3)
-        check_bad_sample_limit(state.bad_samples.total(), state.images_seen, limit, worst)
+        check_bad_sample_limit(state.bad_samples, state.images_seen, limit)
         for name in bad_samples:
             raise NonFiniteError(
                 f"{name} became {row[name]} within the {interval.images:,} images "

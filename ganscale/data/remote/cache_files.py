@@ -18,14 +18,16 @@ from ganscale.files import lock_descriptor
 _POLL_SECONDS = 0.05
 
 
-class CachedShard:
-    """An open copy; it is not evicted while this object exists."""
+class OpenShard:
+    """A descriptor of a shard's file, closed with the last reference to this object: a thread can
+    still read what another one drops. A copy in the cache is not evicted while it is open."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, path: Path | str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True)

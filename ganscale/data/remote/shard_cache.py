@@ -21,7 +21,7 @@ from pathlib import Path
 from ganscale.data.manifest import Shard
 from ganscale.data.remote import objects
 from ganscale.data.remote.cache_files import (
-    CachedShard,
+    OpenShard,
     StallTimer,
     evict,
     is_at,
@@ -73,7 +73,7 @@ class ShardCache:
         self._threads: DaemonThreadPool | None = None
         self._is_closed = False
 
-    def open(self, url: str, shard: Shard) -> CachedShard:
+    def open(self, url: str, shard: Shard) -> OpenShard:
         """The copy of a shard, fetched from `url` first if need be.
 
         Raises UserError for a shard that is missing or has changed since it was indexed, and for a
@@ -122,11 +122,11 @@ class ShardCache:
         with self._lock:
             self._queued.discard(name)
 
-    def _open_copy(self, name: str, shard: Shard) -> CachedShard | None:
+    def _open_copy(self, name: str, shard: Shard) -> OpenShard | None:
         """The copy, locked against eviction, or None; one of a wrong size is removed."""
         path = self._copy(name)
         try:
-            copy = CachedShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            copy = OpenShard(path)
         except FileNotFoundError:
             return None
         lock_descriptor(copy.descriptor, shared=True, wait=True)

@@ -44,7 +44,7 @@ _STALL_SECONDS = 120.0  # of silence, after data.retry_seconds: remote reads end
 _CLOSE_SECONDS = 5.0
 
 
-class StreamLoader:
+class StreamLoader(Iterator[Batch]):
     """The endless stream of this rank's batches, with slots from `images_seen` on.
 
     Used as `Loader`, but the images are another random choice for each `images_seen`, rank, world
@@ -83,9 +83,6 @@ class StreamLoader:
         self._threads = [DaemonThreadPool(1, f"stream-{i}") for i in range(count)]
         self._started: deque[tuple[_Stream, Future[Batch]]] = deque()
         self._next_stream = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         """Raises UserError when the shards hold nothing that can be used, and UnavailableError when
