@@ -137,8 +137,8 @@ def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import exported_generator
+    from ganscale.training.load_generator import load_run_generator
     from ganscale.training.network_setup import sample_shape
-    from ganscale.training.state import load_run_generator
 
     run = _run(arguments)
     checkpoint = _chosen(run, arguments.checkpoint)

@@ -10,18 +10,14 @@ from ganscale.runtime import Runtime
 
 
 class MeterAccumulator:
-    """Sums and maxima of meters since the last reading; figures that come together are added
-    together.
-
-    Attribute `logits`: this rank's `real` and `fake` ones of the last step that was logged.
-    """
+    """Sums and maxima of meters since the last reading. Meters added together are kept together,
+    so that adding them is one stack and one sum."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._sums: dict[tuple[str, ...], Tensor] = {}
         self._counts: dict[tuple[str, ...], int] = {}
         self._maxima: dict[tuple[str, ...], Tensor] = {}
-        self.logits: dict[str, Tensor] = {}
 
     def add(self, meters: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
         """Adds detached scalars; never waits for the device.

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ganscale.networks.forward import run_generator
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
 from ganscale.schema import Config
 from ganscale.training.network_setup import sample_shape
-from ganscale.training.steps import CriticStep, GeneratorStep, make
+from ganscale.training.steps import CriticStep, GeneratorStep
 
 _BATCH = 2
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
@@ -72,7 +73,7 @@ def _flops_of_steps(
     for name, weighted in objective.penalties.items():
         of_critic += (critic_flops(name) - without) / weighted.interval
     with _Counter() as fakes, torch.no_grad():
-        make(generator, latents, labels)
+        run_generator(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32")
     with _Counter() as of_generator:
         needs_real = objective.loss.generator_needs_real

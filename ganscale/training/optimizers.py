@@ -1,11 +1,12 @@
-"""Optimizers by name, and the learning rate as a function of the images seen."""
+"""Optimizers by name, their state, and the learning rate as a function of the images seen."""
 
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ganscale.schema import OptimizerConfig, TrainingConfig
 
@@ -69,3 +70,37 @@ def rate_factor(config: TrainingConfig, images_seen: int) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0
+
+
+_STATE_NAMES = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.RMSprop: {"step", "square_avg", "momentum_buffer"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments and step counts as `<parameter index>.<name>`."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"{index}.{k}": torch.as_tensor(v) for index, s in state.items() for k, v in s.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse; the optimizer keeps its own hyper-parameters.
+
+    Moments take their parameter's strides: fused optimizers walk both through memory side by side,
+    and a channels-last parameter beside contiguous moments is updated wrongly without a word.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = _STATE_NAMES[type(optimizer)]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        if key not in expected:
+            raise ValueError(f"{key} is no state of {type(optimizer).__name__}")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -46,16 +46,20 @@ def run(cycle: Cycle, logs: bool) -> None:
     config, seen = cycle.config, cycle.state.images_seen
     steps = range(config.objective.n_critic)
     batches = [synthetic_batch(config, cycle.runtime, seen + 8 * step) for step in steps]
-    cycle.begin(batches, logs)
-    for step, given in enumerate(batches, 1):
-        batch = cycle.on_device(given)
-        cycle.critic_step(batch, logs and step == len(steps))
-    cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-    cycle.update_ema()
+    cycle.run(batches, is_logged=logs)
+
+
+def meter_of(cycle: Cycle) -> PerformanceMeter:
+    state, objective = cycle.state, cycle.objective
+    networks, flops = (state.generator, state.critic), None
+    if cycle.runtime.is_main:
+        flops = flops_of_a_cycle(cycle.config, objective, *networks, state.num_classes)
+    return PerformanceMeter(cycle.config, cycle.runtime, state.images_seen, flops)
 
 
 def row_of(cycle: Cycle, speed: PerformanceMeter, waited_seconds: float = 0.0) -> dict[str, float]:
-    return speed.row(speed.interval(waited_seconds))
+    interval = speed.interval(cycle.state.images_seen, waited_seconds)
+    return speed.row(interval, cycle.state.averaging_seconds())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -78,7 +82,7 @@ def test_a_penaltys_time_is_that_of_its_own_forward_and_backward(runtime, monkey
         return found | {"fake": SlowBackward.apply(found["fake"], 3 * PAUSE)}
 
     monkeypatch.setattr(cycle.state.critic_updater._step, "logits", slow_logits)
-    speed = PerformanceMeter(config, runtime, cycle.state)
+    speed = meter_of(cycle)
     run(cycle, logs=True)
     row = row_of(cycle, speed)
     steps = accumulate * config.objective.n_critic
@@ -90,7 +94,7 @@ def test_a_penaltys_time_is_that_of_its_own_forward_and_backward(runtime, monkey
 def test_the_parts_of_a_cycle_do_not_exceed_it_and_host_parts_are_of_the_whole_interval(runtime):
     config = config_of(Combination("wgan", "wgan_gp"), 1, "float32")
     cycle = cycle_of(config, runtime)
-    speed = PerformanceMeter(config, runtime, cycle.state)
+    speed = meter_of(cycle)
     for number in range(4):
         run(cycle, logs=number == 3)
         if number == 1:
@@ -167,7 +171,7 @@ def test_counting_operations_leaves_the_networks_alone(runtime):
     before = {name: tensor.clone() for name, tensor in cycle.state.audited().items()}
     forwards: list[nn.Module] = []
     cycle.state.critic.register_forward_hook(lambda module, *_: forwards.append(module))
-    PerformanceMeter(config, runtime, cycle.state)
+    meter_of(cycle)
     assert not forwards
     for name, tensor in cycle.state.audited().items():
         assert torch.equal(tensor, before[name]), name
@@ -262,7 +266,7 @@ def run_rank(folder: Path) -> None:
     runtime = Runtime.start(timeout_seconds=60)
     config = config_of(Combination("wgan", "wgan_gp"), 1, "float32")
     cycle = cycle_of(config, runtime)
-    speed = PerformanceMeter(config, runtime, cycle.state)
+    speed = meter_of(cycle)
     for _ in range(11):  # the first ten times of DDP are noted anyway
         run(cycle, logs=False)
     if runtime.rank == 1:
@@ -282,7 +286,7 @@ def test_who_waits_for_another_rank_does_not_count_it_as_making_fakes(tmp_path: 
 def run_rank_with_batch_norm(folder: Path) -> None:
     runtime = Runtime.start(timeout_seconds=60)
     cycle = cycle_of(config_of(Combination("wgan", "wgan_gp", "batch_norm"), 1, "float32"), runtime)
-    speed = PerformanceMeter(cycle.config, runtime, cycle.state)
+    speed = meter_of(cycle)
     for _ in range(11):
         run(cycle, logs=False)
     if runtime.rank == 1:

@@ -16,10 +16,13 @@ from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, Traini
 from ganscale.training.network_updater import (
     NetworkUpdater,
     NonFiniteGuard,
+)
+from ganscale.training.optimizers import (
+    build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
+    rate_factor,
 )
-from ganscale.training.optimizers import build_optimizer, rate_factor
 from ganscale.training.steps import CriticStep
 
 LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
