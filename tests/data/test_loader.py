@@ -175,7 +175,7 @@ def test_the_number_of_workers_changes_nothing(loaders):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_ranks_batches_laid_together_are_those_of_one_rank(loaders, world_size, workers):
+def test_the_batches_of_all_ranks_together_are_those_of_one_rank(loaders, world_size, workers):
     ranks = [
         loaders.batches(8, rank=rank, world_size=world_size, workers=workers)
         for rank in range(world_size)
@@ -191,7 +191,7 @@ def test_starting_in_the_middle_continues_the_stream(loaders):
     assert same(joined(halves), whole[6:])
 
 
-def test_an_epoch_of_batches_shows_every_sample_but_less_than_one_a_lane(loaders):
+def test_an_epoch_has_every_sample_but_fewer_than_one_per_lane(loaders):
     loader = loaders(batch=7)  # 28 of 30 samples are an epoch of 4 lanes
     assert loader.order.epoch_length == 28
     seen = [s for batch in itertools.islice(loader, 4) for s in samples_in(batch)]
@@ -301,7 +301,7 @@ def counts_by_hand(loader: Loader, damaged: set[int], images: range) -> Counter:
     )
 
 
-def test_bad_samples_are_counted_once_a_position_whatever_the_cluster(loaders):
+def test_bad_samples_are_counted_once_per_position_on_every_cluster(loaders):
     """The oracle is the order alone; that replacements are bad too is not counted again."""
     damaged = damage_some(loaders.manifest)
     for world_size, workers in ((1, 0), (1, 3), (2, 2), (4, 1)):
@@ -422,7 +422,7 @@ def test_a_data_set_without_a_good_sample_is_an_error_and_no_endless_search(load
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_error_stands_where_its_batch_would_and_no_batch_is_skipped(loaders, workers):
+def test_an_error_comes_in_place_of_its_batch_and_no_batch_is_skipped(loaders, workers):
     settings = {"batch": 1, "lanes": 1}
     expected = loaders.batches(TOTAL, **settings)
     shards = [shard_of(loaders.manifest, samples_in(batch)[0]) for batch in expected]

@@ -1,4 +1,4 @@
-"""A loader in a process of its own hands out what the loader itself does, and never outlives us."""
+"""A loader in another process returns the same batches, and ends with the one that started it."""
 
 import contextlib
 import itertools
@@ -73,7 +73,9 @@ def test_batches_are_those_of_the_loader_and_stay_as_they_are(
     assert_same(found, within(config, 30, **place))
 
 
-def test_streamed_shards_come_as_they_do_here(digits: Path, start: Start) -> None:
+def test_streamed_shards_give_the_same_batches_as_in_this_process(
+    digits: Path, start: Start
+) -> None:
     config = config_of(f"{digits}/*.tar", workers=2, class_count=10, block_samples=8)
     assert_same(list(itertools.islice(start(config), 20)), within(config, 20))
 
@@ -156,7 +158,7 @@ def test_a_process_that_is_killed_asks_for_another_start(digits: Path, start: St
             take_until_it_raises(loader)
 
 
-def test_a_process_that_cannot_start_does_not(
+def test_a_process_that_cannot_start_fails_the_run(
     digits: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ganscale.data.loader_process._PROGRAM", "import no_such_module")
@@ -165,7 +167,7 @@ def test_a_process_that_cannot_start_does_not(
     assert raised.value.exit_code == EXIT_FAILED  # nothing that another start would mend
 
 
-def test_a_process_that_is_closed_in_the_middle_of_its_work_says_nothing(
+def test_a_process_that_is_closed_in_the_middle_of_its_work_prints_nothing(
     digits: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(digits, workers=2)
@@ -178,7 +180,7 @@ def test_a_process_that_is_closed_in_the_middle_of_its_work_says_nothing(
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_that_nobody_foresaw_ends_it(digits: Path, start: Start) -> None:
+def test_an_unexpected_error_ends_the_process(digits: Path, start: Start) -> None:
     config = config_of(digits, workers=1)
     data = BrokenData(config, "", 0)
     with pytest.raises(GanscaleError, match="ended with code 1"):
@@ -205,7 +207,7 @@ def test_signals_to_the_whole_job_do_not_end_it(digits: Path, start: Start) -> N
     assert loader._process.poll() is None
 
 
-def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
+def test_a_read_that_hangs_does_not_delay_the_end(digits: Path, start: Start) -> None:
     config = config_of("pipe:sleep 1000", workers=1)
     loader = start(config)
     process = psutil.Process(loader._process.pid)
@@ -221,7 +223,7 @@ def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
     assert len(gone) == 1 + len(children)
 
 
-def test_a_thread_hands_out_the_same_and_goes_on_after_a_wait(digits: Path) -> None:
+def test_a_thread_returns_the_same_batches_and_continues_after_a_wait(digits: Path) -> None:
     config = config_of(digits, workers=0)
     with contextlib.closing(start_loader(open_data(config), allocate_batch, 3, **PLACE)) as loader:
         found = []

@@ -1,4 +1,4 @@
-"""Samples come from shards anywhere as from local ones, also through a disk that stumbles."""
+"""Samples are the same from local and remote shards, also when a disk fails for a moment."""
 
 import errno
 import os
@@ -60,7 +60,7 @@ def test_samples_are_the_same_from_disk_server_store_and_command(data_set, serve
     for path, settings in kinds:
         store = stores(path, **settings)
         assert all_samples(store) == EXPECTED
-    # Each shard came once for all of these: what is staged goes by its contents.
+    # Each shard was fetched once for all of these: copies are named by their contents.
     assert {path: count for path, count in server.gets.items() if path.endswith(".tar")} == {
         f"/set/{number}.tar": 1 for number in range(3)
     }
@@ -86,7 +86,7 @@ def test_on_disk_there_is_nothing_to_fetch(data_set, stores, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_shards_elsewhere_cannot_be_read_without_a_cache(server, tmp_path):
+def test_remote_shards_cannot_be_read_without_a_cache(server, tmp_path):
     manifest = Manifest.load(f"{server.url}/set", cache=tmp_path)
     with pytest.raises(ValueError, match="need a cache"):
         ShardReader(manifest)
@@ -109,7 +109,7 @@ def test_a_sample_that_cannot_be_there_is_bad_and_nothing_is_read(data_set):
 
 class Stumbling:
     """Stands in for a disk that fails: `os.pread` of the first reads raises. Nothing short of a
-    broken disk does that by itself."""
+    failing disk does that by itself."""
 
     def __init__(self, monkeypatch, code: int, times: int) -> None:
         self.left, self.code, self.pread = times, code, os.pread
@@ -123,7 +123,7 @@ class Stumbling:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_disk_that_stumbles_is_borne_and_one_that_stays_down_asks_for_a_requeue(
+def test_a_disk_that_stumbles_is_retried_and_one_that_stays_down_asks_for_a_requeue(
     data_set, monkeypatch, code
 ):
     manifest = Manifest.load(data_set)
@@ -134,7 +134,7 @@ def test_a_disk_that_stumbles_is_borne_and_one_that_stays_down_asks_for_a_requeu
         ShardReader(manifest, retry_seconds=0.1).read(5)
 
 
-def test_what_no_waiting_mends_is_said_at_once(data_set, monkeypatch):
+def test_permanent_failures_of_a_disk_are_reported_at_once(data_set, monkeypatch):
     (data_set / "1.tar").unlink()
     (data_set / "1.tar").mkdir()
     store = ShardReader(Manifest.load(data_set), retry_seconds=60)

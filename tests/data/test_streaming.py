@@ -1,4 +1,4 @@
-"""Tars without a manifest train at once: safely, with no endless wait and nothing in silence."""
+"""Tars without a manifest are streamed safely: no endless waits, nothing skipped silently."""
 
 import contextlib
 import io
@@ -180,7 +180,7 @@ def test_a_seed_makes_the_choice_and_a_resumed_run_makes_another(
     assert numbers_in(some(streams(path, workers=2, seed=4), 10)) != first
 
 
-def test_it_is_said_once_that_the_order_is_not_exact(
+def test_one_warning_says_that_the_order_is_not_exact(
     streams: Streams, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -236,7 +236,7 @@ def damaged_header(path: Path) -> None:
         (lambda path: path.unlink(), "cannot be read"),
     ],
 )
-def test_what_webdataset_leaves_out_in_silence_is_counted(
+def test_what_webdataset_silently_leaves_out_is_counted(
     streams: Streams, folder: Path, damage, reason: str
 ) -> None:
     damage(folder / "shard-1.tar")
@@ -276,7 +276,7 @@ def test_labels_are_read_as_indexing_reads_them(
     assert batch.labels.tolist() == [label] * 8
 
 
-def test_labels_beyond_the_classes_are_refused_with_what_would_be_right(
+def test_labels_beyond_the_classes_are_refused_with_the_expected_range(
     streams: Streams, tmp_path: Path
 ) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"7")])
@@ -315,7 +315,7 @@ def test_shards_without_an_image_are_an_error_and_no_endless_search(
                 next(loader)
 
 
-def test_shards_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> None:
+def test_missing_shards_are_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"no file matches .*/none-\*\.tar"):
         open_data(DataConfig(path=f"{tmp_path}/none-*.tar", resolution=4))
     with pytest.raises(UserError, match=r"the braces of .* do not match"):
@@ -334,9 +334,9 @@ def test_a_commands_output_is_a_shard_and_its_failure_is_noticed(
     assert not good.bad_samples
     once = f"[ -e {folder}/failed ] || {{ touch {folder}/failed; "
     once += f"head -c 5000 {folder}/shard-0.tar; exit 3; }}"
-    borne = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
-    assert {*numbers_in(some(borne, 5))} == {*range(10)}
-    assert not borne.bad_samples
+    retried = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
+    assert {*numbers_in(some(retried, 5))} == {*range(10)}
+    assert not retried.bad_samples
     for command, code in ((f"cat {folder}/shard-0.tar; exit 3", 3), (f"cat {folder}/none", 1)):
         with pytest.raises(UnavailableError, match=f"failed with exit code {code}"):
             next(streams(f"pipe:{command}", retry_seconds=0))
@@ -421,7 +421,7 @@ def test_shards_are_streamed_from_s3_also_by_wildcard(
     assert not any(s3.proxy.faults.values())
 
 
-def test_one_shard_that_is_not_there_is_counted_and_none_at_all_is_an_error(
+def test_one_missing_shard_is_counted_and_none_at_all_is_an_error(
     streams: Streams, server: FaultServer
 ) -> None:
     loader = streams(f"{server.url}/shard-{{0..3}}.tar?token=secret")
@@ -435,7 +435,7 @@ def test_one_shard_that_is_not_there_is_counted_and_none_at_all_is_an_error(
         next(missing)
 
 
-def test_a_network_that_is_away_asks_for_a_requeue_at_the_start_and_later(
+def test_an_unreachable_network_asks_for_a_requeue_at_the_start_and_later(
     streams: Streams, server: FaultServer
 ) -> None:
     for name in ("{0..9}", "*"):

@@ -116,7 +116,9 @@ def permanent_reason(error: BaseException) -> str:
 
 def is_past_end(error: BaseException) -> bool:
     """Whether the object has no byte at the requested position."""
-    return _status(error) == 416 or "InvalidRange" in str(error)
+    response = getattr(error.__cause__, "response", None)  # of botocore's error, behind s3fs's
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else ""
+    return _status(error) == 416 or code in ("InvalidRange", "416")
 
 
 def _status(error: BaseException) -> int:
