@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ganscale.data.batch import Batch
 from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.evaluation.sampling import (
-    generate,
-    interpolated_latents,
+    generate_uint8,
+    interpolate_latents,
     sample_labels,
     sample_latents,
 )
@@ -74,7 +74,7 @@ class SampleGrids:
         if config.non_ema:
             inputs["non_ema"] = (self._generator, latents, labels, self._columns)
         if rows := config.interpolations:
-            latents = interpolated_latents(self._seed, rows, INTERPOLATION_STEPS, self._latent_dim)
+            latents = interpolate_latents(self._seed, rows, INTERPOLATION_STEPS, self._latent_dim)
             labels = sample_labels(0, rows, self._num_classes)
             if labels is not None:
                 labels = labels.repeat_interleave(INTERPOLATION_STEPS)
@@ -121,7 +121,7 @@ def _grid(
 ) -> Grid | None:
     """The images of `latents` in one grid; None when stopped."""
     images: list[np.ndarray] = []
-    with closing(generate(generator, latents, labels)) as chunks:  # type: ignore[type-var]
+    with closing(generate_uint8(generator, latents, labels)) as chunks:  # type: ignore[type-var]
         for chunk in chunks:
             images += list(chunk.numpy())
             if is_stopped():

@@ -109,7 +109,7 @@ class PerformanceMeter:
 
     def _device_seconds(self, averaging_seconds: Mapping[str, float]) -> dict[str, float]:
         """Of the logged cycle; its last critic step stands for all of them."""
-        seconds = stopwatch.read()
+        seconds = stopwatch.read_device()
 
         def update(network: str) -> float:
             names = (f"{network} {part}" for part in ("forward", "backward", "update"))

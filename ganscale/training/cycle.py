@@ -24,7 +24,7 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
-from ganscale.training.ema import decay, update_ema
+from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.state import TrainingState
 
@@ -63,7 +63,6 @@ class Cycle:
         self._makes_fakes_together = makes_fakes_together(
             config, state.generator, runtime.world_size
         )
-        stopwatch.reset(runtime.device)
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -91,7 +90,7 @@ class Cycle:
 
         Returns this rank's logits in the last critic step of a logged cycle, else {}.
         """
-        stopwatch.run(is_logged)
+        stopwatch.restart(is_logged, self.runtime.device)
         on_phase("critic")
         reuses_fakes = self.config.training.reuse_fakes
         fakes = self.fakes_together(batches[: len(batches) - reuses_fakes], is_logged)
@@ -205,8 +204,8 @@ class Cycle:
     @section("ema")
     def _update_ema(self) -> None:
         ema, state = self.config.ema, self.state
-        kept = decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
-        update_ema(state.ema, state.generator, kept)
+        decay = ema_decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
+        update_ema(state.ema, state.generator, decay)
 
     @section("logging")
     def _add_logged_meters(self, batch: DeviceBatch, fake_images: Tensor, logits: Logits) -> None:

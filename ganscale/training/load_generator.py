@@ -23,7 +23,7 @@ def load_run_generator(
     if not folder.config.exists():
         raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
     if checkpoint is None:
-        checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
+        checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
     if checkpoint is None:
         raise UserError(f"{run_folder} has no whole checkpoint yet")
     config = load_stored(folder.config)

@@ -28,7 +28,7 @@ def metrics_row(
     for updater in updaters:
         row[f"optim/{updater.name}_learning_rate"] = updater.learning_rate(state.images_seen)
     if (nearest := row.get("collapse/nearest")) is not None:
-        is_collapsed = state.health.is_collapsed(nearest, state.images_seen, total_images)
+        is_collapsed = state.health.update_collapse(nearest, state.images_seen, total_images)
         row["collapse/alarm"] = float(is_collapsed)
     row["audit/passed"] = float(state.health.audits_passed)
     row["audit/non_finite"] = float(state.health.non_finite_events)

@@ -13,7 +13,7 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.buffers import buffers_restored
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
-from ganscale.training.optimizers import build_optimizer, rate_factor
+from ganscale.training.optimizers import build_optimizer, learning_rate_factor
 from ganscale.training.steps import (
     CriticStep,
     GeneratorStep,
@@ -122,7 +122,7 @@ class NetworkUpdater:
         return self._runtime.averaging_seconds(self._wrapped)
 
     def learning_rate(self, images_seen: int) -> float:
-        return self._learning_rate * rate_factor(self._training, images_seen)
+        return self._learning_rate * learning_rate_factor(self._training, images_seen)
 
     def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
         """For a loss of the global batch, before its first micro-batch: needs a forward of them

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ganscale.checkpoints.checkpoint import newest_name
+from ganscale.checkpoints.checkpoint import checkpoint_folders
 from ganscale.data.bad_samples import bad_sample_rows, check_bad_sample_limit
 from ganscale.data.batch import Batch
 from ganscale.errors import EXIT_DONE, NonFiniteError
@@ -25,7 +25,7 @@ from ganscale.tracking.console import Console
 from ganscale.tracking.provenance import append_session, session_facts
 from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
-from ganscale.training.flops import flops_of_a_cycle
+from ganscale.training.flops import count_cycle_flops
 from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
 
@@ -56,7 +56,7 @@ class RunReporter:
         flops = None
         if runtime.is_main:
             networks = state.generator, state.critic
-            flops = flops_of_a_cycle(config, objective, *networks, state.num_classes)
+            flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
     def _open(self, resumed_at: int | None) -> None:
@@ -206,5 +206,6 @@ class RunReporter:
                 f"see {folder.summary}"
             )
         self._console.message(f"samples:    {folder.samples(state.images_seen)}")
-        self._console.message(f"checkpoint: {newest_name(folder.checkpoints)}")
+        saved = checkpoint_folders(folder.checkpoints)
+        self._console.message(f"checkpoint: {saved[-1] if saved else None}")
         self._console.message(f"W&B record: {self._tracker.location}")

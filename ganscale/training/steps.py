@@ -93,7 +93,7 @@ class CriticStep(nn.Module):
         meters |= _logit_meters(detached["real"], detached["fake"])
         maxima: Meters = {}
         if points:
-            stopwatch.split_backward(loss, "penalty")
+            stopwatch.time_backward_until(loss, "penalty")
         # A penalty that is not due counts as zero, so that its meter is averaged over all steps, as
         # the loss is, and the terms of a row add up to the loss.
         for name in self._objective.penalties:

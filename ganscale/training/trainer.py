@@ -22,7 +22,7 @@ from ganscale.errors import (
     UnavailableError,
     UserError,
 )
-from ganscale.metrics.profiling import profiled, section
+from ganscale.metrics.profiling import profile_cycles, section
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
@@ -92,8 +92,8 @@ class Trainer:
         self.writer = CheckpointWriter(  # used on rank 0
             self.folder.checkpoints,
             config.checkpoint,
-            companions=[self.folder.record],
-            still_writes=lambda: self.progress.mark("checkpoint"),
+            flush_first=[self.folder.record],
+            on_progress=lambda: self.progress.mark("checkpoint"),
         )
         self.progress.last_act = self.writer.wait
         self.newest_metrics: dict[str, float] = {}  # the newest value of every name
@@ -130,7 +130,7 @@ class Trainer:
             )
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                with profiled(self.folder.path / "profile", cycles) as after_cycle:
+                with profile_cycles(self.folder.path / "profile", cycles) as after_cycle:
                     exit_code = self._train(prefetcher, reporter, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
@@ -223,7 +223,7 @@ class Trainer:
         vote = _CONTINUE
         if prefetcher.has_failed:
             vote = _DATA_FAILED
-        elif self.writer.has_failed:
+        elif self.writer.should_stop:
             vote = _CHECKPOINT_FAILED
         elif self.stop.is_requested():
             vote = _STOP_REQUESTED

@@ -1,6 +1,5 @@
-"""A whole run on a disk that is full for a while loses time and nothing else."""
+"""A disk that is full for a while costs a run only time."""
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ganscale.errors import EXIT_REQUEUE
-from tests.checkpoints.test_checkpoint_writer import mounted
+from tests.checkpoints.helpers import mounted
 from tests.conftest import Runs
 
 SETTINGS = ("training.total_images=320", "checkpoint.every_images=64")
@@ -26,17 +25,14 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
 
 @contextmanager
 def full_disk(folder: Path) -> Iterator[None]:
-    """Over `folder` lies a file system with no room for a checkpoint."""
+    """Mounts a file system over `folder` that is too small for a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    mounted(folder, "size=32k")
-    try:
+    with mounted(folder, "size=32k"):
         yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.timeout(300)
-def test_a_disk_that_is_full_for_a_while_costs_time_and_nothing_else(runs: Runs) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_only_time(runs: Runs) -> None:
     runs.finish("whole", *SETTINGS)
     expected = weights(runs.checkpoints("whole")[-1])
 
@@ -44,7 +40,7 @@ def test_a_disk_that_is_full_for_a_while_costs_time_and_nothing_else(runs: Runs)
     with full_disk(checkpoints):
         output = runs.finish("run", *SETTINGS, exit_code=EXIT_REQUEUE)
         assert list(checkpoints.iterdir()) == []
-    assert output.count("no checkpoint could be written at") == 6  # each, and why it ends
+    assert output.count("no checkpoint could be written at") == 6  # five, and the final error
     for images_seen in (64, 128, 192, 256, 320):
         assert f"no checkpoint could be written at {images_seen} images" in output
     assert "No space left on device" in output

@@ -19,7 +19,7 @@ from ganscale.objectives.penalties import PENALTIES, Penalty
 from ganscale.runtime import Runtime
 from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig
 from ganscale.training.cycle import Cycle
-from ganscale.training.flops import flops_of_a_cycle
+from ganscale.training.flops import count_cycle_flops
 from ganscale.training.state import TrainingState
 
 PAUSE = 0.05
@@ -53,7 +53,7 @@ def meter_of(cycle: Cycle) -> PerformanceMeter:
     state, objective = cycle.state, cycle.objective
     networks, flops = (state.generator, state.critic), None
     if cycle.runtime.is_main:
-        flops = flops_of_a_cycle(cycle.config, objective, *networks, state.num_classes)
+        flops = count_cycle_flops(cycle.config, objective, *networks, state.num_classes)
     return PerformanceMeter(cycle.config, cycle.runtime, state.images_seen, flops)
 
 
@@ -122,7 +122,7 @@ def test_steps_that_are_not_logged_are_not_timed(runtime):
     assert stopwatch.is_running
     run(cycle, logs=False)
     assert not stopwatch.is_running
-    assert stopwatch.read() == {}
+    assert stopwatch.read_device() == {}
 
 
 def mlp_config(**objective: Any) -> Config:
@@ -137,7 +137,7 @@ def mlp_config(**objective: Any) -> Config:
 def flops(config: Config) -> float:
     state = TrainingState(config, build_objective(config.objective), Runtime.start(), 0)
     objective = build_objective(config.objective)
-    found = flops_of_a_cycle(config, objective, state.generator, state.critic, 0)
+    found = count_cycle_flops(config, objective, state.generator, state.critic, 0)
     assert found is not None
     return found
 
@@ -188,7 +188,7 @@ def test_operations_of_a_network_that_takes_no_two_images_are_not_counted(runtim
     objective = build_objective(config.objective)
     state = TrainingState(config, objective, runtime, 0)
     with caplog.at_level("INFO"):
-        assert flops_of_a_cycle(config, objective, state.generator, Refusing(), 0) is None
+        assert count_cycle_flops(config, objective, state.generator, Refusing(), 0) is None
 
 
 def test_a_network_with_a_collective_of_its_own_is_not_counted_and_holds_nobody_up(tmp_path: Path):
@@ -223,7 +223,7 @@ def run_rank_with_collectives(folder: Path) -> None:
     if runtime.is_main:
         for in_forward in (True, False):
             critic = Summing(in_forward)
-            found.append(flops_of_a_cycle(config, objective, generator, critic, 0))
+            found.append(count_cycle_flops(config, objective, generator, critic, 0))
     (folder / f"done{runtime.rank}").write_text(" ".join(map(str, found)))
     runtime.barrier()
     runtime.close()

@@ -168,7 +168,7 @@ def test_weight_norms_and_the_distance_of_the_ema(runtime):
     meters = weights_of(state)
     assert meters["optim/generator_weight_norm"] == pytest.approx(3 * weights.norm().item())
     assert meters["optim/ema_distance"] == pytest.approx(2 / 3, rel=1e-12)
-    update_ema(state.ema, state.generator, kept=0.25)
+    update_ema(state.ema, state.generator, decay=0.25)
     assert weights_of(state)["optim/ema_distance"] == pytest.approx(1 / 6, rel=1e-12)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.data.batch import Batch, allocate_batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
@@ -25,6 +24,7 @@ from ganscale.schema import Config
 from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
+from tests.checkpoints.helpers import save_checkpoint
 from tests.plan.conftest import config_of
 
 NETWORKS = {

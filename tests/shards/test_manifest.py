@@ -1,4 +1,4 @@
-"""Tars of any origin are indexed right, or refused with a sentence; samples are read in place."""
+"""Tars of any origin are indexed correctly, or refused with a reason; samples are read in place."""
 
 import hashlib
 import io
@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
+from ganscale.data.manifest import SAMPLE_ROW, Manifest, Shard, check_shards
 from ganscale.data.shard_reader import BadSampleError, ShardReader
 from ganscale.errors import UserError
-from ganscale.shards import indexing
-from ganscale.shards.indexing import build_manifest
-from ganscale.shards.shard_index import index_shard
+from ganscale.shards import shard_index
+from ganscale.shards.indexing import build_manifest, index_shards
 
-BROKEN = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
+STUB = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
 
 
 def png(seed: int, size: int = 4) -> bytes:
@@ -36,6 +35,13 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format=tarfile.P
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
+    """The shard at `path` and its rows."""
+    manifest = index_shards([str(path)]).manifest
+    assert manifest is not None
+    return manifest.shards[0], manifest.samples
 
 
 def labelled(count: int, first: int = 0) -> list[tuple[str, bytes]]:
@@ -85,15 +91,15 @@ def test_a_plain_tar_of_any_format_indexes_to_its_members_bytes(tmp_path, tar_fo
         ("seg.png", [b"1", b"2"], [-1, -1]),
     ],
 )
-def test_labels_are_read_from_where_they_are_usual(tmp_path, extension, texts, labels):
+def test_labels_are_read_from_the_usual_members(tmp_path, extension, texts, labels):
     members = []
     for i, text in enumerate(texts):
-        members += [(f"{i}.jpg", BROKEN), (f"{i}.{extension}", text)]
+        members += [(f"{i}.jpg", STUB), (f"{i}.{extension}", text)]
     _, rows = index_shard(write_tar(tmp_path / "a.tar", members))
     assert rows["label"].tolist() == labels
 
 
-def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
+def test_members_that_webdataset_skips_are_skipped(tmp_path):
     members = [("__index__/x", b""), ("._0.png", b""), ("d/.DS_Store", b""), ("0.png", png(0))]
     shard, _ = index_shard(write_tar(tmp_path / "a.tar", members))
     assert shard.samples == 1
@@ -104,27 +110,39 @@ def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
     [
         ([], r"a\.tar: the tar is empty"),
         ([("0.cls", b"1"), ("0.txt", b"x")], r"sample '0' has no image, only cls, txt"),
-        ([("0.png", BROKEN), ("0.jpg", BROKEN)], r"sample '0' has two images, \.png and \.jpg"),
-        ([("0.png", BROKEN), ("0.PNG", BROKEN)], r"member '0\.PNG' occurs twice"),
-        ([("0.png", BROKEN), ("1.png", BROKEN), ("0.cls", b"1")], r"sample '0' occurs twice"),
-        ([("0.png", BROKEN), ("README", b"")], r"member 'README' has no extension"),
-        ([("0.png", BROKEN), ("0.cls", b"cat")], r"'0\.cls' is no integer: b'cat'"),
-        ([("0.png", BROKEN), ("0.cls", b"-2")], r"'0\.cls' is -2"),
-        ([("0.png", BROKEN), ("0.cls", b"1"), ("1.png", BROKEN)], r"sample '1' has no label"),
-        ([("0.png", b"<html>404</html>")], r"'0\.png' is no JPEG, .*begins with b'<html>404</h'"),
-        ([("0.png", b"")], r"'0\.png' is no JPEG"),
+        (
+            [("0.png", STUB), ("0.jpg", STUB)],
+            r"sample '0' has two images, \.png and \.jpg",
+        ),
+        ([("0.png", STUB), ("0.PNG", STUB)], r"member '0\.PNG' occurs twice"),
+        (
+            [("0.png", STUB), ("1.png", STUB), ("0.cls", b"1")],
+            r"sample '0' occurs twice",
+        ),
+        ([("0.png", STUB), ("README", b"")], r"member 'README' has no extension"),
+        ([("0.png", STUB), ("0.cls", b"cat")], r"'0\.cls' is not an integer: b'cat'"),
+        ([("0.png", STUB), ("0.cls", b"-2")], r"'0\.cls' is -2"),
+        (
+            [("0.png", STUB), ("0.cls", b"1"), ("1.png", STUB)],
+            r"sample '1' has no label",
+        ),
+        (
+            [("0.png", b"<html>404</html>")],
+            r"'0\.png' is not a JPEG, .* with b'<html>404</h'",
+        ),
+        ([("0.png", b"")], r"'0\.png' is not a JPEG"),
         ([("0.cls", b"1"), ("1.cls", b"1")], r"'0' has no image, .* \(and 1 more bad samples\)"),
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],
 )
-def test_members_that_are_no_samples_are_named(tmp_path, members, sentence):
+def test_bad_samples_are_named(tmp_path, members, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
         index_shard(write_tar(tmp_path / "a.tar", members))
     assert "a.tar" in str(raised.value)
 
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path):
-    """Cuts between members too, which tarfile and WebDataset take for the end of the archive."""
+    """Also cuts between members, which tarfile and WebDataset take for the end of the archive."""
     whole = write_tar(tmp_path / "whole.tar", labelled(4)).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         last = tar.getmembers()[-1]
@@ -136,7 +154,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
             index_shard(path)
 
 
-def test_a_damaged_header_and_data_behind_the_end_are_noticed(tmp_path):
+def test_a_damaged_header_and_data_after_the_end_are_noticed(tmp_path):
     path = write_tar(tmp_path / "a.tar", labelled(4))
     whole = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
@@ -145,7 +163,7 @@ def test_a_damaged_header_and_data_behind_the_end_are_noticed(tmp_path):
     with pytest.raises(UserError, match=f"damaged at byte {third:,}"):
         index_shard(path)
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="more data behind the end of the archive"):
+    with pytest.raises(UserError, match="more data after the end of the archive"):
         index_shard(path)
 
 
@@ -164,7 +182,7 @@ def test_links_and_compressed_tars_are_refused(tmp_path):
 
 
 def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "LARGEST_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(shard_index, "LARGEST_IMAGE_BYTES", 1 << 20)
     members = [("0.png", png(0)), ("1.png", png(0) + bytes(1 << 20))]
     with pytest.raises(UserError, match=r"'1\.png' has 1,048,\d+ bytes, more than the limit"):
         index_shard(write_tar(tmp_path / "a.tar", members))
@@ -227,7 +245,7 @@ def test_too_few_class_names_are_an_error(data_set):
         build_manifest(data_set)
 
 
-def test_loading_says_what_is_wrong_and_what_to_do(data_set):
+def test_loading_explains_what_is_wrong_and_what_to_do(data_set):
     index_again = "ganscale shards index"
     with pytest.raises(UserError, match="no data set at"):
         Manifest.load(data_set / "nowhere")
