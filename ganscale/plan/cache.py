@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.remote.shard_cache import working_set
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.errors import UserError
 from ganscale.plan.sections import Cache, readable_bytes
 from ganscale.plan.shard_reads import expected_fetches
@@ -88,7 +88,7 @@ class CachePlan:
         """Bytes of the largest working set of a node, by default with the run's settings. A
         different number of lanes is dealt evenly to the nodes."""
         nodes = len(self._lanes_per_node)
-        return working_set(
+        return working_set_bytes(
             self._shard_bytes,
             self._shard_samples,
             node_lanes=-(-lanes // nodes) if lanes else int(self._lanes_per_node.max()),

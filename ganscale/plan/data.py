@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from ganscale.data.manifest import Manifest
+from ganscale.data.order import blocks_per_shard
 from ganscale.errors import UserError
 from ganscale.plan.cache import CachePlan
 from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, readable_bytes
 from ganscale.plan.shard_reads import (
     LaneReaders,
-    blocks_per_shard,
     expected_shards,
     lane_readers,
     mean_image_bytes,

@@ -6,7 +6,7 @@ from dataclasses import astuple
 import numpy as np
 
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import parts_and_depth
+from ganscale.data.loader import chunks_and_depth
 from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
 from ganscale.networks.build import parameter_count
@@ -147,7 +147,7 @@ def _host_memory(
 ) -> HostMemory:
     # All batches of this cycle and the next, all but the last of the one after, and those that are
     # being decoded.
-    batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, images_per_rank)[1]
+    batches = 3 * config.objective.n_critic - 1 + chunks_and_depth(config.data, images_per_rank)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1

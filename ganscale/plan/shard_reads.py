@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ganscale.data.order import batch_positions
+from ganscale.data.order import batch_positions, blocks_per_shard
 
 _MAX_POSITIONS = 1 << 22
 _MAX_SIZES = 1 << 22
@@ -43,18 +43,6 @@ def lane_readers(global_batch_size: int, lanes: int, ranks: int) -> LaneReaders:
         lanes_read = (positions % lanes).reshape(ranks, -1)
         by_rank[np.arange(ranks)[:, None], lanes_read] = True
     return LaneReaders(by_rank, steps == period)
-
-
-def blocks_per_shard(shard_samples: np.ndarray, block_samples: int) -> np.ndarray:
-    """In how many blocks of the order samples of each shard stand, (shards,) int64.
-
-    Full blocks lie within a shard. What is left at the shards' ends is laid end to end and cut
-    again, so a shard's end may lie in two blocks.
-    """
-    full, rest = np.divmod(shard_samples, block_samples)
-    stop = np.cumsum(rest)
-    pieces = (stop - 1) // block_samples - (stop - rest) // block_samples + 1
-    return full + np.where(rest > 0, pieces, 0)
 
 
 def expected_shards(shard_blocks: np.ndarray, blocks: int, read: float) -> float:

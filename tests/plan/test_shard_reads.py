@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions
-from ganscale.data.remote.shard_cache import working_set
+from ganscale.data.order import Order, batch_positions, blocks_per_shard
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.plan.planning import make_plan
 from ganscale.plan.shard_reads import (
-    blocks_per_shard,
     expected_fetches,
     expected_shards,
     lane_readers,
@@ -112,7 +111,7 @@ def test_the_working_set_holds_the_window_that_is_read_and_the_next_one(block, w
     order = Order(
         SHARDS, seed=1, fingerprint="", lanes=lanes, block_samples=block, window_blocks=window
     )
-    found = working_set(
+    found = working_set_bytes(
         np.ones(len(SHARDS)),
         np.array(SHARDS),
         node_lanes=len(mine),
