@@ -95,7 +95,7 @@ def test_images_that_are_none_are_refused_when_written(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "can be decoded" in done.stderr
-    assert "png cannot be decoded: its format is none that is known" in done.stderr
+    assert "png cannot be decoded: unknown image format" in done.stderr
 
 
 def test_a_missing_shard_is_named(runs: Runs, digits: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_request_to_stop_is_heard_while_the_data_does_not_come(
     process = runs.start("waiting", *SETTINGS, *elsewhere)
     log, deadline = runs.folder / "waiting" / "log.txt", time.monotonic() + 60
     try:
-        while not (log.exists() and "tried again for up to" in log.read_text()):
+        while not (log.exists() and "trying again for up to" in log.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.terminate()

@@ -82,10 +82,10 @@ def s3(s3_port, monkeypatch) -> Iterator[S3]:
 
     with FaultServer(upstream=f"127.0.0.1:{s3_port}").running() as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        connections._made.cache_clear()
+        connections._create_filesystem.cache_clear()
         yield S3(proxy, put)
         direct.close()
-        connections._made.cache_clear()
+        connections._create_filesystem.cache_clear()
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def data(tmp_path: Path) -> Path:
                 tar.addfile(member, io.BytesIO(stream.getvalue()))
     manifest = build_manifest(folder)
     for number in sorted(DAMAGED):
-        shard = manifest.shard_of(number)
+        shard = int(manifest.shards_of(np.array([number]))[0])
         with (folder / manifest.shards[shard].name).open("r+b") as tar:
             offset = int(manifest.samples[number]["offset"])
             if number == 211:
