@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote.shard_cache import ShardCache, CachedShard
-from tests.conftest import REPOSITORY, end_tree
+from ganscale.data.remote.shard_cache import CachedShard, ShardCache
+from tests.helpers.processes import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000
 

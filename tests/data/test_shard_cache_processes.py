@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from ganscale.errors import UnavailableError
-from tests.conftest import REPOSITORY
-from tests.data.fault_server import Fault
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.fault_server import Fault
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, age, bytes_in, content_of, process, until
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY, Runs
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import Runs
 
 # What tells about this machine and this moment, not about the curve; a stop is audited, too.
 _OF_THE_MACHINE = ("perf/", "audit/")

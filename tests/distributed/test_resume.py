@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.conftest import Runs, end_tree
 from tests.distributed.test_promise import curve
+from tests.helpers.processes import end_tree
+from tests.helpers.runs import Runs, checkpoint_bits
 
 _SETTINGS = (
     "training.total_images=3200",
@@ -19,15 +18,6 @@ _SETTINGS = (
     "optimizer.critic.learning_rate=1e-3",
     "optimizer.generator.learning_rate=1e-3",
 )
-
-
-def weights(checkpoint: Path) -> dict[str, bytes]:
-    """The bits of every tensor of a checkpoint."""
-    return {
-        f"{file.stem}.{name}": tensor.numpy().tobytes()
-        for file in sorted(checkpoint.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
 
 
 def wait_for_checkpoints(
@@ -58,7 +48,9 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ran
     output = runs.finish("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
     assert "continues at" in output
     assert len(runs.summary("killed")["sessions"]) > 1
-    assert weights(runs.checkpoints("killed")[-1]) == weights(runs.checkpoints("whole")[-1])
+    assert checkpoint_bits(runs.checkpoints("killed")[-1]) == checkpoint_bits(
+        runs.checkpoints("whole")[-1]
+    )
     # On two ranks, means that were saved in between are summed in another order.
     whole, killed = curve(runs.rows("whole")), curve(runs.rows("killed"))
     assert [row["progress/images_seen"] for row in killed] == [
@@ -91,8 +83,8 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
 
 def test_a_finished_run_says_so_and_trains_no_more(runs: Runs) -> None:
     runs.finish("done", "training.total_images=64")
-    before = weights(runs.checkpoints("done")[-1])
+    before = checkpoint_bits(runs.checkpoints("done")[-1])
     assert "finished already" in runs.finish("done", "training.total_images=64")
-    assert weights(runs.checkpoints("done")[-1]) == before
+    assert checkpoint_bits(runs.checkpoints("done")[-1]) == before
     runs.finish("done", "training.total_images=128")  # and goes on when more is asked for
     assert runs.summary("done")["images_seen"] == 128
