@@ -70,7 +70,7 @@ def until(happened, seconds: float = 20.0) -> None:
 def process(
     caches: Caches, shards: list[Shard], *, room: float = 100, hold: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    script = str(Path(__file__).with_name("staging_process.py"))
+    script = str(Path(__file__).with_name("shard_cache_process.py"))
     listed = json.dumps([asdict(shard) for shard in shards])
     where = [str(caches.folder), str(round(room * SHARD_BYTES)), caches.url, listed]
     started = subprocess.Popen(
