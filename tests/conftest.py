@@ -1,5 +1,6 @@
 """Fixtures for all tests: real digits as shards, and real training processes."""
 
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
 
 # A shell's background job ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The tensors of tests are so small that threads would only wait for each other, the more so while
+# ranks share the cores: read when torch is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

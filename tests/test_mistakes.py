@@ -47,7 +47,7 @@ def last_words(output: str) -> str:
 def test_a_wrong_setting_is_named_with_what_would_be_right(
     runs: Runs, complaint, setting: str, expected: str
 ) -> None:
-    assert expected in complaint(*runs.arguments("mistake", setting))
+    assert expected in complaint("train", *runs.settings("mistake", setting))
     assert not (runs.folder / "mistake").exists()
 
 
@@ -61,7 +61,7 @@ def test_a_typing_error_in_a_file_names_the_file(runs: Runs, complaint, tmp_path
     file = tmp_path / "mine.yaml"
     file.write_text("trainning: {total_images: 3}\n")
     expected = f"{file}: unknown key `trainning`; did you mean `training`?"
-    assert complaint(*runs.arguments("mistake", str(file))) == expected
+    assert complaint("train", *runs.settings("mistake", str(file))) == expected
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: Runs) -> None:
@@ -89,7 +89,7 @@ def test_a_launcher_that_asks_for_other_parallelism_is_refused(
     expected: str,
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert expected in complaint(*runs.arguments("mistake"))
+    assert expected in complaint("train", *runs.settings("mistake"))
 
 
 def test_labels_that_are_not_there_are_missed(runs: Runs, complaint, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_labels_that_are_not_there_are_missed(runs: Runs, complaint, tmp_path: P
         Image.new("L", (32, 32), i).save(pictures / f"{i}.png")
     assert main(["shards", "write", str(pictures), str(tmp_path / "unlabelled")]) == 0
     settings = (f"data.path={tmp_path / 'unlabelled'}", "training.conditional=true")
-    assert "needs class labels" in complaint(*runs.arguments("mistake", *settings))
+    assert "needs class labels" in complaint("train", *runs.settings("mistake", *settings))
 
 
 def test_images_that_are_none_are_refused_when_written(complaint, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_missing_shard_is_named(runs: Runs, complaint, digits: Path, tmp_path:
     shutil.copytree(digits, damaged)
     shard = sorted(damaged.glob("*.tar"))[2]
     shard.unlink()
-    assert complaint(*runs.arguments("mistake", f"data.path={damaged}")) == (
+    assert complaint("train", *runs.settings("mistake", f"data.path={damaged}")) == (
         f"the shard {shard} of the manifest is missing"
     )
 
@@ -125,7 +125,7 @@ def test_a_missing_shard_is_named(runs: Runs, complaint, digits: Path, tmp_path:
 def test_another_run_in_the_same_folder_is_refused_by_name(runs: Runs, complaint) -> None:
     runs.finish("mistake", "training.total_images=64")
     settings = ("training.total_images=64", "optimizer.critic.learning_rate=0.5")
-    said = complaint(*runs.arguments("mistake", *settings))
+    said = complaint("train", *runs.settings("mistake", *settings))
     assert "optimizer.critic.learning_rate: 0.0005 -> 0.5" in said
     assert "resume.allow=[optimizer.critic.learning_rate]" in said
 

@@ -16,7 +16,7 @@ class Ranks:
     """Ranks of the run `run`; what each prints goes to a file."""
 
     def __init__(self, runs: Runs, count: int, *settings: str, **environment: str) -> None:
-        _, *arguments = runs.arguments("run", *settings)
+        train = [sys.executable, str(REPOSITORY / "launch" / "train.py")]
         port = str(free_port())
         common = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
         self.folder = runs.folder / "run"
@@ -27,7 +27,7 @@ class Ranks:
             with output.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments],
+                        [*train, *runs.settings("run", *settings)],
                         stdout=file,
                         stderr=file,
                         text=True,

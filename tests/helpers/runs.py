@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from tests.helpers.processes import REPOSITORY, end_tree
 
 # A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
@@ -32,20 +30,17 @@ class Runs:
         self.folder = folder
         self._data = data
 
-    def arguments(self, name: str, *settings: str) -> list[str]:
-        """Of the command `ganscale`."""
+    def settings(self, name: str, *settings: str) -> list[str]:
         where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
-        return ["train", *TINY, *where, *settings]
+        return [*TINY, *where, *settings]
 
     def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
-        program = [sys.executable, "-m", "ganscale"]
-        arguments = self.arguments(name, *settings)
+        program = [sys.executable, "-m", "ganscale", "train"]
         if ranks > 1:
             program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
             program += [str(ranks), "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
             program += ["--main_process_port", "0", str(REPOSITORY / "launch" / "train.py")]
-            arguments = arguments[1:]
-        return [*program, *arguments]
+        return [*program, *self.settings(name, *settings)]
 
     def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
         """One thread a rank: sums are in another order with another number of threads."""
@@ -83,6 +78,8 @@ class Runs:
 
 def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
     """The bits of every tensor of a checkpoint."""
+    from safetensors.torch import load_file
+
     return {
         f"{file.stem}.{name}": tensor.numpy().tobytes()
         for file in sorted(checkpoint.glob("*.safetensors"))
