@@ -20,6 +20,7 @@ from ganscale.checkpoints.checkpoint import (
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
 from tests.helpers.disks import small_disk
+from tests.helpers.files import bytes_of, names
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -28,14 +29,6 @@ def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tenso
         "generator": {"layer.weight": torch.randn(elements, generator=draws)},
         "critic": {"layer.weight": torch.randn(2, 3, generator=draws)},
     }
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_tensors_of_every_kind_come_back_to_the_bit(tmp_path):

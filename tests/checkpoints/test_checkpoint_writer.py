@@ -20,20 +20,13 @@ from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_che
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
 from tests.helpers.disks import remount, small_disk
+from tests.helpers.files import bytes_of, names
 
 Files = dict[str, dict[str, torch.Tensor]]
 
 
 def files_of(value: float, elements: int = 6) -> Files:
     return {"generator": {"weight": torch.full((elements,), value)}}
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture

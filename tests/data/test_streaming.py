@@ -29,6 +29,7 @@ from tests.data.conftest import S3
 from tests.helpers.fault_server import Fault, FaultServer
 from tests.helpers.images import numbered
 from tests.helpers.tars import write_tar
+from tests.helpers.processes import wait_until
 
 RESOLUTION = 4
 SHARDS, PER_SHARD = 3, 10
@@ -496,10 +497,8 @@ def test_close_ends_a_read_that_hangs_and_its_command(
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    deadline = time.monotonic() + 20
     if path.startswith("pipe:"):
-        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: pid_file.exists() and pid_file.read_text())
     started = time.monotonic()
     loader.close()
     waiting.join(10)

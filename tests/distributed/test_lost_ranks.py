@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from tests.distributed.test_resume import wait_for_checkpoints
-from tests.helpers.processes import end_tree
+from tests.helpers.processes import end_tree, wait_until
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Runs
 
@@ -156,11 +156,7 @@ def blocks(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
     process = runs.start("run", *NEVER_ENDS)
     try:
-        deadline = time.monotonic() + 20
-        while not blocks(process, signal.SIGUSR1):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: blocks(process, signal.SIGUSR1), process=process, interval=0.001)
         process.send_signal(signal.SIGUSR1)  # torch is not even imported yet
         output, _ = process.communicate(timeout=60)
     finally:
@@ -172,13 +168,8 @@ def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
 def test_a_second_ctrl_c_leaves_in_the_middle_of_a_step(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 1, *MISBEHAVES, MISBEHAVE="0:slow")
     started.append(ranks)
-    deadline = time.monotonic() + 60
-    while "misbehaves now" not in ranks.said(0):
-        assert time.monotonic() < deadline, ranks.said(0)
-        time.sleep(0.05)
+    wait_until(lambda: "misbehaves now" in ranks.said(0), 60)
     ranks.processes[0].send_signal(signal.SIGINT)
-    while "Ctrl-C again leaves at once" not in ranks.said(0):
-        assert time.monotonic() < deadline, ranks.said(0)
-        time.sleep(0.05)
+    wait_until(lambda: "Ctrl-C again leaves at once" in ranks.said(0), 60)
     ranks.processes[0].send_signal(signal.SIGINT)
     assert ranks.exit_code(0, seconds=3) == 130

@@ -3,12 +3,11 @@
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 
 from tests.distributed.test_promise import curve
-from tests.helpers.processes import end_tree
+from tests.helpers.processes import end_tree, wait_until
 from tests.helpers.runs import Runs, checkpoint_bits
 
 _SETTINGS = (
@@ -24,14 +23,12 @@ def wait_for_checkpoints(
     runs: Runs, name: str, count: int, process: subprocess.Popen[str], seconds: float = 60
 ) -> None:
     """Until that many checkpoints were written: the oldest are pruned, so the newest tells."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+
+    def is_written() -> bool:
         written = runs.checkpoints(name)
-        if written and int(written[-1].name.removeprefix("images-")) >= count * 320:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint {count} of {name} within {seconds} s")
+        return bool(written) and int(written[-1].name.removeprefix("images-")) >= count * 320
+
+    wait_until(is_written, seconds, process=process)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -2,6 +2,7 @@
 
 import contextlib
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,3 +36,13 @@ def wait_until(
         assert process is None or process.poll() is None, "the process ended too early"
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(interval)
+
+
+def run_python(*arguments: str, seconds: float = 60, **options) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in the repository, with its output; fails unless it exits with 0."""
+    options = {"cwd": REPOSITORY, **options}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done
