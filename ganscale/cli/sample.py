@@ -46,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import sample_files
     from ganscale.evaluation.sampling import (
-        generate,
-        interpolated_latents,
+        generate_uint8,
+        interpolate_latents,
         sample_labels,
         sample_latents,
     )
-    from ganscale.training.state import load_run_generator
+    from ganscale.training.load_generator import load_run_generator
 
     count = arguments.count
     if count < 1:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.interpolate:
         rows = -(-count // columns)
-        latents = interpolated_latents(arguments.seed, rows, columns, latent_dim)[:count]
+        latents = interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
         labels = sample_labels(0, rows, num_classes)
         labels = None if labels is None else labels.repeat_interleave(columns)[:count]
     else:
@@ -81,14 +81,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         if arguments.grid:
-            sample_files.write_grid(generate(generator, latents, labels), arguments.grid, columns)
+            sample_files.write_grid(
+                generate_uint8(generator, latents, labels), arguments.grid, columns
+            )
             print(f"{count} images in {arguments.grid}")
         if arguments.folder:
-            sample_files.write_folder(generate(generator, latents, labels), arguments.folder)
+            sample_files.write_folder(generate_uint8(generator, latents, labels), arguments.folder)
             print(f"{count} images in {arguments.folder}")
         if arguments.shards:
             sample_files.write_shards(
-                generate(generator, latents, labels), arguments.shards, labels
+                generate_uint8(generator, latents, labels), arguments.shards, labels
             )
             print(f"{count} images in shards in {arguments.shards}")
     except (OSError, ValueError) as error:  # ValueError: Pillow does not know the ending
