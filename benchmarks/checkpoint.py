@@ -1,17 +1,17 @@
-"""How long a checkpoint holds the training up.
+"""How long a checkpoint interrupts training.
 
     python -m benchmarks.checkpoint [--quick] [--json FILE]
 
-A state of about 40 MB and one of about 400 MB (networks, average, moments of both optimizers), with
-the networks' own cycles running before and beside the write, in a temporary folder of this machine:
+A state of about 40 MB and one of about 400 MB (networks, EMA, moments of both optimizers), saved to
+a temporary folder of this machine while the networks' own cycles run before and during the write:
 
-- `stall`: from the end of a cycle until the next may begin, of a checkpoint written in the loop to
-  that of one handed to the background writer; the note has both in milliseconds
+- `stall`: from the end of a cycle until the next can start, for a checkpoint written in the loop
+  relative to one written in the background; the note has both in milliseconds
 - `stall of a cycle`: the background writer's stall in percent of a cycle
-- `cycles beside a write`: what the same number of cycles costs while one is being written, flushed,
-  read back and hashed, in percent of those without; on two cores, the second is the writer's
+- `cycles beside a write`: the time of some cycles while a checkpoint is written, flushed, read back
+  and hashed, in percent of the time without; the writer can use a second core
 
-Both ways take turns. The first save of a session, which also takes new memory, is in the note.
+Both take turns. The note has the time of a session's first save, which also allocates memory.
 """
 
 import json
@@ -39,7 +39,7 @@ KEEP = CheckpointConfig(keep_last=1)
 
 @dataclass(frozen=True)
 class Case:
-    """width: of both networks; it makes the size of the state"""
+    """width: of both networks, which determines the size of the state"""
 
     name: str
     width: int
@@ -53,14 +53,14 @@ QUICK = (Case("40 MB", 56, 8, 3),)
 
 @dataclass
 class Stalls:
-    """Seconds, of each round."""
+    """Seconds, for each round."""
 
     in_the_loop: list[float]
     background: list[float]
     first: float
     cycle: list[float]
-    beside: list[float]  # of the cycles beside a write to those without
-    write: list[float]  # until all is on disk
+    beside: list[float]  # ratio of cycles during a write to cycles without
+    write: list[float]  # until everything is on disk
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -73,8 +73,8 @@ def measure(case: Case, folder: Path) -> tuple[Stalls, int]:
     """The stalls, and the bytes of a checkpoint."""
     runtime = Runtime.start()
     width = (f"generator.options.width={case.width}", f"critic.options.width={case.width}")
-    more = (*(f"{network}.options.max_width=4096" for network in ("generator", "critic")),)
-    config = config_of("non_saturating", "resnet32", case.batch, *width, *more)
+    cap = "generator.options.max_width=4096", "critic.options.max_width=4096"
+    config = config_of("non_saturating", "resnet32", case.batch, *width, *cap)
     cycle = Ours(config, runtime, random_images(config, runtime.device))
     state = cycle.state
 
@@ -102,7 +102,7 @@ def measure(case: Case, folder: Path) -> tuple[Stalls, int]:
         writer.finish()
         stalls.write.append(time.perf_counter() - started)
         stalls.beside.append(beside / alone)
-        state.images_seen += 1  # another name next time
+        state.images_seen += 1  # another folder name next time
     (written,) = folder.iterdir()
     return stalls, sum(path.stat().st_size for path in written.iterdir())
 
@@ -122,8 +122,8 @@ def rows_of(case: Case) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         stalls, size = measure(case, Path(name))
     loop, background, cycle = (
-        1e3 * statistics.median(each)
-        for each in (stalls.in_the_loop, stalls.background, stalls.cycle)
+        1e3 * statistics.median(seconds)
+        for seconds in (stalls.in_the_loop, stalls.background, stalls.cycle)
     )
     ratios = [a / b for a, b in zip(stalls.in_the_loop, stalls.background, strict=True)]
     shares = [100 * a / b for a, b in zip(stalls.background, stalls.cycle, strict=True)]
@@ -133,7 +133,7 @@ def rows_of(case: Case) -> list[Row]:
     )
     of_cycle = f"of {cycle:.0f} ms for {case.batch} images; in the loop {100 * loop / cycle:.0f} %"
     beside = f"until {statistics.median(stalls.write):.2f} s, when it is on disk"
-    percent = [100 * each for each in stalls.beside]
+    percent = [100 * ratio for ratio in stalls.beside]
     return [
         Row(f"stall, {case.name}", "in the loop", *spread(ratios), "x", note),
         Row(f"stall of a cycle, {case.name}", "", *spread(shares), "%", of_cycle),

@@ -1,21 +1,21 @@
-"""Images a second on one core: our loader against the readers that people use.
+"""Images per second on one core: our loader compared with the readers that people use.
 
     python -m benchmarks.data [--quick] [--json FILE]
 
-The same images lie in a temporary folder in the formats of all readers, each several times, as if
-the sets were larger. Batches of 64 are read in shuffled order, warm from the page cache:
+The same images are in a temporary folder in the formats of all readers, several times each, as if
+the data sets were larger. Batches of 64 are read in shuffled order from a warm page cache:
 
 - `jpeg256`: JPEG of 256 pixels, read at that size; `jpeg256_to_64`: the same, reduced to 64 pixels
 - `png32`: the bundled emoji as PNG of 32 pixels
 
-The rivals are described in `benchmarks/readers.py`; `decoder alone` is what no reader can beat. The
-processes and threads of each contestant are bound to one and the same core, and they take turns.
-Compared is the processor time an image, of all its processes and threads, which other programs
-hardly disturb: the ratio is the rival's over ours, the median of the rounds; low and high are its
-quartiles. What is read ahead counts, too: each turn begins and ends at rest.
+`benchmarks/readers.py` describes the rivals; `decoder alone` is the limit for any reader. All
+contestants are bound to the same core, with their processes and threads, and take turns. Compared
+is the processor time per image of all their processes and threads, which other programs hardly
+disturb: the ratio is the rival's over ours, the median of the rounds; low and high are its
+quartiles. Read-ahead counts too: each turn begins and ends at rest.
 
-Linux only. litdata and mosaicml-streaming (pip install -e '.[bench,rivals]', in an environment of
-its own) are "not measured" where they cannot be imported.
+Linux only. litdata and mosaicml-streaming (pip install -e '.[bench,rivals]', in a separate
+environment) are "not measured" if they cannot be imported.
 """
 
 import os
@@ -42,13 +42,13 @@ def measure(
     for turn in range(1 + rounds):
         for name, contestant in contestants.items():
             cost = contestant.read(images)
-            if cost is not None and turn > 0:  # the first is for warming up
+            if cost is not None and turn > 0:  # the first warms up
                 costs[name].append(cost)
-    return {name: found for name, found in costs.items() if len(found) == rounds}
+    return {name: rows for name, rows in costs.items() if len(rows) == rounds}
 
 
 def rows_of(case: str, costs: dict[str, list[Cost]], failures: dict[str, str]) -> list[Row]:
-    """One row a rival."""
+    """One row per rival."""
     rows = []
     ours = costs[OURS]
     for name in READERS:
@@ -60,12 +60,12 @@ def rows_of(case: str, costs: dict[str, list[Cost]], failures: dict[str, str]) -
         rival = costs[name]
         ratio, low, high = speedup([cost.cpu for cost in rival], [cost.cpu for cost in ours])
         speeds = " and ".join(
-            f"{who} {1 / statistics.median(c.cpu for c in found):,.0f}"
-            f" ({1 / statistics.median(c.wall for c in found):,.0f})"
-            for who, found in (("ours", ours), ("it", rival))
+            f"{reader} {1 / statistics.median(cost.cpu for cost in reader_costs):,.0f}"
+            f" ({1 / statistics.median(cost.wall for cost in reader_costs):,.0f})"
+            for reader, reader_costs in (("ours", ours), ("rival", rival))
         )
         unit = "of the limit" if name == LIMIT else "x faster"
-        rows.append(Row(case, name, ratio, low, high, unit, f"images/s (on the clock): {speeds}"))
+        rows.append(Row(case, name, ratio, low, high, unit, f"images/s (wall clock): {speeds}"))
     return rows
 
 
@@ -95,16 +95,16 @@ def main() -> None:
         contestants = {name: Contestant(name, core) for name in READERS if name not in failures}
         try:
             for case in cases:
-                # More of the small ones: a turn of milliseconds would measure cold caches.
-                share = 4 if case is cases[2] else 1
-                costs = measure(contestants, case, share * images, rounds)
-                failures |= {name: each.failure for name, each in contestants.items()}
+                # More small images: a turn of milliseconds would measure cold caches.
+                factor = 4 if case is cases[2] else 1
+                costs = measure(contestants, case, factor * images, rounds)
+                failures |= {name: reader.failure for name, reader in contestants.items()}
                 if OURS not in costs:
-                    raise SystemExit(f"{OURS} itself failed: {failures[OURS]}")
+                    raise SystemExit(f"{OURS} failed: {failures[OURS]}")
                 rows += rows_of(case.name, costs, failures)
         finally:
             for contestant in contestants.values():
-                contestant.end()
+                contestant.close()
     report(rows, options.json)
 
 

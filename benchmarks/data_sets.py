@@ -1,4 +1,4 @@
-"""Images for `benchmarks.data`, and the same images in every format that a reader there wants."""
+"""Images for `benchmarks.data`, written in the formats of all its readers."""
 
 import io
 import tarfile
@@ -18,9 +18,9 @@ Files = list[tuple[bytes, int]]
 
 
 def natural_jpegs(count: int, size: int = 256) -> Files:
-    """Stand-ins for photographs: noise with a natural spectrum (amplitude 1/f^1.2, in grey more
-    than in colours), into which an emoji is blended, enlarged to a third of the side or more.
-    Quality 90; with 256 pixels about 27 KB.
+    """Substitutes for photographs: noise with a natural spectrum (amplitude 1/f^1.2, more in grey
+    than in colours) and an emoji blended in, enlarged to at least a third of the side. Quality 90;
+    about 27 KB at 256 pixels.
     """
     random = np.random.default_rng(0)
     emoji, labels, _ = bundled.load("emoji")
@@ -29,12 +29,12 @@ def natural_jpegs(count: int, size: int = 256) -> Files:
     for _ in range(count):
         down, right = random.integers(0, size, 2).tolist()
         image = np.roll(fields[random.integers(len(fields))], (down, right), (0, 1))
-        which, side = int(random.integers(len(emoji))), int(random.integers(size // 3, size))
-        large = Image.fromarray(emoji[which]).resize((side, side), Image.Resampling.BICUBIC)
+        index, side = int(random.integers(len(emoji))), int(random.integers(size // 3, size))
+        large = Image.fromarray(emoji[index]).resize((side, side), Image.Resampling.BICUBIC)
         top, left = random.integers(0, size - side, 2).tolist()
         image[top : top + side, left : left + side] *= 0.4
         image[top : top + side, left : left + side] += 0.6 * np.asarray(large)
-        files.append((_encoded(image.round().astype(np.uint8), "jpeg"), int(labels[which])))
+        files.append((_encode(image.round().astype(np.uint8), "jpeg"), int(labels[index])))
     return files
 
 
@@ -42,7 +42,7 @@ def emoji_pngs() -> Files:
     """The 3,786 bundled emoji, 32 pixels, about 1.7 KB each."""
     emoji, labels, _ = bundled.load("emoji")
     pairs = zip(emoji, labels, strict=True)
-    return [(_encoded(image, "png"), int(label)) for image, label in pairs]
+    return [(_encode(image, "png"), int(label)) for image, label in pairs]
 
 
 def _natural_noise(size: int, random: np.random.Generator) -> np.ndarray:
@@ -56,14 +56,14 @@ def _natural_noise(size: int, random: np.random.Generator) -> np.ndarray:
     return np.clip(120 + 40 * np.stack(colours, axis=-1), 0, 255)
 
 
-def _encoded(image: np.ndarray, file_format: str) -> bytes:
+def _encode(image: np.ndarray, file_format: str) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, file_format, quality=90)
     return stream.getvalue()
 
 
 def write_shards(folder: Path, files: Files, extension: str) -> None:
-    """WebDataset tars with our manifest beside them: one set for webdataset and for us."""
+    """WebDataset tars and our manifest, for webdataset and for us."""
     for shard in range(SHARDS):
         with tarfile.open(folder / f"{shard:05}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(shard, len(files), SHARDS):
@@ -112,13 +112,13 @@ FORMATS: dict[str, Callable[[Path, Files, str], None]] = {
 
 
 def write(root: Path, files: Files, extension: str, formats: Iterable[str]) -> dict[str, str]:
-    """Writes `files` to root/FORMAT for each of `formats`; of those that failed, why."""
+    """Writes `files` to root/FORMAT for each of `formats`; returns the errors, by format."""
     failures = {}
     for name in formats:
         folder = root / name
         folder.mkdir(parents=True)
         try:
             FORMATS[name](folder, files, extension)
-        except Exception as error:  # whatever a rival's package lacks or does
+        except Exception as error:  # a rival's package may raise anything
             failures[name] = f"{type(error).__name__}: {error}"
     return failures

@@ -3,9 +3,9 @@
     python -m benchmarks.gaussians [--quick] [--json FILE] [--figure FILE] [--trials N]
         [--objective NAME] [--data ring8|grid25] [--images N]
 
-The protocol and what was published are in `benchmarks.mixtures`. The networks are not the papers';
-what trains them is the package's own steps, updaters, EMA and draws. One thread, so that sums
-have one order: on one machine the seed and the images decide the result.
+`benchmarks.mixtures` has the protocol and the published results. The networks differ from the
+papers'; the training uses ganscale's own steps, updaters, EMA and random numbers. With one thread
+sums have a fixed order, so on one machine the seed and the images determine the result.
 """
 
 import argparse
@@ -45,17 +45,17 @@ from ganscale.training.steps import CriticStep, GeneratorStep
 BATCH = 128
 LATENT_DIM = 2
 WIDTH = 128
-HALF_LIFE_IMAGES = 200_000  # of the averaged generator, which is the one that is judged
+HALF_LIFE_IMAGES = 200_000  # of the EMA generator, which is judged
 QUICK_OBJECTIVES, QUICK_IMAGES = ["non_saturating+r1", "wgan_gp"], 40_000
 CYCLES_DRAWN_AT_ONCE = 64  # a draw costs as much for 10,000 slots as for 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An objective and what trains it.
+    """An objective and its hyper-parameters.
 
-    rate: Adam's or RMSprop's for both networks, falling linearly to zero
-    images: points of the grid that the critic sees; of the ring, half as many
+    rate: the learning rate of both networks, which decays linearly to zero
+    images: points that the critic sees in training on the grid; on the ring, half as many
     """
 
     loss: str
@@ -82,9 +82,9 @@ class Recipe:
         return OptimizerConfig(self.optimizer, self.rate, list(self.betas))
 
 
-# Penalties weigh 0.1, as in the WGAN-GP authors' code for this mixture, where they take five critic
-# steps; two leave the same seconds more steps of the generator. Rates are many times those for
-# images: RpGAN's samples of the grid are good to 6 % at 1e-3 and to 18 % at 3e-3 after 200,000.
+# Penalties have weight 0.1, as in the WGAN-GP authors' code for this mixture. They take five critic
+# steps; with two, the generator gets more steps in the same time. Learning rates are many times
+# those for images: on the grid, RpGAN's high quality is 6 % at 1e-3 and 18 % at 3e-3 after 200,000.
 RECIPES = {
     "minimax": Recipe("minimax"),
     "non_saturating": Recipe("non_saturating"),
@@ -121,11 +121,11 @@ class Drawn:
 def cycles(
     mixture: Mixture, seed: int, images: int, cycle_images: int, device: torch.device
 ) -> Iterator[Drawn]:
-    """What every cycle of the run draws, a function of its slots."""
+    """The random numbers of every cycle of the run, as functions of its slots."""
     for start in range(0, images, cycle_images * CYCLES_DRAWN_AT_ONCE):
         stop = min(start + cycle_images * CYCLES_DRAWN_AT_ONCE, images)
         slots = torch.arange(start, stop // cycle_images * cycle_images, device=device)
-        last = slots.view(-1, cycle_images)[:, -BATCH:]  # the generator's, as the trainer has it
+        last = slots.view(-1, cycle_images)[:, -BATCH:]  # of the generator step, as in the trainer
         yield from map(
             Drawn,
             slots.split(cycle_images),
@@ -137,9 +137,9 @@ def cycles(
 
 @dataclass(frozen=True)
 class Trained:
-    """samples: of the averaged generator
-    seconds: of processor time
-    is_finite: otherwise a gradient was not, and training stopped there"""
+    """samples: of the EMA generator
+    seconds: processor time
+    is_finite: False if training stopped at a gradient that was not finite"""
 
     samples: Float[Tensor, "samples 2"]
     seconds: float
@@ -152,7 +152,7 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
     with seeded(seed, "initial weights"):
         generator = MLPGenerator(LATENT_DIM, (2,), width=WIDTH).to(runtime.device)
         critic = MLPCritic((2,), width=WIDTH).to(runtime.device)
-    average = ema_copy(generator)
+    ema = ema_copy(generator)
     objective = build_objective(recipe.objective())
     training = TrainingConfig(images, BATCH, schedule="linear")
     non_finite_guard = NonFiniteGuard(runtime.device)
@@ -171,18 +171,18 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
     cycle_images = recipe.n_critic * BATCH
     seen = 0
     for drawn in cycles(mixture, seed, images, cycle_images, runtime.device):
-        # The generator stands still meanwhile: fakes and points of all critic steps at once.
+        # Fakes and points of all critic steps at once: the generator does not change meanwhile.
         with torch.no_grad():
             fake = generator(drawn.critic_latents)
         draws = Draws(seed, drawn.slots, first_slot=seen)
         points = objective.penalty_points(drawn.real, fake, draws, update=0)
-        for part in range(recipe.n_critic):
-            rows = slice(part * BATCH, (part + 1) * BATCH)
+        for step in range(recipe.n_critic):
+            rows = slice(step * BATCH, (step + 1) * BATCH)
             inputs = {
                 "real_images": drawn.real[rows],
                 "fake_images": fake[rows],
                 "labels": None,
-                "points": {name: each[rows] for name, each in points.items()},
+                "points": {name: images[rows] for name, images in points.items()},
             }
             critic_updater.update(inputs, seen)
             if objective.clip:
@@ -195,28 +195,28 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
         }
         generator_updater.update(inputs, seen)
         decay = ema_decay(cycle_images, seen - cycle_images, HALF_LIFE_IMAGES, ramp_up=0.05)
-        update_ema(average, generator, decay)
+        update_ema(ema, generator, decay)
     judged = torch.arange(JUDGED_SAMPLES, device=runtime.device)
     with torch.no_grad():
-        samples = average(normal(seed, "latents/judged", judged, LATENT_DIM)) * mixture.scale
+        samples = ema(normal(seed, "latents/judged", judged, LATENT_DIM)) * mixture.scale
     return Trained(samples.cpu(), time.process_time() - started, not non_finite_guard.has_tripped())
 
 
 def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
-    """Modes and quality as ratios of ours to the best published, and the seconds.
+    """Modes and quality as ratios of ours to the best published ones, and the seconds.
 
-    The rival in quality is the best of those that cover nine tenths of the modes: few modes are
-    easily made well.
+    The rival in quality is the best one that covers nine tenths of the modes, because high quality
+    is easy on few modes.
     """
     mixture = MIXTURES[data]()
     scores = [judge(run.samples, mixture) for run in runs]
     most = max(PUBLISHED[data], key=lambda p: p.modes)
     covering = [p for p in PUBLISHED[data] if p.modes >= 0.9 * len(mixture.modes)]
     finest = max(covering, key=lambda p: p.high_quality)
-    bad_samples = "" if all(run.is_finite for run in runs) else "; a gradient was not finite"
+    non_finite = "" if all(run.is_finite for run in runs) else "; a gradient was not finite"
 
     def row(what: str, rival: str, ours: list[float], theirs: float, unit: str, note: str) -> Row:
-        ratios = [each / theirs for each in ours]
+        ratios = [own / theirs for own in ours]
         spread = (min(ratios), max(ratios)) if len(runs) > 1 else (None, None)
         return Row(f"{objective}/{data}/{what}", rival, fmean(ratios), *spread, unit, note)
 
@@ -224,7 +224,7 @@ def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
     quality = [100 * score.high_quality for score in scores]
     return [
         row("modes", most.method, modes, most.modes, "ours / theirs",
-            f"{fmean(modes):g} of {len(mixture.modes)}, published {most.modes:g}{bad_samples}"),
+            f"{fmean(modes):g} of {len(mixture.modes)}, published {most.modes:g}{non_finite}"),
         row("high_quality", finest.method, quality, finest.high_quality, "ours / theirs",
             f"{fmean(quality):.1f} %, published {finest.high_quality:g} %"),
         row("seconds", "", [run.seconds for run in runs], 1, "s of processor time", ""),
@@ -232,7 +232,7 @@ def rows_of(objective: str, data: str, runs: list[Trained]) -> list[Row]:
 
 
 def draw_figure(samples: dict[str, dict[str, Tensor]], file: Path) -> None:
-    """A panel for each data set and objective, after one of the mixture itself."""
+    """A panel for each data set and objective, and one for the mixture itself."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -242,8 +242,8 @@ def draw_figure(samples: dict[str, dict[str, Tensor]], file: Path) -> None:
     panels: list[tuple[str, str, Tensor]] = []
     for data, by_objective in samples.items():
         mixture = MIXTURES[data]()
-        itself = mixture.draw(0, torch.arange(JUDGED_SAMPLES))
-        of_data = [(data, "the mixture", itself)]
+        real = mixture.draw(0, torch.arange(JUDGED_SAMPLES))
+        of_data = [(data, "the mixture", real)]
         for name, points in by_objective.items():
             score = judge(points, mixture)
             share = f"{100 * score.high_quality:.0f} %"
@@ -268,13 +268,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw all samples (PNG)")
     parser.add_argument("--trials", type=int, default=1, help="seeds 0, 1, ... of each")
     parser.add_argument("--objective", choices=RECIPES, action="append", help="only these")
     parser.add_argument("--data", choices=MIXTURES, action="append", help="only these")
-    parser.add_argument("--images", type=int, help="for each run, in place of its own number")
+    parser.add_argument("--images", type=int, help="in each run, instead of its default")
     options = parser.parse_args()
     torch.set_num_threads(1)
     runtime = Runtime.start()

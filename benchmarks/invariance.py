@@ -1,20 +1,20 @@
-"""A run does not know its cluster: every objective on 1, 2 and 4 ranks, with accumulation or not.
+"""A run does not depend on its cluster: all objectives on 1, 2 and 4 ranks, accumulating or not.
 
     python -m benchmarks.invariance [--quick] [--json FILE]
 
-Each row trains tiny networks for a few cycles, with the steps that a run takes, and holds
-everything against one process that takes the whole batch at once: the gradients of every update,
-weights, buffers, the optimizers' moments and the average at the end, and all that is logged, the
-panel included. All ranks must also end with the same bits.
+Each row trains tiny networks for a few cycles, with the steps of a real run, and compares
+everything with one process that takes the whole batch at once: the gradients of every update, the
+final weights, buffers, optimizer moments and EMA, and all logged values, including the panel. All
+ranks must also end with the same bits.
 
-`ratio` is the largest error in that: max |a - b| / max |b| over each kind (a network's gradient at
-one update, its weights, its second moments), and for a logged figure over its own size or 1. Not
-over each tensor: some gradients cancel to nothing but rounding, as that of a Wasserstein critic's
-last bias. Adam runs with a large epsilon for the same reason: its usual 1e-8 would turn gradients
-of rounding into whole steps.
+`ratio` is the largest error: max |a - b| / max |b| over each kind (a network's gradient at one
+update, its weights, its second moments), and for a logged value relative to itself or to 1. It is
+not taken over each tensor, because some gradients cancel except for rounding, such as that of a
+Wasserstein critic's last bias. For the same reason Adam's epsilon is large: with the usual 1e-8,
+gradients of rounding would become whole steps.
 
-A batch norm ties together the images of a micro-batch, so there two micro-batches are held against
-one process with two.
+A batch norm connects the images of a micro-batch, so runs with two micro-batches are compared with
+one process that has two.
 
 The exit code is 1 if a row exceeds its tolerance.
 """
@@ -67,13 +67,13 @@ ACCUMULATE = (1, 2)
 GLOBAL_BATCH, CYCLES, N_CRITIC = 8, 2, 2
 RESOLUTION, CHANNELS, CLASSES, LANES = 8, 2, 3, 4
 
-# What was measured, by kind (the gradients of one update, say) and by name within it.
+# All tensors, by kind (such as the gradients of one update) and by name within it.
 Record = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a combination has beside its loss and penalties."""
+    """The other settings of a combination, besides its loss and penalties."""
 
     critic: dict[str, Any] = field(default_factory=dict)
     generator: dict[str, Any] = field(default_factory=dict)
@@ -96,8 +96,8 @@ VARIANTS = {
     "conditional": Variant(is_conditional=True),
     "gradient_clip": Variant(gradient_clip=0.1),
     "flip": Variant(flip=True),
-    # Under losses that no shift of the logits changes, gradients of biases are rounding: clipped
-    # with the weights, they would lie at the bound, or beside it and not be counted, by chance.
+    # For losses that ignore a shift of the logits, gradients of biases are only rounding. If biases
+    # were clipped, chance would decide whether they count as at the bound.
     "clip_weights": Variant(clip=ClipConfig(0.1, "weights"), optimizer="rmsprop"),
     "clip_all": Variant(clip=ClipConfig(0.1, "all"), optimizer="rmsprop"),
 }
@@ -130,7 +130,7 @@ def combinations() -> list[Combination]:
 
 
 def few_combinations() -> list[Combination]:
-    """Some of them, in which every loss, every set of penalties and every variant occurs."""
+    """A subset in which every loss, every set of penalties and every variant occurs."""
     pairs = itertools.product(enumerate(LOSSES), enumerate(PENALTY_SETS))
     plain = [
         Combination(loss, penalties) for (i, loss), (j, penalties) in pairs if (i + j) % 5 == 0
@@ -212,8 +212,8 @@ def record(config: Config, runtime: Runtime) -> Record:
 
 
 def _as_tensors(row: dict[str, Any], config: Config) -> dict[str, Tensor]:
-    """The figures of a row; of histograms the edges and, where nothing is rounded from one bin into
-    the next, the counts."""
+    """The values of a row: of histograms the edges, and in float64 the counts, since rounding does
+    not move values between bins there."""
     figures: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, float):
@@ -226,7 +226,7 @@ def _as_tensors(row: dict[str, Any], config: Config) -> dict[str, Tensor]:
 
 
 def synthetic_batch(config: Config, runtime: Runtime, images_seen: int) -> Batch:
-    """This rank's part of a global batch, each image a function of its position in the data."""
+    """This rank's share of a global batch; each image is a function of its position in the data."""
     positions, slots = batch_positions(
         images_seen, config.training.global_batch_size, LANES, runtime.rank, runtime.world_size
     )
@@ -236,7 +236,7 @@ def synthetic_batch(config: Config, runtime: Runtime, images_seen: int) -> Batch
 
 @lru_cache(maxsize=1000)
 def _synthetic_images(positions: tuple[int, ...]) -> Tensor:
-    """Noise around a brightness of its own for each image, so that images differ as wholes, too."""
+    """Noise around a random brightness per image, so that whole images differ too."""
     pixels = RESOLUTION * RESOLUTION * CHANNELS
     words = random_words(0, "synthetic images", torch.tensor(positions), pixels)
     noise, brightness = words & 127, words[:, :1] >> 8 & 127
@@ -250,9 +250,9 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
 
 
 def largest_error(found: Record, expected: Record) -> tuple[float, str]:
-    """(the largest relative error, where it is); infinite where something is missing or no number.
+    """(the largest relative error, where it is); infinite if anything is missing or NaN.
 
-    Relative to the largest element of all of its kind; a meter to itself, or to 1.
+    Relative to the largest element of its kind; for a meter, to itself or 1.
     """
     worst = (0.0, "no difference")
     for kind, tensors in expected.items():
@@ -265,13 +265,13 @@ def largest_error(found: Record, expected: Record) -> tuple[float, str]:
             difference = (found[kind][name].double() - tensor.double()).abs().max().item()
             error = difference / size if size > 0 else difference
             if not math.isfinite(error):
-                return math.inf, f"{kind}: {name} is no number"
+                return math.inf, f"{kind}: {name} is not finite"
             worst = max(worst, (error, f"{kind}: {name}"))
     return worst
 
 
 def reference_of(combination: Combination, accumulate: int) -> int:
-    """With how many micro-batches one process makes what this is held against."""
+    """The number of micro-batches of the one process that this is compared with."""
     has_batch_norm = VARIANTS[combination.variant].generator.get("norm") == "batch"
     return accumulate if has_batch_norm else 1
 
@@ -281,7 +281,7 @@ def case_name(combination: Combination, accumulate: int, ranks: int, precision: 
 
 
 def run_rank(folder: Path) -> None:
-    """One rank of one world size: all cases. Rank 0 leaves rows, and alone the references."""
+    """One rank of one world size: all cases. Rank 0 writes rows; a lone one also references."""
     task = json.loads((folder / "task.json").read_text())
     torch.set_num_threads(1)
     runtime = Runtime.start(timeout_seconds=60)
@@ -311,7 +311,7 @@ def run_rank(folder: Path) -> None:
 
 
 def _digest(found: Record) -> str:
-    """Of everything's bits: gradients and state, and the meters, which were averaged."""
+    """A hash of all bits: gradients, state and averaged meters."""
     bits = hashlib.sha256()
     for tensors in found.values():
         for tensor in tensors.values():
@@ -325,8 +325,8 @@ def measure(
     world_sizes: Sequence[int] = WORLD_SIZES,
     seconds: float = 600,
 ) -> list[Row]:
-    """A row for each combination, number of micro-batches, world size and precision, the worst
-    (in units of its tolerance) last. Ranks are started once for each world size, 1 first.
+    """A row for each combination, number of micro-batches, world size and precision; the worst, in
+    units of its tolerance, comes last. Ranks are started once for each world size, 1 first.
 
     Raises RuntimeError if a rank fails, or takes longer than `seconds`.
     """

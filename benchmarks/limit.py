@@ -1,30 +1,31 @@
-"""How near our cycle comes to what the machine can do.
+"""How close our cycle comes to what the machine can do.
 
     python -m benchmarks.limit [--quick] [--json FILE]
 
-Useful are the floating-point operations that the algorithm needs as mathematics; whatever else is
-computed (zeros, random numbers, norms, Adam, a copy) counts as lost. With F the operations of a
+Only the floating-point operations that the algorithm needs as mathematics count as useful; all
+other work (zeros, random numbers, norms, Adam, copies) counts as lost. With F the operations of a
 network's convolutions and products for one forward of the batch:
 
     critic step     generator, forward                                       F_G
                     critic on real and on fake: forward, gradients of the
                     inputs and of the weights, but not of the images         2 (3 F_D - first)
-                    penalty: forward, gradient of the images, and back along
-                    it to the logits and to the weights                      4 F_D
+                    penalty: forward, gradient of the images, and double
+                    backward to the logits and to the weights                4 F_D
     generator step  generator: forward, both gradients                       3 F_G - first
                     critic: forward, gradient of the images                  2 F_D
 
-where `first` is the input's gradient of the first layer. torch's counter finds all but the last two
-terms of the penalty, which are counted as one forward each: our critics are linear in pieces.
+where `first` is the input gradient of the first layer. torch's counter counts all but the double
+backward of the penalty. Its two terms count as one forward each, because our critics are piecewise
+linear.
 
-They are counted as the networks are defined (a model's utilization). Where layers are computed in a
-form with fewer operations, as a convolution and the mean over pixels behind it, the note says what
-share the operations that are left have (the hardware's utilization).
+Networks are counted as they are defined (model utilization). Where layers take fewer operations,
+such as a convolution and a mean over pixels in one, the note also has the share for the operations
+that are computed (hardware utilization).
 
-The peaks are measured in the same process, in turns with the cycles: `matrix product` of 2048 x
-2048 matrices, and the best `convolution` (forward, in either memory layout) among the networks' own
-shapes. The ratio is the time that the useful operations would take at the peak of their precision
-over the measured time, in percent: the median of rounds; low and high are its quartiles.
+The peaks are measured in the same process, in turns with the cycles: a `matrix product` of 2048 x
+2048 matrices, and the fastest `convolution` (forward, in either memory format) of the networks'
+shapes. The ratio, in percent, is the time that the useful operations would take at the peak of
+their precision, over the measured time: the median of rounds; low and high are its quartiles.
 """
 
 import copy
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.ours import Ours, config_of, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import interleaved, spread, step_clock
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 
@@ -51,54 +52,58 @@ PRECISIONS = {
     "bf16_penalty_f32": ("training.precision=bfloat16",),
     "bf16": ("training.precision=bfloat16", "training.penalty_precision=autocast"),
 }
-_PRODUCT = 2048  # rows and columns
+_MATRIX_SIZE = 2048  # rows and columns
 
 
-def counted(
-    run: Callable[[], object], form: Callable[[], AbstractContextManager[object]] = nullcontext
+def count_flops(
+    run: Callable[[], object], context: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> int:
-    """What torch's counter finds."""
-    with FlopCounterMode(display=False) as counter, form():
+    """By torch's counter."""
+    with FlopCounterMode(display=False) as counter, context():
         run()
     return counter.get_total_flops()
 
 
-class Useful(NamedTuple):
-    """Operations of a cycle: of the penalty, and of all else."""
+class Operations(NamedTuple):
+    """Operations of a cycle."""
 
     penalty: int
     rest: int
 
 
-def useful(
+def useful_operations(
     config: Config,
     generator: nn.Module,
     critic: nn.Module,
     images: Tensor,
-    form: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> Useful:
-    """Of one cycle, penalties at their interval, in the `form` in which layers are computed."""
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Operations:
+    """Of one cycle, with penalties at their interval and layers computed as in `context`."""
     latents = torch.randn(len(images), config.generator.latent_dim, device=images.device)
     with torch.no_grad():
-        of_generator = counted(lambda: generator(latents), form)
-        of_critic = counted(lambda: critic(images), form)
+        generator_flops = count_flops(lambda: generator(latents), context)
+        critic_flops = count_flops(lambda: critic(images), context)
 
     def gradients(network: nn.Module, inputs: Tensor) -> object:
         return torch.autograd.grad(network(inputs).sum(), list(network.parameters()))
 
-    adversarial = counted(lambda: gradients(critic, images), form)
-    generating = counted(lambda: gradients(generator, latents), form)
+    adversarial_flops = count_flops(lambda: gradients(critic, images), context)
+    generator_step_flops = count_flops(lambda: gradients(generator, latents), context)
     n_critic = config.objective.n_critic
-    penalties = sum(4 * of_critic / p.interval for p in config.objective.penalties.values())
-    rest = n_critic * (of_generator + 2 * adversarial) + generating + 2 * of_critic
-    return Useful(round(n_critic * penalties), rest)
+    penalties = sum(4 * critic_flops / p.interval for p in config.objective.penalties.values())
+    critic_steps = n_critic * (generator_flops + 2 * adversarial_flops)
+    rest = critic_steps + generator_step_flops + 2 * critic_flops
+    return Operations(round(n_critic * penalties), rest)
 
 
-def done(config: Config, generator: nn.Module, critic: nn.Module, images: Tensor) -> Useful:
-    """The same, of what is computed. Some forms have a margin of zeros: they count as defined."""
+def computed_operations(
+    config: Config, generator: nn.Module, critic: nn.Module, images: Tensor
+) -> Operations:
+    """The same for the operations that are computed, without the zeros that pad some of them."""
     networks = generator, critic
     defined, computed = (
-        useful(config, *networks, images, form) for form in (nullcontext, FastDerivatives)
+        useful_operations(config, *networks, images, context)
+        for context in (nullcontext, FastDerivatives)
     )
     return min(defined, computed, key=sum)
 
@@ -107,47 +112,47 @@ Run = Callable[[], object]
 
 
 def convolutions(network: nn.Module, inputs: Tensor, dtype: torch.dtype) -> list[tuple[Run, int]]:
-    """Each convolution of the network on an input of its own shape, in both layouts, with its
-    operations."""
-    found: list[tuple[Run, int]] = []
+    """Each convolution of the network with its operations, on a random input of its shape, in both
+    memory formats."""
+    runs: list[tuple[Run, int]] = []
 
-    def add(module: nn.Module, given: tuple[Tensor, ...], _: Tensor) -> None:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         for layout in (torch.contiguous_format, torch.channels_last):
-            image = torch.randn(given[0].shape, device=inputs.device)
+            image = torch.randn(inputs[0].shape, device=inputs[0].device)
             weights = {name: p.detach().to(dtype) for name, p in module.named_parameters()}
             run = _convolution(module, weights, image.to(dtype, memory_format=layout))
-            found.append((run, counted(run)))
+            runs.append((run, count_flops(run)))
 
-    kinds = (nn.Conv2d, nn.ConvTranspose2d)
-    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, kinds)]
+    types = (nn.Conv2d, nn.ConvTranspose2d)
+    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, types)]
     with torch.no_grad():
         network(inputs)
     for handle in handles:
         handle.remove()
-    return found
+    return runs
 
 
 def _convolution(module: nn.Module, weights: dict[str, Tensor], image: Tensor) -> Run:
-    alone = copy.deepcopy(module)
-    alone._forward_hooks.clear()
-    return lambda: functional_call(alone, weights, image)
+    copied = copy.deepcopy(module)
+    copied._forward_hooks.clear()
+    return lambda: functional_call(copied, weights, image)
 
 
 def _product(dtype: torch.dtype, device: torch.device) -> Run:
-    matrix = torch.randn(_PRODUCT, _PRODUCT, device=device).to(dtype)
+    matrix = torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=device).to(dtype)
     return lambda: matrix @ matrix
 
 
-def _in_turn(runs: list[Run]) -> Run:
-    def run() -> None:
-        for each in runs:
-            each()
+def _repeat(run: Run, times: int) -> Run:
+    def repeated() -> None:
+        for _ in range(times):
+            run()
 
-    return run
+    return repeated
 
 
 def measure(network: str, objective: str, batch: int, rounds: int, runtime: Runtime) -> list[Row]:
-    """A row for each precision and kind of peak."""
+    """A row for each precision and peak."""
     has_penalty = bool(config_of(objective, network, batch).objective.penalties)
     chosen = {k: v for k, v in PRECISIONS.items() if has_penalty or k != "bf16_penalty_f32"}
     configs = {
@@ -162,20 +167,21 @@ def measure(network: str, objective: str, batch: int, rounds: int, runtime: Runt
     operations: dict[str, int] = {}
     for dtype in (FLOAT32, BFLOAT16):
         contestants[f"matrix product {dtype}"] = _product(dtype, images.device)
-        operations[f"matrix product {dtype}"] = 2 * _PRODUCT**3
-        found = convolutions(state.generator, latents, dtype)
-        run, flops = _fastest(found + convolutions(state.critic, images, dtype))
-        repeated = max(1, round(1e9 / flops))  # long enough for the clock
-        contestants[f"convolution {dtype}"] = _in_turn([run] * repeated)
-        operations[f"convolution {dtype}"] = repeated * flops
+        operations[f"matrix product {dtype}"] = 2 * _MATRIX_SIZE**3
+        runs = convolutions(state.generator, latents, dtype)
+        run, flops = _fastest(runs + convolutions(state.critic, images, dtype))
+        repeats = max(1, round(1e9 / flops))  # long enough for the clock
+        contestants[f"convolution {dtype}"] = _repeat(run, repeats)
+        operations[f"convolution {dtype}"] = repeats * flops
     seconds = interleaved(contestants, rounds, clock=step_clock)
     networks = state.generator, state.critic
-    needed = useful(configs["f32"], *networks, images)
-    computed = done(configs["f32"], *networks, images)
+    needed = useful_operations(configs["f32"], *networks, images)
+    computed = computed_operations(configs["f32"], *networks, images)
     rows = []
     for name in chosen:
-        of_penalty = BFLOAT16 if name == "bf16" else FLOAT32
-        of_rest = FLOAT32 if name == "f32" else BFLOAT16
+        rest_dtype = FLOAT32 if name == "f32" else BFLOAT16
+        penalty_dtype = BFLOAT16 if name == "bf16" else FLOAT32
+        dtypes = dict.fromkeys((rest_dtype, penalty_dtype if has_penalty else rest_dtype))
         total = sum(needed)
         rate = total / statistics.median(seconds[name])
         for kind in ("convolution", "matrix product"):
@@ -183,39 +189,38 @@ def measure(network: str, objective: str, batch: int, rounds: int, runtime: Runt
                 dtype: [operations[f"{kind} {dtype}"] / s for s in seconds[f"{kind} {dtype}"]]
                 for dtype in (FLOAT32, BFLOAT16)
             }
-            of_model, of_hardware = (
+            model_shares, hardware_shares = (
                 [
-                    100 * (counts.penalty / penalty_speed + counts.rest / rest_speed) / taken
-                    for penalty_speed, rest_speed, taken in zip(
-                        speed[of_penalty], speed[of_rest], seconds[name], strict=True
+                    100 * (counts.penalty / penalty_speed + counts.rest / rest_speed) / duration
+                    for penalty_speed, rest_speed, duration in zip(
+                        speed[penalty_dtype], speed[rest_dtype], seconds[name], strict=True
                     )
                 ]
                 for counts in (needed, computed)
             )
             peaks = " and ".join(
-                f"{statistics.median(speed[dtype]) / 1e9:.0f} ({_short(dtype)})"
-                for dtype in dict.fromkeys((of_rest, of_penalty if has_penalty else of_rest))
+                f"{statistics.median(speed[dtype]) / 1e9:.0f} ({_short(dtype)})" for dtype in dtypes
             )
             note = (
-                f"{total / 1e9:.2f} useful GFLOP a cycle of batch {batch}, {rate / 1e9:.0f} "
+                f"{total / 1e9:.2f} useful GFLOP per cycle of batch {batch}, {rate / 1e9:.0f} "
                 f"GFLOP/s of {peaks}"
             )
             if computed != needed:
-                share = statistics.median(of_hardware)
-                note += f"; {sum(computed) / 1e9:.2f} GFLOP are computed, {share:.0f} % of peak"
+                share = statistics.median(hardware_shares)
+                note += f"; {sum(computed) / 1e9:.2f} GFLOP computed, {share:.0f} % of peak"
             rows.append(
-                Row(f"{objective}/{network}/{name}", kind, *spread(of_model), "% of peak", note)
+                Row(f"{objective}/{network}/{name}", kind, *spread(model_shares), "% of peak", note)
             )
     return rows
 
 
-def _fastest(found: list[tuple[Run, int]]) -> tuple[Run, int]:
-    """The one with the most operations a second."""
+def _fastest(runs: list[tuple[Run, int]]) -> tuple[Run, int]:
+    """The run with the most operations per second."""
     speeds = []
-    for run, flops in found:
+    for run, flops in runs:
         times = interleaved({"": lambda run=run: run()}, 5, clock=step_clock)[""]
         speeds.append(flops / min(times))
-    return found[speeds.index(max(speeds))]
+    return runs[speeds.index(max(speeds))]
 
 
 def _short(dtype: torch.dtype) -> str:

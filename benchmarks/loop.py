@@ -1,23 +1,23 @@
-"""What a whole run leaves of the bare step's speed.
+"""How much of the bare step's speed a whole run keeps.
 
     python -m benchmarks.loop [--quick] [--json FILE]
 
-`ganscale train` as a user has it, with shards read and decoded by another process, meters, the
-panel, rows in W&B (offline), the average, samples, audits and checkpoints, against its own cycle
-alone on a batch that lies ready. Both live in one process and take turns, a block of cycles each,
-so whatever else the machine does hits both. While the bare steps run, the loader fills its few
-batches ahead and then waits, as it does during training.
+`ganscale train` as users run it, with shards read and decoded by another process, meters, the
+panel, W&B (offline), the EMA, sample grids, audits and checkpoints, against its own cycle alone on
+a batch in memory. Both are in one process and take turns, a block of cycles each, so other load on
+the machine affects both. While the bare steps run, the loader fills its few batches and waits, as
+it does during training.
 
 - `demo`: configs/demo.yaml, the bundled digits
-- `bce_dcgan32`: the lightest step, one critic step an image, on the bundled emoji
+- `bce_dcgan32`: the lightest step, one critic step per image, on the bundled emoji
 - `wgan_gp_resnet32`: a heavy one
 
-The ratio is images a second of the run over those of the bare step, in percent: the median over
-periods from one checkpoint to the next, low and high their quartiles. Reports cost the same time
-however small the networks are, so their intervals are set by time: a row about every four seconds,
-samples about every 20, an audit and a checkpoint about every 40 (--quick: 8), as short as on a GPU
-with the default intervals. One thread for torch; the loader has a process of
-`data.workers` threads, which the cores used do not count.
+The ratio is images per second of the run over those of the bare step, in percent: the median over
+periods from one checkpoint to the next; low and high are its quartiles. Reporting takes the same
+time however small the networks are, so its intervals are set by time: a row about every 4 seconds,
+samples about every 20, an audit and a checkpoint about every 40 (--quick: 8). That is as often as
+on a GPU with the default intervals. torch has one thread; the loader has a process with
+`data.workers` threads, which "cores used" does not include.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from ganscale.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Case:
-    """block_cycles: from one logged row to the next, and to a turn; blocks: to a period"""
+    """block_cycles: cycles per turn and per logged row; blocks: turns per period"""
 
     name: str
     data: str
@@ -74,7 +74,7 @@ QUICK = (Case("demo", "mnist", (str(CONFIGS / "demo.yaml"),), 25, 8, 2),)
 
 @dataclass(frozen=True)
 class Clocks:
-    """Seconds: of the wall, of this thread's processor, of all threads' processors."""
+    """Seconds: wall-clock time, processor time of this thread, of all threads."""
 
     wall: float
     thread: float
@@ -92,16 +92,16 @@ class Clocks:
         )
 
     @classmethod
-    def total(cls, parts: Sequence["Clocks"]) -> "Clocks":
+    def total(cls, clocks: Sequence["Clocks"]) -> "Clocks":
         return cls(
-            sum(part.wall for part in parts),
-            sum(part.thread for part in parts),
-            sum(part.process for part in parts),
+            sum(clock.wall for clock in clocks),
+            sum(clock.thread for clock in clocks),
+            sum(clock.process for clock in clocks),
         )
 
 
 class TakesTurns(Cycle):
-    """A run's cycle that, at the start of every block, stands aside for as many bare cycles."""
+    """A run's cycle that, at the start of every block, first runs as many bare cycles."""
 
     def __init__(self, trainer: Trainer, block_cycles: int) -> None:
         super().__init__(trainer.config, trainer.objective, trainer.runtime, trainer.state)
@@ -139,7 +139,7 @@ def measure(case: Case) -> Row:
         folder = Path(name)
         with contextlib.redirect_stdout(sys.stderr):
             if ganscale(["shards", "write", f"bundled:{case.data}", str(folder / "data")]) != 0:
-                raise RuntimeError("no shards were written")
+                raise RuntimeError("writing the shards failed")
         probe = resolve([*case.settings, f"data.path={folder / 'data'}"]).config
         cycle_images = probe.objective.n_critic * probe.training.global_batch_size
         block = case.block_cycles * cycle_images
@@ -154,37 +154,37 @@ def measure(case: Case) -> Row:
                 f"samples.every_images={period // 2}",
                 f"checkpoint.every_images={period}",
                 f"audit.every_images={period}",
-                # A block to warm up, and a cycle that ends the last one.
+                # A block to warm up, and a cycle that ends the last block.
                 f"training.total_images={block + case.periods * period + cycle_images}",
             ]
         )
         trainer = Trainer(resolved, Runtime.start())
         cycle = trainer.cycle = TakesTurns(trainer, case.block_cycles)
         if trainer.run() != 0:
-            raise RuntimeError("the run did not end as it should")
+            raise RuntimeError("the run failed")
     return row_of(case, cycle)
 
 
 def row_of(case: Case, cycle: TakesTurns) -> Row:
-    """Over whole periods, after the first block."""
+    """Of whole periods, after the first block."""
     shares: list[float] = []
-    of_thread: list[float] = []
+    thread_shares: list[float] = []
     cores: list[tuple[float, float]] = []
     for start in range(1, 1 + case.blocks * case.periods, case.blocks):
         training = Clocks.total(cycle.training[start : start + case.blocks])
-        # The turns before and after each block of training, half of each.
+        # The mean of the bare turns before and after each block of training.
         turns = cycle.bare[start : start + case.blocks + 1]
         bare = Clocks.total([*turns[:-1], *turns[1:]])
         shares.append(50 * bare.wall / training.wall)
-        of_thread.append(50 * bare.thread / training.thread)
+        thread_shares.append(50 * bare.thread / training.thread)
         cores.append((training.process / training.wall, bare.process / bare.wall))
     images = case.blocks * case.block_cycles * cycle.images
     seconds = Clocks.total(cycle.training[1:]).wall / case.periods
     note = (
-        f"by its own thread's processor time {statistics.median(of_thread):.1f} %; "
+        f"by the training thread's processor time {statistics.median(thread_shares):.1f} %; "
         f"cores used {statistics.median(c for c, _ in cores):.2f} (bare step "
         f"{statistics.median(c for _, c in cores):.2f}); {case.periods} periods of {images:,} "
-        f"images in {seconds:.0f} s, {case.blocks} rows, 2 sample grids and 1 checkpoint each"
+        f"images in {seconds:.0f} s, each with {case.blocks} rows, 2 sample grids and 1 checkpoint"
     )
     return Row(case.name, "bare step", *spread(shares), "% of its images/s", note)
 

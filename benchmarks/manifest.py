@@ -1,11 +1,11 @@
-"""What a data set of billions of samples costs a process before and while it reads.
+"""What a data set of billions of samples costs a process at its start and while it reads.
 
     python -m benchmarks.manifest [--quick] [--json FILE] [--samples N]
 
-Two data sets, each measured in a fresh process: a made-up manifest of N samples on disk, as
-`Manifest.load` reads it, with the order of its samples; and the order alone of ten billion samples
-in 100,000 shards. There are no images: only numbers of samples are asked for. The manifest is
-dropped from the page cache before it is loaded, and deleted afterwards.
+There are two data sets, each measured in a fresh process: a synthetic manifest of N samples on
+disk, read by `Manifest.load`, with the order of its samples; and only the order of ten billion
+samples in 100,000 shards. There are no images, only sample numbers. The manifest is dropped from
+the page cache before it is loaded, and deleted afterwards.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--samples", type=int, help="in the manifest", metavar="N")
     options = parser.parse_args()
     samples = options.samples or (QUICK_SAMPLES if options.quick else SAMPLES)
@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def write_manifest(folder: Path, samples: int) -> int:
-    """Writes a manifest without shards to a folder; returns how many shards it lists.
+    """Writes a manifest without shards to a folder; returns the number of shards that it lists.
 
-    What is in the description besides the shards comes from a data set of one image.
+    A data set of one image provides the other contents of its JSON file.
     """
     image, encoded = Image.new("RGB", (64, 64)), io.BytesIO()
     image.save(encoded, "png")
@@ -94,7 +94,7 @@ def write_manifest(folder: Path, samples: int) -> int:
 
 
 def shard_sizes(samples: int, mean: int) -> np.ndarray:
-    """(samples / mean,) int64, each up to a tenth from the mean, together `samples`."""
+    """(samples / mean,) int64, within a tenth of the mean; their sum is `samples`."""
     count = max(2, samples // mean)
     swing = np.random.default_rng(0).integers(-mean // 10, mean // 10, count)
     cuts = np.linspace(0, samples, count + 1).astype(np.int64)[1:-1] + swing[1:] // 2
@@ -111,11 +111,13 @@ def in_fresh_process(function: str, name: str, argument: str) -> list[Row]:
         stdout=subprocess.PIPE,
         text=True,
     ).stdout
-    return [Row(f"{name}/{what}", "", value, unit=unit) for what, value, unit in json.loads(output)]
+    return [
+        Row(f"{name}/{figure}", "", value, unit=unit) for figure, value, unit in json.loads(output)
+    ]
 
 
 Cost = tuple[str, float, str]
-"""(what, how much, unit)"""
+"""(figure, value, unit)"""
 
 
 def manifest_costs(folder: str) -> None:
@@ -146,8 +148,8 @@ def _order_costs(
         block_samples=BLOCK_SAMPLES,
         window_blocks=WINDOW_BLOCKS,
     )
-    started = time.perf_counter() - start
-    resident_started = _resident()
+    start_seconds = time.perf_counter() - start
+    resident_after_start = _resident()
 
     deep = 5 * order.epoch_length + order.epoch_length * 7 // 10
     start = time.process_time()
@@ -156,7 +158,7 @@ def _order_costs(
     first_batch = time.process_time() - start
     start = time.perf_counter()
     if rows is not None:
-        rows[samples]  # comes from the disk
+        rows[samples]  # reads from disk
     first_rows = time.perf_counter() - start
 
     repeats = 200
@@ -165,25 +167,26 @@ def _order_costs(
         order.samples(positions)
     warm = (time.process_time() - start) / repeats / BATCH
 
-    places = np.random.default_rng(0).integers(0, 100 * order.epoch_length, repeats).tolist()
+    draws = np.random.default_rng(0)
+    window_positions = draws.integers(0, 100 * order.epoch_length, repeats).tolist()
     start = time.process_time()
-    found = sum(len(order.window(place)) for place in places)
-    cold = (time.process_time() - start) / found
+    computed = sum(len(order.window(position)) for position in window_positions)
+    cold = (time.process_time() - start) / computed
 
     batches = 4 * order.window_length * order.lanes // BATCH
     start = time.process_time()
     for seen in range(deep, deep + batches * BATCH, BATCH):
         order.samples(batch_positions(seen, BATCH, order.lanes, 0, 1)[0])
-    walking = (time.process_time() - start) / batches / BATCH
-    of_rows: list[Cost] = [("its rows of the manifest", first_rows * 1e3, "ms")]
+    sequential = (time.process_time() - start) / batches / BATCH
+    row_costs: list[Cost] = [("its rows of the manifest", first_rows * 1e3, "ms")]
     return [
-        ("Order, start", started * 1e3, "ms"),
-        ("resident memory added by then", (resident_started - resident_before) / 1e6, "MB"),
-        ("first batch, in epoch 5 at 70 %", first_batch * 1e3, "ms of processor"),
-        *(of_rows if rows is not None else []),
-        ("a window of 2,048 that is met first", cold * 1e6, "us of processor a sample"),
-        ("a batch of 256 in windows met before", warm * 1e6, "us of processor a sample"),
-        ("on through four windows of each lane", walking * 1e6, "us of processor a sample"),
+        ("Order, start", start_seconds * 1e3, "ms"),
+        ("resident memory added so far", (resident_after_start - resident_before) / 1e6, "MB"),
+        ("first batch, at 70 % of epoch 5", first_batch * 1e3, "ms of processor"),
+        *(row_costs if rows is not None else []),
+        ("first use of a window of 2,048", cold * 1e6, "us of processor per sample"),
+        ("a batch of 256 in known windows", warm * 1e6, "us of processor per sample"),
+        ("through four windows of each lane", sequential * 1e6, "us of processor per sample"),
         ("resident memory added in all", (_resident() - resident_before) / 1e6, "MB"),
     ]
 

@@ -1,6 +1,6 @@
-"""Two mixtures of Gaussians, how samples of them are judged, and what was published about it.
+"""Two mixtures of Gaussians, how samples of them are judged, and published results.
 
-The mixtures are those of VEEGAN (Srivastava et al. 2017, arXiv:1705.07761), the protocol is that of
+The mixtures are from VEEGAN (Srivastava et al. 2017, arXiv:1705.07761), the protocol is from
 PacGAN's experiments on them (Lin et al. 2018, arXiv:1712.04086).
 """
 
@@ -21,7 +21,7 @@ class Mixture:
     """Equally likely spherical Gaussians.
 
     modes: (modes, 2) their centres
-    scale: what the networks see is divided by it, so that it has about unit variance
+    scale: networks see points divided by it, which have about unit variance
     """
 
     modes: Float[Tensor, "modes 2"]
@@ -51,15 +51,15 @@ MIXTURES = {"ring8": ring8, "grid25": grid25}
 
 @dataclass(frozen=True)
 class Score:
-    """modes: the number covered; high_quality: the share of samples that are of it, 0 to 1"""
+    """modes: the number covered; high_quality: the fraction of samples that have it"""
 
     modes: int
     high_quality: float
 
 
 def judge(samples: Float[Tensor, "samples 2"], mixture: Mixture) -> Score:
-    """PacGAN's protocol: a sample is of high quality within three deviations of its nearest mode;
-    a mode is covered by one such sample. Of the mixture itself 98.9 % are: 1 - exp(-9/2)."""
+    """PacGAN's protocol: a sample is of high quality within three deviations of its nearest mode,
+    and one such sample covers a mode. For the mixture itself that is 1 - exp(-9/2) = 98.9 %."""
     distances, nearest = torch.cdist(samples, mixture.modes).min(dim=1)
     is_high_quality = distances <= 3 * mixture.deviation
     covered = nearest[is_high_quality].unique()
@@ -68,7 +68,7 @@ def judge(samples: Float[Tensor, "samples 2"], mixture: Mixture) -> Score:
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of the literature: its method and paper, modes, and high quality in per cent."""
+    """A published result: method and paper, modes, and high quality in percent."""
 
     method: str
     modes: float

@@ -1,4 +1,4 @@
-"""Readers that run in turn on one core, each in processes of its own."""
+"""Readers that take turns on one core, each in its own processes."""
 
 import gc
 import multiprocessing
@@ -15,42 +15,42 @@ _QUIET_SECONDS = 0.03
 
 
 class Cost(NamedTuple):
-    """Seconds an image: of a core's work, and on the clock."""
+    """Seconds per image: processor time, and wall-clock time."""
 
     cpu: float
     wall: float
 
 
 class Contestant:
-    """A reader in a process, with whatever processes and threads it starts, bound to one core.
+    """A reader in a process which, with all processes and threads that it starts, uses one core.
 
-    `failure`: why it cannot be measured; empty while it can.
+    failure: why it cannot be measured, or empty
     """
 
     def __init__(self, reader: str, core: int) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, reader, core))
+        self._pipe, child_pipe = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(child_pipe, reader, core))
         self._process.start()
-        theirs.close()
+        child_pipe.close()
         self.failure = ""
 
     def open(self, case: Any) -> None:
-        """Makes its stream that of `case`."""
+        """Starts to read `case`."""
         self.failure = ""
         self._ask(case, START_SECONDS)
 
     def read(self, images: int) -> Cost | None:
-        """What reading so many images more costs; None once it has failed."""
+        """The cost of the next `images`; None after a failure."""
         return None if self.failure else self._ask(images, ROUND_SECONDS)
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends its processes."""
         if self._process.is_alive():
             self._pipe.close()
             self._process.join(10)
         if self._process.is_alive():
-            _end_tree(self._process.pid)
+            _kill_tree(self._process.pid)
             self._process.join()
 
     def _ask(self, request: Any, seconds: float) -> Any:
@@ -68,7 +68,7 @@ class Contestant:
             return None
 
 
-def _end_tree(pid: int | None) -> None:
+def _kill_tree(pid: int | None) -> None:
     import psutil
 
     for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
@@ -76,9 +76,9 @@ def _end_tree(pid: int | None) -> None:
 
 
 def _serve(pipe: Connection, reader: str, core: int) -> None:
-    """Answers each request of a `Contestant` with a Cost, None, or the text of a failure."""
+    """Answers each request of a `Contestant` with a Cost, with None, or with an error message."""
     os.sched_setaffinity(0, {core})
-    # What data loaders on Linux use by default, but not in a process that was spawned itself.
+    # The default of data loaders on Linux, except in a spawned process.
     multiprocessing.set_start_method("fork", force=True)
     import torch
 
@@ -93,23 +93,23 @@ def _serve(pipe: Connection, reader: str, core: int) -> None:
             return
         try:
             if isinstance(request, int):
-                pipe.send(_measured(batches, request, BATCH))
+                pipe.send(_measure(batches, request, BATCH))
             else:
                 batches = iter(())
-                gc.collect()  # ends the workers of the last stream before those of the next start
+                gc.collect()  # ends the last stream's workers before the next ones start
                 batches = READERS[reader][0](request)
                 next(batches)
                 pipe.send(None)
         except Exception as error:
-            # The last line: data loaders prepend a worker's whole traceback.
+            # Data loaders prepend the worker's traceback: the last line is the message.
             text = f"{type(error).__name__}: {error}".strip().splitlines()
             pipe.send(text[-1][:120])
 
 
-def _measured(batches: Iterator[Any], images: int, batch: int) -> Cost:
-    """The cost of the next `images`, and of as many as are read ahead meanwhile.
+def _measure(batches: Iterator[Any], images: int, batch: int) -> Cost:
+    """The cost of the next `images`, including what is read ahead.
 
-    Both ends are at rest, with everything read ahead that ever is: nothing is free.
+    It starts and ends at rest, with the read-ahead full, so no image is read for free.
     """
     meter = _Meter()
     meter.wait_until_quiet()
@@ -124,9 +124,9 @@ def _measured(batches: Iterator[Any], images: int, batch: int) -> Cost:
 
 
 class _Meter:
-    """User and system time of this process and of the descendants that it has now.
+    """User and system time of this process and its current descendants.
 
-    Those that end meanwhile count when they are waited for, by the kernel's own record.
+    Those that have ended since count through the kernel's record, once they are waited for.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _Meter:
         return seconds
 
     def wait_until_quiet(self) -> None:
-        """Until hardly anything is done any more, at most 2 seconds."""
+        """Waits until hardly any processor time is used, at most 2 seconds."""
         deadline = time.monotonic() + 2
         before = self.seconds()
         while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""ganscale's own cycle on one batch that lies ready, which others are held against."""
+"""ganscale's own cycle on one batch in memory, which rivals are compared with."""
 
 import copy
 from pathlib import Path
@@ -18,10 +18,10 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def config_of(objective: str, network: str, batch: int, *settings: str) -> Config:
-    """A run of configs/objective/OBJECTIVE.yaml with `network` (dcgan32, resnet64: a kind and its
-    resolution); `settings` come on top.
+    """A run with configs/objective/OBJECTIVE.yaml, `network` (a kind and its resolution, such as
+    dcgan32 or resnet64) and `settings`.
 
-    DCGAN has its usual width of 64; ResNet 32, with which a cycle takes as long.
+    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long.
     """
     kind, resolution = network[:-2], network[-2:]
     width = {"dcgan": 64, "resnet": 32}[kind]

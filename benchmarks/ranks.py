@@ -1,4 +1,4 @@
-"""Real ranks on this machine: one process and one thread each, over gloo."""
+"""Real ranks on this machine: one process with one thread each, over gloo."""
 
 import os
 import random
@@ -15,9 +15,9 @@ REPOSITORY = Path(__file__).parent.parent
 def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> None:
     """Calls `package.module:function` with `folder` on every rank, and waits for all.
 
-    Each rank finds the launcher's usual environment; a single one finds none and is alone. What it
-    prints goes to `rankN.txt` in the folder. Raises RuntimeError as soon as one fails, with what it
-    printed last, and when `seconds` are over; the others are then ended.
+    Ranks get the environment of a launcher, unless there is only one. Their output goes to
+    `rankN.txt` in the folder. Raises RuntimeError, with the end of its output, as soon as a rank
+    fails, and after `seconds`; the other ranks are then killed.
     """
     module, _, name = function.partition(":")
     program = f"import sys, pathlib, {module} as m; m.{name}(pathlib.Path(sys.argv[1]))"
@@ -44,11 +44,11 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
 
 
 def environment_of(rank: int, world_size: int, port: str) -> dict[str, str]:
-    """What a launcher tells a rank; a single one is told nothing."""
-    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """The environment that a launcher gives a rank; a single rank gets none."""
+    common = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if world_size == 1:
-        return alone
-    return alone | {
+        return common
+    return common | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -67,16 +67,18 @@ def _wait(
         codes = [process.poll() for process in processes]
         for rank, code in enumerate(codes):
             if code not in (None, 0):
-                said = logs[rank].read_text(errors="replace")[-4000:]
-                raise RuntimeError(f"rank {rank} of {len(codes)} ended with {code}:\n{said}")
+                output = logs[rank].read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"rank {rank} of {len(codes)} ended with {code}:\n{output}")
         if time.monotonic() > deadline:
             running = [rank for rank, code in enumerate(codes) if code is None]
-            raise RuntimeError(f"ranks {running} of {len(codes)} still run after {seconds} s")
+            raise RuntimeError(
+                f"ranks {running} of {len(codes)} are still running after {seconds} s"
+            )
         time.sleep(0.02)
 
 
 def free_port() -> int:
-    """One below those that the system hands out by itself, which might be taken in between."""
+    """Below the range of ephemeral ports, which another process might get in between."""
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as probe:

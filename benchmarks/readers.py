@@ -1,9 +1,9 @@
-"""The contestants of `benchmarks.data`: each an endless stream of batches for one core.
+"""The contestants of `benchmarks.data`: each an endless stream of batches on one core.
 
-A reader is a function of a `Case` and returns an iterator of batches (arrays or tensors whose first
-dimension counts images). All but webdataset's default decode with our own `decode_into`, the
-fastest here, and pass uint8 on: the comparison is of what they do besides. Rivals have one worker
-process, as their users would give them for a core; ours has one thread.
+A reader is a function that takes a `Case` and returns an iterator of batches (arrays or tensors
+whose first dimension counts images). All but webdataset's default decode with our own
+`decode_into`, the fastest here, and yield uint8, so the comparison is of everything else. Rivals
+have one worker process, as their users would give them for a core; ours has one thread.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """What is read: `root/FORMAT` holds the images in each format, `extension` is theirs."""
+    """root: has a folder per format with the images; extension: of the image files"""
 
     name: str
     root: Path
@@ -62,7 +62,7 @@ def ganscale(case: Case) -> Iterator[Any]:
 
 
 def decoder_alone(case: Case) -> Iterator[Any]:
-    """Every image decoded from memory into its place of one batch, which nobody receives."""
+    """Every image decoded from memory into one batch, which is not passed on."""
     files = [path.read_bytes() for path in sorted((case.root / "loose").iterdir())]
     batch = np.empty((BATCH, case.resolution, case.resolution, 3), np.uint8)
     for start in count(step=BATCH):
@@ -72,7 +72,7 @@ def decoder_alone(case: Case) -> Iterator[Any]:
 
 
 def webdataset_default(case: Case) -> Iterator[Any]:
-    """As its documentation has it: shuffle, decode to float32, tuple, batched."""
+    """As in its documentation: shuffle, decode to float32, tuple, batched."""
     if not case.is_resized:
         return _webdataset(case, lambda dataset: dataset.decode("torchrgb"))
     resized = partial(_resized_by_pillow, resolution=case.resolution)
@@ -90,7 +90,7 @@ def _resized_by_pillow(image: Any, resolution: int) -> torch.Tensor:
 
 
 def webdataset_fast(case: Case) -> Iterator[Any]:
-    """The same pipeline without its `decode`."""
+    """The same pipeline with our decoder."""
     image = partial(_tensor, resolution=case.resolution)
     return _webdataset(
         case, lambda dataset: dataset.map_dict(**{case.extension: image, "cls": int})
@@ -107,7 +107,7 @@ def _webdataset(case: Case, decoded: Callable[[Any], Any]) -> Iterator[Any]:
 
 
 class LooseFiles(Dataset):
-    """Files in a folder, their labels in their names."""
+    """Files in a folder, with labels in their names."""
 
     def __init__(self, case: Case) -> None:
         self._paths = sorted(map(str, (case.root / "loose").iterdir()))
@@ -172,4 +172,4 @@ READERS: dict[str, tuple[Callable[[Case], Iterator[Any]], str]] = {
     "litdata + our decoder": (litdata, "litdata"),
     "mosaicml-streaming + our decoder": (mosaic, "mosaic"),
 }
-"""Reader and the format that it reads, by the name in the table."""
+"""Name in the table -> (reader, the format that it reads)."""

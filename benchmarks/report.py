@@ -1,4 +1,4 @@
-"""What every benchmark says: one table, printed and, on request, as JSON.
+"""The output of every benchmark: a table, printed and optionally written as JSON.
 
 python -m benchmarks.NAME [--quick] [--json FILE]
 """
@@ -20,8 +20,8 @@ import torch
 class Row:
     """One comparison.
 
-    ratio: of the rival's figure to ours, or what `unit` says; nan where there is none
-    low and high: how far it scatters
+    ratio: the rival's figure over ours, or as `unit` says; nan if it was not measured
+    low and high: its spread
     """
 
     name: str
@@ -34,17 +34,17 @@ class Row:
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """The command line that all benchmarks share: `quick` (bool) and `json` (a path or None)."""
+    """The options that all benchmarks share: `quick` (bool) and `json` (a path or None)."""
     return argument_parser(description).parse_args()
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """That of `arguments`, for a benchmark that has more of them."""
+    """The parser of `arguments`, for a benchmark with further options."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     return parser
 
 
@@ -61,7 +61,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows under their headings, in columns."""
+    """The rows as aligned columns with headings."""
     cells = [["name", "rival", "ratio", "low", "high", "unit", "note"]]
     for row in rows:
         numbers = [
@@ -73,7 +73,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the program."""
+    """What else the figures depend on."""
     has_gpu = torch.cuda.is_available()
     return {
         "cpu": _cpu_model(),

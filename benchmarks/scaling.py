@@ -1,23 +1,23 @@
-"""What more ranks bring: 1 -> 2 real ones here, and a model of 1,024 GPUs.
+"""What more ranks gain: from 1 to 2 real ones, and a model of up to 1,024 GPUs.
 
     python -m benchmarks.scaling [--quick] [--json FILE]
 
 `measured/...`: a real run of one rank and a real run of two (gloo, DDP as in training, one thread
-each) take turns, the same images a rank, so twice the global batch on two. Wanted are two cores
-that nobody else uses.
+each) take turns with the same images per rank, so two ranks have twice the global batch. It needs
+two cores that nobody else uses.
 
-- `efficiency`: images a second of two ranks over twice those of one, in percent
-- `communication`: the share of two ranks' cycle that is gone when they do not communicate, that is
-  without DDP and with batch norms of their own: averaging, waiting for each other, and the sums of
-  the global batch norm. What else efficiency lacks is lost to the cores' common memory.
+- `efficiency`: images per second of two ranks over twice those of one, in percent
+- `communication`: the share of two ranks' cycle that they save without communication, that is,
+  without DDP and with local batch norms: averaging gradients, waiting for each other, and the
+  all-reduces of the global batch norm. The rest of the lost efficiency is due to shared memory
+  bandwidth.
 
-`model/...`: no measurement. Ring all-reduces of the gradients, in DDP's buckets, over links of
-stated speed, hidden behind the backward pass as far as that lasts, but for the last bucket; and the
-small all-reduces of the global batch norm, which nothing hides, at the latency of a tree. Bytes and
-counts are those of `ganscale plan`; the time of a step without communication is its floating-point
-operations (`benchmarks.limit`) over a stated rate: a step that this machine measured would be so
-slow that any network hid behind it. The links' speeds and latencies and the rate are assumptions,
-named in each row's note.
+`model/...`: not measured. Gradients take ring all-reduces in DDP's buckets over links of stated
+speed; all but the last bucket overlap with the backward pass, as long as it lasts. The small
+all-reduces of the global batch norm overlap with nothing and take the latency of a tree. Bytes and
+counts are those of `ganscale plan`. A step without communication takes its floating-point
+operations (`benchmarks.limit`) over a stated rate; with this machine's rate, steps would be so slow
+that any network could keep up. The note of each row states the assumed rate, speeds and latencies.
 """
 
 import json
@@ -33,7 +33,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.limit import done
+from benchmarks.limit import computed_operations
 from benchmarks.ours import CONFIGS, Ours, config_of, random_images
 from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
@@ -49,7 +49,7 @@ WORLDS = (1, 2)
 
 
 def run_rank(folder: Path) -> None:
-    """One rank of one world; `folder` is that world's, in the one that both share."""
+    """One rank of one world; `folder` belongs to that world, its parent to both."""
     task = json.loads((folder.parent / "task.json").read_text())
     torch.set_num_threads(1)
     runtime = Runtime.start(timeout_seconds=task["seconds"])
@@ -61,30 +61,33 @@ def run_rank(folder: Path) -> None:
     if ranks == 1:
         del contestants["without"]
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    processor = 0.0
+    processor_seconds = 0.0
     for turn in range(task["rounds"] + 1):
         _wait_for(folder.parent / "turn.txt", f"{ranks} {turn}", task["seconds"])
         for name, run in contestants.items():
             runtime.barrier()
-            started, of_processor = time.perf_counter(), time.process_time()
+            started, processor_started = time.perf_counter(), time.process_time()
             run()
             if name == "with" and turn > 0:
-                processor += time.process_time() - of_processor
+                processor_seconds += time.process_time() - processor_started
             runtime.barrier()
-            if turn > 0:  # the first is for warming up
+            if turn > 0:  # the first warms up
                 seconds[name].append(time.perf_counter() - started)
         if runtime.is_main:
             index = WORLDS.index(ranks) + 1
-            following = (WORLDS[index], turn) if index < len(WORLDS) else (WORLDS[0], turn + 1)
-            _say(folder.parent / "turn.txt", f"{following[0]} {following[1]}")
+            is_last = index == len(WORLDS)
+            following = f"{WORLDS[0]} {turn + 1}" if is_last else f"{WORLDS[index]} {turn}"
+            _hand_over(folder.parent / "turn.txt", following)
     if runtime.is_main:
-        (folder / "seconds.json").write_text(json.dumps({**seconds, "processor": processor}))
+        (folder / "seconds.json").write_text(
+            json.dumps({**seconds, "processor": processor_seconds})
+        )
     runtime.barrier()
     runtime.close()
 
 
 def _contestant(task: dict, batch: int, runtime: Runtime, communicates: bool) -> Callable[[], None]:
-    """Some cycles of this rank's share, with or without what passes between ranks."""
+    """Some cycles of this rank's share, with or without communication."""
     config = config_of(task["objective"], task["network"], batch)
     share = config_of(task["objective"], task["network"], task["images_per_rank"])
     ours = Ours(config, runtime, random_images(share, runtime.device))
@@ -97,26 +100,26 @@ def _contestant(task: dict, batch: int, runtime: Runtime, communicates: bool) ->
             ours()
 
     def run_alone() -> None:
-        ranks = normalization.get_world_size
+        get_world_size = normalization.get_world_size
         normalization.get_world_size = lambda: 1
         try:
             run()
         finally:
-            normalization.get_world_size = ranks
+            normalization.get_world_size = get_world_size
 
     return run if communicates else run_alone
 
 
 def _wait_for(path: Path, turn: str, seconds: float) -> None:
-    """Until `path` says `turn`. Raises RuntimeError after `seconds`, or when the others failed."""
+    """Until `path` contains `turn`. Raises RuntimeError after `seconds`, or if the other failed."""
     deadline = time.monotonic() + seconds
-    while (said := path.read_text()) != turn:
-        if said == "failed" or time.monotonic() > deadline:
-            raise RuntimeError(f"the other world did not hand over: it is at {said}")
+    while (current := path.read_text()) != turn:
+        if current == "failed" or time.monotonic() > deadline:
+            raise RuntimeError(f"the other world did not hand over: it is at {current}")
         time.sleep(0.002)
 
 
-def _say(path: Path, turn: str) -> None:
+def _hand_over(path: Path, turn: str) -> None:
     new = path.with_name("turn.new")
     new.write_text(turn)
     new.replace(path)
@@ -125,7 +128,7 @@ def _say(path: Path, turn: str) -> None:
 def measure(
     objective: str, network: str, images_per_rank: int, cycles: int, rounds: int, seconds: float
 ) -> list[Row]:
-    """Raises RuntimeError if a rank fails, or if it takes longer than `seconds`."""
+    """Raises RuntimeError if a rank fails or takes longer than `seconds`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         task = {
@@ -137,17 +140,17 @@ def measure(
             "seconds": seconds,
         }
         (folder / "task.json").write_text(json.dumps(task))
-        _say(folder / "turn.txt", f"{WORLDS[0]} 0")
+        _hand_over(folder / "turn.txt", f"{WORLDS[0]} 0")
         failures: list[RuntimeError] = []
 
         def run(ranks: int) -> None:
-            own = folder / f"ranks{ranks}"
-            own.mkdir()
+            world_folder = folder / f"ranks{ranks}"
+            world_folder.mkdir()
             try:
-                run_ranks("benchmarks.scaling:run_rank", own, ranks, seconds)
+                run_ranks("benchmarks.scaling:run_rank", world_folder, ranks, seconds)
             except RuntimeError as failure:
                 failures.append(failure)
-                _say(folder / "turn.txt", "failed")
+                _hand_over(folder / "turn.txt", "failed")
 
         threads = [threading.Thread(target=run, args=(ranks,)) for ranks in WORLDS]
         for thread in threads:
@@ -166,9 +169,9 @@ def measure(
         statistics.median(t) * 1000 / cycles for t in (one["with"], two["with"], two["without"])
     ]
     note = (
-        f"{images_per_rank} images a rank; a cycle takes {times[0]:.0f} ms on one, {times[1]:.0f} "
-        f"ms on two, {times[2]:.0f} ms on two that do not communicate; a rank of two needs "
-        f"{100 * (two['processor'] / one['processor'] - 1):.0f} % more of its processor"
+        f"{images_per_rank} images per rank; a cycle takes {times[0]:.0f} ms on one, "
+        f"{times[1]:.0f} ms on two, {times[2]:.0f} ms on two without communication; a rank of two "
+        f"takes {100 * (two['processor'] / one['processor'] - 1):.0f} % more processor time"
     )
     cores = f"{os.cpu_count()} cores, gloo"
     return [
@@ -179,17 +182,17 @@ def measure(
 
 @dataclass(frozen=True)
 class Links:
-    """Assumed: bytes a second and GPU, and seconds until a collective begins to flow."""
+    """Assumptions: bytes per second and GPU, and seconds of latency per collective."""
 
     within_node: float = 450e9  # NVLink of the H100 generation, one direction
     between_nodes: float = 50e9  # one 400 Gbit/s adapter for each GPU
     latency_within: float = 10e-6
-    latency_hop: float = 5e-6  # more for each doubling of the nodes
+    latency_hop: float = 5e-6  # added for each doubling of the nodes
     gpus_per_node: int = 8
 
 
 def all_reduce_seconds(count: float, ranks: int, links: Links) -> float:
-    """A ring's: each rank sends and receives 2 (n - 1) / n of the bytes, over the slowest link."""
+    """A ring: each rank sends and receives 2 (n - 1) / n of the bytes over the slowest link."""
     if ranks == 1:
         return 0.0
     speed = links.within_node if ranks <= links.gpus_per_node else links.between_nodes
@@ -204,8 +207,8 @@ def latency_seconds(ranks: int, links: Links) -> float:
 def step_seconds(
     compute: float, gradient_bytes: float, buckets: int, ranks: int, links: Links
 ) -> float:
-    """A step whose backward pass, two thirds of `compute`, hides the averaging of all buckets but
-    the last."""
+    """A step whose backward pass, two thirds of `compute`, overlaps with the all-reduces of all
+    buckets but the last."""
     if ranks == 1:
         return compute
     bucket = all_reduce_seconds(gradient_bytes / buckets, ranks, links)
@@ -214,7 +217,7 @@ def step_seconds(
 
 
 def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> list[Row]:
-    """Efficiency of 8 to 1,024 ranks by the formulas above; `rate`: operations a second and GPU."""
+    """Efficiency of 8 to 1,024 ranks by these formulas; `rate`: operations per second and GPU."""
     links = Links()
     rows = []
     for ranks in (8, 64, 256, 1024):
@@ -223,26 +226,23 @@ def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> 
         networks = planned_networks(config, 0)
         objective = build_objective(config.objective)
         fakes, critic, generator = cycle_exchanges(config, objective, *networks, ranks)
-        computed = done(config, *networks, _meta_images(config, images_per_rank))
+        computed = computed_operations(config, *networks, _meta_images(config, images_per_rank))
         n_critic = config.objective.n_critic
-        # As if all steps took the same time.
         cycle = sum(computed) / rate
-        parts = [cycle / (n_critic + 1)] * 2
+        step = cycle / (n_critic + 1)  # as if all steps took the same time
         norms = sum(isinstance(m, normalization.GlobalBatchNorm) for m in networks[0].modules())
         small = fakes.collectives + 2 * norms
         total = small * latency_seconds(ranks, links)
-        for times, part, exchange, few in zip(
-            (n_critic, 1), parts, (critic, generator), (0, 2 * norms), strict=True
-        ):
-            buckets = exchange.collectives - few
-            total += times * step_seconds(part, exchange.reduced_bytes, buckets, ranks, links)
+        for times, exchange, norm_reductions in (n_critic, critic, 0), (1, generator, 2 * norms):
+            buckets = exchange.collectives - norm_reductions
+            total += times * step_seconds(step, exchange.reduced_bytes, buckets, ranks, links)
         sent = n_critic * critic.reduced_bytes + generator.reduced_bytes + fakes.reduced_bytes
         note = (
-            f"no measurement: {images_per_rank} images a GPU at {rate / 1e12:.0f} TFLOP/s, "
-            f"{1000 * cycle:.1f} ms a cycle; {sent / 2**20:.0f} MiB and "
-            f"{small} small sums all-reduced in it; rings over "
-            f"{links.within_node / 1e9:.0f} GB/s within 8, {links.between_nodes / 1e9:.0f} GB/s "
-            f"a GPU beyond, {1e6 * latency_seconds(ranks, links):.0f} us a collective"
+            f"not measured: {images_per_rank} images per GPU at {rate / 1e12:.0f} TFLOP/s, "
+            f"{1000 * cycle:.1f} ms per cycle, which all-reduces {sent / 2**20:.0f} MiB and "
+            f"{small} small sums; rings over {links.within_node / 1e9:.0f} GB/s within 8 GPUs, "
+            f"{links.between_nodes / 1e9:.0f} GB/s per GPU beyond, "
+            f"{1e6 * latency_seconds(ranks, links):.0f} us per collective"
         )
         rows.append(
             Row(f"model/{name}/{ranks}", "1 GPU", 100 * cycle / total, unit="% of n x", note=note)

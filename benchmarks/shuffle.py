@@ -1,18 +1,18 @@
-"""How well the data order shuffles, beside a full random shuffle and WebDataset's own.
+"""How well the data order shuffles, compared with a full random shuffle and WebDataset's.
 
     python -m benchmarks.shuffle [--quick] [--json FILE] [--figure FILE]
 
 The data set has the shape of ImageNet and is the worst case: its shards are sorted by class. Three
-figures a shuffle, each as a ratio to its expectation under a full random shuffle of every epoch:
+figures per shuffle, each relative to its expectation under a full random shuffle of every epoch:
 
-classes: Pearson's chi-square of a batch's classes. Twice as much leaves as much of a batch's
-    variety as half the batch would have.
+classes: Pearson's chi-square of a batch's classes. At 2, a batch has the variety of a random one of
+    half its size.
 neighbours: how many others of a batch come from the same 256 consecutive samples of a shard.
-again: how likely two samples of a batch are in one batch again in the next epoch.
+again: how likely two samples of a batch are in the same batch again in the next epoch.
 
 WebDataset is its own stages, `shuffle(100, seed)` of the shards and `shuffle(1000)` of the samples
-in them, on sample numbers instead of files. Shards are dealt to ranks and workers as its splitters
-do, and a rank takes a batch from one worker after the other, as PyTorch's loader does.
+in them, on sample numbers instead of files. Its splitters deal shards to ranks and workers, and a
+rank takes a batch from one worker after the other, as PyTorch's loader does.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def ganscale(
 def webdataset_shuffle(
     seed: int, ranks: int, workers: int = 4, buffer: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`workers` of each rank; `buffer` samples of each worker are mixed."""
+    """workers: per rank; buffer: samples that each worker mixes"""
     shares = [
         range(rank, len(SHARDS), ranks)[w::workers] for w in range(workers) for rank in range(ranks)
     ]
@@ -81,7 +81,7 @@ def webdataset_shuffle(
 
     def epoch() -> np.ndarray:
         streams = [list(local_batches(shards)) for shards in shares]
-        steps = min(map(len, streams))  # the first rank that has no more ends the epoch
+        steps = min(map(len, streams))  # the epoch ends with the shortest stream
         return np.stack(
             [
                 np.concatenate([streams[worker * ranks + rank][step] for rank in range(ranks)])
@@ -119,7 +119,7 @@ SHUFFLES: dict[str, Shuffle] = {
 
 
 def figures(epochs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    """The three figures, each divided by what a full random shuffle is expected to have."""
+    """The three figures, relative to their expectation under a full random shuffle."""
     first, second = epochs
     batch_of = np.repeat(np.arange(len(first)), BATCH)
     samples = first.reshape(-1)
@@ -148,7 +148,7 @@ def figures(epochs: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
 
 
 def _equal_pairs(values: np.ndarray) -> int:
-    """How many pairs of equal values there are."""
+    """The number of pairs of equal values."""
     _, counts = np.unique(values, return_counts=True)
     return int((counts * (counts - 1) // 2).sum())
 
@@ -156,7 +156,7 @@ def _equal_pairs(values: np.ndarray) -> int:
 MEANINGS = {
     "classes": "chi-square of a batch's classes",
     "neighbours": "others of a batch from the same 256 in a row",
-    "again": "pairs of a batch that meet again next epoch",
+    "again": "pairs of a batch that are together again in the next epoch",
 }
 
 
@@ -176,7 +176,7 @@ def draw_figure(rows: list[Row], file: Path) -> None:
         for height, name in enumerate(names):
             ratio = of_figure[name].ratio
             colour = "#1f4e79" if "ganscale" in name else "#b5562b" if "web" in name else "#555555"
-            shown = max(ratio, 0.6)  # far below 1 is no better than 1, and would fill the panel
+            shown = max(ratio, 0.6)  # far below 1 is not better than 1, and would fill the panel
             axis.hlines(height, 1, shown, color=colour, linewidth=1, alpha=0.5)
             axis.plot(shown, height, "o" if ratio == shown else "<", color=colour, markersize=5)
             axis.annotate(
@@ -206,16 +206,16 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the ratios (PNG)")
     options = parser.parse_args()
     rows: list[Row] = []
     for name, shuffle in SHUFFLES.items():
-        found = [figures(shuffle(seed)) for seed in range(1 if options.quick else 3)]
-        print(f"{name}: {found[0]}", file=sys.stderr)
+        results = [figures(shuffle(seed)) for seed in range(1 if options.quick else 3)]
+        print(f"{name}: {results[0]}", file=sys.stderr)
         for figure, meaning in MEANINGS.items():
-            ratios = [each[figure] for each in found]
+            ratios = [result[figure] for result in results]
             spread = (min(ratios), max(ratios)) if len(ratios) > 1 else (None, None)
             rows.append(
                 Row(f"{name}/{figure}", "a full shuffle", fmean(ratios), *spread, "x", meaning)

@@ -1,32 +1,32 @@
-"""What a training cycle costs against the loops that people use.
+"""What a training cycle costs compared with the loops that people use.
 
     python -m benchmarks.step [--quick] [--json FILE] [--only SUBSTRING]
 
-One cycle is `n_critic` critic steps and a generator step on images that lie ready: no data, no
-logging. The rivals train copies of the same networks with loss, penalty, optimizer and batch alike:
+One cycle is `n_critic` critic steps and a generator step on images in memory: no data, no logging.
+The rivals train copies of the same networks with the same loss, penalty, optimizer and batch:
 
 - `plain loop`, `usual loop`, `PyTorch-GAN`, `Accelerate loop`: benchmarks/rivals/loops.py
 - `PyTorch Lightning`: its documentation's GAN, in a real Trainer (benchmarks/rivals/lightning.py)
 - `torchgan`, `torch-mimicry`: their own training steps (benchmarks/rivals/libraries.py)
 
-A row stands for an objective (of configs/objective), networks with their resolution, and what we
-are run with:
+There is a row for each objective (of configs/objective), networks with their resolution, and
+settings of ours:
 
 - `f32`
 - `bf16_penalty_f32`, or `bf16` without a penalty: the penalty in float32, as by default
-- `bf16`: the penalty in bfloat16, too (training.penalty_precision=autocast)
-- `bf16_lazy4`: the same, a penalty at every 4th critic step: another algorithm than the rivals'
-- `f32_reuse_fakes`, `bf16_reuse_fakes`: the generator's step takes the fakes of the critic's last
-  one, as Lightning's and PyTorch-GAN's do: another sampling
+- `bf16`: the penalty in bfloat16 too (training.penalty_precision=autocast)
+- `bf16_lazy4`: also a penalty in every 4th critic step only, unlike the rivals
+- `f32_reuse_fakes`, `bf16_reuse_fakes`: the generator step takes the fakes of the last critic step,
+  as Lightning and PyTorch-GAN do, which is a different sampling
 
-Rivals compute as their users have them: in float32, in the usual memory layout. A row holds ours
-against the fastest of them with the same sampling: those that use all fakes for both steps stand in
-the rows that do. Its note has all, and for rows in bfloat16 how ours compares with each under the
-same autocast, its penalty within. The ratio is the rival's time over ours, the median of rounds in
-which all took their turn; low and high are its quartiles. All rows of an objective and its networks
-come from the same rounds. Times are of the processor, one thread (on a GPU: of the wall clock).
+Rivals compute as their users run them: in float32 and contiguous memory format. A row compares ours
+with the fastest rival of the same sampling; those that use all fakes for both steps only count in
+the reuse_fakes rows. Its note has all rivals, and for rows in bfloat16 also the comparison under
+the same autocast, including the penalty. The ratio is the rival's time over ours, the median of
+interleaved rounds; low and high are its quartiles. All rows of an objective and its networks come
+from the same rounds. Times are processor times of one thread (on a GPU: wall-clock times).
 
-Rivals: make rivals. One that cannot be imported is "not measured".
+Install rivals with `make rivals`. One that cannot be imported is "not measured".
 """
 
 import argparse
@@ -68,12 +68,12 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """What we are run with, beside objective and networks."""
+    """Settings of ours, on top of objective and networks."""
 
     name: str
     settings: tuple[str, ...]
     note: str = ""
-    cycles: int = 1  # to a turn of ours, so that turns are alike
+    cycles: int = 1  # in a turn of ours
 
     @property
     def is_bfloat16(self) -> bool:
@@ -95,22 +95,23 @@ class Case:
         return f"{self.objective}/{self.network}"
 
 
-def variants(objective: str) -> list[Variant]:
-    """The precisions, and for the two main objectives what changes the algorithm, too."""
+def variants_of(objective: str) -> list[Variant]:
+    """The precisions, and for the two main objectives also changes of the algorithm."""
     has_penalty = bool(config_of(objective, "dcgan32", 16).objective.penalties)
-    found = [Variant("f32", ())]
+    variants = [Variant("f32", ())]
     if not has_penalty:
-        found.append(Variant("bf16", (BFLOAT16,)))
+        variants.append(Variant("bf16", (BFLOAT16,)))
     else:
-        found += [Variant("bf16_penalty_f32", (BFLOAT16,)), Variant("bf16", BFLOAT16_THROUGHOUT)]
+        variants += [Variant("bf16_penalty_f32", (BFLOAT16,)), Variant("bf16", BFLOAT16_THROUGHOUT)]
     if objective == "wgan_gp":
+        note = "different algorithm: a penalty in one of 4 steps"
         lazy = (*BFLOAT16_THROUGHOUT, "objective.penalties.wgan_gp.interval=4")
-        found.append(Variant("bf16_lazy4", lazy, "another algorithm: a penalty in 4 steps", 4))
+        variants.append(Variant("bf16_lazy4", lazy, note, 4))
     if objective == "non_saturating":
-        reuses, note = "training.reuse_fakes=true", "another sampling: fakes serve both steps"
-        found.append(Variant("f32_reuse_fakes", (reuses,), note))
-        found.append(Variant("bf16_reuse_fakes", (BFLOAT16, reuses), note))
-    return found
+        reuses, note = "training.reuse_fakes=true", "different sampling: fakes serve both steps"
+        variants.append(Variant("f32_reuse_fakes", (reuses,), note))
+        variants.append(Variant("bf16_reuse_fakes", (BFLOAT16, reuses), note))
+    return variants
 
 
 def cases() -> list[Case]:
@@ -118,24 +119,24 @@ def cases() -> list[Case]:
     main = [(objective, network) for objective in AGAINST_ALL for network in NETWORKS]
     names = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
     others = [(o, n) for o in names if o not in AGAINST_ALL for n in NETWORKS if n.endswith("32")]
-    return [Case(*pair, tuple(variants(pair[0]))) for pair in main + others]
+    return [Case(*pair, tuple(variants_of(pair[0]))) for pair in main + others]
 
 
 def rivals_of(objective: str) -> dict[str, Callable[[Task], Contestant]]:
     plain: list[Callable[[Task], Contestant]] = [PlainLoop, UsualLoop]
-    all_others = [PyTorchGAN, AccelerateLoop, LightningLoop, TorchGAN, Mimicry]
-    chosen = plain + (all_others if objective in AGAINST_ALL else [])
-    return {rival.name: rival for rival in chosen}  # type: ignore[attr-defined]
+    others = [PyTorchGAN, AccelerateLoop, LightningLoop, TorchGAN, Mimicry]
+    rivals = plain + (others if objective in AGAINST_ALL else [])
+    return {rival.name: rival for rival in rivals}  # type: ignore[attr-defined]
 
 
 def measure(
     case: Case, runtime: Runtime, batch: int, rounds: int, warm_up: int = 2
 ) -> Iterator[Row]:
-    """The case's rows, and one for each rival that could not be run."""
+    """The case's rows, and one for each rival that cannot be run."""
     torch.manual_seed(0)
     config = config_of(case.objective, case.network, batch)
     images = random_images(config, runtime.device)
-    networks = Ours(config, runtime, images)  # of which all rivals get copies
+    networks = Ours(config, runtime, images)  # rivals get copies of them
 
     float32: dict[str, Contestant] = {}
     for name, rival in rivals_of(case.objective).items():
@@ -154,29 +155,29 @@ def measure(
             plain = PlainLoop(task, penalty_in_float32=True)
             autocast["plain loop with a float32 penalty"] = plain
 
-    everybody: dict[str, Callable[[], object]] = {}
+    contestants: dict[str, Callable[[], object]] = {}
     for variant in case.variants:
         settings = config_of(case.objective, case.network, batch, *variant.settings)
-        everybody[variant.name] = _turn(Ours(settings, runtime, images), variant.cycles)
-    everybody |= {f"float32 {name}": rival for name, rival in float32.items()}
-    everybody |= {f"autocast {name}": rival for name, rival in autocast.items()}
-    seconds = interleaved(everybody, rounds, warm_up, step_clock)
+        contestants[variant.name] = _turn(Ours(settings, runtime, images), variant.cycles)
+    contestants |= {f"float32 {name}": rival for name, rival in float32.items()}
+    contestants |= {f"autocast {name}": rival for name, rival in autocast.items()}
+    seconds = interleaved(contestants, rounds, warm_up, step_clock)
     for contestant in [*float32.values(), *autocast.values()]:
         contestant.close()
 
     for variant in case.variants:
-        own = [turn / variant.cycles for turn in seconds[variant.name]]
-        found = {name: speedup(seconds[f"float32 {name}"], own) for name in float32}
-        alike = [n for n in found if variant.reuses_fakes or not float32[n].reuses_fakes]
-        fastest = min(alike, key=lambda name: found[name][0])
-        said = [variant.note] if variant.note else []
-        said.append(f"ours {1000 * statistics.median(own):.0f} ms a cycle of batch {batch}")
-        said += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in found.items()]
+        ours = [turn / variant.cycles for turn in seconds[variant.name]]
+        speedups = {name: speedup(seconds[f"float32 {name}"], ours) for name in float32}
+        comparable = [n for n in float32 if variant.reuses_fakes or not float32[n].reuses_fakes]
+        fastest = min(comparable, key=lambda name: speedups[name][0])
+        notes = [variant.note] if variant.note else []
+        notes.append(f"ours {1000 * statistics.median(ours):.0f} ms per cycle of batch {batch}")
+        notes += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in speedups.items()]
         if variant.is_bfloat16:
-            same = [f"{n} {speedup(seconds[f'autocast {n}'], own)[0]:.2f}" for n in autocast]
-            said.append(f"under the same autocast: {', '.join(same)}")
+            same = [f"{n} {speedup(seconds[f'autocast {n}'], ours)[0]:.2f}" for n in autocast]
+            notes.append(f"under the same autocast: {', '.join(same)}")
         name = f"{case.name}/{variant.name}"
-        yield Row(name, fastest, *found[fastest], "x faster", ", ".join(said))
+        yield Row(name, fastest, *speedups[fastest], "x faster", ", ".join(notes))
 
 
 def _turn(ours: Ours, cycles: int) -> Callable[[], None]:
@@ -191,25 +192,25 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few rows, within a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument(
-        "--only", default="", metavar="SUBSTRING", help="rows with it in their name"
+        "--only", default="", metavar="SUBSTRING", help="only rows whose name contains it"
     )
     return parser.parse_args()
 
 
 def chosen_cases(quick: bool, only: str) -> list[Case]:
-    """Those with rows of such a name, and of these rows only."""
-    found = []
+    """The cases and variants whose row names contain `only`."""
+    selected = []
     for case in cases():
         names = {variant: f"{case.name}/{variant.name}" for variant in case.variants}
         chosen = [variant for variant, name in names.items() if only in name]
         if quick and not only:
             chosen = [variant for variant in chosen if names[variant] in QUICK]
         if chosen:
-            found.append(replace(case, variants=tuple(chosen)))
-    return found
+            selected.append(replace(case, variants=tuple(chosen)))
+    return selected
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Times of contestants that take turns, so that what else the machine does hits all alike."""
+"""Times of contestants that take turns, so that other load on the machine affects all alike."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ def interleaved(
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; in every round all run once, in turn."""
+    """Seconds of each contestant in each round; in every round each runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warm_up + rounds):
         for name, run in contestants.items():
@@ -25,8 +25,8 @@ def interleaved(
 
 
 def step_clock() -> float:
-    """Seconds of this process's processors, which others on the machine hardly change; with a GPU,
-    of the wall clock once it is done."""
+    """Processor seconds of this process, which other load hardly changes; with a GPU, wall-clock
+    seconds after synchronizing."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -34,8 +34,8 @@ def step_clock() -> float:
 
 
 def speedup(rival: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """(median, lower, upper quartile) of rival / ours over the rounds: above 1 we are faster."""
-    return spread([theirs / mine for theirs, mine in zip(rival, ours, strict=True)])
+    """(median, lower, upper quartile) of rival / ours over the rounds; above 1, we are faster."""
+    return spread([theirs / own for theirs, own in zip(rival, ours, strict=True)])
 
 
 def spread(ratios: list[float]) -> tuple[float, float, float]:

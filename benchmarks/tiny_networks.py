@@ -1,4 +1,4 @@
-"""Networks as small as they can be with everything in them that could tell ranks apart."""
+"""The smallest networks that have every layer through which ranks could differ."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -9,8 +9,8 @@ from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrall
 class TinyGenerator(nn.Module):
     """Latents, and the class, to a map of half the size, and that to an image in [-1, 1].
 
-    `norm` is "batch" (torch's own, which a run replaces by that of the global batch), "spectral"
-    (of all weights) or "none".
+    `norm` is "batch" (torch's, which a run replaces with a GlobalBatchNorm), "spectral" (of all
+    weights) or "none".
     """
 
     mixes_images_in_batch_norm_only = True

@@ -1,13 +1,13 @@
 """Random numbers as a pure function of (seed, purpose, position).
 
-There is no generator object and no state to save: the number drawn for a position is the same on
-every rank, for every batch size and after every restart. Position counts images (slots of the
-global batch since the start of the run), so a rank draws exactly its own slice.
+There is no generator object and no state to save: the number for a position is the same on every
+rank, for every batch size and after every restart. A position is the slot of an image, counted over
+the global batches since the start of the run, so each rank draws exactly its own slice.
 
 The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), a counter-based generator: integer arithmetic only, so they are equal on every
-device. The four counter words are position (64 bits), column block and purpose; the key is the
-seed.
+1, 2, 3", SC 2011), a counter-based generator. It uses integer arithmetic only, so they are equal on
+every device. The four counter words are position (64 bits), column block and purpose; the key is
+the seed.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ _FEISTEL_ROUNDS = 24
 
 
 def purpose_id(purpose: str) -> int:
-    """The 32-bit number that stands for `purpose`, so that two purposes never share draws."""
+    """A 32-bit hash of `purpose`, which gives every purpose its own draws."""
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
 
 
 def derived_seed(seed: int, purpose: str) -> int:
-    """A 63-bit seed for generators that are not ours (weight initialisation)."""
+    """A 63-bit seed for torch's or Python's generators (weight initialization)."""
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -43,8 +43,8 @@ def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Te
 
 
 def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """int64 products wrap around, and only their bits are used: the low word by mask, the high word
-    by shift and mask, which also removes the sign that the shift drags in."""
+    """int64 products wrap around, but their bits are right: a mask takes the low word, a shift and
+    a mask, which removes the extended sign, the high one."""
     words = [*counter.unbind(0)]
     key_0, key_1 = key
     for _ in range(10):
@@ -60,20 +60,20 @@ def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _philox_on_host(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """In NumPy: an operation on a few thousand numbers costs half as much as in torch."""
+    """In NumPy, where an operation on a few thousand numbers takes half as long as in torch."""
     words = counter.reshape(4, -1).astype(np.uint64)
     even, odd = words[0::2], words[1::2]
     factors = np.array([[_MULTIPLIER_0], [_MULTIPLIER_1]], dtype=np.uint64)
     keys = np.array([[key[0]], [key[1]]], dtype=np.uint64)
-    step = np.array([[_WEYL_0], [_WEYL_1]], dtype=np.uint64)
+    weyl = np.array([[_WEYL_0], [_WEYL_1]], dtype=np.uint64)
     word, half = np.uint64(_WORD), np.uint64(32)
     for _ in range(10):
         products = even * factors
         even = (products >> half)[::-1] ^ odd ^ keys
         odd = (products & word)[::-1]
-        keys = (keys + step) & word
-    found = np.stack([even[0], odd[0], even[1], odd[1]])
-    return found.reshape(counter.shape).astype(np.int64)
+        keys = (keys + weyl) & word
+    output = np.stack([even[0], odd[0], even[1], odd[1]])
+    return output.reshape(counter.shape).astype(np.int64)
 
 
 def random_words(
@@ -102,8 +102,8 @@ def normal(
 ) -> Float[Tensor, "batch columns"]:
     """Standard normal float32 by the Box-Muller transform of two 24-bit uniforms.
 
-    The bits are equal everywhere; the logarithm and cosine may differ between kinds of device by
-    a unit in the last place.
+    The bits are equal everywhere; logarithm and cosine may differ by a unit in the last place
+    between kinds of device.
     """
     pairs = -(-columns // 2)
     words = random_words(seed, purpose, positions, 2 * pairs) >> 8
@@ -115,9 +115,8 @@ def normal(
 def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: int) -> np.ndarray:
     """A permutation of range(length), (length,) int64, the same on every machine.
 
-    `stream` tells apart the permutations of one purpose (epoch, lane, window). Made by sorting
-    Philox4x64 words rather than by `Generator.permutation`, whose stream numpy may change between
-    versions.
+    `stream` (epoch, lane, window) selects one of a purpose's permutations. It sorts Philox4x64
+    words, since NumPy may change `Generator.permutation` between versions.
     """
     key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=[0, *stream])
@@ -133,30 +132,30 @@ def permuted(
     *,
     inverse: bool = False,
 ) -> np.ndarray:
-    """Where a random permutation of range(length) sends `indices`, both (n,) int64.
+    """Where a random permutation of range(length), or its inverse, sends `indices`; (n,) int64.
 
-    Each index is computed by itself, so a permutation of billions takes no memory. With `inverse`,
-    the way back. The same on every machine, and another permutation than that of the function
-    `permutation`. Raises ValueError for an index outside range(length).
+    Each index is computed by itself, so a permutation of billions takes no memory. The same on
+    every machine, but not the permutation that `permutation` returns. Raises ValueError for an
+    index outside range(length).
 
     A Feistel network over pairs (left, right) of numbers below two moduli, and cycle walking where
     their product is above `length`: Black and Rogaway, "Ciphers with arbitrary finite domains",
-    CT-RSA 2002. As round function, word number x of the generator SplitMix64 (Steele, Lea, Flood:
-    "Fast splittable pseudorandom number generators", OOPSLA 2014) seeded with the round's key,
-    which is a Philox4x64 word. 24 rounds, as for "Bandwidth-optimal random shuffling for GPUs"
-    (Mitchell, Stokes, Frank, Holmes, 2021): so many are for tiny lengths, where with ideal round
-    functions the total variation distance to a uniform permutation is then below 0.0004.
+    CT-RSA 2002. The round function is word number x of the generator SplitMix64 (Steele, Lea,
+    Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014) seeded with the round's
+    key, a Philox4x64 word. There are 24 rounds, as in "Bandwidth-optimal random shuffling for GPUs"
+    (Mitchell, Stokes, Frank, Holmes, 2021). Tiny lengths need that many: with ideal round functions
+    their total variation distance to a uniform permutation is then below 0.0004.
     """
     if len(indices) and (indices.min() < 0 or indices.max() >= length):
         raise ValueError(f"indices from {indices.min()} to {indices.max()}, length {length}")
     key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
     keys = np.random.Philox(key=key, counter=[0, *stream]).random_raw(_FEISTEL_ROUNDS)
-    # About the square root of the length each. An even one makes odd permutations possible.
+    # Both about the square root of the length. An even one makes odd permutations possible.
     right_modulus = max(2, 2 * ((math.isqrt(length) + 1) // 2))
     moduli = -(-length // right_modulus), right_modulus
     values = _feistel(indices.astype(np.uint64), keys, moduli, inverse)
-    while len(walking := np.flatnonzero(values >= length)):
-        values[walking] = _feistel(values[walking], keys, moduli, inverse)
+    while len(outside := np.flatnonzero(values >= length)):
+        values[outside] = _feistel(values[outside], keys, moduli, inverse)
     return values.astype(np.int64)
 
 
@@ -167,14 +166,14 @@ def _feistel(
     halves = list(np.divmod(values, np.uint64(moduli[1])))
     rounds = range(len(keys))
     for i in reversed(rounds) if inverse else rounds:
-        changed, modulus = i % 2, np.uint64(moduli[i % 2])
-        shift = _splitmix(keys[i], halves[1 - changed]) % modulus
-        halves[changed] = (halves[changed] + (modulus - shift if inverse else shift)) % modulus
+        half, modulus = i % 2, np.uint64(moduli[i % 2])
+        shift = _splitmix(keys[i], halves[1 - half]) % modulus
+        halves[half] = (halves[half] + (modulus - shift if inverse else shift)) % modulus
     return halves[0] * np.uint64(moduli[1]) + halves[1]
 
 
 def _splitmix(key: np.uint64, numbers: np.ndarray) -> np.ndarray:
-    """Word number x, from 0, of SplitMix64 seeded with `key`, for each x of `numbers`."""
+    """Word number x, counted from 0, of SplitMix64 seeded with `key`, for each x in `numbers`."""
     words = (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

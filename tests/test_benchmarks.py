@@ -168,7 +168,7 @@ def test_useful_operations_of_a_penalty_are_those_of_autograd_without_its_zeros(
     config = ours.config_of("wgan_gp", network, BATCH)
     own = ours.Ours(config, Runtime.start(), ours.random_images(config, torch.device("cpu")))
     task = own.task()
-    needed = limit.useful(config, task.generator, task.critic, task.images)
+    needed = limit.useful_operations(config, task.generator, task.critic, task.images)
     with Counting() as forward, torch.no_grad():
         task.critic(task.images)
     with Counting() as autograd:

@@ -25,7 +25,7 @@ def test_three_faults_are_survived_with_the_same_bits() -> None:
     assert wrong == []
     figures = {row.name: row.ratio for row in rows}
     assert figures["faults"] == figures["survived"] == 3
-    assert figures["rows_lost"] == figures["checkpoints_lost"] == figures["pictures_lost"] == 0
+    assert figures["rows_lost"] == figures["checkpoints_lost"] == figures["sample_grids_lost"] == 0
     assert figures["largest_weight_difference"] == 0
     # A checkpoint is always in sight: one interval at a fault, and one that was being written.
     assert figures["images_lost"] < 3 * 2 * CHECKPOINT
@@ -99,11 +99,11 @@ def test_rows_that_are_missing_twice_torn_or_others_are_lost(runs: tuple[Path, P
     change_rows(runs[0], change)
     rows = sorted(judgement_of(runs).rows)
     assert [row.partition(" images ")[2].partition(" = ")[0] for row in rows] == [
-        "is none of the undisturbed run's",
+        "is not in the undisturbed run",
         "has loss/critic",
         "has logits/real_histogram counts 0",
         "is missing",
-        "is there 2 times",
+        "occurs 2 times",
     ]
     assert f"at {6 * ROW:,} images is missing" in rows[3]
 
@@ -111,7 +111,7 @@ def test_rows_that_are_missing_twice_torn_or_others_are_lost(runs: tuple[Path, P
 def test_a_row_of_pictures_may_be_missing_while_the_disk_was_full(runs: tuple[Path, Path]) -> None:
     change_rows(runs[0], lambda lines: lines.pop())
     (runs[0] / "samples" / f"images-{KEPT:09d}.png").unlink()
-    assert len(judgement_of(runs).rows) == len(judgement_of(runs).pictures) == 1
+    assert len(judgement_of(runs).rows) == len(judgement_of(runs).sample_grids) == 1
     assert judgement_of(runs, (KEPT - ROW, KEPT + ROW)).losses == []
 
 

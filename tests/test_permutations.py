@@ -1,4 +1,4 @@
-"""Random permutations, whole or index by index, are even, and the same wherever they are made."""
+"""Random permutations, whole or index by index, are uniform and the same on every machine."""
 
 import itertools
 import math
@@ -22,8 +22,8 @@ def test_a_permutation_holds_every_number_once(seed, stream, length):
     assert sorted(order.tolist()) == list(range(length))
 
 
-def test_permutations_stay_what_they_have_always_been():
-    """A NumPy that changed them would change the data order of every run that is resumed."""
+def test_permutations_are_the_same_as_ever():
+    """If NumPy changed them, it would change the data order of every resumed run."""
     assert permutation(7, "order/blocks", (3, 2, 1), 10).tolist() == [1, 8, 0, 6, 9, 5, 4, 3, 2, 7]
     assert permutation(0, "shuffle", (0, 0, 0), 6).tolist() == [5, 0, 2, 3, 1, 4]
 
@@ -48,12 +48,12 @@ def test_all_orders_of_four_are_equally_frequent():
 
 
 def chi_square_once_in_a_thousand(degrees: int) -> float:
-    """By Wilson and Hilferty's cube of a normal number, exact to a percent."""
+    """By the approximation of Wilson and Hilferty, which is exact to a percent."""
     return degrees * (1 - 2 / (9 * degrees) + 3.09 * math.sqrt(2 / (9 * degrees))) ** 3
 
 
 def reference_permuted(seed: int, purpose: str, stream, index: int, length: int) -> int:
-    """Black and Rogaway's cipher over Z_a x Z_b as the docstring has it, in Python's integers."""
+    """Black and Rogaway's cipher over Z_a x Z_b as in the docstring, in Python's integers."""
     root = math.isqrt(length)
     b = root if root % 2 == 0 else root + 1
     a = math.ceil(length / b)
@@ -61,7 +61,7 @@ def reference_permuted(seed: int, purpose: str, stream, index: int, length: int)
     round_keys = np.random.Philox(key=key, counter=[0, *stream]).random_raw(24).tolist()
 
     def splitmix_word(state: int, number: int) -> int:
-        for _ in range(number + 1):  # the generator itself, word after word
+        for _ in range(number + 1):  # the generator itself, word by word
             state = (state + 0x9E3779B97F4A7C15) % 2**64
         word = state
         word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -86,28 +86,28 @@ def reference_permuted(seed: int, purpose: str, stream, index: int, length: int)
     stream=st.tuples(*[st.integers(0, 2**40)] * 3),
     length=st.integers(1, 200),
 )
-def test_indices_are_permuted_as_the_cipher_is_published(seed, stream, length):
-    found = permuted(seed, "order/blocks", stream, np.arange(min(length, 12)), length)
+def test_indices_are_permuted_by_the_published_cipher(seed, stream, length):
+    actual = permuted(seed, "order/blocks", stream, np.arange(min(length, 12)), length)
     expected = [
         reference_permuted(seed, "order/blocks", stream, index, length)
         for index in range(min(length, 12))
     ]
-    assert found.tolist() == expected
+    assert actual.tolist() == expected
 
 
 def test_splitmix_words_are_the_published_ones():
-    """Of seed 1234567, as in the test vectors of the generator's C version."""
+    """For seed 1234567, as in the test vectors of the generator's C version."""
     words = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert _splitmix(np.uint64(1234567), np.arange(3, dtype=np.uint64)).tolist() == words
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 99, 1000, 65_537])
-def test_every_index_is_permuted_to_one_of_its_own_and_back(length):
+def test_every_index_is_permuted_to_a_different_one_and_back(length):
     indices = np.arange(length)
     for epoch in range(5):
-        found = permuted(3, "order/blocks", (epoch, 0, 0), indices, length)
-        assert np.array_equal(np.sort(found), indices)
-        back = permuted(3, "order/blocks", (epoch, 0, 0), found, length, inverse=True)
+        actual = permuted(3, "order/blocks", (epoch, 0, 0), indices, length)
+        assert np.array_equal(np.sort(actual), indices)
+        back = permuted(3, "order/blocks", (epoch, 0, 0), actual, length, inverse=True)
         assert np.array_equal(back, indices)
 
 
@@ -119,16 +119,16 @@ def test_every_index_is_permuted_to_one_of_its_own_and_back(length):
 )
 def test_an_index_among_billions_is_permuted_by_itself_and_back(seed, length, data):
     indices = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=30)))
-    found = permuted(seed, "a", (1, 2, 3), indices, length)
-    assert found.min() >= 0
-    assert found.max() < length
-    alone = [permuted(seed, "a", (1, 2, 3), indices[i : i + 1], length) for i in range(len(found))]
-    assert np.array_equal(np.concatenate(alone), found)
-    assert np.array_equal(permuted(seed, "a", (1, 2, 3), found, length, inverse=True), indices)
+    actual = permuted(seed, "a", (1, 2, 3), indices, length)
+    assert actual.min() >= 0
+    assert actual.max() < length
+    alone = [permuted(seed, "a", (1, 2, 3), indices[i : i + 1], length) for i in range(len(actual))]
+    assert np.array_equal(np.concatenate(alone), actual)
+    assert np.array_equal(permuted(seed, "a", (1, 2, 3), actual, length, inverse=True), indices)
 
 
 @pytest.mark.parametrize(("index", "length"), [(-1, 5), (5, 5), (0, 0)])
-def test_an_index_that_is_not_there_is_refused(index, length):
+def test_an_index_out_of_range_is_refused(index, length):
     with pytest.raises(ValueError, match="length"):
         permuted(0, "a", (0, 0, 0), np.array([index]), length)
 
@@ -143,7 +143,7 @@ def test_every_word_of_seed_purpose_and_stream_changes_where_indices_go():
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
-def test_indices_are_permuted_to_all_orders_equally_often(length):
+def test_all_orders_of_indices_are_equally_frequent(length):
     orders, streams = math.factorial(length), 2400
     counts: dict[tuple[int, ...], int] = {}
     for stream in range(streams):
@@ -179,8 +179,8 @@ def test_an_index_goes_everywhere_equally_often_with_any_other_and_in_any_next_e
     assert chi_square(next_epoch, length) < chi_square_once_in_a_thousand(length - 1)
 
 
-def test_where_indices_go_stays_what_it_has_always_been():
-    """Nor may it: every run that is resumed would get another data order."""
+def test_permuted_indices_are_the_same_as_ever():
+    """Otherwise every resumed run would get another data order."""
     indices = np.arange(10)
     assert permuted(7, "order/blocks", (3, 2, 1), indices, 10).tolist() == [
         4,

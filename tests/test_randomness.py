@@ -1,4 +1,4 @@
-"""Random numbers are Philox, as published, and depend on seed, purpose and position alone."""
+"""Random numbers are Philox as published, and depend only on seed, purpose and position."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ MANY = torch.arange(50_000)
 
 
 def reference_philox(counter: list[int], key: list[int]) -> list[int]:
-    """Philox4x32-10 as the paper's section 3.3 has it, in Python's unbounded integers."""
+    """Philox4x32-10 as in section 3.3 of the paper, in Python's unbounded integers."""
     (a, b, c, d), (k, m) = counter, key
     for round_ in range(10):
         if round_:
@@ -50,13 +50,13 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     counter, key, words = (
         [int(word, 16) for word in text.split()] for text in (counter, key, words)
     )
-    for on_host_or_device in (philox, _philox_on_device):
-        found = on_host_or_device(torch.tensor(counter), (key[0], key[1]))
-        assert found.tolist() == words
+    for implementation in (philox, _philox_on_device):
+        actual = implementation(torch.tensor(counter), (key[0], key[1]))
+        assert actual.tolist() == words
     assert reference_philox(counter, key) == words
 
 
-def test_a_device_draws_the_bits_of_the_host():
+def test_host_and_device_draw_the_same_bits():
     counter = torch.randint(2**32, (4, 300, 5), generator=torch.Generator().manual_seed(0))
     for key in ((0, 0), (0xFFFFFFFF, 0x9E3779B9)):
         assert torch.equal(philox(counter, key), _philox_on_device(counter, key))
@@ -77,8 +77,8 @@ def test_the_words_of_a_position_are_those_of_its_counter_and_the_seed(
     for block in range(3):
         counter = [position % 2**32, position // 2**32, block, purpose_word]
         expected += reference_philox(counter, [seed % 2**32, seed // 2**32])
-    found = random_words(seed, purpose, torch.tensor([position]), columns)
-    assert found.tolist() == [expected[:columns]]
+    actual = random_words(seed, purpose, torch.tensor([position]), columns)
+    assert actual.tolist() == [expected[:columns]]
 
 
 @pytest.mark.parametrize("draw", [uniform, normal])
@@ -89,7 +89,7 @@ def test_the_words_of_a_position_are_those_of_its_counter_and_the_seed(
     columns=st.integers(1, 7),
     data=st.data(),
 )
-def test_a_slice_of_positions_draws_what_the_whole_draws_there(draw, first, count, columns, data):
+def test_a_slice_of_positions_draws_the_same_slice_of_numbers(draw, first, count, columns, data):
     start = data.draw(st.integers(0, count - 1))
     stop = data.draw(st.integers(start + 1, count))
     positions = first + torch.arange(count)
@@ -99,7 +99,7 @@ def test_a_slice_of_positions_draws_what_the_whole_draws_there(draw, first, coun
     assert torch.equal(backwards.flip(0), whole)
 
 
-def test_more_columns_leave_the_words_of_the_first_ones_as_they_are():
+def test_more_columns_do_not_change_the_first_ones():
     few, many = (random_words(1, "a", torch.arange(5), columns) for columns in (3, 10))
     assert torch.equal(many[:, :3], few)
 
@@ -118,11 +118,11 @@ def test_more_columns_leave_the_words_of_the_first_ones_as_they_are():
 def test_no_number_repeats_for_another_seed_purpose_or_far_position(seed, purpose, first):
     base = random_words(0, "a", torch.arange(100), 8)
     other = random_words(seed, purpose, first + torch.arange(100), 8)
-    # 640,000 pairs of 32-bit words: one equal pair is no surprise, an equal row is impossible.
+    # Among 640,000 pairs of 32-bit words, an equal pair may occur, but an equal row cannot.
     assert len({*base.flatten().tolist()} & {*other.flatten().tolist()}) <= 2
 
 
-def test_purposes_of_the_project_have_numbers_of_their_own():
+def test_the_projects_purposes_have_different_numbers():
     purposes = ["latents/critic", "latents/generator", "interpolation", "flip", "samples", ""]
     assert len({purpose_id(purpose) for purpose in purposes}) == len(purposes)
     assert len({derived_seed(seed, p) for seed in range(50) for p in purposes}) == 50 * len(
@@ -132,7 +132,7 @@ def test_purposes_of_the_project_have_numbers_of_their_own():
 
 
 def distance_to_distribution(values: torch.Tensor, cumulative: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's statistic times the root of n; above 1.95 once in a thousand."""
+    """The Kolmogorov-Smirnov statistic times the root of n; above 1.95 once in a thousand."""
     n = values.numel()
     steps = np.arange(n + 1) / n
     return math.sqrt(n) * max(
@@ -145,7 +145,7 @@ def test_uniform_numbers_are_uniform_in_zero_to_one_without_one():
     assert drawn.dtype == torch.float32
     assert drawn.min() >= 0
     assert drawn.max() < 1
-    # The largest word that there is must not be rounded up to 1.
+    # The largest word must not be rounded up to 1.
     assert (torch.tensor((2**32 - 1) >> 8).float() * 2**-24).item() < 1
     for column in drawn.double().T:
         assert distance_to_distribution(column, np.sort(column.numpy())) < 1.95

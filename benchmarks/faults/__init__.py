@@ -1,1 +1,1 @@
-"""Faults on purpose, and what a run has to show for it afterwards."""
+"""Injects faults into runs and checks what is left of them."""

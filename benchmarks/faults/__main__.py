@@ -1,28 +1,28 @@
-"""Whether a run survives whatever ends its sessions, and what it costs.
+"""Whether a run survives all kinds of faults, and what they cost.
 
     python -m benchmarks.faults [--faults N] [--seed N] [--quick] [--json FILE]
 
-Two trainings of tiny networks, by processes of one thread over gloo. Each is hit by half of the
-faults, one a session, and continued by the same command until it is done:
+Two trainings of tiny networks, by processes of one thread over gloo. Each gets half of the faults,
+one per session, and is continued by the same command until it is done:
 
-- `on 2 ranks`: all sessions are; it has to come out with the same bits as the run in peace
-- `on 1 or 2 ranks`: by chance; in float64, and to a tolerance of 1e-9
+- `on 2 ranks`: in all sessions; the result must have the same bits as the undisturbed run
+- `on 1 or 2 ranks`: at random; in float64, with a tolerance of 1e-9
 
-The faults are drawn from a seed, and as many of one kind as of another: one rank is killed (-9), or
-all; one rank or all get SIGUSR1, SIGTERM or SIGINT, or their launcher is killed; a rank is stopped
-(SIGSTOP) and stays so, or goes on when the others have left; the run's disk is full for a while, or
-from the start; the newest checkpoint is cut, or one of its bits flipped, or a file lost;
-metrics.jsonl ends in half a row, or in zeros; a session is killed or asked to stop while it still
-starts.
+The faults are drawn from a seed, equally many of each kind: one rank or all are killed (-9); one
+rank or all get SIGUSR1, SIGTERM or SIGINT, or their launcher is killed; a rank is stopped (SIGSTOP)
+for good, or until the others have left; the run's disk is full for a while, or from the start; the
+newest checkpoint is truncated, gets a flipped bit or loses a file; metrics.jsonl ends in half a row
+or in zeros; a session is killed or asked to stop while it starts.
 
-After each, no process may be left, the exit code has to be the one that the documentation promises,
-the newest whole checkpoint no older than before, the next session begin there, and the log end with
-the name of a rank that was lost.
+After each fault no process may be left, the exit code must be the documented one, the newest whole
+checkpoint must not be older than before, the next session must start from it, and the log must end
+with the name of the lost rank, if one was lost.
 
-- `faults`, `survived`: how many
-- `images_lost`: trained on again, because no checkpoint had them yet (to the last row)
-- `rows_lost`, `checkpoints_lost`, `pictures_lost`: missing, twice, or not those of the run in peace
-- `largest_weight_difference`: to the run in peace, relative to the largest element of a tensor
+- `faults`, `survived`: their numbers
+- `images_lost`: trained again, because no checkpoint had them (up to the last row)
+- `rows_lost`, `checkpoints_lost`, `sample_grids_lost`: missing, duplicate, or different from the
+  undisturbed run's
+- `largest_weight_difference`: to the undisturbed run, relative to a tensor's largest element
 """
 
 import shutil
@@ -44,7 +44,7 @@ FAULTS, QUICK_FAULTS = 50, 4
 
 
 def measure(count: int, seed: int, worlds: Sequence[World] = WORLDS) -> tuple[list[Row], list[str]]:
-    """The rows, and a sentence for everything that is not as it should be."""
+    """The rows, and a sentence for every problem."""
     folder = Path(tempfile.mkdtemp(prefix="ganscale-faults-"))
     write_shards("bundled:mnist", folder / "data", shard_samples=1000)
     with small_disk(folder / "disk") as disk:
@@ -58,9 +58,9 @@ def measure(count: int, seed: int, worlds: Sequence[World] = WORLDS) -> tuple[li
         ]
     rows, wrong = rows_of(results), problems(results, count)
     if not disk.is_small:
-        rows[0] = replace(rows[0], note=f"{rows[0].note}; no full disk, which only root can have")
+        rows[0] = replace(rows[0], note=f"{rows[0].note}; no full disk, which takes root")
     if wrong:
-        wrong.append(f"what the sessions said is in {folder}")
+        wrong.append(f"the output of the sessions is in {folder}")
     else:
         shutil.rmtree(folder)
     return rows, wrong
@@ -72,7 +72,7 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
     lost = [images for result in results for images in result.lost]
     judgements = [result.judgement for result in results]
     recomputed = (
-        f"{100 * sum(lost) / images:.1f} % of the runs; {statistics.median(lost or [0]):.0f} at a "
+        f"{100 * sum(lost) / images:.1f} % of the runs; {statistics.median(lost or [0]):.0f} per "
         f"fault, at most {max(lost, default=0)}"
     )
     differences = ", ".join(
@@ -83,9 +83,9 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
         "faults": (injected, f"in runs of {images:,} images"),
         "survived": (injected - sum(len(result.wrong) for result in results), times(results)),
         "images_lost": (sum(lost), recomputed),
-        "rows_lost": (sum(len(each.rows) for each in judgements), ""),
-        "checkpoints_lost": (sum(len(each.checkpoints) for each in judgements), ""),
-        "pictures_lost": (sum(len(each.pictures) for each in judgements), ""),
+        "rows_lost": (sum(len(judgement.rows) for judgement in judgements), ""),
+        "checkpoints_lost": (sum(len(judgement.checkpoints) for judgement in judgements), ""),
+        "sample_grids_lost": (sum(len(judgement.sample_grids) for judgement in judgements), ""),
     }
     largest = max(judgement.weight_difference for judgement in judgements)
     return [
@@ -100,11 +100,11 @@ def times(results: Sequence[Result]) -> str:
     for result in results:
         for kind, times_of_kind in result.seconds.items():
             seconds.setdefault(kind, []).extend(times_of_kind)
-    told = (
-        f"{kind} {statistics.median(each):.1f} s, at most {max(each):.1f}"
-        for kind, each in sorted(seconds.items())
+    sentences = (
+        f"{kind} {statistics.median(times_of_kind):.1f} s, at most {max(times_of_kind):.1f}"
+        for kind, times_of_kind in sorted(seconds.items())
     )
-    return "; ".join(told)
+    return "; ".join(sentences)
 
 
 def problems(results: Sequence[Result], count: int) -> list[str]:
@@ -117,16 +117,18 @@ def problems(results: Sequence[Result], count: int) -> list[str]:
                 f"({result.judgement.where})"
             )
     if (injected := sum(len(result.lost) for result in results)) < count:
-        wrong.append(f"the runs were over after {injected} of {count} faults")
+        wrong.append(f"the runs ended after {injected} of {count} faults")
     return wrong
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--faults", type=int, metavar="N", help=f"in all (default: {FAULTS})")
-    parser.add_argument("--seed", type=int, default=0, help="that they are drawn from")
+    parser.add_argument(
+        "--faults", type=int, metavar="N", help=f"how many in all (default: {FAULTS})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="from which the faults are drawn")
     options = parser.parse_args()
-    # Else the sessions would inherit that a shell has its background jobs ignore it.
+    # A shell's background jobs ignore SIGINT, and the sessions would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     count = options.faults or (QUICK_FAULTS if options.quick else FAULTS)
     rows, wrong = measure(count, options.seed)

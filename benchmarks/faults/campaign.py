@@ -1,4 +1,4 @@
-"""One training that a fault hits again and again, beside the same training in peace."""
+"""A training that is hit by one fault after another, and the same training undisturbed."""
 
 import shutil
 import sys
@@ -21,25 +21,25 @@ from benchmarks.faults.plan import (
     FULL_FROM_THE_START,
     KEEP_LAST,
     KEPT,
-    PICTURES,
     ROW,
+    SAMPLES,
     Fault,
     images_needed,
 )
 from benchmarks.faults.session import REPOSITORY, NotSurvived, RunOver, Session
 from ganscale.tracking.provenance import read_sessions
 
-_RUN_SECONDS = 900.0  # far more than a session needs that nobody disturbs
+_RUN_SECONDS = 900.0  # far more than an undisturbed session needs
 _NETWORKS = "benchmarks.tiny_networks"
 _N_CRITIC = 2
 
 
 @dataclass(frozen=True)
 class World:
-    """On which clusters a run's sessions are, and how equal it has to come out.
+    """The cluster sizes of a run's sessions, and the tolerances of its results.
 
-    ranks: that a session may have; undisturbed: that the run in peace has
-    weights, rows: relative tolerances; 0: the same bits
+    ranks: of a session, one of these; undisturbed: ranks of the undisturbed run
+    weights, rows: relative tolerances; 0 means the same bits
     """
 
     name: str
@@ -51,13 +51,13 @@ class World:
 
 
 WORLDS = (
-    # What the meters of rows have when a checkpoint comes between two rows is summed over the ranks
-    # and goes on from the sum: another order, of float64. At this rate weights amplify a difference
-    # 1e10 times within 19,200 images, so none can hide.
+    # A checkpoint between two rows sums the meters over the ranks and continues from the sum, so
+    # float64 sums have another order. At this learning rate, training amplifies a difference in
+    # weights 1e10 times within 19,200 images, so none stays hidden.
     World("on 2 ranks", (2,), 2, (), 0.0, 1e-12),
-    # Sums over images are in another order on another number of ranks. At this rate it hardly
-    # matters: 5e-15 after 19,200 images and 4e-11 after 35,200, where each cycle moves weights by
-    # 5e-4.
+    # On another number of ranks, sums over images have another order. At this learning rate it
+    # hardly matters: 5e-15 after 19,200 images and 4e-11 after 35,200; each cycle changes weights
+    # by 5e-4.
     World(
         "on 1 or 2 ranks",
         (1, 2),
@@ -75,10 +75,10 @@ WORLDS = (
 
 @dataclass
 class Result:
-    """What a campaign has come to.
+    """The result of a campaign.
 
     wrong: a sentence for each fault that was not survived
-    lost: images that were computed again, after each fault
+    lost: images that were trained again after each fault
     seconds: by kind, from the fault to the end of the session
     """
 
@@ -95,12 +95,12 @@ class Result:
 
 
 class Campaign:
-    """A run in a folder, and the same one undisturbed."""
+    """A run with faults, and the same run undisturbed."""
 
     def __init__(
         self, folder: Path, disk: Disk, data: Path, world: World, faults: Sequence[Fault]
     ) -> None:
-        """folder: for what the sessions print; disk: for the run's own"""
+        """folder: for the output of sessions; disk: for the run folder"""
         self.world = world
         self.faults = faults
         self.total_images = images_needed(faults)
@@ -112,11 +112,11 @@ class Campaign:
         self._sessions = 0
 
     def run(self) -> Result:
-        start_seconds = self._without_faults()
+        start_seconds = self._train_undisturbed()
         scene = Scene(self._run, self._disk, start_seconds)
         result = Result(self.world, self.total_images, Judgement(float("inf"), "it did not finish"))
         for fault in self.faults:
-            if not self._survives(fault, scene, result):
+            if not self._inject(fault, scene, result):
                 break
         try:
             self._finish(result)
@@ -124,7 +124,7 @@ class Campaign:
         except NotSurvived as problem:
             result.judgement.where = f"the last session: {problem}"
         if result.wrong or result.judgement.losses or not result.is_equal:
-            shutil.copytree(self._run, self._folder / "run")  # to be looked at
+            shutil.copytree(self._run, self._folder / "run")  # for inspection
         shutil.rmtree(self._run, ignore_errors=True)
         return result
 
@@ -148,7 +148,7 @@ class Campaign:
             f"checkpoint.every_images={CHECKPOINT}",
             f"checkpoint.keep_last={KEEP_LAST}",
             f"checkpoint.keep_every_images={KEPT}",
-            f"samples.every_images={PICTURES}",
+            f"samples.every_images={SAMPLES}",
             "samples.count=4",
             "log.wandb=disabled",
             *self.world.settings,
@@ -157,8 +157,8 @@ class Campaign:
         folder = self._folder / f"session-{self._sessions:03d}"
         return Session(folder, arguments, ranks, is_launched)
 
-    def _without_faults(self) -> float:
-        """Trains the run in peace; returns the seconds from its start to its first row."""
+    def _train_undisturbed(self) -> float:
+        """Trains undisturbed; returns the seconds from the start to the first row."""
         session = self._session(self._undisturbed, self.world.undisturbed)
         started = time.monotonic()
         try:
@@ -170,20 +170,20 @@ class Campaign:
             session.kill()
         return start_seconds
 
-    def _survives(self, fault: Fault, scene: Scene, result: Result) -> bool:
-        """Whether there is more to hit; the outcome goes into `result`."""
-        began, sessions_before = newest_whole(self._run), self._told_sessions()
+    def _inject(self, fault: Fault, scene: Scene, result: Result) -> bool:
+        """Injects the fault and adds the outcome to `result`; False if the run was already over."""
+        began, sessions_before = newest_whole(self._run), self._session_starts()
         if fault.variant == FULL_FROM_THE_START:
             self._disk.fill()
-        # It also says how often a rank looks whether its launcher is still there.
-        is_impatient = fault.kind == "stopped rank" or fault.variant == "launcher killed"
-        patience = [f"runtime.timeout_seconds={TIMEOUT_SECONDS}"] if is_impatient else []
-        session = self._session(self._run, fault.ranks, fault.is_launched, *patience)
+        # The timeout also sets how often a rank checks that its launcher is alive.
+        waits_for_timeout = fault.kind == "stopped rank" or fault.variant == "launcher killed"
+        settings = [f"runtime.timeout_seconds={TIMEOUT_SECONDS}"] if waits_for_timeout else []
+        session = self._session(self._run, fault.ranks, fault.is_launched, *settings)
         scene.seconds = None
         wrong = ""
         try:
             inflict(fault, session, scene)
-            self._expect_beginning(began, sessions_before)
+            self._expect_start(began, sessions_before)
         except NotSurvived as problem:
             wrong = str(problem)
         except RunOver:
@@ -208,21 +208,21 @@ class Campaign:
 
     def _finish(self, result: Result) -> None:
         """Trains the rest of the run. Raises NotSurvived."""
-        began, sessions_before = newest_whole(self._run), self._told_sessions()
+        began, sessions_before = newest_whole(self._run), self._session_starts()
         session = self._session(self._run, self.world.ranks[-1])
         try:
             session.wait_for_end(_RUN_SECONDS)
             session.expect_end(0, _RUN_SECONDS)
         finally:
             session.kill()
-        self._expect_beginning(began, sessions_before)
+        self._expect_start(began, sessions_before)
 
-    def _told_sessions(self) -> list[int]:
-        """Where each session of the run began, by its own account."""
+    def _session_starts(self) -> list[int]:
+        """The images seen at the start of each session, from its record."""
         return [facts["images_seen"] for facts in read_sessions(self._run / "sessions.jsonl")]
 
-    def _expect_beginning(self, images: int, before: list[int]) -> None:
-        """Of a session that has come so far as to tell it."""
-        new = self._told_sessions()[len(before) :]
+    def _expect_start(self, images: int, before: list[int]) -> None:
+        """Of a session that got far enough to record it."""
+        new = self._session_starts()[len(before) :]
         if new not in ([], [images]):
             raise NotSurvived(f"it continued at {new} images instead of {images:,}")

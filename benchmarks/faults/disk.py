@@ -1,4 +1,4 @@
-"""A small disk of one's own, to be filled."""
+"""A small disk that can be filled."""
 
 import contextlib
 import errno
@@ -13,13 +13,13 @@ _MIB = 64
 
 @dataclass(frozen=True)
 class Disk:
-    """path: where it is mounted; is_small: whether it can be filled, else it is an ordinary one"""
+    """path: where it is mounted; is_small: False for an ordinary disk, which cannot be filled"""
 
     path: Path
     is_small: bool
 
     def fill(self) -> None:
-        """Takes all the space that is left."""
+        """Takes all free space."""
         with self._filler.open("ab", buffering=0) as file:
             for size in (1 << 20, 1 << 12):
                 try:
@@ -40,7 +40,7 @@ class Disk:
 
 @contextlib.contextmanager
 def small_disk(path: Path) -> Iterator[Disk]:
-    """A tmpfs at `path`, which only root can have; for others a folder."""
+    """A tmpfs at `path` for root, otherwise a folder."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={_MIB}m,mode=700", "ganscale-faults", str(path)]
     is_small = os.geteuid() == 0 and _succeeds(mount)

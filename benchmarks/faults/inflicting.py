@@ -1,4 +1,4 @@
-"""Does a fault to a session, and holds what comes of it against what is promised."""
+"""Injects a fault into a session and checks that the promises are kept."""
 
 import contextlib
 import signal
@@ -15,15 +15,15 @@ from benchmarks.faults.session import HOST, NotSurvived, Session, wait_until
 from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE
 
-TIMEOUT_SECONDS = 8.0  # `runtime.timeout_seconds` where that is waited for
-_START_SECONDS, _END_SECONDS = 240.0, 60.0  # far more than it takes, as nothing may hang for ever
+TIMEOUT_SECONDS = 8.0  # `runtime.timeout_seconds` of faults that wait for it
+_START_SECONDS, _END_SECONDS = 240.0, 60.0  # far more than it takes; they only stop hangs
 
 
 @dataclass
 class Scene:
-    """start_seconds: what a session usually takes to its first row
-    seconds: from the fault to the end of the session, where it ends by itself
-    full: from which to which images the disk was full
+    """start_seconds: usual time until a session's first row
+    seconds: from the fault to the end of the session, if it ends by itself
+    full: ranges of images in which the disk was full
     """
 
     run_folder: Path
@@ -34,10 +34,9 @@ class Scene:
 
 
 def inflict(fault: Fault, session: Session, scene: Scene) -> None:
-    """Returns when the session is over.
+    """Injects the fault and waits for the end of the session.
 
-    Raises NotSurvived where something is not as promised, and RunOver where there was no more to
-    hit.
+    Raises NotSurvived if a promise is broken, and RunOver if the run ends before the fault.
     """
     began = newest_whole(scene.run_folder)
     wait_to_begin(session, scene.run_folder, began, fault)
@@ -49,13 +48,13 @@ def inflict(fault: Fault, session: Session, scene: Scene) -> None:
 
 
 def newest_whole(run_folder: Path) -> int:
-    """The images seen of the checkpoint from which the run would go on; 0 without one."""
+    """The images seen of the checkpoint from which the run would continue; 0 without one."""
     folders = reversed(checkpoint_folders(run_folder / "checkpoints"))
     return next((images_seen_of(folder) for folder in folders if find_damage(folder) is None), 0)
 
 
 def wait_to_begin(session: Session, run_folder: Path, began: int, fault: Fault) -> None:
-    """Until the session has come to where the fault is to hit it."""
+    """Waits until the session reaches the images of the fault."""
     if fault.after_images == 0:
         return
     session.wait_for_start(
@@ -69,18 +68,18 @@ def _killed_rank(fault: Fault, session: Session, scene: Scene) -> None:
     with _timed(scene):
         victim.kill()
         session.expect_end(EXIT_RANK_LOST, _END_SECONDS, victims=[fault.victim])
-    _expect_last_word(fault, session, scene, "the process died in `")
+    _expect_last_log_line(fault, session, scene, "the process died in `")
 
 
-def _expect_last_word(fault: Fault, session: Session, scene: Scene, reason: str) -> None:
-    """The log's last line has to name the rank, and what the ranks say has to be the same."""
+def _expect_last_log_line(fault: Fault, session: Session, scene: Scene, reason: str) -> None:
+    """The last line of the log must name the rank, and the ranks must print the same sentence."""
     sentence = f"rank {fault.victim} on {HOST} was lost: {reason}"
     last = (scene.run_folder / "log.txt").read_text().splitlines()[-1]
     if f" ERROR: {sentence}" not in last:
         raise NotSurvived(f"the log ends with {last!r}")
-    said = session.expect_end(EXIT_RANK_LOST, _END_SECONDS, victims=[fault.victim])
-    if not said.startswith(sentence):
-        raise NotSurvived(f"the ranks end with {said!r}")
+    printed = session.expect_end(EXIT_RANK_LOST, _END_SECONDS, victims=[fault.victim])
+    if not printed.startswith(sentence):
+        raise NotSurvived(f"the ranks end with {printed!r}")
 
 
 def _killed_run(fault: Fault, session: Session, scene: Scene) -> None:
@@ -90,7 +89,7 @@ def _killed_run(fault: Fault, session: Session, scene: Scene) -> None:
 def _killed_loader(fault: Fault, session: Session, scene: Scene) -> None:
     loader = session.rank(fault.victim, loader=True)
     if loader is None:
-        raise NotSurvived(f"rank {fault.victim} has no process that reads its data")
+        raise NotSurvived(f"rank {fault.victim} has no loader process")
     with _timed(scene):
         loader.kill()
         session.expect_end(EXIT_REQUEUE, _END_SECONDS)
@@ -103,11 +102,11 @@ def _signal(fault: Fault, session: Session, scene: Scene) -> None:
             session.wait_for_end(_END_SECONDS)
             session.expect_end(EXIT_REQUEUE, _END_SECONDS)
         return
-    number, _, to = fault.variant.split()
-    asked = session.all_ranks() if to == "all" else [_process(session, fault.victim)]
+    name, _, target = fault.variant.split()
+    processes = session.all_ranks() if target == "all" else [_process(session, fault.victim)]
     with _timed(scene):
-        for process in asked:
-            process.send_signal(signal.Signals[f"SIG{number}"])
+        for process in processes:
+            process.send_signal(signal.Signals[f"SIG{name}"])
         session.expect_end(EXIT_REQUEUE, _END_SECONDS)
     images = session.images_seen() or 0
     if (newest := newest_whole(scene.run_folder)) < images:
@@ -119,13 +118,13 @@ def _stopped_rank(fault: Fault, session: Session, scene: Scene) -> None:
     with _timed(scene):
         victim.suspend()
         session.expect_end(EXIT_RANK_LOST, _END_SECONDS, victims=[fault.victim])
-    if fault.variant == "killed":  # as srun does with what does not leave
+    if fault.variant == "killed":  # as srun does with processes that do not leave
         victim.kill()
-    else:  # it finds that the others are gone
+    else:  # it finds that the others have left
         victim.resume()
         session.expect_end(EXIT_RANK_LOST, _END_SECONDS)
     session.wait_for_end(_END_SECONDS)
-    _expect_last_word(fault, session, scene, "no sign of life for ")
+    _expect_last_log_line(fault, session, scene, "no sign of life for ")
 
 
 def _full_disk(fault: Fault, session: Session, scene: Scene) -> None:
@@ -136,7 +135,7 @@ def _full_disk(fault: Fault, session: Session, scene: Scene) -> None:
             session.expect_end(EXIT_REQUEUE, _START_SECONDS)
             return
         session.wait_for_start(
-            lambda: "no checkpoint could be written at" in session.said(), _END_SECONDS
+            lambda: "no checkpoint could be written at" in session.output(), _END_SECONDS
         )
         if fault.variant == "asked to stop":
             with _timed(scene):
@@ -148,7 +147,7 @@ def _full_disk(fault: Fault, session: Session, scene: Scene) -> None:
             scene.disk.free()
             session.wait_for_start(lambda: newest_whole(scene.run_folder) > written, _END_SECONDS)
     finally:
-        session.kill()  # if it has not left already
+        session.kill()  # unless it has ended already
         scene.disk.free()
         scene.full.append((full_from, (session.images_seen() or 0) + CHECKPOINT))
 
@@ -173,7 +172,7 @@ def _damaged_checkpoint(fault: Fault, session: Session, scene: Scene) -> None:
         file.unlink()
     expected = images_seen_of(whole[-2]) if len(whole) > 1 else 0
     if newest_whole(scene.run_folder) != expected:
-        raise NotSurvived(f"{file} is damaged, and nobody sees it")
+        raise NotSurvived(f"{file} is damaged, but not detected")
 
 
 def _torn_row(fault: Fault, session: Session, scene: Scene) -> None:
@@ -184,9 +183,9 @@ def _torn_row(fault: Fault, session: Session, scene: Scene) -> None:
 
 
 def _start_up(fault: Fault, session: Session, scene: Scene) -> None:
-    if fault.variant == "USR1 to all":  # before that, the batch script protects them
+    if fault.variant == "USR1 to all":  # until then, the batch script blocks it
         wait_until(
-            lambda: session.heeds(signal.SIGUSR1), _START_SECONDS, lambda: "Python did not run"
+            lambda: session.blocks(signal.SIGUSR1), _START_SECONDS, lambda: "Python did not run"
         )
     elif fault.variant == "killed rank":
         wait_until(lambda: session.rank(fault.victim), _START_SECONDS, lambda: "no rank started")
@@ -220,7 +219,7 @@ _KINDS: dict[str, Callable[[Fault, Session, Scene], None]] = {
 def _process(session: Session, rank: int) -> psutil.Process:
     process = session.rank(rank)
     if process is None:
-        raise NotSurvived(f"rank {rank} is gone before its fault: {session.ending()}")
+        raise NotSurvived(f"rank {rank} was gone before its fault: {session.ending()}")
     return process
 
 

@@ -1,4 +1,4 @@
-"""A run that had faults beside the same run without: weights, rows, checkpoints, pictures."""
+"""Compares a run that had faults with the undisturbed one: weights, rows, checkpoints, samples."""
 
 import json
 import math
@@ -14,47 +14,46 @@ from benchmarks.faults.inflicting import newest_whole
 from benchmarks.faults.plan import CHECKPOINT, KEEP_LAST, KEPT
 from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
 
-# What tells about the machine and the moment; an audit is made at every stop, too.
-_OF_THE_MOMENT = ("perf/", "audit/passed")
+# These depend on the machine and the moment; every stop also makes an audit.
+_VARYING = ("perf/", "audit/passed")
 
 
 @dataclass
 class Judgement:
-    """weight_difference: the largest of a tensor, relative to its largest element
-    where: it is
-    rows, checkpoints, pictures: that are missing, twice, or others; what is wrong with each
+    """weight_difference: the largest one, relative to the largest element of its tensor
+    where: the name of that tensor
+    rows, checkpoints, sample_grids: a sentence for each that is missing, duplicate or different
     """
 
     weight_difference: float
     where: str
     rows: list[str] = field(default_factory=list)
     checkpoints: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    sample_grids: list[str] = field(default_factory=list)
 
     @property
     def losses(self) -> list[str]:
-        return self.rows + self.checkpoints + self.pictures
+        return self.rows + self.checkpoints + self.sample_grids
 
 
 def judged(
     run: Path, undisturbed: Path, tolerance: float, full: Sequence[tuple[int, int]]
 ) -> Judgement:
     """tolerance: of rows, relative, or absolute below 1
-
-    full: while the disk was full, checkpoints and pictures are given up, which the log says
+    full: ranges of images in which the disk was full: checkpoints and sample grids may be missing
     """
     judgement = Judgement(*largest_difference(last(run), last(undisturbed)))
 
     def is_excused(images: int) -> bool:
         return any(begin <= images <= end for begin, end in full)
 
-    expected, found = (rows_by_time(each) for each in (undisturbed, run))
-    for key in sorted(expected.keys() | found.keys()):
-        is_missing = key not in found
+    expected, rows = (rows_by_time(folder) for folder in (undisturbed, run))
+    for key in sorted(expected.keys() | rows.keys()):
+        is_missing = key not in rows
         if is_missing and key[1] == "samples" and is_excused(key[0]):
             continue
         problem = (
-            "is missing" if is_missing else problem_of(found[key], expected.get(key), tolerance)
+            "is missing" if is_missing else problem_of(rows[key], expected.get(key), tolerance)
         )
         if problem:
             judgement.rows.append(f"the row of {key[1]} at {key[0]:,} images {problem}")
@@ -71,18 +70,18 @@ def judged(
     }
     judgement.checkpoints += [f"checkpoint at {images:,} images is kept" for images in extra]
 
-    for picture in sorted((undisturbed / "samples").iterdir()):
-        other = run / "samples" / picture.name
-        images = picture.stem.rpartition("-")[2]
+    for grid in sorted((undisturbed / "samples").iterdir()):
+        other = run / "samples" / grid.name
+        images = grid.stem.rpartition("-")[2]
         if not other.exists() and not (images.isdecimal() and is_excused(int(images))):
-            judgement.pictures.append(f"{picture.name} is missing")
-        elif other.exists() and tolerance == 0 and other.read_bytes() != picture.read_bytes():
-            judgement.pictures.append(f"{picture.name} shows something else")
+            judgement.sample_grids.append(f"{grid.name} is missing")
+        elif other.exists() and tolerance == 0 and other.read_bytes() != grid.read_bytes():
+            judgement.sample_grids.append(f"{grid.name} differs")
     return judgement
 
 
 def checkpoints_expected(total_images: int) -> list[int]:
-    """The images seen of those that stay to the end."""
+    """The images seen of the checkpoints that are kept to the end."""
     saved = [*range(CHECKPOINT, total_images, CHECKPOINT), total_images]
     return [images for images in saved if images % KEPT == 0 or images in saved[-KEEP_LAST:]]
 
@@ -92,21 +91,21 @@ def last(run: Path) -> Path:
 
 
 def largest_difference(checkpoint: Path, expected: Path) -> tuple[float, str]:
-    """(of all tensors, relative to the largest element of each; where it is).
+    """(the largest difference, relative to the largest element of its tensor; the tensor's name).
 
-    0 is for the same bits; infinite where something is missing.
+    0 for the same bits, infinite if anything is missing.
     """
     if checkpoint.name != expected.name:
         return math.inf, f"the last whole one is {checkpoint.name} instead of {expected.name}"
     worst = (0.0, "nowhere")
-    found, wanted = dict(tensors(checkpoint)), dict(tensors(expected))
-    if found.keys() != wanted.keys():
-        return math.inf, "other names"
-    for name, tensor in wanted.items():
-        if found[name].numpy().tobytes() == tensor.numpy().tobytes():
+    actual, reference = dict(tensors(checkpoint)), dict(tensors(expected))
+    if actual.keys() != reference.keys():
+        return math.inf, "different names"
+    for name, tensor in reference.items():
+        if actual[name].numpy().tobytes() == tensor.numpy().tobytes():
             continue
         size = tensor.double().abs().max().item()
-        difference = (found[name].double() - tensor.double()).abs().max().item()
+        difference = (actual[name].double() - tensor.double()).abs().max().item()
         worst = max(worst, (difference / size if size else math.inf, name))
     return worst
 
@@ -118,7 +117,7 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def rows_by_time(run: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """The rows by (images seen, what they are of); a line that is no row is one at -1 images."""
+    """The rows by (images seen, "samples" or "figures"); invalid lines are at -1 images."""
     rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for line in (run / "metrics.jsonl").read_bytes().splitlines():
         try:
@@ -131,31 +130,32 @@ def rows_by_time(run: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
 
 
 def problem_of(
-    found: list[dict[str, Any]], expected: list[dict[str, Any]] | None, tolerance: float
+    rows: list[dict[str, Any]], expected: list[dict[str, Any]] | None, tolerance: float
 ) -> str | None:
-    """What is wrong with the rows that were found of one time, None for nothing."""
+    """What is wrong with the rows of one time, or None."""
     if expected is None:
-        return "is none of the undisturbed run's"
-    if len(found) != len(expected):
-        return f"is there {len(found)} times"
-    for row, other in zip(found, expected, strict=True):
-        mine, theirs = dict(_figures(row)), dict(_figures(other))
-        if mine.keys() != theirs.keys():
-            return f"has other names: {', '.join(sorted(mine.keys() ^ theirs.keys()))}"
-        for name, figure in mine.items():
-            if not _is_same(figure, theirs[name], tolerance):
-                return f"has {name} = {figure!r} instead of {theirs[name]!r}"
+        return "is not in the undisturbed run"
+    if len(rows) != len(expected):
+        return f"occurs {len(rows)} times"
+    for row, other in zip(rows, expected, strict=True):
+        figures, reference = dict(_figures(row)), dict(_figures(other))
+        if figures.keys() != reference.keys():
+            names = ", ".join(sorted(figures.keys() ^ reference.keys()))
+            return f"has different names: {names}"
+        for name, figure in figures.items():
+            if not _is_same(figure, reference[name], tolerance):
+                return f"has {name} = {figure!r} instead of {reference[name]!r}"
     return None
 
 
 def _figures(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """By name, a histogram as its figures."""
+    """Names and values; a histogram is several."""
     for name, value in row.items():
-        if name.startswith(_OF_THE_MOMENT):
+        if name.startswith(_VARYING):
             continue
         if isinstance(value, dict):
-            for part, numbers in value.items():
-                yield from ((f"{name} {part} {i}", each) for i, each in enumerate(numbers))
+            for key, numbers in value.items():
+                yield from ((f"{name} {key} {i}", number) for i, number in enumerate(numbers))
         else:
             yield name, value
 

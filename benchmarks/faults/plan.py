@@ -1,18 +1,18 @@
-"""Which faults a campaign has: all of them follow from the seed."""
+"""The faults of a campaign, which follow from the seed."""
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 CYCLE = 32  # images
-ROW, CHECKPOINT, PICTURES, KEPT = 2 * CYCLE, 11 * CYCLE, 22 * CYCLE, 44 * CYCLE
-"""Images from one row to the next, and so on; checkpoints at multiples of KEPT stay."""
+ROW, CHECKPOINT, SAMPLES, KEPT = 2 * CYCLE, 11 * CYCLE, 22 * CYCLE, 44 * CYCLE
+"""Images between rows, and so on; checkpoints at multiples of KEPT are kept."""
 
 KEEP_LAST = 3
 
 FULL_FROM_THE_START = "from the start"
 
-# Each kind with its variants, which take turns.
+# Each kind and its variants, which take turns.
 KINDS = {
     "killed rank": ("",),
     "killed run": ("",),
@@ -34,13 +34,13 @@ MAY_HAVE_LAUNCHER = ("killed rank", "killed run", "signal")
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to one session of a run.
+    """A fault in one session of a run.
 
     ranks: of the session
-    is_launched: by `accelerate launch`; else its ranks are started one by one, as under srun
-    victim: the rank that it happens to, where it is one
-    after_images: that the session has trained by then
-    moment: from 0 to 1, where within the session's next moments, or in a file
+    is_launched: by `accelerate launch`; otherwise its ranks are started one by one, as under srun
+    victim: the rank that is hit, if it is only one
+    after_images: images that the session has trained by then
+    moment: 0 to 1, a position in the time after that, or in a file
     """
 
     kind: str
@@ -53,7 +53,7 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For messages."""
         variant = f", {self.variant}" if self.variant else ""
         ranks = "2 ranks" if self.ranks > 1 else "1 rank"
         if self.kind in (*NEEDS_TWO_RANKS, "killed loader") or self.variant.endswith(
@@ -67,9 +67,9 @@ class Fault:
 def planned(
     count: int, seed: int, worlds: Sequence[Sequence[int]], kinds: Sequence[str] = tuple(KINDS)
 ) -> list[list[Fault]]:
-    """For each campaign its faults, `count` in all, as equally many of each kind as can be.
+    """The faults of each campaign, `count` in all, as evenly from all kinds as possible.
 
-    worlds: for each campaign the numbers of ranks that its sessions may have
+    worlds: for each campaign, the numbers of ranks that its sessions may have
     """
     draws = random.Random(seed)
     turns = {kind: _turns(KINDS[kind], draws) for kind in kinds}
@@ -82,14 +82,14 @@ def planned(
         plans.append([])
         for _ in range(share):
             variant = next(turns[kind := drawn.pop(0)])
-            if variant == FULL_FROM_THE_START and not plans[-1]:  # no run is there yet to continue
+            if variant == FULL_FROM_THE_START and not plans[-1]:  # there is no run to continue yet
                 variant = next(turns[kind])
             plans[-1].append(_fault(kind, variant, world, draws))
     return plans
 
 
 def _turns(variants: Sequence[str], draws: random.Random) -> Iterator[str]:
-    """All of them in one random order, again and again."""
+    """All of them in a random order, repeated."""
     order = draws.sample(variants, len(variants))
     while True:
         yield from order
@@ -116,8 +116,8 @@ def _fault(kind: str, variant: str, world: Sequence[int], draws: random.Random) 
 
 
 def images_needed(faults: Sequence[Fault]) -> int:
-    """The length of a run that is not over before its last fault, and long enough afterwards for
-    the checkpoints of stops to be replaced. What faults take back makes room for their moments."""
-    more = {"full disk": 3, "start-up": 2}  # checkpoints that are written until the session ends
+    """The length of a run that lasts beyond its last fault, and long enough after it to replace the
+    checkpoints of stops. Images that faults lose leave room for their moments."""
+    more = {"full disk": 3, "start-up": 2}  # checkpoints written until the session ends
     images = sum(fault.after_images + more.get(fault.kind, 0) * CHECKPOINT for fault in faults)
     return (images // KEPT + 1) * KEPT + (KEEP_LAST + 1) * CHECKPOINT

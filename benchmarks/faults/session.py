@@ -1,4 +1,4 @@
-"""The processes of one session of a run, as a batch script would start them."""
+"""The processes of one session of a run, started as a batch script would."""
 
 import contextlib
 import os
@@ -23,17 +23,17 @@ _MARK = "GANSCALE_FAULTS_SESSION"
 
 
 class NotSurvived(Exception):
-    """Something is not as it has to be after a fault; the sentence says what."""
+    """A promise is broken after a fault; the message says which."""
 
 
 class RunOver(Exception):
-    """The run has come to its end."""
+    """The run is done."""
 
 
 def wait_until(
     condition: Callable[[], object], seconds: float, problem: Callable[[], str], every: float = 0.01
 ) -> None:
-    """Looks `every` so many seconds. Raises NotSurvived with the problem as it is at the end."""
+    """Checks `every` so often, in seconds. Raises NotSurvived with the problem after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -42,17 +42,17 @@ def wait_until(
 
 
 class Session:
-    """Without a launcher nobody ends the others for a rank; with `accelerate launch`, it does."""
+    """One session. When a rank ends, only `accelerate launch` ends the others."""
 
     def __init__(
         self, folder: Path, settings: Sequence[str], ranks: int, is_launched: bool = False
     ) -> None:
-        """folder: a new one, for what the processes print"""
+        """folder: a new one, for the output of the processes"""
         folder.mkdir(parents=True)
         self.ranks = ranks
         self.is_launched = is_launched
         self.folder = folder
-        self._attempts = folder / "attempts"
+        self._job_history = folder / "job-history"
         self._mark = secrets.token_hex(8)
         self._outputs = [folder / f"{i}.log" for i in range(1 if is_launched else ranks)]
         program = [str(REPOSITORY / "launch" / "train.py"), *settings]
@@ -64,7 +64,7 @@ class Session:
             launcher = ["-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
             launcher += ["--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
             launcher += ["--main_process_port", "0"]
-            self._start([*launcher, *program], common | {JOB_HISTORY_FILE: str(self._attempts)})
+            self._start([*launcher, *program], common | {JOB_HISTORY_FILE: str(self._job_history)})
         else:
             for rank in range(ranks):
                 self._start(program, common | environment_of(rank, ranks, port))
@@ -82,26 +82,26 @@ class Session:
                 )
             )
 
-    def said(self, rank: int = 0) -> str:
-        output = self._outputs[0 if self.is_launched else rank]
-        return output.read_text(errors="replace")
+    def output(self, rank: int = 0) -> str:
+        file = self._outputs[0 if self.is_launched else rank]
+        return file.read_text(errors="replace")
 
     def images_seen(self) -> int | None:
-        """As its newest row says, None before its first one."""
-        rows = re.findall(r"^([\d,]+) of [\d,]+ images, ", self.said(), re.MULTILINE)
+        """According to its newest row; None before the first."""
+        rows = re.findall(r"^([\d,]+) of [\d,]+ images, ", self.output(), re.MULTILINE)
         return int(rows[-1].replace(",", "")) if rows else None
 
     def processes(self) -> list[psutil.Process]:
-        """All that are alive, whoever their parent is by now."""
-        found = []
+        """All that are alive, even if their parent has changed."""
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 if process.environ().get(_MARK) == self._mark:
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def rank(self, number: int, *, loader: bool = False) -> psutil.Process | None:
-        """The process of a rank, or the one that reads its data; None where there is none."""
+        """The process of a rank, or its loader process; None if there is none."""
         for process in self.processes():
             with contextlib.suppress(psutil.Error, OSError):
                 if loader != any(
@@ -113,13 +113,13 @@ class Session:
         return None
 
     def all_ranks(self) -> list[psutil.Process]:
-        return [each for each in map(self.rank, range(self.ranks)) if each is not None]
+        return [rank for rank in map(self.rank, range(self.ranks)) if rank is not None]
 
     def is_over(self) -> bool:
         return all(process.poll() is not None for process in self.started)
 
     def wait_for_start(self, condition: Callable[[], object], seconds: float) -> None:
-        """Until `condition`. Raises RunOver where the run is done before, and NotSurvived where the
+        """Waits for `condition`. Raises RunOver if the run is done before, and NotSurvived if the
         session ends otherwise."""
 
         def happened() -> bool:
@@ -131,63 +131,62 @@ class Session:
                 raise NotSurvived(f"it ended by itself: {self.ending()}")
             return False
 
-        wait_until(happened, seconds, lambda: "it did not get on")
+        wait_until(happened, seconds, lambda: "it made no progress")
 
     def ending(self) -> str:
-        """How it ended, in the words of its processes."""
+        """The exit codes and last lines of its processes."""
         codes = [process.poll() for process in self.started]
-        last = [said.splitlines()[-1:] for said in map(self.said, range(len(self.started)))]
-        return f"codes {codes}, last words {[line for lines in last for line in lines]}"
+        last = [text.splitlines()[-1:] for text in map(self.output, range(len(self.started)))]
+        return f"codes {codes}, last lines {[line for lines in last for line in lines]}"
 
     def _staying(self) -> str:
-        return (
-            f"processes {[each.pid for each in self.processes()]} did not leave ({self.ending()})"
-        )
+        pids = [process.pid for process in self.processes()]
+        return f"processes {pids} did not leave ({self.ending()})"
 
     def wait_for_end(self, seconds: float) -> None:
-        """Until none of its processes is left. Raises NotSurvived where one stays."""
+        """Waits until all its processes are gone. Raises NotSurvived if one stays."""
         wait_until(self.is_over, seconds, self._staying)
         wait_until(lambda: not self.processes(), seconds, self._staying, every=0.1)
 
     def expect_end(self, code: int, seconds: float, *, victims: Sequence[int] = ()) -> str:
-        """Waits for the end of all but the `victims`, with the code and what belongs to it.
+        """Waits until all but the `victims` have ended with this exit code.
 
-        Returns the sentence that it ended with. Raises NotSurvived.
+        Returns the error message. Raises NotSurvived.
         """
         others = [p for rank, p in enumerate(self.started) if rank not in victims]
         if self.is_launched:
             others = self.started
         wait_until(lambda: None not in [p.poll() for p in others], seconds, self._staying)
         if self.is_launched:
-            return self._expect_attempt(code)
+            return self._expect_in_job_history(code)
         codes = [process.returncode for process in others]
         if codes != [code] * len(others):
             raise NotSurvived(f"it did not end with {code}: {self.ending()}")
-        said = "".join(self.said(rank) for rank in range(self.ranks) if rank not in victims)
-        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        text = "".join(self.output(rank) for rank in range(self.ranks) if rank not in victims)
+        lines = [line for line in text.splitlines() if line.startswith("error: ")]
         return lines[-1].removeprefix("error: ") if lines else ""
 
-    def _expect_attempt(self, code: int) -> str:
-        lines = self._attempts.read_text().splitlines() if self._attempts.exists() else []
+    def _expect_in_job_history(self, code: int) -> str:
+        lines = self._job_history.read_text().splitlines() if self._job_history.exists() else []
         last = lines[-1] if lines else "nothing"
         if not last.startswith(f"ended {code} "):
-            raise NotSurvived(f"it did not say that it ended with {code}, but {last!r}")
+            raise NotSurvived(f"its job history does not end with code {code}, but with {last!r}")
         return last.removeprefix(f"ended {code} ")
 
     def kill(self) -> None:
-        """-9 to all of its processes, as at a loss of power."""
-        while found := self.processes():  # a launcher may start one meanwhile
-            for process in found:
+        """Kills all its processes with -9, like a power failure."""
+        while processes := self.processes():  # a launcher may start one meanwhile
+            for process in processes:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
             time.sleep(0.01)
         for process in self.started:
             process.wait()
 
-    def heeds(self, number: signal.Signals) -> bool:
-        """Whether every rank's process takes the signal as a request: Python runs in it."""
+    def blocks(self, number: signal.Signals) -> bool:
+        """Whether the program runs in every rank and takes the signal as a request to stop."""
         ranks = self.all_ranks()
-        return len(ranks) == self.ranks and all(_blocks(each.pid, number) for each in ranks)
+        return len(ranks) == self.ranks and all(_blocks(rank.pid, number) for rank in ranks)
 
 
 def _blocks(pid: int, number: signal.Signals) -> bool:

@@ -1,5 +1,5 @@
-"""Training loops that people use instead of ganscale's, around copies of the same networks.
+"""Training loops that people use instead of ganscale, with copies of the same networks.
 
-Losses and penalties are written from their papers once more, so that nothing of ganscale is on the
-rivals' side; `tests/test_benchmarks.py` holds them against each other.
+Losses and penalties are written again from their papers, so that rivals use nothing of ganscale;
+`tests/test_benchmarks.py` compares the two.
 """

@@ -1,7 +1,7 @@
 """GAN libraries: torchgan 0.1.0 and torch-mimicry 0.1.16, with our networks in their classes.
 
-Both import torchvision, and mimicry tensorflow, for data sets and metrics. Training needs neither,
-so their packages' own `__init__` is passed over; their code runs as published.
+Both import torchvision, and mimicry also tensorflow, for data sets and metrics. Training needs
+neither, so the `__init__` of their packages is skipped; their code runs as published.
 """
 
 import importlib
@@ -18,36 +18,36 @@ from benchmarks.rivals.loops import Task
 
 
 class NotMeasured(Exception):
-    """Why a rival is not in the race."""
+    """Why a rival cannot be measured."""
 
 
-def _part(module: str) -> ModuleType:
-    """The module, without running any `__init__.py` above it."""
+def _import(module: str) -> ModuleType:
+    """The module, imported without running the `__init__.py` of its packages."""
     package, _, rest = module.partition(".")
-    found = importlib.util.find_spec(package) if package not in sys.modules else None
-    if found is not None and found.submodule_search_locations is not None:
-        _pass_over(package, list(found.submodule_search_locations))
+    spec = importlib.util.find_spec(package) if package not in sys.modules else None
+    if spec is not None and spec.submodule_search_locations is not None:
+        _add_bare_package(package, list(spec.submodule_search_locations))
     elif package not in sys.modules:
         raise NotMeasured(f"{package} is not installed (make rivals)")
     for name in rest.split(".")[:-1]:
-        places = [f"{place}/{name}" for place in sys.modules[package].__path__]
+        folders = [f"{folder}/{name}" for folder in sys.modules[package].__path__]
         package = f"{package}.{name}"
-        _pass_over(package, places)
+        _add_bare_package(package, folders)
     return importlib.import_module(module)
 
 
-def _pass_over(package: str, places: list[str]) -> None:
+def _add_bare_package(package: str, folders: list[str]) -> None:
     if package not in sys.modules:
         bare = types.ModuleType(package)
-        bare.__path__ = places
+        bare.__path__ = folders
         sys.modules[package] = bare
 
 
 class TorchGAN:
-    """torchgan's own train ops, one after the other as its trainer calls them.
+    """torchgan's train ops, called as its trainer does.
 
-    Other mathematics in its gradient penalty: one coefficient for the batch, the norm of the whole
-    batch's gradient, and an optimizer step of its own, whose backward runs on through the
+    Its gradient penalty is different mathematics: one coefficient for the batch, the norm of the
+    whole batch's gradient, and a separate optimizer step, whose backward also runs through the
     generator.
     """
 
@@ -55,7 +55,7 @@ class TorchGAN:
     reuses_fakes = False
 
     def __init__(self, task: Task) -> None:
-        losses = _part("torchgan.losses")
+        losses = _import("torchgan.losses")
         objective = task.config.objective
         if objective.loss.name == "wgan" and list(objective.penalties) == ["wgan_gp"]:
             weight = objective.penalties["wgan_gp"].weight
@@ -70,7 +70,7 @@ class TorchGAN:
         else:
             raise NotMeasured("not run for this objective")
         self._task = task
-        # What the train ops ask of torchgan's own network classes.
+        # Attributes that the train ops expect of torchgan's network classes.
         self._generator: Any = task.generator
         self._generator.encoding_dims = task.config.generator.latent_dim
         self._critic: Any = task.critic
@@ -94,8 +94,8 @@ class TorchGAN:
 class Mimicry:
     """torch-mimicry's `train_step` of both base classes, called as its trainer does.
 
-    Its networks' training steps are those published; only `forward` is ours. Its mixed precision is
-    for CUDA only, so the whole step runs under autocast here.
+    The training steps are as published; only `forward` is ours. Its mixed precision is for CUDA
+    only, so here the whole step runs under autocast.
     """
 
     name = "torch-mimicry"
@@ -104,16 +104,16 @@ class Mimicry:
     def __init__(self, task: Task) -> None:
         objective = task.config.objective
         if objective.loss.name == "wgan" and list(objective.penalties) == ["wgan_gp"]:
-            base = _part("torch_mimicry.nets.wgan_gp.wgan_gp_base")
+            base = _import("torch_mimicry.nets.wgan_gp.wgan_gp_base")
             bases = (base.WGANGPBaseGenerator, base.WGANGPBaseDiscriminator)
             settings = {"gp_scale": objective.penalties["wgan_gp"].weight}
         elif objective.loss.name == "non_saturating" and not objective.penalties:
-            base = _part("torch_mimicry.nets.dcgan.dcgan_base")
+            base = _import("torch_mimicry.nets.dcgan.dcgan_base")
             bases = (base.DCGANBaseGenerator, base.DCGANBaseDiscriminator)
             settings = {}
         else:
             raise NotMeasured("not run for this objective")
-        self._log = _part("torch_mimicry.training.metric_log").MetricLog
+        self._log = _import("torch_mimicry.training.metric_log").MetricLog
 
         class Generator(bases[0]):
             def __init__(self, network: nn.Module) -> None:

@@ -14,17 +14,17 @@ from benchmarks.rivals.loops import PlainLoop, Task
 
 
 class LightningLoop:
-    """A real `Trainer.fit`, in a thread of its own that stands still between cycles.
+    """A real `Trainer.fit`, in a thread that waits between cycles.
 
-    As in the documentation, fakes are made with the generator's graph, the critic gets them
-    detached, the generator's step takes them as they are, and `log_dict` is called at every step;
-    so the generator runs forward once less in a cycle than in loops that draw fakes anew.
+    As in the documentation, fakes keep the generator's graph, the critic gets them detached, the
+    generator step uses them again, and `log_dict` is called at every step. So a cycle has one
+    forward of the generator less than in loops that draw new fakes.
     """
 
     name = "PyTorch Lightning"
 
     def __init__(self, task: Task) -> None:
-        self.reuses_fakes = task.config.objective.n_critic == 1  # else a sixth of them, or less
+        self.reuses_fakes = task.config.objective.n_critic == 1  # else only few of them
         self._turn = threading.Semaphore(0)
         self._ready = threading.Semaphore(0)
         self._is_closing = False
@@ -35,7 +35,7 @@ class LightningLoop:
         self._await()
 
     def __call__(self) -> None:
-        """A cycle, with all that Lightning does around its batches."""
+        """A cycle, with all that Lightning does around batches."""
         self._turn.release()
         self._await()
 
@@ -45,7 +45,7 @@ class LightningLoop:
         self._thread.join()
 
     def wait_for_turn(self) -> bool:
-        """Called at the start of every cycle. False: there are no more."""
+        """Called at the start of every cycle; False if there are no more."""
         if not self._is_closing:
             self._ready.release()
             self._turn.acquire()
@@ -112,14 +112,14 @@ def _fit(task: Task, loop: LightningLoop) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(GAN(), _Again(task.images))
+    trainer.fit(GAN(), _Repeat(task.images))
 
 
 _PRECISIONS: dict[torch.dtype, Any] = {torch.float32: "32-true", torch.float64: "64-true"}
 
 
-class _Again:
-    """One batch without end."""
+class _Repeat:
+    """The same batch forever."""
 
     def __init__(self, batch: Tensor) -> None:
         self._batch = batch

@@ -1,7 +1,7 @@
 """Loops in plain PyTorch and in Accelerate.
 
-All draw their noise by `torch.randn` and `torch.rand`, and have the config's optimizers, fused as
-ganscale's are.
+All draw their noise with `torch.randn` and `torch.rand`, and use the config's optimizers, fused as
+in ganscale.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from ganscale.training.optimizers import build_optimizer
 
 @dataclass
 class Task:
-    """What a contestant trains: networks of its own, and one real batch again and again."""
+    """What a contestant trains: its own networks, always on the same real batch."""
 
     config: Config
     generator: nn.Module
@@ -48,11 +48,11 @@ class Task:
 
 
 class PlainLoop:
-    """Well written: fakes without a graph; real, fake and penalty in a forward each; one backward;
-    in the generator's step the generator's gradients only."""
+    """Well written: fakes without a graph; a forward each for real, fake and penalty; one backward;
+    the generator step computes only the generator's gradients."""
 
     name = "plain loop"
-    reuses_fakes = False  # whether the generator's step takes the critic's
+    reuses_fakes = False  # whether the generator step uses the critic step's fakes
 
     def __init__(self, task: Task, *, penalty_in_float32: bool = False) -> None:
         self.task = task
@@ -75,19 +75,19 @@ class PlainLoop:
         self.update_generator(None)
 
     def close(self) -> None:
-        """Ends whatever else runs on."""
+        """Ends its threads."""
 
     def fakes_of_critic(self) -> Tensor:
         with torch.no_grad():
             return self.fakes()
 
     def fakes(self) -> Tensor:
-        with self.computes():
+        with self.autocast():
             return self.generator(self.task.latents()).to(self.task.images.dtype)
 
     def update_critic(self, fake: Tensor) -> None:
         self.optimizers[0].zero_grad()
-        with self.computes():
+        with self.autocast():
             terms = self.critic_terms(self.task.images, fake)
         self.backward_critic(terms)
         self.optimizers[0].step()
@@ -98,7 +98,7 @@ class PlainLoop:
             clip(self._clipped, self.objective.clip.value)
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> list[Tensor]:
-        """What the critic minimises the sum of."""
+        """Their sum is what the critic minimizes."""
         terms = self.loss.critic(self.score(real), self.score(fake))
         with self.in_float32() if self._penalty_in_float32 else contextlib.nullcontext():
             for name, settings in self.objective.penalties.items():
@@ -114,9 +114,9 @@ class PlainLoop:
         torch.stack(terms).sum().backward()
 
     def update_generator(self, fake: Tensor | None) -> None:
-        """fake: with their graph; None for new ones"""
+        """fake: with their graph; None to make new ones"""
         self.optimizers[1].zero_grad()
-        with self.computes():
+        with self.autocast():
             loss = self.generator_loss(self.fakes() if fake is None else fake)
         self.backward_generator(loss)
         self.optimizers[1].step()
@@ -131,7 +131,7 @@ class PlainLoop:
     def backward_generator(self, loss: Tensor) -> None:
         loss.backward(inputs=list(self.generator.parameters()))
 
-    def computes(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return self.task.autocast()
 
     def in_float32(self) -> contextlib.AbstractContextManager[Any]:
@@ -139,8 +139,8 @@ class PlainLoop:
 
 
 class UsualLoop(PlainLoop):
-    """As it is often written: a backward per term, and the critic's gradients computed in the
-    generator's step, too, for nothing."""
+    """As it is often written: a backward per term, and in the generator step also the critic's
+    gradients, which nobody uses."""
 
     name = "usual loop"
 
@@ -155,9 +155,9 @@ class UsualLoop(PlainLoop):
 class PyTorchGAN(PlainLoop):
     """The loops of the repository PyTorch-GAN, https://github.com/eriklindernoren/PyTorch-GAN.
 
-    With several critic steps that of `wgan_gp.py`: fakes keep the generator's graph, through which
-    the critic's backward runs. With one that of `dcgan.py`: the generator's step comes first, and
-    the critic judges its fakes once more, so the generator runs forward once less.
+    With several critic steps, that of `wgan_gp.py`: fakes keep the generator's graph, and the
+    critic's backward runs through it. With one, that of `dcgan.py`: the generator step comes first
+    and the critic step uses its fakes, so there is one forward of the generator less.
     """
 
     name = "PyTorch-GAN"
@@ -181,13 +181,13 @@ class PyTorchGAN(PlainLoop):
 
 
 class AccelerateLoop(PlainLoop):
-    """The plain loop with everything prepared by Accelerate, and its `backward`."""
+    """The plain loop with everything prepared by Accelerate and with its `backward`."""
 
     name = "Accelerate loop"
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        # Its precision holds for a process. What is prepared keeps its own.
+        # Accelerate has one precision per process, but prepared networks keep theirs.
         AcceleratorState._reset_state()
         self._accelerator = Accelerator(
             cpu=task.images.device.type == "cpu",
@@ -206,5 +206,5 @@ class AccelerateLoop(PlainLoop):
     def backward_generator(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def computes(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext()  # prepared networks have it in their forward
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # prepared networks do it in their forward

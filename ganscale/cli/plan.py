@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ganscale.cli.arguments import positive_int
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
@@ -13,23 +15,16 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "possible there is refused with the nearest that is, and exit code 2.",
     )
     parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
-    parser.add_argument("--nodes", type=_positive, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument(
         "--gpus-per-node",
-        type=_positive,
+        type=positive_int,
         default=1,
         metavar="N",
         help="ranks on each node (default: 1)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def run(arguments: argparse.Namespace) -> int:

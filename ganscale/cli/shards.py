@@ -1,16 +1,16 @@
-"""`ganscale shards`: make, index, verify and look at data sets of WebDataset shards."""
+"""`ganscale shards`: make, index, verify and inspect data sets of WebDataset shards."""
 
 import argparse
 import os
 from pathlib import Path
 
-from ganscale.cli import shard_commands
+from ganscale.cli.arguments import positive_int
 
 
 def add_parser(subparsers) -> None:
     """Registers `shards` and its subcommands; each sets `run`, a function of the parsed arguments
     that returns the exit code and raises UserError."""
-    shards = subparsers.add_parser("shards", help="make, index, verify and look at data sets")
+    shards = subparsers.add_parser("shards", help="make, index, verify and inspect data sets")
     commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
     _add_write(commands)
     _add_index(commands)
@@ -22,132 +22,170 @@ def add_parser(subparsers) -> None:
 def _add_write(commands) -> None:
     parser = commands.add_parser(
         "write",
-        help="make a data set of images",
-        description="Makes a data set of images. Run again after an interruption, the same command "
-        "goes on where it was stopped.",
+        help="make a data set from images",
+        description="Makes a data set from images. If interrupted, run it again to continue.",
     )
-    parser.add_argument(
+    parser.set_defaults(run=_write)
+    add = parser.add_argument
+    add(
         "source",
         metavar="SOURCE",
         help="a folder (with subfolders), zip or tar of images, or bundled:mnist or bundled:emoji",
     )
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="the folder of the data set")
-    parser.add_argument(
-        "--resolution",
-        type=_positive,
-        metavar="PIXELS",
-        help="crop to the centred square and resize to this (default: as they are)",
+    add("output", metavar="OUTPUT", type=Path, help="the folder for the data set")
+    add("--resolution", type=positive_int, metavar="PIXELS", help="crop and resize to this square")
+    add(
+        "--channels", type=int, choices=(1, 3), help="grey or RGB (default: 3; 1 for bundled:mnist)"
     )
-    parser.add_argument(
-        "--channels", type=int, choices=(1, 3), help="grey or RGB (default: RGB; bundled:mnist 1)"
-    )
-    parser.add_argument(
+    add(
         "--format",
         choices=("png", "webp", "jpeg", "npy", "keep"),
-        help="how images are stored; keep: as the files are (default: keep where nothing is to be "
-        "changed, else png)",
+        help="how images are stored (default: keep the files if no image is changed, else png)",
     )
-    parser.add_argument(
-        "--quality",
-        type=_positive,
-        metavar="1-100",
-        help="of jpeg (default: 95) or webp (default: lossless)",
-    )
-    parser.add_argument(
+    add("--quality", type=positive_int, metavar="1-100", help="jpeg default: 95; webp: lossless")
+    add(
         "--classes",
         choices=("folder", "none"),
         default="none",
-        help="folder: the subfolders are the classes (default: none; bundled sets have theirs)",
+        help="folder: each subfolder is a class (default: none; bundled sets have classes)",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--shard-samples", type=_positive, metavar="N", help="images in a shard")
+    size.add_argument("--shard-samples", type=positive_int, metavar="N", help="images per shard")
     size.add_argument(
-        "--shard-bytes",
-        type=_positive,
-        metavar="BYTES",
-        help="about so many bytes a shard (default: 128 MiB)",
+        "--shard-bytes", type=positive_int, metavar="BYTES", help="shard size (default: 128 MiB)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the images' order (default: 0)")
-    parser.add_argument(
+    add("--seed", type=int, default=0, help="seed of the images' order (default: 0)")
+    add(
         "--max-bad",
         type=float,
         default=0.01,
         metavar="SHARE",
-        help="share of bad images that is left out without an error (default: 0.01)",
+        help="share of bad images to leave out before it is an error (default: 0.01)",
     )
     _add_workers(parser)
-    parser.set_defaults(run=shard_commands.write)
+
+
+def _write(args: argparse.Namespace) -> int:
+    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_bad_images, write_shards
+
+    result = write_shards(
+        args.source,
+        args.output,
+        resolution=args.resolution,
+        channels=args.channels,
+        image_format=args.format,
+        quality=args.quality,
+        classes=args.classes,
+        shard_samples=args.shard_samples,
+        shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
+        seed=args.seed,
+        workers=args.workers,
+        max_bad=args.max_bad,
+    )
+    if result.ignored:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.ignored.items())
+        print(f"ignored files that are not images: {kinds}")
+    if bad := result.bad_images:
+        print(f"left out {len(bad)} bad images: {describe_bad_images(bad)}")
+    if result.kept_shards:
+        print(f"kept {result.kept_shards} shards from an earlier run")
+    _print_summary(result.manifest)
+    return 0
 
 
 def _add_index(commands) -> None:
     parser = commands.add_parser(
         "index",
-        help="make the manifest of shards that something else has written",
+        help="make the manifest of existing shards",
         description="Reads shards and writes manifest.json and manifest.npy, beside them or into "
-        "another folder. Run again, the command reads only shards that are new or have changed: "
-        "local ones by their size and time of change, remote ones by size and ETag or time, where "
-        "the server states these, else by their address. Class names are taken from a list in "
-        "classes.json beside the manifest, if there is one. Counts of img2dataset "
-        "(NNNNN_stats.json) beside local shards are compared. "
-        "Several machines can index one data set: each runs the same command with its own --part "
-        "and a shared --output, and a last call without --part, after all have ended, makes the "
-        "manifest.",
+        "another folder. Run again, it reads only shards that are new or have changed. Class names "
+        "come from classes.json beside the manifest, if it exists. To share the work between "
+        "machines, run the same command on each with its own --part and a shared --output; when "
+        "all have finished, run it once without --part to make the manifest.",
     )
-    parser.add_argument(
+    parser.set_defaults(run=_index)
+    add = parser.add_argument
+    add(
         "sources",
         metavar="SOURCE",
         nargs="+",
         help="a folder (its *.tar); a path or URL, with {000..099} or wildcards; a WebDataset "
-        "index (*.json); or 'pipe:COMMAND {}', which writes the shard of that name to its output",
+        "index (*.json); or 'pipe:COMMAND {}', which prints the shard whose name replaces {}",
     )
-    parser.add_argument(
+    add(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where the manifest goes (default: to the shards; needed for remote ones)",
+        help="folder for the manifest (default: that of the shards; required for remote shards)",
     )
-    parser.add_argument(
-        "--names",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="of the shards behind a pipe, with {000..099}",
-    )
-    parser.add_argument("--again", action="store_true", help="read all shards, trust nothing kept")
-    parser.add_argument(
+    add("--names", nargs="+", default=[], metavar="NAME", help="shards of a pipe, with {000..099}")
+    add("--again", action="store_true", help="read all shards, even unchanged ones")
+    add(
         "--leave-out",
         type=Path,
         metavar="FILE",
-        help="leave the samples of this list out of the manifest, as `verify --leave-out` and a "
-        "failed `index` write it: JSON lines of shard, key (null: all of the shard), reason",
+        help="leave the samples in this list out of the manifest; `verify --leave-out` and a "
+        "failed `index` write one: JSON lines of shard, key (null: the whole shard), reason",
     )
-    parser.add_argument(
+    add(
         "--trust-idx",
         action="store_true",
-        help="take offsets from DALI's .idx beside a local shard, where there is one, instead of "
-        "reading it all; its checksum then stays unknown",
+        help="take offsets from DALI's .idx beside a local shard instead of reading the shard, "
+        "which then has no checksum",
     )
-    parser.add_argument(
-        "--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)"
-    )
+    add("--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)")
     _add_workers(parser)
-    parser.set_defaults(run=shard_commands.index)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from ganscale.shards.exclusions import read_exclusions
+    from ganscale.shards.indexing import index_shards
+
+    result = index_shards(
+        args.sources,
+        args.output,
+        names=args.names,
+        workers=args.workers,
+        again=args.again,
+        exclusions=read_exclusions(args.leave_out) if args.leave_out else (),
+        trust_idx=args.trust_idx,
+        part=args.part,
+    )
+    shards = result.read + result.kept
+    if result.kept:
+        print(f"not read, since unchanged: {result.kept:,} of {shards:,} shards")
+    if args.leave_out:
+        counts = f"{result.excluded_samples:,} samples, {result.excluded_shards:,} whole shards"
+        print(f"left out: {counts}")
+    if result.restored_samples:
+        print(f"restored: {result.restored_samples:,} samples that were left out before")
+    if result.manifest is None:
+        print(f"indexed {shards:,} shards; run without --part to make the manifest")
+        return 0
+    _print_summary(result.manifest)
+    base = result.listing.base
+    if not result.listing.is_local and base != result.manifest.location:
+        print(
+            "the manifest does not store commands, passwords and signatures: "
+            f"train with data.shards='{base}'"
+        )
+    return 0
 
 
 def _add_verify(commands) -> None:
     parser = commands.add_parser(
         "verify",
-        help="compare all shards with their manifest and decode every image",
-        description="Reads every shard once: compares its size and SHA-256 with the manifest and "
-        "decodes every image. Exit code 2 if anything is bad.",
+        help="check all shards against their manifest and decode every image",
+        description="Reads every shard once, compares its size and SHA-256 with the manifest, and "
+        "decodes every image. The exit code is 2 if anything is bad.",
     )
-    parser.add_argument("folder", metavar="DATASET", type=Path)
+    parser.set_defaults(run=_verify)
+    _add_data_set(parser)
     parser.add_argument(
         "--shards",
         default="",
         metavar="PLACE",
-        help="where the shards lie, if not where the manifest says: a folder, a URL or "
-        "'pipe:COMMAND {}'",
+        help="folder, URL or 'pipe:COMMAND {}' of the shards, if not that of the manifest",
     )
     parser.add_argument(
         "--leave-out",
@@ -156,50 +194,154 @@ def _add_verify(commands) -> None:
         help="add the bad samples to this list, for `ganscale shards index --leave-out`",
     )
     _add_workers(parser)
-    parser.set_defaults(run=shard_commands.verify)
 
 
-def _add_export(commands) -> None:
-    parser = commands.add_parser(
-        "export", help="write an index with which WebDataset's wids reads a data set"
+def _verify(args: argparse.Namespace) -> int:
+    from ganscale.data.manifest import Manifest
+    from ganscale.errors import UserError
+    from ganscale.shards.exclusions import Exclusion, read_exclusions, write_exclusions
+    from ganscale.shards.verifying import verify_shards
+
+    manifest = Manifest.load(args.folder)
+    exclusions = []
+    if (
+        args.leave_out and args.leave_out.exists()
+    ):  # read now: a bad list fails before hours of work
+        exclusions += read_exclusions(args.leave_out)
+    results = verify_shards(manifest, args.shards, args.workers)
+    bad_shards = [result for result in results if result.problem or result.bad]
+    unknown = sum(not shard.sha256 for shard in manifest.shards)
+    if unknown:
+        print(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
+    if args.leave_out:
+        exclusions += [
+            Exclusion(result.shard, key, reason)
+            for result in bad_shards
+            for key, reason in result.bad
+        ]
+        write_exclusions(args.leave_out, dict.fromkeys(exclusions))
+    if not bad_shards:
+        counts = f"{len(manifest.samples):,} images in {len(manifest.shards):,}"
+        print(f"all {counts} shard{'s' * (len(manifest.shards) > 1)} are good")
+        return 0
+    _print_bad(bad_shards)
+    bad_images = sum(len(result.bad) for result in bad_shards)
+    changed = sum(bool(result.problem) for result in bad_shards)
+    again = f" (to index them again: ganscale shards index {manifest.root})" if changed else ""
+    raise UserError(
+        f"{manifest.root}: images that cannot be decoded: {bad_images:,}; shards that are missing, "
+        f"unreadable or changed: {changed:,}{again}"
     )
-    parser.add_argument("folder", metavar="DATASET", type=Path)
-    parser.add_argument("output", metavar="JSON", type=Path)
-    parser.set_defaults(run=shard_commands.export)
+
+
+def _print_bad(bad_shards) -> None:
+    """Prints a line for each shard and reason: how many samples, and the first of them."""
+    width = max(len(result.shard) for result in bad_shards)
+    for shard, samples, problem, bad in bad_shards:
+        reasons: dict[str, list[str]] = {}
+        for key, reason in bad:
+            reasons.setdefault(reason, []).append(key)
+        if problem:
+            print(f"{shard:<{width}}  {samples:>9,}  {problem}")
+        for reason, keys in reasons.items():
+            first = f"'{keys[0]}'" + (" and others" if len(keys) > 1 else "")
+            print(f"{shard:<{width}}  {len(keys):>9,}  {first} {reason}")
 
 
 def _add_show(commands) -> None:
-    parser = commands.add_parser("show", help="print what a data set holds")
-    parser.add_argument("folder", metavar="FOLDER", type=Path)
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write a sheet of images")
+    parser = commands.add_parser("show", help="print a summary of a data set")
+    parser.set_defaults(run=_show)
+    _add_data_set(parser)
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="also write a grid of images")
     parser.add_argument(
-        "--count", type=_positive, default=64, metavar="N", help="images on the sheet (default: 64)"
+        "--count", type=positive_int, default=64, metavar="N", help="images in it (default: 64)"
     )
-    parser.set_defaults(run=shard_commands.show)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from ganscale.data.manifest import Manifest, check_shards
+
+    manifest = Manifest.load(args.folder)
+    check_shards(manifest)
+    _print_summary(manifest)
+    if manifest.class_count:
+        _print_classes(manifest)
+    if args.sheet:
+        from ganscale.shards.sample_sheet import write_sheet
+
+        bad_samples = write_sheet(manifest, args.sheet, args.count)
+        print(
+            f"sheet        {args.sheet}" + (f" ({bad_samples} bad, black)" if bad_samples else "")
+        )
+    return 0
+
+
+def _print_summary(manifest) -> None:
+    resolution = "{} x {}".format(*manifest.resolution) if manifest.resolution else "varies"
+    print(f"folder       {manifest.root}")
+    print(f"location     {manifest.location}")
+    print(f"samples      {len(manifest.samples):,}")
+    print(f"shards       {len(manifest.shards):,}")
+    print(f"bytes        {sum(shard.bytes for shard in manifest.shards):,}")
+    print(f"images       {', '.join(manifest.extensions)}")
+    print(f"resolution   {resolution}")
+    print(f"classes      {manifest.class_count or 'none'}")
+    print(f"fingerprint  {manifest.fingerprint}")
+
+
+def _print_classes(manifest) -> None:
+    import numpy as np
+
+    counts = np.zeros(manifest.class_count, np.int64)
+    for first in range(0, len(manifest.samples), 1 << 20):
+        labels = manifest.samples["label"][first : first + (1 << 20)]
+        counts += np.bincount(labels, minlength=manifest.class_count)
+    for label, count in enumerate(counts):
+        name = manifest.class_names[label] if manifest.class_names else ""
+        print(f"  class {label:>5}  {count:>12,}  {name}".rstrip())
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help="write an index for WebDataset's wids")
+    parser.set_defaults(run=_export)
+    _add_data_set(parser)
+    parser.add_argument("output", metavar="JSON", type=Path, help="the file of the index")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ganscale.data.manifest import Manifest
+    from ganscale.shards.index_cache import IndexCache
+    from ganscale.shards.interop import write_wids
+
+    manifest = Manifest.load(args.folder)
+    cache = IndexCache(manifest.root)
+    excluded = [cache.excluded(shard.name) for shard in manifest.shards]
+    samples = [shard.samples + n for shard, n in zip(manifest.shards, excluded, strict=True)]
+    write_wids(manifest, args.output, samples)
+    if any(excluded):
+        print(f"wids reads whole shards, including the {sum(excluded):,} samples that are left out")
+    print(f"index        {args.output}")
+    return 0
+
+
+def _add_data_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DATASET", type=Path, help="the folder of the manifest")
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         metavar="N",
-        default=_cores(),
-        help="processes (default: one a core, %(default)s); they do not change the result",
+        default=_available_cores(),
+        help="processes (default: %(default)s, one per core); they do not change the result",
     )
 
 
-def _cores() -> int:
-    """The cores that this process may use, which a batch system limits; macOS cannot tell."""
-    if hasattr(os, "sched_getaffinity"):
+def _available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # respects the limits of a batch system; not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -1,8 +1,10 @@
 """Networks from a config: one of ours by name, or the user's own by import path.
 
-Every generator is called as `Target(latent_dim=..., sample_shape=..., num_classes=..., **options)`,
-every critic as `Target(sample_shape=..., num_classes=..., **options)`, where `num_classes=0` means
-unconditional. A network of the user's own gets those of the first three that it accepts.
+A generator is called as `Target(latent_dim=..., sample_shape=..., num_classes=..., **options)`, a
+critic as `Target(sample_shape=..., num_classes=..., **options)`; `num_classes=0` means
+unconditional. Of these three, a user's own network gets those that its constructor accepts.
+
+Both functions raise UserError if the target cannot be found or imported, or refuses an option.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,13 +30,9 @@ def build_generator(
     sample_shape: tuple[int, ...],
     num_classes: int,
 ) -> nn.Module:
-    """The generator that `target` names ("resnet" or "package.module:Name"), freshly initialized.
-
-    Raises UserError for a target that cannot be found or imported, and for options that it refuses.
-    """
-    constructor = find(target, GENERATORS, "network")
-    given = {"latent_dim": latent_dim, "sample_shape": sample_shape, "num_classes": num_classes}
-    return _construct(constructor, f"generator {target}", given, options)
+    """The generator named `target` ("resnet" or "package.module:Name"), freshly initialized."""
+    facts = {"latent_dim": latent_dim, "sample_shape": sample_shape, "num_classes": num_classes}
+    return _build("generator", GENERATORS, target, options, facts)
 
 
 def build_critic(
@@ -44,27 +42,26 @@ def build_critic(
     sample_shape: tuple[int, ...],
     num_classes: int,
 ) -> nn.Module:
-    """The critic that `target` names ("resnet" or "package.module:Name"), freshly initialized.
+    """The critic named `target` ("resnet" or "package.module:Name"), freshly initialized."""
+    facts = {"sample_shape": sample_shape, "num_classes": num_classes}
+    return _build("critic", CRITICS, target, options, facts)
 
-    Raises UserError for a target that cannot be found or imported, and for options that it refuses.
-    """
-    constructor = find(target, CRITICS, "network")
-    given = {"sample_shape": sample_shape, "num_classes": num_classes}
-    return _construct(constructor, f"critic {target}", given, options)
+
+def _build(
+    role: str,
+    constructors: Mapping[str, Callable[..., nn.Module]],
+    target: str,
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> nn.Module:
+    constructor = find(target, constructors, "network")
+    network = call(constructor, options, f"{role} {target}", facts)
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise UserError(f"{role} {target} is a {kind}, not a torch.nn.Module")
+    return network
 
 
 def parameter_count(module: nn.Module) -> int:
-    """The number of trainable scalars, shared parameters once."""
+    """The number of trainable scalars; shared parameters count once."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def _construct(
-    constructor: Callable[..., Any],
-    network: str,
-    given: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> nn.Module:
-    module = call(constructor, options, network, given)
-    if not isinstance(module, nn.Module):
-        raise UserError(f"{network} is a {type(module).__name__}, not a torch.nn.Module")
-    return module

@@ -1,9 +1,9 @@
 """DCGAN: "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
 Networks" (Radford et al. 2016, https://arxiv.org/abs/1511.06434).
 
-Two departures from the paper. Kernels are 4x4 where it draws 5x5: a kernel that the stride divides
-covers every pixel equally often, which avoids checkerboards (Odena et al. 2016,
-https://distill.pub/2016/deconv-checkerboard). And the critic has no batch normalization by default.
+Two departures from the paper. Kernels are 4x4, where it draws 5x5: with a kernel that the stride
+divides, every pixel is covered equally often, which avoids checkerboards (Odena et al. 2016,
+https://distill.pub/2016/deconv-checkerboard). The critic has no batch normalization by default.
 """
 
 from itertools import pairwise
@@ -26,7 +26,7 @@ WEIGHT_STD = 0.02  # section 4: "initialized from a zero-centered Normal distrib
 class DCGANGenerator(nn.Module):
     """Latents to a 4x4 map, then one transposed convolution per doubling, up to 16..256 pixels.
 
-    `width` is the number of channels below the image layer; it doubles with every halving of the
+    `width` is the number of channels before the image layer; it doubles with every halving of the
     resolution, up to `max_width`. The paper's 64x64 generator has `width=128`. `norm` is "batch" or
     "none".
     """
@@ -75,7 +75,7 @@ class DCGANCritic(nn.Module):
     """One strided convolution per halving, from 16..256 pixels to a 4x4 map, and that to a logit.
 
     `width` is the number of channels after the first convolution; it doubles with every further
-    one, up to `max_width`. `norm` stands between convolutions, not after the first (section 3):
+    one, up to `max_width`. `norm` follows all but the first and last convolution (section 3):
     "none", "layer" (a mean and deviation per sample, a gain and bias per channel) or "instance".
     """
 
@@ -95,7 +95,7 @@ class DCGANCritic(nn.Module):
         channels, resolution = image_shape(sample_shape, "dcgan")
         if norm == "batch":
             raise UserError(
-                "batch norm in a dcgan critic mixes the samples that a gradient penalty needs "
+                "batch norm in a dcgan critic mixes the samples that a gradient penalty keeps "
                 'apart, and its statistics differ between ranks: set norm to "layer", "instance" '
                 'or "none"'
             )
@@ -112,8 +112,8 @@ class DCGANCritic(nn.Module):
         for inputs, outputs in pairwise(widths):
             layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=norm == "none"))
             layers.extend(_activation(norm, outputs, negative_slope))
-        # As in the authors' code, no bias: it would shift all logits alike, which a Wasserstein
-        # loss cannot see.
+        # No bias, as in the authors' code: it would shift all logits, which a Wasserstein loss
+        # does not notice.
         layers.append(nn.Conv2d(widths[-1], 1, 4, bias=False))
         self.layers = layers.apply(_initialize)
 
@@ -126,7 +126,7 @@ class DCGANCritic(nn.Module):
 
 
 def _activation(norm: str, channels: int, negative_slope: float = 0.0) -> list[nn.Module]:
-    """The normalization called `norm`, if any, and a ReLU (leaky where a slope is given)."""
+    """The normalization named `norm`, if any, and a ReLU (leaky if a slope is given)."""
     relu = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
     if norm == "none":
         return [relu]

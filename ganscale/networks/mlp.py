@@ -13,8 +13,8 @@ from ganscale.networks.shapes import require_positive, require_unconditional
 class MLPGenerator(nn.Module):
     """Latents through `depth` hidden layers of `width` ReLUs to points, or to images.
 
-    Points, `sample_shape == (D,)`, are linear in the last hidden layer; images, `(C, H, W)`, end in
-    a tanh and so lie in [-1, 1].
+    Points, `sample_shape == (D,)`, are a linear function of the last hidden layer; images,
+    `(C, H, W)`, end in a tanh, so they are in [-1, 1].
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class MLPCritic(nn.Module):
 
 
 def _layers(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
-    """`depth` hidden layers in He's initialization, and a linear one in Glorot's."""
+    """`depth` hidden layers with He's initialization, and a linear one with Glorot's."""
     layers = nn.Sequential()
     for _ in range(depth):
         hidden = nn.Linear(inputs, width)

@@ -16,16 +16,16 @@ from ganscale.runtime import all_reduce_sum_with_grad, get_world_size
 
 class GlobalBatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1)
-    whose mean and variance are those of the global batch, the images of all ranks together.
+    with the mean and variance of the global batch, that is, of the images of all ranks.
 
-    So N ranks with B images each compute what one rank computes with N*B. Gradients are exact for
-    a loss that is averaged over ranks, as DDP averages, and the running statistics are the same
-    bits on all ranks. Unlike torch's SyncBatchNorm it also runs on CPUs.
+    N ranks with B images each compute what one rank computes with N*B. Gradients are exact for a
+    loss that is averaged over ranks, as DDP does, and the running statistics are the same bits on
+    all ranks. Unlike torch's SyncBatchNorm it also runs on CPUs.
 
-    Cost on several ranks, in training only: one all-reduce of `2 * channels` float64 per forward
-    and one per backward, which wait for every rank; so all ranks must go through it equally often,
-    with equally many images. On one rank, and in evaluation anywhere, it is `F.batch_norm`. Within
-    `batches_together`, several batches share the all-reduce. It has no second derivative there.
+    Training on several ranks costs one all-reduce of `2 * channels` float64 per forward and one per
+    backward. All ranks must therefore call it equally often, with equally many images, and there is
+    no second derivative. On one rank, and in evaluation, it is `F.batch_norm`. Batches within
+    `concatenated_batches` share one all-reduce.
     """
 
     running_mean: Tensor
@@ -45,77 +45,72 @@ class GlobalBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(
-        self, images: Float[Tensor, "batch channels *places"]
-    ) -> Float[Tensor, "batch channels *places"]:
-        if self.training and _batches > 1:
-            return self._forward_together(images.chunk(_batches))
+        self, images: Float[Tensor, "batch channels *spatial"]
+    ) -> Float[Tensor, "batch channels *spatial"]:
+        if self.training and _batch_count > 1:
+            return self._forward_concatenated(images.chunk(_batch_count))
+        affine = self.weight, self.bias
         if not self.training or get_world_size() == 1:
-            return F.batch_norm(
-                images,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                self.training,
-                self.momentum,
-                self.eps,
-            )
-        outputs, mean, variance = _NormalizeGlobally.apply(images, self.weight, self.bias, self.eps)
+            running = self.running_mean, self.running_var
+            return F.batch_norm(images, *running, *affine, self.training, self.momentum, self.eps)
+        outputs, mean, variance = _BatchNormFunction.apply(images, *affine, self.eps)
         self._update_running(images, mean, variance)
         return outputs
 
     @torch.no_grad()
-    def _forward_together(self, batches: Sequence[Tensor]) -> Tensor:
+    def _forward_concatenated(self, batches: Sequence[Tensor]) -> Tensor:
         outputs = []
         for batch, mean, variance in zip(batches, *_global_moments(*batches), strict=True):
             self._update_running(batch, mean, variance)
-            moments = mean.to(_wide(batch)), variance.to(_wide(batch))
+            dtype = _moments_dtype(batch)
+            moments = mean.to(dtype), variance.to(dtype)
             outputs.append(F.batch_norm(batch, *moments, self.weight, self.bias, eps=self.eps))
         return torch.cat(outputs)
 
     @torch.no_grad()
     def _update_running(self, images: Tensor, mean: Tensor, variance: Tensor) -> None:
-        """Moves the running statistics towards the batch's, the variance unbiased as in torch."""
-        count = get_world_size() * images.numel() // images.shape[1]
+        """Moves the running statistics towards the batch's; the variance unbiased, as in torch."""
+        count = _global_count(images)
         unbiased = variance * (count / (count - 1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
-_batches = 1
+_batch_count = 1
 
 
 @contextmanager
-def batches_together(count: int) -> Iterator[None]:
-    """Within, what a network in training is given are `count` batches of one size, in a row: each
-    has its own moments in every GlobalBatchNorm, as if they came one after another, but their sums
-    travel together. Not differentiable.
+def concatenated_batches(count: int) -> Iterator[None]:
+    """Within, a network in training takes `count` batches of the same size, concatenated.
 
-    Right for a network that mixes the images of a batch nowhere else, and changes nothing else in
-    a forward.
+    Every GlobalBatchNorm gives each batch its own statistics, as if they came one after another,
+    but all batches share an all-reduce. Without gradients. Only for networks that pass
+    `can_concatenate_batches`.
     """
-    global _batches
-    _batches = count
+    global _batch_count
+    _batch_count = count
     try:
         with torch.no_grad():
             yield
     finally:
-        _batches = 1
+        _batch_count = 1
 
 
-def normalizes_together(network: nn.Module) -> bool:
-    """Whether `batches_together` saves collectives of `network`, and is right for it, as its class
-    has to say: `mixes_images_in_batch_norm_only = True`."""
+def can_concatenate_batches(network: nn.Module) -> bool:
+    """Whether `concatenated_batches` is correct for the network and saves it all-reduces.
+
+    Its class has to declare that: `mixes_images_in_batch_norm_only = True` promises that a forward
+    mixes images in batch norms only, draws no random numbers and changes no other buffers.
+    """
     has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
-    # What a class inherits from is no promise for what it adds.
+    # Not inherited: a base class cannot promise this for what a subclass adds.
     return has_norms and vars(type(network)).get("mixes_images_in_batch_norm_only", False)
 
 
-class _NormalizeGlobally(torch.autograd.Function):
-    """(the images, normalized; the mean and the biased variance of the global batch, in float64).
+class _BatchNormFunction(torch.autograd.Function):
+    """Returns the normalized images, and mean and biased variance of the global batch in float64.
 
-    All that is done with images is done by torch's kernels for one rank; what passes between the
-    ranks are sums per channel, in float64.
+    torch's kernels for one rank do all work on images; ranks exchange float64 sums per channel.
     """
 
     @staticmethod
@@ -123,7 +118,8 @@ class _NormalizeGlobally(torch.autograd.Function):
         ctx: Any, images: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         (mean,), (variance,) = _global_moments(images)
-        moments = mean.to(_wide(images)), variance.to(_wide(images))
+        dtype = _moments_dtype(images)
+        moments = mean.to(dtype), variance.to(dtype)
         ctx.save_for_backward(images, weight, *moments)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance)
@@ -132,89 +128,94 @@ class _NormalizeGlobally(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, gradients: Tensor, *_: Tensor
+        ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        """Ioffe & Szegedy 2015, the equations after algorithm 1: an image's gradient comes directly
-        from its output, and through the mean and the variance from the outputs of all ranks."""
+        """Ioffe & Szegedy 2015, the equations after algorithm 1: the gradient of an image comes
+        from its own output, and, through mean and variance, from the outputs of all ranks."""
         images, weight, mean, variance = ctx.saved_tensors
-        # In bfloat16, what cancels here would be rounded before it does.
-        wide, gradients = images.to(mean.dtype), gradients.to(mean.dtype)
+        # Terms cancel below: in bfloat16 they would be rounded first.
+        wide_images, grad = images.to(mean.dtype), grad.to(mean.dtype)
         deviation = (variance + ctx.eps).sqrt()
         gain = torch.ones_like(mean) if weight is None else weight
-        # As in evaluation, with constant moments. The GPU's kernel wants the moments that the CPU's
-        # does without, and a weight even if there is none.
-        directly, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradients, wide, gain, mean, variance, mean, 1 / deviation, False, ctx.eps, [True] * 3
+        # As in evaluation, with constant moments. The GPU's kernel needs the saved moments, which
+        # the CPU's does not, and a weight in any case.
+        direct_grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+            grad, wide_images, gain, mean, variance, mean, 1 / deviation, False, ctx.eps, [True] * 3
         )
-        sums = all_reduce_sum_with_grad(torch.stack([of_weight, of_bias]).double())
-        count = get_world_size() * images.numel() // images.shape[1]
-        of_variance, of_mean = (-sums * (gain / deviation / count)).to(mean.dtype)
-        through_moments = F.batch_norm(wide, mean, variance, of_variance, of_mean, eps=ctx.eps)
-        of_images = through_moments.add_(directly).to(images.dtype)  # in the images' memory format
+        sums = all_reduce_sum_with_grad(torch.stack([weight_grad, bias_grad]).double())
+        slope, offset = (-sums * (gain / deviation / _global_count(images))).to(mean.dtype)
+        moments_grad = F.batch_norm(wide_images, mean, variance, slope, offset, eps=ctx.eps)
+        # Added in place, into the images' memory format.
+        images_grad = moments_grad.add_(direct_grad).to(images.dtype)
         if weight is None:
-            of_weight = of_bias = None
-        return of_images, of_weight, of_bias, None
+            weight_grad = bias_grad = None
+        return images_grad, weight_grad, bias_grad, None
 
 
 def _global_moments(
-    *batches: Float[Tensor, "batch channels *places"],
+    *batches: Float[Tensor, "batch channels *spatial"],
 ) -> tuple[Float[Tensor, "batches channels"], Float[Tensor, "batches channels"]]:
-    """Means and biased variances per channel of batches over the images of all ranks, float64.
+    """Means and biased variances per channel of each batch over the images of all ranks, float64.
 
-    Plain sums of x and x^2 lose the variance of channels whose mean is large. So each rank takes
-    its own moments, centred, in float32 or better; only these few numbers are combined as sums of
-    squares, in float64, where the cancellation is harmless. Subtracting a running mean first would
-    do as well, but only while the buffers of all ranks are the same.
+    Plain sums of x and x^2 lose the variance of channels with a large mean. So each rank computes
+    centred moments of its own images, in float32 or better, and only these few numbers are combined
+    as sums of squares, in float64, where the cancellation is harmless. Subtracting a running mean
+    first would also work, but only while the buffers of all ranks are equal.
     """
     first = batches[0]
-    unused = torch.zeros(2, first.shape[1], dtype=_wide(first), device=first.device)
+    unused = torch.zeros(2, first.shape[1], dtype=_moments_dtype(first), device=first.device)
     # The kernel of `F.batch_norm`; torch.var_mean takes twenty times as long on a CPU.
-    of_batches = [torch.batch_norm_update_stats(each, *unused.unbind(), 0.0) for each in batches]  # pyright: ignore[reportCallIssue]
-    mean, variance = (torch.stack(rows).double() for rows in zip(*of_batches, strict=True))
+    local = [torch.batch_norm_update_stats(batch, *unused.unbind(), 0.0) for batch in batches]  # pyright: ignore[reportCallIssue]
+    mean, variance = (torch.stack(rows).double() for rows in zip(*local, strict=True))
     moments = torch.stack([mean, variance + mean.square()])
     global_mean, global_square = all_reduce_sum_with_grad(moments) / get_world_size()
     return global_mean, global_square - global_mean.square()
 
 
-def _wide(images: Tensor) -> torch.dtype:
-    """Of the moments: float32 for bfloat16 images, which come under autocast."""
+def _global_count(images: Tensor) -> int:
+    """Values per channel in the global batch."""
+    return get_world_size() * images.numel() // images.shape[1]
+
+
+def _moments_dtype(images: Tensor) -> torch.dtype:
+    """float32 for the bfloat16 images of autocast, else the images' own."""
     return torch.promote_types(images.dtype, torch.float32)
 
 
-def with_global_batch_norm(module: nn.Module) -> nn.Module:
-    """`module` with every batch norm of torch's replaced by a GlobalBatchNorm of the same weights.
+def convert_global_batch_norm(module: nn.Module) -> nn.Module:
+    """`module` with each of torch's batch norms replaced by a GlobalBatchNorm of the same weights.
 
-    One that stands in several places stays one. Raises UserError for a batch norm that keeps no
-    running mean, or the mean of all batches so far.
+    A shared batch norm stays shared. Raises UserError for a batch norm that keeps no running mean,
+    or a cumulative one.
     """
     replacements: dict[nn.Module, nn.Module] = {}
 
-    def replaced(child: nn.Module) -> nn.Module:
+    def convert(child: nn.Module) -> nn.Module:
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             if child not in replacements:
-                replacements[child] = _globalized(child)
+                replacements[child] = _from_torch(child)
             return replacements[child]
         for name, grandchild in child._modules.items():
             if grandchild is not None:
-                child._modules[name] = replaced(grandchild)
+                child._modules[name] = convert(grandchild)
         return child
 
-    return replaced(module)
+    return convert(module)
 
 
-def _globalized(module: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
-    if module.momentum is None or module.running_mean is None:
+def _from_torch(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
+    if norm.momentum is None or norm.running_mean is None:
         raise UserError(
-            f"{module} has no exponential running mean: give it a momentum and track_running_stats"
+            f"{norm} has no exponential running mean: give it a momentum and track_running_stats"
         )
     replacement = GlobalBatchNorm(
-        module.num_features, affine=module.affine, momentum=module.momentum, eps=module.eps
+        norm.num_features, affine=norm.affine, momentum=norm.momentum, eps=norm.eps
     )
-    replacement.to(module.running_mean)  # its type and device
-    replacement.load_state_dict(module.state_dict(), strict=False)  # has no count of batches
-    for name, parameter in module.named_parameters():
+    replacement.to(norm.running_mean)  # its dtype and device
+    replacement.load_state_dict(norm.state_dict(), strict=False)  # without num_batches_tracked
+    for name, parameter in norm.named_parameters():
         getattr(replacement, name).requires_grad_(parameter.requires_grad)
-    return replacement.train(module.training)
+    return replacement.train(norm.training)
 
 
 class ConditionalBatchNorm2d(nn.Module):

@@ -1,9 +1,9 @@
-"""Convolutions that halve or double the resolution besides, as residual networks have them.
+"""Convolutions with a pool or an up-sampling, as residual networks have them.
 
-A mean over 2x2 pixels behind a convolution is a convolution as well, with stride 2 and a kernel
-larger by one; so is, transposed, a convolution behind nearest up-sampling. That takes 4/9 of the
-multiplications of a 3x3 kernel. What is written here is the definition; in a training step the
-functions below are done that other way (`objectives.double_backward.FastDerivatives`).
+A convolution and a mean over 2x2 pixels are together a convolution with stride 2 and a kernel
+larger by one. So are, transposed, a nearest up-sampling and a convolution. That takes 4/9 of the
+multiplications of a 3x3 kernel. The functions here are the definition; in a training step
+`objectives.fast_derivatives.FastDerivatives` replaces them with the faster form.
 """
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def convolve_and_pool(images: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     """The mean over 2x2 pixels of a convolution that keeps the resolution.
 
     images: (batch, inputs, height, width)
-    weight: (outputs, inputs, kernel, kernel), its size odd; bias: (outputs,)
+    weight: (outputs, inputs, kernel, kernel) with an odd kernel; bias: (outputs,)
     returns: (batch, outputs, height // 2, width // 2)
     """
     return F.avg_pool2d(F.conv2d(images, weight, bias, padding=weight.shape[-1] // 2), 2)
@@ -28,33 +28,33 @@ def convolve_and_pool(images: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 @wrap_torch_function(_tensors)
 def upsample_and_convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution that keeps the resolution, of images in which each pixel stands for 2x2.
+    """A convolution of the images doubled in size, each pixel repeated 2x2 times.
 
     images: (batch, inputs, height, width)
-    weight: (outputs, inputs, kernel, kernel), its size odd; bias: (outputs,)
+    weight: (outputs, inputs, kernel, kernel) with an odd kernel; bias: (outputs,)
     returns: (batch, outputs, 2 height, 2 width)
     """
     larger = F.interpolate(images, scale_factor=2.0, mode="nearest")
     return F.conv2d(larger, weight, bias, padding=weight.shape[-1] // 2)
 
 
-class _SameSize(nn.Conv2d):
+class _SameConv2d(nn.Conv2d):
     def __init__(self, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> None:
-        """Raises ValueError for an even kernel_size, which cannot keep a resolution."""
+        """Raises ValueError for an even kernel_size, which cannot keep the resolution."""
         if kernel_size % 2 == 0:
             raise ValueError(f"a kernel of even size, {kernel_size}, cannot keep the resolution")
         super().__init__(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
 
 
-class PooledConv2d(_SameSize):
-    """`convolve_and_pool`, with the parameters of a Conv2d."""
+class PooledConv2d(_SameConv2d):
+    """`convolve_and_pool` with the parameters of a Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
         return convolve_and_pool(input, self.weight, self.bias)
 
 
-class UpsampledConv2d(_SameSize):
-    """`upsample_and_convolve`, with the parameters of a Conv2d."""
+class UpsampledConv2d(_SameConv2d):
+    """`upsample_and_convolve` with the parameters of a Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
         return upsample_and_convolve(input, self.weight, self.bias)

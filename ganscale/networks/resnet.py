@@ -4,9 +4,9 @@ https://arxiv.org/abs/1704.00028, the CIFAR-10 tables of the appendix), at 16 to
 With classes, the generator's batch normalization is conditional and the critic's score has a
 projection term (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
 
-1x1 shortcut convolutions run at the smaller resolution of their block. The paper's code places
-some at the larger one; they commute with nearest up-sampling and with mean pooling, so the function
-is the same, with a quarter of the multiplications.
+1x1 shortcut convolutions run at the smaller resolution of their block. The paper's code runs some
+at the larger one. They commute with nearest up-sampling and with mean pooling, so the function is
+the same, with a quarter of the multiplications.
 """
 
 import math
@@ -24,14 +24,14 @@ from ganscale.networks.shapes import doubling_widths, image_shape, require_posit
 
 Conv = TypeVar("Conv", bound=nn.Conv2d)
 
-RELU_GAIN = math.sqrt(2)  # He's initialization, over the mean of fan-in and fan-out
+RELU_GAIN = math.sqrt(2)  # He's initialization, with the mean of fan-in and fan-out
 
 
 class ResNetGenerator(nn.Module):
     """Latents to a 4x4 map, one residual block per doubling, and a convolution to the image.
 
-    `width` is the number of channels at the highest resolution. It holds for all blocks, as in the
-    paper, unless a larger `max_width` lets it double with every halving of the resolution.
+    `width` is the number of channels of every block, as in the paper, or, with a larger
+    `max_width`, at the highest resolution; it then doubles with every halving, up to `max_width`.
     `norm` is "batch", or "none" to save its collectives on several ranks.
     """
 
@@ -93,9 +93,9 @@ class UpBlock(nn.Module):
         self.norm2 = _norm(norm, outputs, num_classes)
         self.relu = nn.ReLU()
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        # Whatever a bias adds here, to the residual or to the skip, a later batch norm subtracts.
+        # A later batch norm subtracts whatever a bias adds to the residual or to the shortcut.
         has_bias = norm == "none"
-        self.conv1 = _initialized(UpsampledConv2d(inputs, outputs, 3, bias=has_bias))
+        self.conv1 = _initialize(UpsampledConv2d(inputs, outputs, 3, bias=has_bias))
         self.conv2 = _conv(outputs, outputs, 3, bias=has_bias)
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0, bias=has_bias)
 
@@ -104,19 +104,19 @@ class UpBlock(nn.Module):
         images: Float[Tensor, "batch inputs height width"],
         labels: Int64[Tensor, "batch"] | None,
     ) -> Float[Tensor, "batch outputs 2*height 2*width"]:
-        residual = self.relu(_normalized(self.norm1, images, labels))
+        residual = self.relu(_normalize(self.norm1, images, labels))
         residual = self.conv1(residual)
-        residual = self.conv2(self.relu(_normalized(self.norm2, residual, labels)))
+        residual = self.conv2(self.relu(_normalize(self.norm2, residual, labels)))
         return self.upsample(self.shortcut(images)) + residual
 
 
 class ResNetCritic(nn.Module):
     """One residual block per halving down to 8x8, two more there, a mean over pixels, a logit.
 
-    `width` is the number of channels of the first block. It holds for all blocks, as in the paper,
-    unless a larger `max_width` lets it double with every halving of the resolution. With
+    `width` is the number of channels of every block, as in the paper, or, with a larger
+    `max_width`, of the first; it then doubles with every halving, up to `max_width`. With
     `spectral_norm` all weights are divided by their largest singular value (Miyato et al. 2018,
-    https://arxiv.org/abs/1802.05957), estimated by one power iteration per training forward.
+    https://arxiv.org/abs/1802.05957), estimated by power iteration.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class ResNetCritic(nn.Module):
 
         widths = doubling_widths(width, max_width, stages=resolution.bit_length() - 4)
         self.blocks = nn.Sequential(
-            InputBlock(channels, widths[0]),
+            DownBlock(channels, widths[0], is_first=True),
             *(DownBlock(inputs, outputs) for inputs, outputs in pairwise(widths)),
             PlainBlock(widths[-1]),
             PlainBlock(widths[-1]),
@@ -164,39 +164,26 @@ class ResNetCritic(nn.Module):
         return logits + (self.embedding(labels) * features).sum(dim=1)  # f(x, y) of section 3
 
 
-class InputBlock(nn.Module):
-    """The critic's first block, which halves the resolution: no activation before the image."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.relu = nn.ReLU()
-        self.pool = nn.AvgPool2d(2)
-        self.conv1 = _conv(inputs, outputs, 3)
-        self.conv2 = _initialized(PooledConv2d(outputs, outputs, 3))
-        self.shortcut = _conv(inputs, outputs, 1, gain=1.0)
-
-    def forward(
-        self, images: Float[Tensor, "batch inputs height width"]
-    ) -> Float[Tensor, "batch outputs height//2 width//2"]:
-        residual = self.conv2(self.relu(self.conv1(images)))
-        return self.shortcut(self.pool(images)) + residual
-
-
 class DownBlock(nn.Module):
-    """A pre-activation residual block of the critic, which halves the resolution."""
+    """A pre-activation residual block of the critic, which halves the resolution.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    The first one takes the image, without an activation before it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, is_first: bool = False) -> None:
         super().__init__()
+        self.is_first = is_first
+        hidden = outputs if is_first else inputs
         self.relu = nn.ReLU()
         self.pool = nn.AvgPool2d(2)
-        self.conv1 = _conv(inputs, inputs, 3)
-        self.conv2 = _initialized(PooledConv2d(inputs, outputs, 3))
+        self.conv1 = _conv(inputs, hidden, 3)
+        self.conv2 = _initialize(PooledConv2d(hidden, outputs, 3))
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0)
 
     def forward(
         self, images: Float[Tensor, "batch inputs height width"]
     ) -> Float[Tensor, "batch outputs height//2 width//2"]:
-        residual = self.conv1(self.relu(images))
+        residual = self.conv1(images if self.is_first else self.relu(images))
         residual = self.conv2(self.relu(residual))
         return self.shortcut(self.pool(images)) + residual
 
@@ -224,7 +211,7 @@ def _norm(norm: str, channels: int, num_classes: int) -> nn.Module:
     return GlobalBatchNorm(channels)
 
 
-def _normalized(norm: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
+def _normalize(norm: nn.Module, images: Tensor, labels: Tensor | None) -> Tensor:
     return norm(images, labels) if isinstance(norm, ConditionalBatchNorm2d) else norm(images)
 
 
@@ -232,11 +219,11 @@ def _conv(
     inputs: int, outputs: int, kernel_size: int, *, gain: float = RELU_GAIN, bias: bool = True
 ) -> nn.Conv2d:
     """A convolution that keeps the resolution."""
-    same = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
-    return _initialized(same, gain)
+    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+    return _initialize(conv, gain)
 
 
-def _initialized(conv: Conv, gain: float = RELU_GAIN) -> Conv:
+def _initialize(conv: Conv, gain: float = RELU_GAIN) -> Conv:
     """As in the paper's code."""
     nn.init.xavier_uniform_(conv.weight, gain)
     if conv.bias is not None:

@@ -1,5 +1,4 @@
-"""Checks of what a config says about a network's size, and the rule that makes it wider as the
-images get smaller."""
+"""Checks of the sizes that a config gives a network, and the widths of its stages."""
 
 from ganscale.errors import UserError
 
@@ -34,7 +33,7 @@ def require_positive(network: str, **sizes: object) -> None:
 
 
 def require_unconditional(num_classes: int, network: str) -> None:
-    """Raises UserError when a network that has no use for labels is asked to use them."""
+    """Raises UserError if a network that ignores labels is asked to use them."""
     if num_classes > 0:
         raise UserError(
             f"{network} cannot use the labels of {num_classes} classes: use resnet, or train "
@@ -43,5 +42,5 @@ def require_unconditional(num_classes: int, network: str) -> None:
 
 
 def doubling_widths(width: int, max_width: int, stages: int) -> list[int]:
-    """Channels of each stage from the highest resolution down: doubled per halving, then capped."""
+    """Channels of each stage, from the highest resolution down: they double up to `max_width`."""
     return [min(width * 2**stage, max_width) for stage in range(stages)]

@@ -1,4 +1,4 @@
-"""Spectral normalization whose power iteration goes on once per update, not once per forward."""
+"""Spectral normalization with one power iteration per update instead of one per forward."""
 
 import torch
 from torch import nn
@@ -6,15 +6,15 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 
 @torch.no_grad()
-def advance_power_iterations(network: nn.Module) -> None:
-    """One power iteration for every spectrally normalized weight, which forwards then leave alone.
+def update_spectral_norms(network: nn.Module) -> None:
+    """Does one power iteration per spectrally normalized weight; forwards no longer do any.
 
-    In training mode torch takes one at every forward. Then penalties, micro-batches and generator
-    steps would each see other weights, and a run would depend on how its batch is split.
+    torch does one in every training forward. Then penalties, micro-batches and generator steps
+    would each see different weights, and a run would depend on how its batch is split.
     """
     for layer in network.modules():
-        for name, chain in getattr(layer, "parametrizations", {}).items():
-            for parametrization in chain:
+        for name, parametrizations in getattr(layer, "parametrizations", {}).items():
+            for parametrization in parametrizations:
                 if isinstance(parametrization, _SpectralNorm):
                     parametrization.train()
                     getattr(layer, name)

@@ -1,7 +1,7 @@
 """Weight clipping of the critic (Arjovsky, Chintala, Bottou 2017, algorithm 1, line 7).
 
-Every rank clips its own replica right after the same averaged update, so replicas stay equal to
-the bit without any communication; buffers are never touched.
+Every rank clips its own replica right after the same averaged update, so replicas stay equal, bit
+for bit, without communication. Buffers are never clipped.
 """
 
 from collections.abc import Iterable
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 def clipped_parameters(critic: nn.Module, scope: str) -> list[nn.Parameter]:
-    """The parameters that `scope` names: "all" as in the paper's code, or "weights".
+    """The critic's parameters in `scope`: "all" as in the paper's code, or "weights".
 
-    "weights" are those of two and more dimensions. Gains of norm layers have one: held to +-0.01
+    "weights" have two or more dimensions. The gains of norm layers have one: clipped to +-0.01,
     they would extinguish the signal (measured: input gradients shrink a few hundred times).
     """
     return [p for p in critic.parameters() if scope == "all" or p.ndim > 1]
@@ -29,7 +29,7 @@ def clip_weights(parameters: Iterable[Tensor], value: float) -> None:
 
 @torch.no_grad()
 def clipped_fraction(parameters: Iterable[Tensor], value: float) -> Tensor:
-    """The share of elements at the bounds, a float32 scalar on the parameters' device."""
+    """The fraction of elements at a bound, a float32 scalar on the parameters' device."""
     tensors = list(parameters)
     at_bound = torch.stack([(tensor.abs() >= value).sum() for tensor in tensors]).sum()
     return at_bound / sum(tensor.numel() for tensor in tensors)

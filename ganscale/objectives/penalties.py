@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.randomness import uniform
 from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
 

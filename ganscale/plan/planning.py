@@ -9,7 +9,7 @@ from ganscale.data.dataset import open_data
 from ganscale.data.loader import parts_and_depth
 from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
-from ganscale.networks import parameter_count
+from ganscale.networks.build import parameter_count
 from ganscale.objectives.objective import build_objective
 from ganscale.plan.data import DataPlan, plan_data
 from ganscale.plan.networks import (

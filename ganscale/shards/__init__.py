@@ -1,7 +1,8 @@
-"""Data sets, from files to shards with a manifest: what happens before a run.
+"""Data sets, from image files to shards with a manifest: the steps before a run.
 
-`writing` makes shards of the images of `sources`, each in an `encoding`. `building` makes the
-manifest of the shards that a `listing` finds: `indexing` reads what is inside one, through `tar`,
-`finished` keeps it, and `merging` puts all together. `verifying` compares shards with their
-manifest, `leaving_out` holds lists of what is bad, and `interchange` knows other tools' indices.
+`writing` makes shards from the images of `sources`, each stored by an `encoding`. `indexing` makes
+the manifest of existing shards: `listing` finds them, `shard_index` reads one through `tar_reader`,
+`index_cache` keeps the result, and `manifest_writer` combines all of them. `verifying` compares
+shards with their manifest, `exclusions` are lists of samples to leave out, and `interop` reads and
+writes the indices of other tools.
 """

@@ -1,4 +1,4 @@
-"""From an image file of a source to the bytes that a shard stores."""
+"""Turns an image file into the bytes that a shard stores."""
 
 import io
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ _JPEG_QUALITY = 95
 class Encoding:
     """How images are stored.
 
-    resolution: pixels a side, after a centre crop; None: as in the source
+    resolution: height and width in pixels, after a centre crop; None: as in the source
     channels: 1 or 3
     image_format: one of IMAGE_FORMATS; keep stores files as they are, with their own channels
-    quality: of jpeg, 1 to 100; of webp, whose None means lossless; else None
+    quality: 1 to 100 for jpeg and webp; None: 95 for jpeg, lossless for webp
     """
 
     resolution: int | None
@@ -32,12 +32,12 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.image_format not in IMAGE_FORMATS:
             raise UserError(
-                f"no image format '{self.image_format}'; there are: {', '.join(IMAGE_FORMATS)}"
+                f"unknown format '{self.image_format}': choose from {', '.join(IMAGE_FORMATS)}"
             )
         if self.quality is not None and self.image_format not in ("jpeg", "webp"):
-            raise UserError(f"a quality is for jpeg and webp, not for {self.image_format}")
+            raise UserError(f"only jpeg and webp have a quality, not {self.image_format}")
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"a quality is from 1 to 100, not {self.quality}")
+            raise UserError(f"the quality must be from 1 to 100, not {self.quality}")
 
     def encode(self, data: bytes) -> tuple[str, bytes]:
         """(extension, bytes to store) of an image file. Raises DecodeError."""

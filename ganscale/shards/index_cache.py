@@ -1,11 +1,12 @@
-"""What earlier indexing has read, so that it need not be read again.
+"""The results of earlier indexing, so that unchanged shards are not read again.
 
-While shards are read, each has a small file in the folder `indexing` beside the manifest, written
-whole or not at all: an interrupted command goes on there, and several machines can share it. Once
-there is a manifest, that holds the rows, `indexing.json` the rest, and the folder goes.
+While indexing runs, each shard that was read has a small file in the folder `indexing` beside the
+manifest, written atomically: an interrupted command continues from there, and several machines can
+share the folder. Once the manifest is written, it holds the rows, `indexing.json` holds the rest,
+and the folder is deleted.
 
-What is trusted: a local shard of the same size and time of change, and a remote one of the same
-size and ETag or time, as its server states them; where that states nothing, the same address.
+A local shard counts as unchanged if its size and modification time are the same, a remote one if
+its size and its ETag or time are; where the server reports neither, if its address is.
 """
 
 import hashlib
@@ -24,16 +25,17 @@ import numpy as np
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, Shard
 from ganscale.data.remote import connections, objects
 from ganscale.errors import UserError
-from ganscale.files import atomic_write
+from ganscale.files import atomic_write, write_text
 from ganscale.shards.shard_index import ShardIndex
 
 FOLDER_NAME, SUMMARY_NAME = "indexing", "indexing.json"
 
 
 class IndexCache:
-    """The shards that were indexed into the folder `output` before, whole or in parts."""
+    """The shards that were indexed into the folder `output` before, even without a manifest."""
 
     def __init__(self, output: Path):
+        self._output = output
         self._folder = output / FOLDER_NAME
         self._manifest: Manifest | None = None
         self._records: dict[str, dict[str, Any]] = {}
@@ -45,42 +47,41 @@ class IndexCache:
                 self._manifest, self._records = manifest, summary["shards"]
                 self._position = {shard.name: i for i, shard in enumerate(manifest.shards)}
         except (OSError, ValueError, KeyError, TypeError, UserError):
-            return  # without them, all is read
+            return  # then every shard without a file is read again
 
-    def find(self, name: str, stamp: list, options: str) -> bool:
-        """Whether a shard of that `stamp` was indexed with the same `options`."""
+    def has_current(self, name: str, stamp: list, options: str) -> bool:
+        """Whether the shard was indexed with the same `stamp` and `options`."""
         record = self._record(name)
         return record is not None and (record["stamp"], record["options"]) == (stamp, options)
 
     def load(self, name: str) -> ShardIndex:
-        """The index of a shard that was found, or saved since. Raises UserError if it has gone."""
-        path = self._path(name)
+        """The index of a shard. Raises UserError if its file has been deleted meanwhile."""
+        path = _shard_path(self._folder, name)
         if path.exists():
             with path.open("rb") as file:
                 record = json.loads(file.readline())
                 rows = np.frombuffer(file.read(), SAMPLE_ROW)
             return _to_index(record, rows)
         if self._manifest is None or name not in self._position:
-            raise UserError(f"the file {path} has gone while shards were indexed: start again")
+            raise UserError(f"{path} was deleted while shards were indexed: start again")
         position = self._position[name]
         first, last = self._manifest.first_sample[position : position + 2]
         return _to_index(self._records[name], self._manifest.samples[first:last])
 
-    def left_out(self, name: str) -> int:
-        """How many samples of a shard are not in the manifest."""
+    def excluded(self, name: str) -> int:
+        """How many samples of a shard were left out of the manifest."""
         return self._records[name]["left_out"] if name in self._records else 0
 
-    def summarize(self, output: Path, fingerprint: str, names: Iterable[str]) -> None:
-        """Keeps all that is not in the manifest, which is written, and forgets the single files."""
+    def compact(self, fingerprint: str, names: Iterable[str]) -> None:
+        """Replaces the files of single shards by one, without the rows that the manifest has."""
         records = {name: self._record(name) for name in names}
         content = {"fingerprint": fingerprint, "shards": records}
-        with atomic_write(output / SUMMARY_NAME) as file:
-            file.write(json.dumps(content).encode())
+        write_text(self._output / SUMMARY_NAME, json.dumps(content))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _record(self, name: str) -> dict[str, Any] | None:
+        path = _shard_path(self._folder, name)
         try:
-            path = self._path(name)
             with path.open("rb") as file:
                 line = file.readline()
             record = json.loads(line)
@@ -91,19 +92,16 @@ class IndexCache:
             pass
         return self._records.get(name)
 
-    def _path(self, name: str) -> Path:
-        return _shard_path(self._folder, name)
-
 
 def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> None:
-    """Keeps a shard's index, for this command and others."""
+    """Adds a shard's index to the cache in `output`."""
     record = {
         "stamp": stamp,
         "options": options,
         "shard": asdict(index.shard),
         "extensions": index.extensions,
         "image_sizes": index.image_sizes,
-        "left_out": index.left_out,
+        "left_out": index.excluded,
     }
     folder = output / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,16 +126,17 @@ def _to_index(record: dict[str, Any], rows: np.ndarray) -> ShardIndex:
     )
 
 
-def options_digest(left_out: Collection[str], is_trusted: bool) -> str:
-    """Tells apart what gives one shard different rows."""
-    text = json.dumps([sorted(left_out), is_trusted])
+def options_digest(excluded_keys: Collection[str], uses_idx: bool) -> str:
+    """A digest of the options that change the rows of a shard."""
+    text = json.dumps([sorted(excluded_keys), uses_idx])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def stamp_of(address: str) -> list:
-    """What changes when a shard changes, without reading it. Raises UserError without a local one.
+    """Values that change when a shard changes, found without reading it.
 
-    A remote shard that cannot be asked about is told by its address.
+    Raises UserError for a local shard that is missing. For a remote shard whose server reports
+    nothing, the stamp is its address.
     """
     if address.startswith(objects.PIPE):
         return _stamp(address, None, None)
@@ -146,15 +145,15 @@ def stamp_of(address: str) -> list:
             status = Path(address).stat()
         except FileNotFoundError as error:
             raise UserError(f"no shard at {address}") from error
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise UserError(f"{address} is no file")
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+            raise UserError(f"{address} is not a file")
         return [status.st_size, status.st_mtime_ns]
     if address.startswith(("http://", "https://")):
         return _http_stamp(address)
     try:
         connection = connections.connect(address, 0, objects.STALL_SECONDS)
         connection.close()
-    except Exception:  # whatever a store's client raises; reading the shard says it in a sentence
+    except Exception:  # any error of a store's client; reading the shard will report it
         return _stamp(address, None, None)
     return _stamp(address, connection.size, connection.identity)
 
@@ -173,5 +172,5 @@ def _http_stamp(url: str) -> list:
 def _stamp(address: str, size: int | None, identity: str | None) -> list:
     if size is not None and identity:
         return [size, identity]
-    # Hashed: a command may hold a password, and this is written to disk.
+    # Hashed, since a command may hold a password, and this is written to disk.
     return [hashlib.blake2b(objects.shown(address).encode(), digest_size=16).hexdigest(), size]

@@ -1,4 +1,4 @@
-"""Work on many shards at once, in processes of their own, that a full disk ends with a sentence."""
+"""Work on many shards in parallel processes, and a clear error when the disk is full."""
 
 import errno
 import multiprocessing
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ganscale.errors import UserError
 
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -23,16 +23,16 @@ Result = TypeVar("Result")
 def run_all(
     work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Every task with its result, as they are finished; `work` is a function of a module.
+    """Yields every task with its result as it finishes; `work` is a module-level function.
 
-    Raises what `work` raises, once the tasks that have begun are done, and UserError when a process
-    is killed.
+    Raises what `work` raises, once the running tasks are done, and UserError when a process is
+    killed.
     """
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
             yield task, work(task)
         return
-    # Not fork: a caller with threads (torch has some) could pass a held lock on to its children.
+    # Not fork: torch has threads, and a child would inherit the locks that they hold.
     spawn = multiprocessing.get_context("spawn")
     processes = min(workers, len(tasks))
     pool = ProcessPoolExecutor(
@@ -44,34 +44,34 @@ def run_all(
             yield futures.pop(future), future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process was killed, perhaps for its memory; fewer --workers need less, and the same "
-            "command goes on from here"
+            "a process was killed, perhaps for lack of memory: run the same command with fewer "
+            "--workers to continue"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when `parent` is killed, of which a pool's processes do not learn."""
+    """Ends this process when `parent` is killed, which a pool does not do."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
-def saying_when_full(folder: Path) -> Iterator[None]:
-    """Makes a UserError of a disk or quota that is full while files are written to `folder`."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Raises a UserError when the disk or quota is full while files are written to `folder`."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        reason = "the quota is" if error.errno == errno.EDQUOT else "the disk is"
+        limit = "quota" if error.errno == errno.EDQUOT else "disk"
         raise UserError(
-            f"cannot write to {folder}: {reason} full; once there is room, the same command goes "
-            "on from here"
+            f"cannot write to {folder}: the {limit} is full; free some space and run the same "
+            "command to continue"
         ) from error

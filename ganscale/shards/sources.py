@@ -1,4 +1,4 @@
-"""Where the images of a new data set come from: a folder, a zip, a tar, or the package itself."""
+"""Where the images of a new data set come from: a folder, zip, tar, or a bundled set."""
 
 import hashlib
 import io
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from ganscale.data.images.decoding import DecodeError
 from ganscale.data.labels import IMAGE_EXTENSIONS
 from ganscale.errors import UserError
 from ganscale.shards import bundled
+from ganscale.shards.listing import common_start
 from ganscale.shards.tar_reader import TarReader
 
 _BUNDLED = "bundled:"
@@ -29,9 +29,9 @@ class SourceImage(NamedTuple):
     """One image file of a source.
 
     name: unique within the source, with / between folders, the same on every machine
-    size: bytes of the file
+    size: of the file, in bytes
     position: its first byte in a tar, its index in a bundled set; else 0
-    label: its class, -1 for none
+    label: its class, -1 if unlabelled
     """
 
     name: str
@@ -42,13 +42,13 @@ class SourceImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Images to be read by `reader`.
+    """A list of images, which `image_reader` reads.
 
     kind: folder, zip, tar or bundled
     path: the folder, the archive, or the bundled set's name
     images: sorted by name
     class_names: empty for unlabelled images
-    ignored: how many files are no images, by extension
+    ignored: how many files are not images, by extension
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Source:
     ignored: dict[str, int]
 
     def digest(self) -> str:
-        """SHA-256 of names, sizes and labels: has the source changed since?"""
+        """SHA-256 of names, sizes and labels, to notice whether the source has changed."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(repr((image.name, image.size, image.label)).encode())
@@ -69,9 +69,9 @@ def list_images(source: str, classes: str = "none") -> Source:
     """All images of `source`: `bundled:NAME`, or the path of a folder, a .zip or a .tar.
 
     With `classes` "folder", the class of an image is the first folder of its name in which the
-    images differ: `photos/cat/1.jpg` and `photos/dog/2.jpg` are of the classes cat and dog. Bundled
-    images always have their classes. Raises UserError for a source that is not there or no archive,
-    one without images, and images outside of class folders.
+    images differ: `photos/cat/1.jpg` and `photos/dog/2.jpg` have the classes cat and dog. Bundled
+    images always have their classes. Raises UserError for a source that is missing, not an archive,
+    or without images, and for images outside class folders.
     """
     if source.startswith(_BUNDLED):
         name = source.removeprefix(_BUNDLED)
@@ -89,7 +89,7 @@ def list_images(source: str, classes: str = "none") -> Source:
     elif tarfile.is_tarfile(path):
         kind, files = "tar", _list_tar(path)
     else:
-        raise UserError(f"{path} is no folder, zip or uncompressed tar of images")
+        raise UserError(f"{path} is not a folder, zip or uncompressed tar of images")
     images, ignored = _only_images(files)
     if not images:
         raise UserError(f"no images in {source} (looked for: {', '.join(IMAGE_EXTENSIONS)})")
@@ -100,11 +100,11 @@ def list_images(source: str, classes: str = "none") -> Source:
 
 
 @lru_cache(maxsize=1)
-def reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
-    """A function from an image of that source to the bytes of its file.
+def image_reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
+    """A function that reads an image of the source, as the bytes of its file.
 
-    It raises DecodeError for a member that its archive cannot give, and OSError. Kept for the next
-    call, since opening a large zip takes seconds.
+    It raises OSError, and DecodeError for a damaged member of an archive. The last reader is
+    cached, since opening a large zip takes seconds.
     """
     if kind == "bundled":
         return lambda image: _read_bundled(path, image.position)
@@ -147,7 +147,7 @@ def _walk(root: Path) -> Iterator[SourceImage]:
             yield SourceImage(path.relative_to(root).as_posix(), path.stat().st_size, 0)
         for name in subfolders:
             if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
-                raise UserError(f"{Path(folder, name)} is a linked folder; give its target instead")
+                raise UserError(f"{Path(folder, name)} is a link to a folder; give its target")
 
 
 def _list_zip(path: Path) -> Iterator[SourceImage]:
@@ -164,7 +164,7 @@ def _list_tar(path: Path) -> Iterator[SourceImage]:
 
 
 def _only_images(files: Iterable[SourceImage]) -> tuple[list[SourceImage], dict[str, int]]:
-    """The images sorted by name, and how many other files there are, by extension."""
+    """The images, sorted by name, and the number of other files by extension."""
     images: list[SourceImage] = []
     ignored: Counter[str] = Counter()
     for file in files:
@@ -183,14 +183,12 @@ def _with_folder_classes(
     images: list[SourceImage], source: str
 ) -> tuple[list[SourceImage], list[str]]:
     folders = [image.name.split("/")[:-1] for image in images]
-    # All lists lie between the smallest and the largest: what these share, all share.
-    pairs = zip(min(folders), max(folders), strict=False)
-    depth = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    depth = len(common_start(folders))
     for image, parts in zip(images, folders, strict=True):
         if len(parts) <= depth:
             raise UserError(
-                f"{source}: the image {image.name} lies in no class folder; for "
-                "`--classes folder`, each class is a folder beside the others"
+                f"{source}: the image {image.name} is not in a class folder; with "
+                "`--classes folder`, each class needs its own folder"
             )
     class_names = sorted({parts[depth] for parts in folders})
     labels = {name: label for label, name in enumerate(class_names)}

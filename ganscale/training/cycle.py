@@ -15,8 +15,8 @@ from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import run_generator
-from ganscale.networks.normalization import batches_together, normalizes_together
-from ganscale.networks.spectral import advance_power_iterations
+from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
+from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.panel import critic_panel, generator_panel
@@ -44,7 +44,7 @@ def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) 
     """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
     each other's batch norm statistics once. Not with micro-batches, which are used when memory is
     short."""
-    return world_size > 1 and config.training.accumulate == 1 and normalizes_together(generator)
+    return world_size > 1 and config.training.accumulate == 1 and can_concatenate_batches(generator)
 
 
 class Cycle:
@@ -142,7 +142,7 @@ class Cycle:
             labels = torch.cat([batch.labels.to(device) for batch in batches])  # type: ignore[union-attr]
         if is_logged:  # time spent waiting for other ranks is not the fakes'
             self.runtime.barrier()
-        with section("fakes together"), batches_together(len(batches)):
+        with section("fakes together"), concatenated_batches(len(batches)):
             return self._fakes(slots, labels).chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
@@ -151,14 +151,14 @@ class Cycle:
         with_graph: they also serve the generator's step, with its graph
         """
         if with_graph:
-            advance_power_iterations(self.state.generator)
+            update_spectral_norms(self.state.generator)
         with section("fake images"), torch.set_grad_enabled(with_graph):
             return self._fakes(batch.slots, batch.labels)
 
     def critic_step(self, batch: DeviceBatch, fake_images: Tensor, is_logged: bool) -> Logits:
         """One update of the critic; afterwards its images count as seen."""
         state, global_batch_size = self.state, self.config.training.global_batch_size
-        advance_power_iterations(state.critic)
+        update_spectral_norms(state.critic)
         fake_images = fake_images.detach().to(batch.images.dtype)
         draws = Draws(self.config.seed, batch.slots, first_slot=state.images_seen)
         update = state.images_seen // global_batch_size
@@ -186,7 +186,7 @@ class Cycle:
         """
         state, latents = self.state, None
         if fake_images is None:
-            advance_power_iterations(state.generator)
+            update_spectral_norms(state.generator)
             latents = self._latents("latents/generator", batch.slots)
         inputs = {
             "latents": latents,

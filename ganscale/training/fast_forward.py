@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 
 Forward = Callable[..., Tensor]
 

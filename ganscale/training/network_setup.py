@@ -10,7 +10,7 @@ from ganscale.data.dataset import DataSet
 from ganscale.errors import UserError
 from ganscale.networks.buffers import buffers_restored
 from ganscale.networks.build import build_critic, build_generator
-from ganscale.networks.normalization import GlobalBatchNorm, with_global_batch_norm
+from ganscale.networks.normalization import GlobalBatchNorm, convert_global_batch_norm
 from ganscale.randomness import derived_seed
 from ganscale.schema import Config
 from ganscale.training.invariance_checks import check_forwards, check_layers
@@ -39,7 +39,7 @@ def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Modul
             num_classes=num_classes,
         )
     check_layers(generator, critic)
-    return with_global_batch_norm(generator), critic
+    return convert_global_batch_norm(generator), critic
 
 
 def sample_shape(config: Config) -> tuple[int, int, int]:

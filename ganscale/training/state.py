@@ -11,7 +11,7 @@ from ganscale.checkpoints.checkpoint import load_state, load_tensors
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
-from ganscale.networks.spectral import advance_power_iterations
+from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
@@ -39,7 +39,7 @@ class TrainingState:
         self.generator.to(self.dtype)
         self.critic.to(self.dtype)
         for network in (self.generator, self.critic):
-            advance_power_iterations(network)
+            update_spectral_norms(network)
         if config.training.memory_format == "channels_last":
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.invariance import CLASSES, Combination, config_of, synthetic_batch
 from ganscale.config import resolve
 from ganscale.errors import ReplicaError, UserError
-from ganscale.networks.normalization import with_global_batch_norm
+from ganscale.networks.normalization import convert_global_batch_norm
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import global_deviation
 from ganscale.runtime import Runtime, all_gather_batch, all_reduce_sum_with_grad
@@ -129,7 +129,7 @@ def network_with_batch_norms() -> nn.Module:
 
 
 def batch_norms(runtime: Runtime) -> dict[str, Tensor]:
-    network = with_global_batch_norm(network_with_batch_norms())
+    network = convert_global_batch_norm(network_with_batch_norms())
     wrapped = DistributedDataParallel(network) if runtime.world_size > 1 else network
     return trained_norms(network, wrapped, share(draw(GLOBAL_BATCH, 2, 5, 5, seed=4), runtime))
 

@@ -6,14 +6,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ganscale.networks import GlobalBatchNorm, ResNetGenerator
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.networks.resnet import ResNetGenerator
 
 WORLD_SIZE = 2
 GLOBAL_BATCH = 8
 
 
 def make_generator() -> ResNetGenerator:
-    """A conditional generator, so that plain and conditional normalization are both in it."""
+    """A conditional generator, which has both plain and conditional normalization."""
     torch.manual_seed(0)
     generator = ResNetGenerator(6, (3, 16, 16), num_classes=3, width=4).double()
     for parameter in generator.parameters():
@@ -22,7 +23,7 @@ def make_generator() -> ResNetGenerator:
 
 
 def large_mean_images() -> torch.Tensor:
-    """float32 images whose channels have a mean 10,000 times their deviation."""
+    """float32 images whose channel means are 10,000 times their deviations."""
     torch.manual_seed(2)
     return 1000 + 0.1 * torch.randn(GLOBAL_BATCH, 3, 16, 16)
 
@@ -35,7 +36,7 @@ def bfloat16_images_and_gradients() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def use_twice(generator: torch.nn.Module, own: slice) -> dict[str, torch.Tensor]:
-    """Two training forwards, one backward, and an evaluation, of the global batch's part `own`."""
+    """Two training forwards, one backward, and an evaluation, of the slice `own` of the batch."""
     torch.manual_seed(1)
     latents = torch.randn(2, GLOBAL_BATCH, 6, dtype=torch.float64)[:, own].requires_grad_()
     labels = torch.randint(3, (2, GLOBAL_BATCH))[:, own]
@@ -66,14 +67,15 @@ def run(folder: Path) -> None:
     results["large mean"] = norm(large_mean_images()[own]).detach()
     results["large mean, running variance"] = norm.running_var.clone()
     torch.manual_seed(3)
-    halves = torch.randn(GLOBAL_BATCH, 3, 16, 16).bfloat16()
-    results["bfloat16"] = norm(halves[own]).detach()
+    images = torch.randn(GLOBAL_BATCH, 3, 16, 16).bfloat16()
+    results["bfloat16"] = norm(images[own]).detach()
     for name, layout in (
         ("bfloat16 gradients", torch.contiguous_format),
         ("channels last gradients", torch.channels_last),
     ):
         images, gradients = (
-            each[own].contiguous(memory_format=layout) for each in bfloat16_images_and_gradients()
+            tensor[own].contiguous(memory_format=layout)
+            for tensor in bfloat16_images_and_gradients()
         )
         images.requires_grad_()
         GlobalBatchNorm(3)(images).backward(gradients)

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks import ResNetCritic, build_critic, build_generator, parameter_count
+from ganscale.networks.build import build_critic, build_generator, parameter_count
+from ganscale.networks.resnet import ResNetCritic
 
 OWN_NETWORKS = """
 from torch import nn
@@ -33,7 +34,7 @@ constant = 7
 
 @pytest.fixture
 def own_networks(tmp_path, monkeypatch):
-    """The current folder holds own_networks.py, and is not on the path, as under a launcher."""
+    """own_networks.py in the current folder, which is not on sys.path, as under a launcher."""
     (tmp_path / "own_networks.py").write_text(OWN_NETWORKS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
@@ -58,7 +59,7 @@ def test_a_name_builds_our_network_for_the_runs_shapes_and_classes():
     assert generator("resnet", width=4).is_conditional
 
 
-def test_an_own_network_gets_only_those_facts_of_the_run_that_it_accepts(own_networks):
+def test_a_users_network_gets_only_the_arguments_that_it_accepts(own_networks):
     assert parameter_count(critic("own_networks:Minimal", hidden=5)) == 5 + 1
     seen = generator("own_networks:Curious", depth=2, colour="red").seen
     assert seen == {
@@ -93,7 +94,7 @@ def test_a_mistake_gets_one_sentence_with_the_nearest_name(own_networks, target,
     assert "\n" not in str(caught.value)
 
 
-def test_an_own_module_that_fails_on_import_is_named_with_reason_and_line(own_networks):
+def test_a_users_module_that_fails_on_import_is_named_with_reason_and_line(own_networks):
     (own_networks / "broken_networks.py").write_text("import torch\nwidth = 1 / 0\n")
     with pytest.raises(UserError, match=r"ZeroDivisionError.*broken_networks.py:2"):
         critic("broken_networks:Critic")

@@ -1,11 +1,10 @@
-"""What a gradient penalty needs of every critic: samples that do not see each other, and second
-derivatives."""
+"""What a gradient penalty needs from every critic: independent samples and second derivatives."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from ganscale.networks import build_critic
+from ganscale.networks.build import build_critic
 
 CRITICS = {
     "mlp": ("mlp", {"width": 8}),
@@ -23,7 +22,7 @@ def critic(request):
     target, options = CRITICS[request.param]
     critic = build_critic(target, options, sample_shape=(1, 16, 16), num_classes=0).double()
     if options.get("spectral_norm"):
-        critic.eval()  # in training each forward refines the estimate, so no two are alike
+        critic.eval()  # in training, every forward refines the estimate
     return critic
 
 

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks import DCGANCritic, DCGANGenerator, GlobalBatchNorm, parameter_count
+from ganscale.networks.build import parameter_count
+from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
+from ganscale.networks.normalization import GlobalBatchNorm
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
@@ -28,7 +30,7 @@ def test_the_papers_generator_has_its_maps():
 
 def test_parameter_counts_are_those_of_the_usual_64_pixel_pair():
     # The widely used pair of width 64 has 3,576,704 and 2,765,568 parameters, with batch norm on
-    # both sides (as many as our layer norm) and no bias in the convolutions beside the images.
+    # both sides (as many as our layer norm) and no bias in the convolutions next to the images.
     generator = DCGANGenerator(100, (3, 64, 64))
     critic = DCGANCritic((3, 64, 64), norm="layer")
     assert parameter_count(generator) == 3_576_704 + 3

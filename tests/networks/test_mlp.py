@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from ganscale.errors import UserError
-from ganscale.networks import MLPCritic, MLPGenerator, parameter_count
+from ganscale.networks.build import parameter_count
+from ganscale.networks.mlp import MLPCritic, MLPGenerator
 from ganscale.networks.shapes import require_positive
 
 
@@ -30,6 +31,6 @@ def test_labels_are_refused():
 
 
 @pytest.mark.parametrize("width", [0, 1.5, "128", True])
-def test_a_size_that_is_no_count_is_refused(width):
+def test_a_size_that_is_not_a_positive_integer_is_refused(width):
     with pytest.raises(UserError, match="width of mlp must be a whole number"):
         require_positive("mlp", depth=3, width=width)

@@ -3,14 +3,18 @@ import torch
 from torch import nn
 
 from benchmarks.ranks import run_ranks
-from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm, ResNetGenerator
-from ganscale.networks.normalization import batches_together
+from ganscale.networks.normalization import (
+    ConditionalBatchNorm2d,
+    GlobalBatchNorm,
+    concatenated_batches,
+)
+from ganscale.networks.resnet import ResNetGenerator
 from tests.networks import normalization_ranks as ranks
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """What each of two real gloo processes computed on its half of the global batch."""
+    """The results of two real gloo processes, each on its half of the global batch."""
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks("tests.networks.normalization_ranks:run", folder, ranks.WORLD_SIZE, seconds=60)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
@@ -30,7 +34,7 @@ def test_two_ranks_make_the_images_of_the_full_batch(two_ranks, one_rank):
 
 
 def test_two_ranks_have_the_input_gradients_of_the_full_batch(two_ranks, one_rank):
-    # A rank differentiates the sum of all ranks' losses, of which the full batch takes the mean.
+    # Each rank differentiates the sum of all ranks' losses, the full batch their mean.
     gradients = torch.cat([rank["latent gradients"] for rank in two_ranks]) / ranks.WORLD_SIZE
     assert_equal_in_float64(gradients, one_rank["latent gradients"])
 
@@ -70,15 +74,15 @@ def test_bfloat16_images_stay_bfloat16_and_are_normalized_in_float32(two_ranks):
 
 @pytest.mark.parametrize("name", ["bfloat16 gradients", "channels last gradients"])
 def test_gradients_of_bfloat16_images_are_rounded_once(two_ranks, name):
-    """Gradients that are mostly their channel's mean, which normalization takes away."""
-    found = torch.cat([rank[name] for rank in two_ranks])
+    """The gradients are mostly their channel's mean, which normalization removes."""
+    actual = torch.cat([rank[name] for rank in two_ranks])
     images, gradients = ranks.bfloat16_images_and_gradients()
     images = images.double().requires_grad_()
     nn.BatchNorm2d(3).double()(images).backward(gradients.double())
     expected = images.grad
-    assert found.dtype == torch.bfloat16
+    assert actual.dtype == torch.bfloat16
     assert expected is not None
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=2e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2e-5)
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -98,7 +102,7 @@ def test_one_rank_equals_torchs_batch_norm(affine):
         assert_equal_in_float64(actual, expected)
 
 
-def test_classes_have_their_own_gain_and_bias_which_start_neutral():
+def test_each_class_has_a_gain_and_a_bias_which_start_neutral():
     torch.manual_seed(0)
     norm = ConditionalBatchNorm2d(3, num_classes=4).double()
     images, labels = torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 3, 3, 1, 2])
@@ -113,7 +117,7 @@ def test_classes_have_their_own_gain_and_bias_which_start_neutral():
 
 
 @pytest.mark.parametrize("num_classes", [0, 3])
-def test_batches_taken_together_are_normalized_as_if_they_came_one_after_another(num_classes):
+def test_concatenated_batches_are_normalized_as_if_one_came_after_another(num_classes):
     def generator():
         torch.manual_seed(0)
         network = ResNetGenerator(6, (3, 16, 16), num_classes, width=4).double()
@@ -121,16 +125,18 @@ def test_batches_taken_together_are_normalized_as_if_they_came_one_after_another
             nn.init.normal_(parameter, std=0.5)
         return network
 
-    together, one_by_one = generator(), generator()
+    concatenated, sequential = generator(), generator()
     latents = torch.randn(3, 4, 6, dtype=torch.float64)
     labels = torch.randint(3, (3, 4)) if num_classes else None
     with torch.no_grad():
-        of_each = (None,) * 3 if labels is None else labels
-        expected = torch.cat([one_by_one(*each) for each in zip(latents, of_each, strict=True)])
-    of_all = latents.flatten(0, 1), None if labels is None else labels.flatten()
-    with batches_together(3):
-        assert_equal_in_float64(together(*of_all), expected)
-    for (name, found), buffer in zip(together.named_buffers(), one_by_one.buffers(), strict=True):
-        assert_equal_in_float64(found, buffer, msg=lambda m, n=name: f"{n} {m}")
-    # As one batch they are another thing.
-    assert (generator()(*of_all) - expected).abs().max() > 0.01
+        batches = zip(latents, (None,) * 3 if labels is None else labels, strict=True)
+        expected = torch.cat([sequential(*batch) for batch in batches])
+    inputs = latents.flatten(0, 1), None if labels is None else labels.flatten()
+    with concatenated_batches(3):
+        assert_equal_in_float64(concatenated(*inputs), expected)
+    for (name, actual), buffer in zip(
+        concatenated.named_buffers(), sequential.buffers(), strict=True
+    ):
+        assert_equal_in_float64(actual, buffer, msg=lambda m, n=name: f"{n} {m}")
+    # A single batch of all of them has other statistics.
+    assert (generator()(*inputs) - expected).abs().max() > 0.01

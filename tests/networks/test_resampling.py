@@ -5,15 +5,15 @@ from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_both_are_what_they_are_defined_as(size: int) -> None:
-    """Written out: sums over the kernel's taps, of which those beside the image count as zero."""
+def test_both_match_their_definition(size: int) -> None:
+    """Written out as sums over the kernel's taps; the image is zero outside."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 6, 4, dtype=torch.float64)
 
     def convolved(layer: PooledConv2d | UpsampledConv2d, images: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
         assert layer.bias is not None
-        found = layer.bias.view(-1, 1, 1) + torch.zeros(2, 4, height, width, dtype=torch.float64)
+        output = layer.bias.view(-1, 1, 1) + torch.zeros(2, 4, height, width, dtype=torch.float64)
         for row in range(height):
             for column in range(width):
                 for i in range(size):
@@ -21,8 +21,8 @@ def test_both_are_what_they_are_defined_as(size: int) -> None:
                         y, x = row + i - size // 2, column + j - size // 2
                         if 0 <= y < height and 0 <= x < width:
                             tap = layer.weight[:, :, i, j]
-                            found[:, :, row, column] += images[:, :, y, x] @ tap.t()
-        return found
+                            output[:, :, row, column] += images[:, :, y, x] @ tap.t()
+        return output
 
     pooled = PooledConv2d(3, 4, size).double()
     quarters = convolved(pooled, images).unflatten(2, (-1, 2)).unflatten(4, (-1, 2))

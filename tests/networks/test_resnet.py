@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ganscale.errors import UserError
-from ganscale.networks import ResNetCritic, ResNetGenerator, parameter_count
-from ganscale.networks.resnet import DownBlock, InputBlock, UpBlock
+from ganscale.networks.build import parameter_count
+from ganscale.networks.resnet import DownBlock, ResNetCritic, ResNetGenerator, UpBlock
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
@@ -37,7 +37,7 @@ def test_the_cifar_pair_has_the_maps_of_the_papers_tables():
     assert maps == up + down
 
 
-def test_the_64_pixel_generator_of_the_paper_is_a_matter_of_widths():
+def test_the_papers_64_pixel_generator_follows_from_widths():
     generator = ResNetGenerator(128, (3, 64, 64), width=64, max_width=512)
     widths = [block.get_parameter("conv2.weight").shape[0] for block in generator.blocks]
     assert generator.input.weight.shape == (4 * 4 * 512, 128)
@@ -54,7 +54,7 @@ def test_parameter_counts_of_the_cifar_pair_follow_from_the_papers_tables():
     assert parameter_count(ResNetCritic((3, 32, 32))) == critic
 
 
-Block = TypeVar("Block", UpBlock, DownBlock, InputBlock)
+Block = TypeVar("Block", UpBlock, DownBlock)
 
 
 def _convolve(conv: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def _convolve(conv: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
 
 
 def _with_biases(block: Block) -> Block:
-    """Biases start at zero, which would hide a bias in the wrong place."""
+    """Biases start at zero, which would hide one in the wrong place."""
     for parameter in block.double().parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter)
@@ -83,7 +83,7 @@ def test_shortcuts_at_the_smaller_resolution_equal_those_of_the_papers_code():
     expected = F.avg_pool2d(_convolve(block.shortcut, images) + residual, 2)
     torch.testing.assert_close(block(images), expected, rtol=1e-12, atol=1e-12)
 
-    block = _with_biases(InputBlock(3, 5))
+    block = _with_biases(DownBlock(3, 5, is_first=True))
     residual = F.avg_pool2d(_convolve(block.conv2, _convolve(block.conv1, images).relu()), 2)
     expected = _convolve(block.shortcut, F.avg_pool2d(images, 2)) + residual
     torch.testing.assert_close(block(images), expected, rtol=1e-12, atol=1e-12)
@@ -104,7 +104,7 @@ def test_weights_start_uniform_with_hes_and_glorots_variance():
         assert module.bias is None or not module.bias.any()
 
 
-def test_no_parameter_of_the_generator_is_dead():
+def test_every_parameter_of_the_generator_gets_a_gradient():
     torch.manual_seed(0)
     for norm in ("batch", "none"):
         generator = ResNetGenerator(8, (3, 16, 16), width=4, norm=norm).double()

@@ -1,28 +1,28 @@
-"""Prints how far a critic's gradients are from autograd's if its author compiled a block of it."""
+"""Prints the largest error of gradients of a critic that has a compiled block."""
 
 import torch
 from torch import nn
 
-from ganscale.objectives.double_backward import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives
 
 
 def main() -> None:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 3, 3, padding=1), nn.LeakyReLU(0.2), nn.AvgPool2d(2)
-    # By tracing alone, which needs no compiler
+    # Traced only, which needs no compiler.
     block = torch.compile(nn.Sequential(*layers), backend="eager")
     critic = nn.Sequential(block, nn.Conv2d(3, 2, 3)).double()  # type: ignore[arg-type]
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     largest = 0.0
     for order in (1, 2):
-        found = []
+        results = []
         for context in (FastDerivatives(order), torch.enable_grad()):
             leaf = images.clone().requires_grad_()
             with context:
                 value = critic(leaf).tanh().sum()
-            found.append(torch.autograd.grad(value, [leaf, *critic.parameters()]))
-        pairs = zip(*found, strict=True)
-        largest = max(largest, *((mine - theirs).abs().max().item() for mine, theirs in pairs))
+            results.append(torch.autograd.grad(value, [leaf, *critic.parameters()]))
+        pairs = zip(*results, strict=True)
+        largest = max(largest, *((fast - plain).abs().max().item() for fast, plain in pairs))
     print(largest)
 
 

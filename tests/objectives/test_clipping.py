@@ -1,4 +1,4 @@
-"""Weight clipping bounds the weights that the config names, and nothing else."""
+"""Weight clipping bounds the weights in its scope, and nothing else."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_exactly_the_parameters_of_the_scope_are_clipped_and_no_buffer(critic, s
         assert np.array_equal(tensor.numpy(), expected), name
 
 
-def test_clipping_again_changes_nothing_and_takes_part_in_no_graph(critic):
+def test_clipping_again_changes_nothing_and_leaves_no_graph(critic):
     parameters = clipped_parameters(critic, "all")
     clip_weights(parameters, 0.5)
     once = [parameter.clone() for parameter in parameters]
@@ -64,8 +64,8 @@ def test_the_fraction_counts_the_elements_at_either_bound():
 
 
 @pytest.mark.parametrize("value", [0.01, 0.1, 1 / 3])
-def test_what_was_clipped_counts_as_at_the_bound_for_any_value(value):
-    """0.01 has no exact float32; the comparison must not miss what the clamp has put there."""
+def test_clipped_elements_count_as_at_the_bound_for_any_value(value):
+    """0.01 has no exact float32, but the comparison must still find what the clamp put there."""
     parameters = [torch.linspace(-1, 1, 101), torch.full((3, 3), 7.0)]
     beyond = sum(int((p.double().abs() >= value).sum()) for p in parameters)
     clip_weights(parameters, value)

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ganscale.config import resolve
 from ganscale.data.batch import Batch
-from ganscale.networks import DCGANGenerator
+from ganscale.networks.dcgan import DCGANGenerator
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle

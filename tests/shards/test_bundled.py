@@ -1,4 +1,4 @@
-"""The image sets that come with the package are what they are said to be."""
+"""The bundled image sets contain what their documentation states."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def test_each_set_comes_with_its_licence():
 
 
 def test_an_unknown_set_is_named_with_those_that_exist():
-    with pytest.raises(UserError, match=r"'cats'; there are: emoji, mnist"):
+    with pytest.raises(UserError, match=r"'cats': choose from emoji, mnist"):
         bundled.load("cats")
 
 

@@ -1,4 +1,4 @@
-"""Indexing goes on where it was stopped, reads only what is new, and names all that is bad."""
+"""Indexing continues where it stopped, reads only new or changed shards, and names bad ones."""
 
 import json
 import os
@@ -14,8 +14,8 @@ import pytest
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, parallel
-from ganscale.shards.exclusions import Exclusion, Exclusions, read_list
-from ganscale.shards.indexing import Report, build_manifest, index_shards
+from ganscale.shards.exclusions import Exclusion, read_exclusions
+from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
 from tests.helpers.files import names
 from tests.helpers.images import png
 from tests.helpers.processes import end_tree, run_python, wait_until
@@ -30,7 +30,7 @@ def shards(tmp_path) -> Path:
     return folder
 
 
-def index(source: Path, output: Path | None = None, **options) -> Report:
+def index(source: Path, output: Path | None = None, **options) -> IndexResult:
     return index_shards([str(source)], output, **options)
 
 
@@ -53,10 +53,10 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     write_tar(shards / "2.tar", labelled(9, first=500))
     write_tar(shards / "10.tar", [("x.png", png(3, 7)), ("x.cls", b"8")])
     (shards / "4.tar").unlink()
-    report = index(shards)
-    assert (report.read, report.kept) == (2, 4)
+    result = index(shards)
+    assert (result.read, result.kept) == (2, 4)
     fresh = index(shards, tmp_path / "fresh").manifest
-    assert same(report.manifest, fresh)
+    assert same(result.manifest, fresh)
     assert fresh is not None
     assert [shard.name for shard in fresh.shards] == [f"{i}.tar" for i in (0, 1, 10, 2, 3, 5)]
     assert fresh.resolution is None
@@ -69,14 +69,14 @@ def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
     fingerprint = build_manifest(shards).fingerprint
     write_tar(shards / "0.tar", [*labelled(1), ("00001.png", png(1)), ("00001.cls", b"2")])
     os.utime(shards / "0.tar", ns=(1, 1))
-    report = index(shards)
-    assert report.read == 1
-    assert report.manifest is not None
-    assert report.manifest.fingerprint != fingerprint
+    result = index(shards)
+    assert result.read == 1
+    assert result.manifest is not None
+    assert result.manifest.fingerprint != fingerprint
 
 
-def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
-    """The rows stand in the manifest alone: with another one, or none, all is read again."""
+def test_the_cache_is_ignored_beside_another_manifest(shards, tmp_path):
+    """Only the manifest has the rows: with another one, or none, all shards are read again."""
     whole = build_manifest(shards)
     content = json.loads((shards / "manifest.json").read_text())
     for damage in ("delete", "other", "garbage"):
@@ -86,12 +86,12 @@ def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
             (shards / "manifest.json").write_text(json.dumps(content | {"fingerprint": "0"}))
         else:
             (shards / "indexing.json").write_text('{"fingerprint"')
-        report = index(shards)
-        assert report.read == 6
-        assert same(report.manifest, whole)
+        result = index(shards)
+        assert result.read == 6
+        assert same(result.manifest, whole)
 
 
-def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
+def test_a_killed_index_continues_and_gives_the_same_manifest(tmp_path):
     folder = tmp_path / "set"
     for number in range(60):
         write_tar(folder / f"{number:02d}.tar", labelled(60, first=100 * number))
@@ -99,19 +99,19 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
         "from ganscale.shards.indexing import build_manifest\n"
         f"build_manifest({str(folder)!r}, workers=1)\n"
     )
-    finished = folder / "indexing"
+    cache = folder / "indexing"
     process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        wait_until(lambda: len(list(finished.glob("*"))) >= 3, 60, process=process, interval=0)
+        wait_until(lambda: len(list(cache.glob("*"))) >= 3, 60, process=process, interval=0)
     finally:
         end_tree(process)
     assert not (folder / "manifest.json").exists()
-    # The machine may also stop while a file is written: a short one is not believed.
-    torn = sorted(path for path in finished.iterdir() if not path.name.startswith("."))[0]
+    # The machine can also stop while a file is written: a short file is ignored.
+    torn = sorted(path for path in cache.iterdir() if not path.name.startswith("."))[0]
     torn.write_bytes(torn.read_bytes()[:-7])
-    report = index(folder, workers=2)
-    assert 1 <= report.kept < 60
-    assert same(report.manifest, index(folder, tmp_path / "fresh").manifest)
+    result = index(folder, workers=2)
+    assert 1 <= result.kept < 60
+    assert same(result.manifest, index(folder, tmp_path / "fresh").manifest)
     assert "indexing" not in names(folder)
 
 
@@ -128,19 +128,19 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
     ]
     for process in processes:
         try:
-            said, _ = process.communicate(timeout=120)
+            output_text, _ = process.communicate(timeout=120)
         finally:
             process.kill()
         assert process.returncode == 0
-        assert said == "indexed 2 shards; the call without --part is still due\n"
+        assert output_text == "indexed 2 shards; run without --part to make the manifest\n"
     assert {*names(output)} == {"indexing"}
-    report = index(shards, output)
-    assert (report.read, report.kept) == (0, 6)
-    assert same(report.manifest, build_manifest(shards))
+    result = index(shards, output)
+    assert (result.read, result.kept) == (0, 6)
+    assert same(result.manifest, build_manifest(shards))
 
 
 def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
-    """A cut shard, samples that are none, and one without a label: the good rest is indexed."""
+    """A cut shard, samples without an image, and one without a label: the rest is indexed."""
     cut = shards / "1.tar"
     cut.write_bytes(cut.read_bytes()[:2000])
     write_tar(
@@ -157,27 +157,27 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
         index(shards, workers=2)
     message = str(raised.value)
     assert message.startswith(f"2 of 6 shards are bad: {cut}: the tar is cut")
-    assert f"{shards / '3.tar'}: member 'page.png' is no JPEG" in message
+    assert f"{shards / '3.tar'}: member 'page.png' is not a JPEG" in message
     assert "(and 2 more bad samples)" in message
     assert message.endswith(f"(to index the rest: --leave-out {shards / 'bad.jsonl'})")
     assert not (shards / "manifest.json").exists()
-    left_out = read_list(shards / "bad.jsonl")
-    assert [(sample.shard, sample.key) for sample in left_out.samples] == [
+    exclusions = read_exclusions(shards / "bad.jsonl")
+    assert [(sample.shard, sample.key) for sample in exclusions] == [
         ("1.tar", None),
         ("3.tar", "alone"),
         ("3.tar", "page"),
         ("3.tar", "unlabelled"),
     ]
-    report = index(shards, left_out=left_out)
-    assert (report.read, report.kept) == (1, 4)
-    assert (report.left_out, report.left_out_shards) == (3, 1)
-    assert report.manifest is not None
-    assert [shard.samples for shard in report.manifest.shards] == [2, 4, 2, 6, 7]
-    # Found later: the list keeps what it had.
+    result = index(shards, exclusions=exclusions)
+    assert (result.read, result.kept) == (1, 4)
+    assert (result.excluded_samples, result.excluded_shards) == (3, 1)
+    assert result.manifest is not None
+    assert [shard.samples for shard in result.manifest.shards] == [2, 4, 2, 6, 7]
+    # A list keeps its entries when bad samples are added.
     write_tar(shards / "9.tar", [("0.png", b"?")])
-    with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is no JPEG"):
-        index(shards, left_out=left_out)
-    assert len(read_list(shards / "bad.jsonl").samples) == 5
+    with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is not a JPEG"):
+        index(shards, exclusions=exclusions)
+    assert len(read_exclusions(shards / "bad.jsonl")) == 5
 
 
 def test_many_bad_shards_are_counted(tmp_path):
@@ -189,51 +189,49 @@ def test_many_bad_shards_are_counted(tmp_path):
 
 def test_left_out_samples_are_in_no_row_and_change_the_fingerprint(shards):
     whole = build_manifest(shards)
-    left_out = Exclusions(
-        (
-            Exclusion("0.tar", "00001", "ugly"),
-            Exclusion("2.tar", None, "ugly"),
-            Exclusion("0.tar", "no such key", ""),
-            *(Exclusion("1.tar", f"{key:05d}", "all of it") for key in (10, 11, 12)),
-        )
-    )
-    report = index(shards, left_out=left_out)
-    manifest = report.manifest
+    exclusions = [
+        Exclusion("0.tar", "00001", "ugly"),
+        Exclusion("2.tar", None, "ugly"),
+        Exclusion("0.tar", "no such key", ""),
+        *(Exclusion("1.tar", f"{key:05d}", "all of it") for key in (10, 11, 12)),
+    ]
+    result = index(shards, exclusions=exclusions)
+    manifest = result.manifest
     assert manifest is not None
-    assert (report.left_out, report.left_out_shards) == (4, 1)
+    assert (result.excluded_samples, result.excluded_shards) == (4, 1)
     assert [shard.name for shard in manifest.shards] == ["0.tar", "3.tar", "4.tar", "5.tar"]
     assert manifest.fingerprint != whole.fingerprint
     expected = np.concatenate([whole.samples[:1], whole.samples[2 + 3 + 4 :]])
     assert manifest.samples.tobytes() == expected.tobytes()
     restored = index(shards)
     assert same(restored.manifest, whole)
-    assert restored.in_again >= 1  # of shards that kept a sample, at least
-    assert index(shards).in_again == 0
+    assert restored.restored_samples >= 1  # of shards that kept a sample, at least
+    assert index(shards).restored_samples == 0
     with pytest.raises(UserError, match="no sample is left"):
-        index(shards, left_out=Exclusions(tuple(Exclusion(f"{i}.tar", None, "") for i in range(6))))
+        index(shards, exclusions=[Exclusion(f"{i}.tar", None, "") for i in range(6)])
 
 
-def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
+def test_a_bad_list_is_named_with_its_line(tmp_path):
     path = tmp_path / "list"
     with pytest.raises(UserError, match="no list of samples"):
-        read_list(path)
+        read_exclusions(path)
     good = '{"shard": "a.tar", "key": "0"}\n\n'
     for bad in ("nonsense", '"text"', '{"shard": "a.tar"}', '{"shard": 3, "key": "0"}'):
         path.write_text(good + bad + "\n")
         with pytest.raises(UserError, match="list, line 3: not "):
-            read_list(path)
+            read_exclusions(path)
     path.write_text(good)
-    assert read_list(path).samples == (Exclusion("a.tar", "0", ""),)
+    assert read_exclusions(path) == [Exclusion("a.tar", "0", "")]
 
 
-def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
+def test_two_shards_can_have_the_same_keys(tmp_path):
     write_tar(tmp_path / "a.tar", labelled(2))
     write_tar(tmp_path / "b.tar", labelled(2))
     assert len(build_manifest(tmp_path).samples) == 4
 
 
-def test_a_killed_process_is_a_sentence(shards):
-    with pytest.raises(UserError, match="a process was killed, perhaps for its memory"):
+def test_a_killed_process_gives_a_clear_error(shards):
+    with pytest.raises(UserError, match="a process was killed, perhaps for lack of memory"):
         list(parallel.run_all(_kill_oneself, [1, 2], 2))
 
 
@@ -241,23 +239,23 @@ def _kill_oneself(_: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_shard_that_grows_while_it_is_read_is_not_believed(shards, monkeypatch):
-    """Where another program is still writing: a size that was right a moment ago."""
+def test_a_shard_that_grows_while_it_is_read_is_refused(shards, monkeypatch):
+    """Another program is still writing it."""
     read = indexing.read_index
 
-    def growing(file, name, label, left_out):
-        index = read(file, name, label, left_out)
+    def growing(file, name, label, excluded_keys):
+        index = read(file, name, label, excluded_keys)
         if name == "5.tar":
             with (shards / name).open("ab") as shard:
                 shard.write(bytes(512))
         return index
 
     monkeypatch.setattr(indexing, "read_index", growing)
-    with pytest.raises(UserError, match=r"5\.tar was changed while it was read"):
+    with pytest.raises(UserError, match=r"5\.tar changed while it was read"):
         build_manifest(shards)
 
 
-def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
     """The peak of a fresh process grows by less than the rows of twenty times as many shards."""
     program = (
         "import resource, sys; from pathlib import Path\n"
@@ -279,17 +277,17 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 
-def test_what_cannot_be_read_does_not_hide_the_other_bad_shards(shards):
+def test_an_unreadable_shard_does_not_hide_other_bad_shards(shards):
     (shards / "folder.tar").mkdir()
     os.mkfifo(shards / "pipe.tar")
     (shards / "text.tar").write_text("no tar")
     with pytest.raises(UserError, match=r"3 of \d+ shards are bad") as caught:
         index(shards)
-    for said in ("folder.tar is no file", "pipe.tar is no file", "text.tar"):
-        assert said in str(caught.value)
+    for sentence in ("folder.tar is not a file", "pipe.tar is not a file", "text.tar"):
+        assert sentence in str(caught.value)
 
 
-def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(shards, tmp_path):
+def test_an_unavailable_shard_is_retried_later_and_not_left_out(shards, tmp_path):
     command = f"pipe:test {{}} != away.tar && cat {shards}/{{}}"
     names = [path.name for path in sorted(shards.glob("*.tar"))]
     output = tmp_path / "output"
@@ -297,5 +295,5 @@ def test_a_shard_that_cannot_be_reached_asks_to_try_again_and_is_not_left_out(sh
         index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
     assert not (output / "bad.jsonl").exists()
     again = index_shards([command], output, names=names, retry_seconds=0)
-    assert (again.kept, again.read) == (len(names), 0)  # they were not held up
+    assert (again.kept, again.read) == (len(names), 0)
     assert same(again.manifest, build_manifest(shards))

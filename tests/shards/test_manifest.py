@@ -1,7 +1,8 @@
-"""Tars of any origin are indexed right, or refused with a sentence; samples are read in place."""
+"""Tars of any origin are indexed correctly, or refused with a reason; samples are read in place."""
 
 import hashlib
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -10,16 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
+from ganscale.data.manifest import SAMPLE_ROW, Manifest, Shard, check_shards
 from ganscale.data.shard_reader import BadSampleError, ShardReader
 from ganscale.errors import UserError
-from ganscale.shards import indexing
-from ganscale.shards.indexing import build_manifest
-from ganscale.shards.shard_index import index_shard
+from ganscale.shards import shard_index
+from ganscale.shards.indexing import build_manifest, index_shards
 from tests.helpers.images import png
 from tests.helpers.tars import labelled, write_tar
 
-BROKEN = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
+STUB = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
+
+
+def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
+    """The shard at `path` and its rows."""
+    manifest = index_shards([str(path)]).manifest
+    assert manifest is not None
+    return manifest.shards[0], manifest.samples
 
 
 @pytest.fixture
@@ -60,15 +67,15 @@ def test_a_plain_tar_of_any_format_indexes_to_its_members_bytes(tmp_path, tar_fo
         ("seg.png", [b"1", b"2"], [-1, -1]),
     ],
 )
-def test_labels_are_read_from_where_they_are_usual(tmp_path, extension, texts, labels):
+def test_labels_are_read_from_the_usual_members(tmp_path, extension, texts, labels):
     members = []
     for i, text in enumerate(texts):
-        members += [(f"{i}.jpg", BROKEN), (f"{i}.{extension}", text)]
+        members += [(f"{i}.jpg", STUB), (f"{i}.{extension}", text)]
     _, rows = index_shard(write_tar(tmp_path / "a.tar", members))
     assert rows["label"].tolist() == labels
 
 
-def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
+def test_members_that_webdataset_skips_are_skipped(tmp_path):
     members = [("__index__/x", b""), ("._0.png", b""), ("d/.DS_Store", b""), ("0.png", png(0))]
     shard, _ = index_shard(write_tar(tmp_path / "a.tar", members))
     assert shard.samples == 1
@@ -79,27 +86,39 @@ def test_what_webdataset_sets_aside_is_set_aside(tmp_path):
     [
         ([], r"a\.tar: the tar is empty"),
         ([("0.cls", b"1"), ("0.txt", b"x")], r"sample '0' has no image, only cls, txt"),
-        ([("0.png", BROKEN), ("0.jpg", BROKEN)], r"sample '0' has two images, \.png and \.jpg"),
-        ([("0.png", BROKEN), ("0.PNG", BROKEN)], r"member '0\.PNG' occurs twice"),
-        ([("0.png", BROKEN), ("1.png", BROKEN), ("0.cls", b"1")], r"sample '0' occurs twice"),
-        ([("0.png", BROKEN), ("README", b"")], r"member 'README' has no extension"),
-        ([("0.png", BROKEN), ("0.cls", b"cat")], r"'0\.cls' is no integer: b'cat'"),
-        ([("0.png", BROKEN), ("0.cls", b"-2")], r"'0\.cls' is -2"),
-        ([("0.png", BROKEN), ("0.cls", b"1"), ("1.png", BROKEN)], r"sample '1' has no label"),
-        ([("0.png", b"<html>404</html>")], r"'0\.png' is no JPEG, .*begins with b'<html>404</h'"),
-        ([("0.png", b"")], r"'0\.png' is no JPEG"),
+        (
+            [("0.png", STUB), ("0.jpg", STUB)],
+            r"sample '0' has two images, \.png and \.jpg",
+        ),
+        ([("0.png", STUB), ("0.PNG", STUB)], r"member '0\.PNG' occurs twice"),
+        (
+            [("0.png", STUB), ("1.png", STUB), ("0.cls", b"1")],
+            r"sample '0' occurs twice",
+        ),
+        ([("0.png", STUB), ("README", b"")], r"member 'README' has no extension"),
+        ([("0.png", STUB), ("0.cls", b"cat")], r"'0\.cls' is not an integer: b'cat'"),
+        ([("0.png", STUB), ("0.cls", b"-2")], r"'0\.cls' is -2"),
+        (
+            [("0.png", STUB), ("0.cls", b"1"), ("1.png", STUB)],
+            r"sample '1' has no label",
+        ),
+        (
+            [("0.png", b"<html>404</html>")],
+            r"'0\.png' is not a JPEG, .* with b'<html>404</h'",
+        ),
+        ([("0.png", b"")], r"'0\.png' is not a JPEG"),
         ([("0.cls", b"1"), ("1.cls", b"1")], r"'0' has no image, .* \(and 1 more bad samples\)"),
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],
 )
-def test_members_that_are_no_samples_are_named(tmp_path, members, sentence):
+def test_bad_samples_are_named(tmp_path, members, sentence):
     with pytest.raises(UserError, match=sentence) as raised:
         index_shard(write_tar(tmp_path / "a.tar", members))
     assert "a.tar" in str(raised.value)
 
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path):
-    """Cuts between members too, which tarfile and WebDataset take for the end of the archive."""
+    """Also cuts between members, which tarfile and WebDataset take for the end of the archive."""
     whole = write_tar(tmp_path / "whole.tar", labelled(4)).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         last = tar.getmembers()[-1]
@@ -111,7 +130,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
             index_shard(path)
 
 
-def test_a_damaged_header_and_data_behind_the_end_are_noticed(tmp_path):
+def test_a_damaged_header_and_data_after_the_end_are_noticed(tmp_path):
     path = write_tar(tmp_path / "a.tar", labelled(4))
     whole = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
@@ -120,7 +139,7 @@ def test_a_damaged_header_and_data_behind_the_end_are_noticed(tmp_path):
     with pytest.raises(UserError, match=f"damaged at byte {third:,}"):
         index_shard(path)
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="more data behind the end of the archive"):
+    with pytest.raises(UserError, match="more data after the end of the archive"):
         index_shard(path)
 
 
@@ -139,7 +158,7 @@ def test_links_and_compressed_tars_are_refused(tmp_path):
 
 
 def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexing, "LARGEST_IMAGE_BYTES", 1 << 20)
+    monkeypatch.setattr(shard_index, "LARGEST_IMAGE_BYTES", 1 << 20)
     members = [("0.png", png(0)), ("1.png", png(0) + bytes(1 << 20))]
     with pytest.raises(UserError, match=r"'1\.png' has 1,048,\d+ bytes, more than the limit"):
         index_shard(write_tar(tmp_path / "a.tar", members))
@@ -202,7 +221,7 @@ def test_too_few_class_names_are_an_error(data_set):
         build_manifest(data_set)
 
 
-def test_loading_says_what_is_wrong_and_what_to_do(data_set):
+def test_loading_explains_what_is_wrong_and_what_to_do(data_set):
     index_again = "ganscale shards index"
     with pytest.raises(UserError, match="no data set at"):
         Manifest.load(data_set / "nowhere")
@@ -281,12 +300,11 @@ def test_the_store_keeps_a_bounded_number_of_files_open_under_many_threads(tmp_p
     assert len([p for p in open_files if p.resolve().is_relative_to(tmp_path)]) <= 3 + 1  # the rows
 
 
-def test_a_cut_shard_is_a_broken_sample_and_a_missing_one_a_users_mistake(data_set):
+def test_a_cut_shard_is_a_bad_sample_and_a_missing_one_a_users_mistake(data_set):
     store = ShardReader(build_manifest(data_set))
     shard = data_set / "b.tar"
     row = store.manifest.samples[6]
-    with shard.open("r+b") as file:
-        file.truncate(int(row["offset"]) + 10)
+    os.truncate(shard, int(row["offset"]) + 10)
     with pytest.raises(BadSampleError, match=r"sample 6 of shard b\.tar is cut: 10 of") as raised:
         store.read(6)
     assert (raised.value.shard, raised.value.sample) == ("b.tar", 6)

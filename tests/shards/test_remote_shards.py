@@ -12,8 +12,8 @@ import pytest
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
-from ganscale.shards.foreign_indices import read_wids, write_wids
 from ganscale.shards.indexing import build_manifest, index_shards
+from ganscale.shards.interop import read_wids, write_wids
 from ganscale.shards.listing import list_shards
 from ganscale.shards.verifying import verify_shards
 from tests.helpers.tars import labelled, write_tar
@@ -59,22 +59,22 @@ def server(shards) -> Iterator[Server]:
     server.server_close()
 
 
-def test_shards_of_a_server_are_indexed_as_local_ones_are(server, shards, tmp_path):
-    """Rows, checksums and fingerprint; the manifest says where the shards lie."""
+def test_shards_on_a_server_are_indexed_like_local_ones(server, shards, tmp_path):
+    """Rows, checksums and fingerprint; the manifest has the location of the shards."""
     local = index_shards([str(shards / "train" / "*.tar"), str(shards / "val")], tmp_path / "local")
     urls = [f"{server.url}/set/train/{{000..002}}.tar", f"{server.url}/set/val/000.tar"]
     with pytest.raises(UserError, match=r"are not on this machine: .* --output FOLDER"):
         index_shards(urls)
-    report = index_shards(urls, tmp_path / "remote", workers=2)
-    assert report.manifest is not None
+    result = index_shards(urls, tmp_path / "remote", workers=2)
+    assert result.manifest is not None
     assert local.manifest is not None
-    assert report.manifest.location == f"{server.url}/set"
+    assert result.manifest.location == f"{server.url}/set"
     assert local.manifest.location == str(shards)
     names = ["train/000.tar", "train/001.tar", "train/002.tar", "val/000.tar"]
-    assert [shard.name for shard in report.manifest.shards] == names
-    assert report.manifest.shards == local.manifest.shards
-    assert report.manifest.fingerprint == local.manifest.fingerprint
-    assert report.manifest.samples.tobytes() == local.manifest.samples.tobytes()
+    assert [shard.name for shard in result.manifest.shards] == names
+    assert result.manifest.shards == local.manifest.shards
+    assert result.manifest.fingerprint == local.manifest.fingerprint
+    assert result.manifest.samples.tobytes() == local.manifest.samples.tobytes()
     assert {path.name for path in (tmp_path / "remote").iterdir()} == {
         "manifest.json",
         "manifest.npy",
@@ -82,7 +82,7 @@ def test_shards_of_a_server_are_indexed_as_local_ones_are(server, shards, tmp_pa
     }
 
 
-def test_unchanged_shards_of_a_server_are_not_read_again(server, shards, tmp_path):
+def test_unchanged_shards_on_a_server_are_not_read_again(server, shards, tmp_path):
     pattern = f"{server.url}/set/train/{{000..002}}.tar"
     index_shards([pattern], tmp_path / "out")
     server.reads.clear()
@@ -90,8 +90,8 @@ def test_unchanged_shards_of_a_server_are_not_read_again(server, shards, tmp_pat
     assert not server.reads
     write_tar(shards / "train" / "001.tar", labelled(9, first=50))
     write_tar(shards / "train" / "003.tar", labelled(1, first=60))
-    report = index_shards([pattern.replace("002", "003")], tmp_path / "out")
-    assert (report.read, report.kept) == (2, 2)
+    result = index_shards([pattern.replace("002", "003")], tmp_path / "out")
+    assert (result.read, result.kept) == (2, 2)
     assert dict(server.reads) == {"/set/train/001.tar": 1, "/set/train/003.tar": 1}
 
 
@@ -108,7 +108,7 @@ def test_a_shard_that_is_cut_on_the_server_is_named(server, shards, tmp_path):
         index_shards([f"{server.url}/set/train/{{000..002}}.tar"], tmp_path / "out")
 
 
-def test_remote_shards_are_verified_where_they_lie(server, shards, tmp_path):
+def test_remote_shards_are_verified_on_the_server(server, shards, tmp_path):
     pattern = f"{server.url}/set/train/{{000..002}}.tar"
     manifest = index_shards([pattern], tmp_path / "out").manifest
     assert manifest is not None
@@ -134,7 +134,7 @@ def test_shards_behind_a_command_are_indexed_but_no_manifest_names_it(shards, tm
     assert run("verify", str(output), "--shards", command, "--workers", "1") == 0
     capsys.readouterr()
     assert run(*arguments, "--workers", "1") == 0
-    assert "unchanged, not read again: 3 of 3 shards" in capsys.readouterr().out
+    assert "not read, since unchanged: 3 of 3 shards" in capsys.readouterr().out
 
 
 def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
@@ -152,21 +152,21 @@ def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
 @pytest.mark.parametrize(
     ("sources", "names", "sentence"),
     [
-        (["pipe:cat {}"], [], "a pipe needs a place for the shard's name and the names"),
-        (["pipe:cat"], ["a.tar"], "a pipe needs a place"),
-        (["pipe:cat {}", "pipe:ls {}"], ["a.tar"], "stands alone"),
-        (["pipe:cat {}"], ["a.tar", "a.tar"], "twice"),
-        (["pipe:cat {}"], ["../a.tar"], "relative and without"),
-        (["pipe:cat {}"], ["/a.tar"], "relative and without"),
-        (["http://a/x.tar", "http://b/x.tar"], [], "lie in no common place"),
-        (["http://a/s/x.tar", "s3://a/s/y.tar"], [], "lie in no common place"),
+        (["pipe:cat {}"], [], "a pipe needs {} in place of the shard's name, and the names"),
+        (["pipe:cat"], ["a.tar"], "a pipe needs {} in place"),
+        (["pipe:cat {}", "pipe:ls {}"], ["a.tar"], "must be the only source"),
+        (["pipe:cat {}"], ["a.tar", "a.tar"], "given twice"),
+        (["pipe:cat {}"], ["../a.tar"], "use relative names without"),
+        (["pipe:cat {}"], ["/a.tar"], "use relative names without"),
+        (["http://a/x.tar", "http://b/x.tar"], [], "have no folder in common"),
+        (["http://a/s/x.tar", "s3://a/s/y.tar"], [], "have no folder in common"),
         (["http://a/x.tar", "http://a/x.tar"], [], "twice"),
-        (["http://a/x.tar"], ["a.tar"], "--names is for the shards of a pipe"),
-        (["nowhere"], [], "no folder, shard or pattern of shards at nowhere"),
+        (["http://a/x.tar"], ["a.tar"], "--names is only for a pipe"),
+        (["nowhere"], [], "nowhere is neither a folder, nor a shard"),
         (["nowhere-*.tar"], [], "nowhere"),
     ],
 )
-def test_sources_that_mean_no_shards_of_one_place_are_refused(sources, names, sentence):
+def test_sources_without_a_common_base_are_refused(sources, names, sentence):
     with pytest.raises(UserError, match=sentence):
         list_shards(sources, names)
 
@@ -174,13 +174,13 @@ def test_sources_that_mean_no_shards_of_one_place_are_refused(sources, names, se
 def test_names_are_unquoted_and_signatures_stay_out_of_the_manifest(server, shards, tmp_path):
     write_tar(shards / "50% off.tar", labelled(2, first=7))
     url = f"{server.url}/set/50%25%20off.tar?sig=secret"
-    report = index_shards([url], tmp_path / "out")
-    assert report.manifest is not None
-    assert [shard.name for shard in report.manifest.shards] == ["50% off.tar"]
-    assert report.listing.base == f"{server.url}/set?sig=secret"
+    result = index_shards([url], tmp_path / "out")
+    assert result.manifest is not None
+    assert [shard.name for shard in result.manifest.shards] == ["50% off.tar"]
+    assert result.listing.base == f"{server.url}/set?sig=secret"
     assert list(server.reads) == ["/set/50%25%20off.tar?sig=secret"]
     assert "secret" not in (tmp_path / "out" / "manifest.json").read_text()
-    with pytest.raises(UserError, match="different signatures"):
+    with pytest.raises(UserError, match="different queries"):
         list_shards([url, url.replace("secret", "other")])
 
 
@@ -189,7 +189,7 @@ def test_local_and_remote_shards_do_not_mix(shards):
         list_shards([str(shards / "val"), "http://a/x.tar"])
 
 
-def test_the_common_place_is_the_longest(shards):
+def test_the_base_is_the_longest_common_folder(shards):
     listing = list_shards([str(shards / "train" / "00{0..2}.tar"), str(shards / "val")])
     assert listing.base == str(shards)
     assert listing.names == ("train/000.tar", "train/001.tar", "train/002.tar", "val/000.tar")

@@ -1,4 +1,4 @@
-"""`ganscale shards` as a user meets it."""
+"""`ganscale shards` as a user runs it."""
 
 import argparse
 
@@ -36,7 +36,7 @@ def test_write_index_and_show_print_the_same_data_set(digits, capsys):
     ):
         assert line in indexed
     kept, indexed = indexed.split("\n", 1)
-    assert kept == "unchanged, not read again: 1 of 1 shards"
+    assert kept == "not read, since unchanged: 1 of 1 shards"
     assert "location     .\n" in indexed
     run("show", digits)
     shown = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_write_index_and_show_print_the_same_data_set(digits, capsys):
     assert "  class     9           500  9\n" in shown
     run("write", "bundled:mnist", digits, "--workers", "1", "--format", "npy")
     again = capsys.readouterr().out
-    assert again == "kept from an earlier run: 1 shards\n" + indexed
+    assert again == "kept 1 shards from an earlier run\n" + indexed
 
 
 def test_a_sheet_shows_the_samples(digits, tmp_path, capsys):
@@ -58,10 +58,10 @@ def test_a_sheet_shows_the_samples(digits, tmp_path, capsys):
     assert all(cell.max() > 200 for cell in cells)
 
 
-def test_mistakes_are_sentences(digits, tmp_path):
+def test_mistakes_give_clear_errors(digits, tmp_path):
     with pytest.raises(UserError, match="ganscale shards index"):
         run("show", str(tmp_path))
-    with pytest.raises(UserError, match="with other seed"):
+    with pytest.raises(UserError, match="with a different seed"):
         run("write", "bundled:mnist", digits, "--format", "npy", "--seed", "1")
 
 

@@ -1,4 +1,4 @@
-"""Writing gives the same shards however it is run, and leaves nothing out without saying so."""
+"""Writing gives the same shards however it is run, and reports everything that it leaves out."""
 
 import gc
 import json
@@ -45,7 +45,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def shard_bytes(folder: Path) -> dict[str, bytes]:
-    """All that makes the data set; the journals tell of when and in which order it was made."""
+    """All files of the data set except the journals, which depend on the order of writing."""
     journals = ("writing.jsonl", "indexing.json")
     files = [p for p in folder.iterdir() if p.name not in journals]
     return {path.name: path.read_bytes() for path in files}
@@ -97,13 +97,13 @@ def test_webdataset_sees_the_samples_that_the_manifest_lists(photos, tmp_path):
     gc.collect()
 
 
-def test_files_that_need_no_change_are_stored_as_they_are(photos, tmp_path):
-    report = write_shards(str(photos), tmp_path, classes="folder")
-    assert contents(report.manifest) == {
+def test_unchanged_files_are_stored_as_they_are(photos, tmp_path):
+    result = write_shards(str(photos), tmp_path, classes="folder")
+    assert contents(result.manifest) == {
         data: int(name.startswith("dog")) for name, data in images(40).items()
     }
-    assert report.manifest.class_names == ("cat", "dog")
-    assert report.manifest.resolution == (12, 16)
+    assert result.manifest.class_names == ("cat", "dog")
+    assert result.manifest.resolution == (12, 16)
     unlabelled = write_shards(str(photos), tmp_path / "unlabelled").manifest
     assert set(contents(unlabelled).values()) == {-1}
     assert unlabelled.class_count == 0
@@ -172,7 +172,7 @@ def test_bundled_sets_keep_pixels_labels_and_names(tmp_path):
     }
 
 
-def test_shard_bytes_are_met_about(photos, tmp_path):
+def test_shards_have_about_the_requested_size(photos, tmp_path):
     manifest = write_shards(
         str(photos),
         tmp_path,
@@ -186,7 +186,7 @@ def test_shard_bytes_are_met_about(photos, tmp_path):
     assert all(25_000 < size <= 50_000 for size in sizes[:-1])
 
 
-def test_broken_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
+def test_bad_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
     files = {f"{i:03d}.png": photo(i) for i in range(30)}
     files |= {
         "cut.png": photo(50)[:60],
@@ -196,25 +196,25 @@ def test_broken_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
     }
     source = str(write_files(tmp_path / "source", files))
     for _ in range(2):  # the second time, the shard is there
-        with pytest.raises(UserError, match=r"2 of 32 images are broken.*--max-bad.*cut.*page"):
+        with pytest.raises(UserError, match=r"2 of 32 images are bad.*--max-bad.*cut.*page"):
             write_shards(source, tmp_path / "shards")
     with pytest.raises(UserError, match=r"no manifest\.json"):
         Manifest.load(tmp_path / "shards")
-    report = write_shards(source, tmp_path / "shards", max_bad=0.1)
-    assert [name for name, _ in report.bad_samples] == ["cut.png", "page.jpg"]
-    assert len(report.manifest.samples) == 30
-    assert report.ignored == {"(hidden)": 1, "txt": 1}
+    result = write_shards(source, tmp_path / "shards", max_bad=0.1)
+    assert [name for name, _ in result.bad_images] == ["cut.png", "page.jpg"]
+    assert len(result.manifest.samples) == 30
+    assert result.ignored == {"(hidden)": 1, "txt": 1}
     again = write_shards(source, tmp_path / "shards", max_bad=0.1)
-    assert (again.bad_samples, again.kept_shards) == (report.bad_samples, 1)
+    assert (again.bad_images, again.kept_shards) == (result.bad_images, 1)
 
 
-def test_shards_of_broken_images_only_are_left_out(tmp_path):
+def test_shards_of_bad_images_only_are_left_out(tmp_path):
     files = {"a.png": photo(0), "b.png": b"?", "c.png": photo(1), "d.png": b"?"}
     source = str(write_files(tmp_path / "source", files))
-    report = write_shards(source, tmp_path / "shards", shard_samples=1, max_bad=0.5)
-    assert len(report.manifest.shards) == 2
+    result = write_shards(source, tmp_path / "shards", shard_samples=1, max_bad=0.5)
+    assert len(result.manifest.shards) == 2
     write_files(tmp_path / "bad", {"b.png": b"?"})
-    with pytest.raises(UserError, match=r"none of .* can be decoded"):
+    with pytest.raises(UserError, match=r"the first 1 images cannot be decoded"):
         write_shards(str(tmp_path / "bad"), tmp_path / "none", max_bad=1.0)
 
 
@@ -235,7 +235,7 @@ def test_a_repeated_command_writes_only_what_is_missing(photos, tmp_path):
     assert write().kept_shards == 4
 
 
-def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
+def test_a_killed_command_continues_and_ends_with_the_same_bytes(tmp_path):
     options: dict[str, Any] = {"image_format": "png", "shard_samples": 100, "workers": 2}
     program = (
         "from ganscale.shards.writing import write_shards\n"
@@ -253,8 +253,8 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
         end_tree(process)
     assert not (tmp_path / "killed" / "manifest.json").exists()
     options["workers"] = 1
-    report = write_shards("bundled:mnist", tmp_path / "killed", **options)
-    assert 0 < report.kept_shards < 50
+    result = write_shards("bundled:mnist", tmp_path / "killed", **options)
+    assert 0 < result.kept_shards < 50
     write_shards("bundled:mnist", tmp_path / "whole", **options)
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole")
 
@@ -265,30 +265,30 @@ def disk(tmp_path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(disk, tmp_path):
-    """Once more room is there, at the shard that found none."""
+def test_a_full_disk_gives_a_clear_error_and_the_same_command_continues(disk, tmp_path):
+    """It continues at the shard that did not fit."""
     photos = write_files(tmp_path / "photos", {f"{i:02d}.png": png(i, 64) for i in range(30)})
     options: dict[str, Any] = {"shard_samples": 5}
-    with pytest.raises(UserError, match=r"^cannot write to .*disk: the disk is full; .* goes on"):
+    with pytest.raises(UserError, match=r"^cannot write to .*disk: the disk is full; .* continue"):
         write_shards(str(photos), disk, **options)
     finished = len(list(disk.glob("*.tar")))
     assert 1 <= finished < 6
     assert not list(disk.glob("*.partial"))
     remount(disk, "size=8m")
-    report = write_shards(str(photos), disk, **options)
-    assert report.kept_shards >= 1
+    result = write_shards(str(photos), disk, **options)
+    assert result.kept_shards >= 1
     write_shards(str(photos), tmp_path / "whole", **options)
     assert shard_bytes(disk) == shard_bytes(tmp_path / "whole")
 
 
 def test_another_command_into_the_same_folder_is_refused(photos, tmp_path):
     write_shards(str(photos), tmp_path, resolution=8)
-    with pytest.raises(UserError, match=r"another `ganscale shards write`, with other seed;"):
+    with pytest.raises(UserError, match=r"another `ganscale shards write`, with a different seed;"):
         write_shards(str(photos), tmp_path, resolution=8, seed=1)
-    with pytest.raises(UserError, match="with other channels, "):
+    with pytest.raises(UserError, match="with a different channels, "):
         write_shards("bundled:mnist", tmp_path, resolution=8)
     (tmp_path / "writing.jsonl").unlink()
-    with pytest.raises(UserError, match="holds shards already"):
+    with pytest.raises(UserError, match="already contains shards"):
         write_shards(str(photos), tmp_path, resolution=8)
 
 
@@ -297,23 +297,23 @@ def test_sources_that_cannot_be_used_are_named(tmp_path):
     for source, sentence in {
         tmp_path / "nowhere": "no folder, zip or tar at",
         tmp_path / "empty": "no images in",
-        tmp_path / "file.bin": "is no folder, zip or uncompressed tar",
-        "bundled:cats": "no bundled images named 'cats'",
+        tmp_path / "file.bin": "is not a folder, zip or uncompressed tar",
+        "bundled:cats": "unknown bundled set 'cats'",
     }.items():
         with pytest.raises(UserError, match=sentence):
             write_shards(str(source), tmp_path / "shards")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "inner").symlink_to(tmp_path / "empty")
-    with pytest.raises(UserError, match="inner is a linked folder"):
+    with pytest.raises(UserError, match="inner is a link to a folder"):
         write_shards(str(tmp_path / "linked"), tmp_path / "shards")
 
 
 def test_options_that_contradict_each_other_are_refused(photos, tmp_path):
     contradictions: list[tuple[dict[str, Any], str]] = [
         ({"image_format": "keep", "resolution": 8}, "keep stores files as they are"),
-        ({"image_format": "png", "quality": 90}, "a quality is for jpeg and webp"),
+        ({"image_format": "png", "quality": 90}, "only jpeg and webp have a quality"),
         ({"image_format": "jpeg", "quality": 101}, "from 1 to 100"),
-        ({"image_format": "gif"}, "no image format 'gif'"),
+        ({"image_format": "gif"}, "unknown format 'gif'"),
     ]
     for options, sentence in contradictions:
         with pytest.raises(UserError, match=sentence):
@@ -330,11 +330,11 @@ def test_classes_are_the_first_folders_that_differ(tmp_path):
         "dog": 1,
     }
     write_files(root, {"set/train/stray.png": b""})
-    with pytest.raises(UserError, match=r"set/train/stray\.png lies in no class folder"):
+    with pytest.raises(UserError, match=r"set/train/stray\.png is not in a class folder"):
         sources.list_images(str(root), classes="folder")
 
 
-def test_a_damaged_zip_member_is_a_broken_image(tmp_path):
+def test_a_damaged_zip_member_is_a_bad_image(tmp_path):
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(3):
@@ -342,12 +342,12 @@ def test_a_damaged_zip_member_is_a_broken_image(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(photo(1)) + 100] ^= 255
     path.write_bytes(data)
-    report = write_shards(str(path), tmp_path / "shards", max_bad=0.5)
-    assert [name for name, _ in report.bad_samples] == ["1.png"]
-    assert "cannot be unpacked" in report.bad_samples[0][1]
+    result = write_shards(str(path), tmp_path / "shards", max_bad=0.5)
+    assert [name for name, _ in result.bad_images] == ["1.png"]
+    assert "cannot be unpacked" in result.bad_images[0][1]
 
 
-def test_the_journal_names_no_path_of_this_machine(photos, tmp_path):
+def test_the_journal_contains_no_path_of_this_machine(photos, tmp_path):
     write_shards(str(photos), tmp_path)
     for name in ("writing.jsonl", "manifest.json"):
         text = (tmp_path / name).read_text()

@@ -50,5 +50,5 @@ def test_an_array_indexes_shards_in_parts_and_a_last_job_makes_the_manifest(
         "shards.sbatch", "index", str(shards), options=f"--dependency=afterany:{parts}"
     )
     jobs.cluster.wait_for(last, seconds=110, JobState="COMPLETED")
-    assert "unchanged, not read again: 5 of 5 shards" in jobs.log(last)
+    assert "not read, since unchanged: 5 of 5 shards" in jobs.log(last)
     assert Manifest.load(shards).fingerprint == Manifest.load(digits).fingerprint

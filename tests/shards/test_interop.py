@@ -1,4 +1,4 @@
-"""Indices of other tools are read and written as those tools do it, and believed only so far."""
+"""Indices of other tools are read and written as those tools do it, and checked where possible."""
 
 import json
 import os
@@ -10,15 +10,15 @@ import pytest
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
-from ganscale.shards.exclusions import Exclusion, Exclusions
-from ganscale.shards.foreign_indices import read_wids, write_wids
+from ganscale.shards.exclusions import Exclusion
 from ganscale.shards.indexing import build_manifest, index_shards
+from ganscale.shards.interop import read_wids, write_wids
 from tests.helpers.tars import labelled, overwrite, write_tar
 
 
 def write_idx(shard: Path) -> Path:
-    """As DALI's tools/wds2idx.py, v1.2, does it: from what `tar --list` says, where data end at the
-    block of the next entry. Written after its format here, since the tool itself is not packaged.
+    """Like DALI's tools/wds2idx.py, v1.2: from the output of `tar --list`, where data ends at the
+    block of the next entry. Reimplemented here, since the tool is not packaged.
     """
 
     def run(*options: str) -> list[str]:
@@ -44,71 +44,73 @@ def write_idx(shard: Path) -> Path:
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
-def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
-    """Also with names that need a header of their own, and one shard that has no .idx."""
+def test_a_trusted_idx_gives_the_same_rows_as_reading_the_shard(tmp_path, tar_format):
+    """Also with names that need an extra header, and beside a shard without .idx."""
     folder = "a/" * 60 if tar_format == tarfile.GNU_FORMAT else ""
-    shard = write_tar(
-        tmp_path / "0.tar", [(folder + name, content) for name, content in labelled(5)], tar_format
-    )
+    members = [(folder + name, content) for name, content in labelled(5)]
+    shard = write_tar(tmp_path / "0.tar", members, tar_format)
     write_tar(tmp_path / "1.tar", labelled(3))
     whole = build_manifest(tmp_path)
     write_idx(shard)
-    report = index_shards([str(tmp_path)], trusts_idx=True)
-    assert report.read == 1
-    trusted = report.manifest
+    result = index_shards([str(tmp_path)], trust_idx=True)
+    assert result.read == 1
+    trusted = result.manifest
     assert trusted is not None
     assert trusted.samples.tobytes() == whole.samples.tobytes()
     assert [bool(shard.sha256) for shard in trusted.shards] == [False, True]
     assert [shard.bytes for shard in trusted.shards] == [shard.bytes for shard in whole.shards]
-    assert trusted.resolution is None  # nobody looked
+    assert trusted.resolution is None
     assert trusted.fingerprint != whole.fingerprint
-    again = index_shards([str(tmp_path)], trusts_idx=True)
+    again = index_shards([str(tmp_path)], trust_idx=True)
     assert again.read == 0
     assert index_shards([str(tmp_path)]).manifest.fingerprint == whole.fingerprint  # type: ignore[union-attr]
 
 
-def test_a_trusted_idx_spares_reading_the_images(tmp_path):
-    """An image whose bytes are garbage behind their first: only reading them all would tell."""
+def test_with_a_trusted_idx_images_are_not_read(tmp_path):
+    """An image whose first bytes are good and whose rest is garbage is not noticed."""
     shard = write_tar(tmp_path / "0.tar", labelled(5))
     row = build_manifest(tmp_path).samples[2]
     write_idx(shard)
     overwrite(shard, int(row["offset"]) + 20, b"garbage")
     os.utime(tmp_path / "0.idx")
-    manifest = index_shards([str(tmp_path)], trusts_idx=True).manifest
+    manifest = index_shards([str(tmp_path)], trust_idx=True).manifest
     assert manifest is not None
     assert len(manifest.samples) == 5
 
 
-def test_an_idx_that_does_not_fit_is_named(tmp_path):
+def test_an_idx_that_does_not_match_is_named(tmp_path):
     shard = write_tar(tmp_path / "0.tar", labelled(5))
     idx = write_idx(shard)
     text = idx.read_text()
     lines = text.splitlines()
     first_offset = lines[1].split()[1]
     for damaged, sentence in (
-        (text.replace("v1.2 5", "v1.1 5"), "no index of DALI's wds2idx, version v1.2"),
-        ("\n".join(lines[:-1]) + "\n", "not whole"),
-        ("", "no index of DALI's"),
+        (text.replace("v1.2 5", "v1.1 5"), "not a complete index of DALI's wds2idx, version v1.2"),
+        ("\n".join(lines[:-1]) + "\n", "not a complete"),
+        ("", "not a complete index of DALI's"),
         (text.replace(" 00000.png", " 00000 a.png"), "line 2: not `extension offset size name`"),
-        (text.replace(f" {first_offset} ", " 5120000 ", 1), "reaches into the next|is said to lie"),
-        (text.replace(f" {first_offset} ", " 0 ", 1), "is said to lie from byte 0"),
-        (text.replace(f" {first_offset} ", " 513 ", 1), "is said to lie from byte 513"),
+        (text.replace(f" {first_offset} ", " 5120000 ", 1), "reaches into the next|it puts member"),
+        (text.replace(f" {first_offset} ", " 0 ", 1), "it puts member '.*' at bytes 0 to"),
+        (
+            text.replace(f" {first_offset} ", " 513 ", 1),
+            "it puts member '.*' at bytes 513 to",
+        ),
         (text.replace(lines[3].split()[1], str(int(lines[3].split()[1]) - 512)), "reaches into"),
         (text.replace("00004.cls", "00004.json").replace(" 1 ", " 2 "), "no member|reaches"),
     ):
         idx.write_text(damaged)
         with pytest.raises(UserError, match=sentence) as raised:
-            index_shards([str(tmp_path)], trusts_idx=True)
+            index_shards([str(tmp_path)], trust_idx=True)
         assert "0.idx" in str(raised.value)
     idx.write_text(text)
     os.utime(idx, ns=(1, 1))
     with pytest.raises(UserError, match="older than the shard"):
-        index_shards([str(tmp_path)], trusts_idx=True)
+        index_shards([str(tmp_path)], trust_idx=True)
     os.utime(idx)
     os.truncate(shard, shard.stat().st_size - 20 * 512 + 100)
     os.utime(idx)
-    with pytest.raises(UserError, match=r"is said to lie|the tar is cut"):
-        index_shards([str(tmp_path)], trusts_idx=True)
+    with pytest.raises(UserError, match=r"it puts member|the tar is cut"):
+        index_shards([str(tmp_path)], trust_idx=True)
 
 
 def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
@@ -125,29 +127,41 @@ def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
     assert [shard.name for shard in manifest.shards] == ["a.tar", "b.tar"]
     content["shardlist"] = [{"url": "a.tar", "nsamples": 3}, {"url": "b.tar", "nsamples": 4}]
     path.write_text(json.dumps({**content, "base": "shards"}))
-    with pytest.raises(UserError, match=r"b\.tar has 2 samples, but 4 in the WebDataset index"):
+    with pytest.raises(UserError, match=r"b\.tar has 2 samples, .* index lists it with 4"):
         index_shards([str(path)], again=True)
 
 
-def test_a_wids_index_is_data_and_no_program(tmp_path):
+def test_the_shards_of_several_wids_indices_are_indexed_together(tmp_path):
+    paths = []
+    for name, count in (("a", 3), ("b", 2)):
+        write_tar(tmp_path / f"{name}.tar", labelled(count))
+        shards = [{"url": f"{name}.tar", "nsamples": count}]
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"wids_version": 1, "shardlist": shards}))
+    manifest = index_shards([str(path) for path in paths]).manifest
+    assert manifest is not None
+    assert {shard.name: shard.samples for shard in manifest.shards} == {"a.tar": 3, "b.tar": 2}
+
+
+def test_a_wids_index_cannot_run_commands(tmp_path):
     path = tmp_path / "set.json"
     content = {"wids_version": 1, "shardlist": [{"url": "pipe:touch x", "nsamples": 3}]}
     for bad, sentence in (
-        (content, "names 'pipe:touch x', which is no URL"),
-        (content | {"base": "pipe:x/{}"}, "names 'pipe:x"),
-        (content | {"wids_version": 2}, "only a WebDataset index of version 1"),
-        (content | {"shardlist": [{"url": 3, "nsamples": 3}]}, "is no shard"),
-        (content | {"shardlist": [{"url": "a.tar", "nsamples": "3"}]}, "is no shard"),
-        ({"wids_version": 1}, "is no WebDataset index"),
-        ([], "is no WebDataset index"),
+        (content, "lists 'pipe:touch x', which is not a URL"),
+        (content | {"base": "pipe:x/{}"}, "lists 'pipe:x"),
+        (content | {"wids_version": 2}, "only WebDataset indices of version 1"),
+        (content | {"shardlist": [{"url": 3, "nsamples": 3}]}, "is not a shard"),
+        (content | {"shardlist": [{"url": "a.tar", "nsamples": "3"}]}, "is not a shard"),
+        ({"wids_version": 1}, "is not a WebDataset index"),
+        ([], "is not a WebDataset index"),
     ):
         path.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=sentence):
             read_wids(str(path), 0)
 
 
-def test_a_written_wids_index_is_read_again(tmp_path):
-    """And its fields are those that wids asks for: url and nsamples, relative where it can be."""
+def test_a_written_wids_index_can_be_read(tmp_path):
+    """It has the fields that wids needs, url and nsamples, with relative URLs where possible."""
     folder = tmp_path / "set"
     write_tar(folder / "a.tar", labelled(3))
     write_tar(folder / "b.tar", labelled(2))
@@ -181,7 +195,7 @@ def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
             with pytest.raises(UserError, match=r"00000\.tar has 5 .* img2dataset wrote 6"):
                 index_shards([str(tmp_path)], again=True)
     stats.write_text(json.dumps({"successes": 5}))
-    left_out = Exclusions((Exclusion("00000.tar", "00001", ""),))
-    assert index_shards([str(tmp_path)], left_out=left_out).left_out == 1
+    exclusions = [Exclusion("00000.tar", "00001", "")]
+    assert index_shards([str(tmp_path)], exclusions=exclusions).excluded_samples == 1
     stats.write_text("not JSON")
     index_shards([str(tmp_path)], again=True)

@@ -1,0 +1,221 @@
+"""`FastDerivatives`: a context that gives the layers of any network faster derivatives.
+
+It is a `TorchFunctionMode`. Within it, calls such as `F.conv2d` go to the functions below, which
+return None where torch's own implementation is as good.
+
+`order=2` is for forwards that a gradient penalty differentiates twice: the functions of
+`double_backward` replace convolutions, average pools and ReLUs. Everything else, such as
+normalization and smooth activations, keeps autograd's derivatives; the two mix freely.
+
+`order=1` is for forwards that are differentiated once or never: it replaces average pools and the
+convolutions that `fast_convolutions` speeds up.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from ganscale.networks.resampling import convolve_and_pool, upsample_and_convolve
+from ganscale.objectives.double_backward import FastAvgPool2d, FastConvolution, FastLeakyReLU
+from ganscale.objectives.fast_convolutions import (
+    ConvolutionSettings,
+    as_matrix_product,
+    convolve,
+    is_im2col_faster,
+    is_subpixel_faster,
+    pooled_kernel,
+    upsampled_kernel,
+)
+
+Sizes = int | Sequence[int]
+
+
+class FastDerivatives(TorchFunctionMode):
+    def __init__(self, order: int = 1) -> None:
+        """order: how many times the forward will be differentiated, 1 or 2"""
+        super().__init__()
+        self._order = order
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        output, replacement = None, _REPLACEMENTS.get(func)
+        if replacement is not None and not _is_traced():
+            output = replacement(*args, **kwargs, order=self._order)
+        return func(*args, **kwargs) if output is None else output
+
+
+# Each of these has the parameters of the function that it replaces, plus `order`.
+
+
+def _leaky_relu(
+    input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, order: int
+) -> Tensor | None:
+    if order < 2 or negative_slope < 0 or not _is_differentiated(input):
+        return None
+    return FastLeakyReLU.apply(input, negative_slope, inplace)
+
+
+def _relu(input: Tensor, inplace: bool = False, *, order: int) -> Tensor | None:
+    return _leaky_relu(input, 0.0, inplace, order=order)
+
+
+def _avg_pool2d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    *,
+    order: int,
+) -> Tensor | None:
+    if not _is_differentiated(input):
+        return None
+    sizes = [_per_dimension(size, 2) for size in (kernel_size, stride or kernel_size, padding)]
+    return FastAvgPool2d.apply(input, *sizes, ceil_mode, count_include_pad, divisor_override)
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    is_transposed: bool = False,
+    output_padding: Sizes = 0,
+    order: int,
+) -> Tensor | None:
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    if not _are_plain(*tensors) or isinstance(padding, str) or input.ndim != weight.ndim:
+        return None
+    in_channels, out_channels = weight.shape[1] * groups, weight.shape[0]
+    if is_transposed:
+        in_channels, out_channels = out_channels, in_channels
+    if input.shape[1] != in_channels or (bias is not None and bias.shape != (out_channels,)):
+        return None  # torch raises its own error
+    dimensions = weight.ndim - 2
+    settings = ConvolutionSettings(
+        _per_dimension(stride, dimensions),
+        _per_dimension(padding, dimensions),
+        _per_dimension(dilation, dimensions),
+        is_transposed,
+        _per_dimension(output_padding, dimensions),
+        groups,
+    )
+    product = as_matrix_product(input, weight, bias, settings)
+    if product is not None:
+        return product
+    has_gain = _is_differentiated(input) if order > 1 else _is_faster_once(input, weight, settings)
+    if not has_gain:
+        return None
+    input, weight, *biases = [tensor.to(_compute_dtype(tensor)) for tensor in tensors]
+    function = FastConvolution.apply if torch.is_grad_enabled() else convolve
+    return function(input, weight, biases[0] if biases else None, settings)
+
+
+def _transposed_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    order: int,
+) -> Tensor | None:
+    return _convolution(
+        input, weight, bias, stride, padding, dilation, groups,
+        is_transposed=True, output_padding=output_padding, order=order,
+    )  # fmt: skip
+
+
+def _convolve_and_pool(
+    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
+) -> Tensor:
+    kernel, padding = pooled_kernel(weight), weight.shape[-1] // 2
+    output = _convolution(images, kernel, bias, 2, padding, order=order)
+    return F.conv2d(images, kernel, bias, 2, padding) if output is None else output
+
+
+def _upsample_and_convolve(
+    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
+) -> Tensor:
+    kernel, padding = upsampled_kernel(weight), weight.shape[-1] // 2
+    output = _transposed_convolution(images, kernel, bias, 2, padding, order=order)
+    return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
+
+
+_TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),
+    **dict.fromkeys([torch.relu_, Tensor.relu_], partial(_relu, inplace=True)),
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: partial(_leaky_relu, inplace=True),
+    F.avg_pool2d: _avg_pool2d,
+    **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
+    **dict.fromkeys(_TRANSPOSED, _transposed_convolution),
+    convolve_and_pool: _convolve_and_pool,
+    upsample_and_convolve: _upsample_and_convolve,
+}
+
+
+def _is_traced() -> bool:
+    """Whether the calls are being recorded: by a network's own torch.compile, where it is not known
+    which derivatives will be needed, or by activation checkpointing, which repeats the forward
+    outside this context and must save the same tensors there."""
+    if torch.compiler.is_compiling():
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+    return hooks is not None
+
+
+def _is_faster_once(input: Tensor, weight: Tensor, settings: ConvolutionSettings) -> bool:
+    """Whether a faster form exists for the convolution or one of its first derivatives."""
+    if is_subpixel_faster(weight, settings):
+        return settings.is_transposed or _is_differentiated(input)
+    is_trained = torch.is_grad_enabled() and weight.requires_grad
+    return is_trained and is_im2col_faster(weight, _compute_dtype(weight), settings)
+
+
+def _is_differentiated(input: Tensor) -> bool:
+    """Whether its gradient may be needed."""
+    return _are_plain(input) and torch.is_grad_enabled() and input.requires_grad
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary real tensors: no subclass, no torch.func transform."""
+    return (
+        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and tensors[0].is_floating_point()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a convolution computes with it, under autocast if that is enabled."""
+    device = tensor.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_autocast or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _per_dimension(size: Sizes, dimensions: int) -> list[int]:
+    return [size] * dimensions if isinstance(size, int) else list(size) * (dimensions // len(size))
