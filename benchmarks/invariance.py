@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
-from ganscale.data.loader import Batch
+from ganscale.data.batch import Batch
 from ganscale.data.order import batch_positions
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import build_objective

@@ -41,7 +41,8 @@ from benchmarks.timing import spread
 from ganscale.config import resolve
 from ganscale.networks import normalization
 from ganscale.objectives.objective import build_objective
-from ganscale.plan.networks import cycle_exchanges, planned_networks
+from ganscale.plan.communication import cycle_exchanges
+from ganscale.plan.networks import planned_networks
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 

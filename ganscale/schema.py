@@ -1,207 +1,412 @@
-"""Every setting of a run: its default, its unit and its limits.
+"""Every setting of a run, with its default, unit, limits and explanation.
 
-The dataclasses are the schema that `ganscale.config` holds files and overrides against. A field
-without a default has to be given. Counts of images accept `50k` and `2M` (thousands, millions).
+`ganscale.config` checks files and overrides against these dataclasses; `ganscale config --explain`
+and docs/settings.md print them. A setting without a default is required.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
-
-def number(
-    default: Any,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A field whose value must lie in the stated range."""
-    limits = {"at_least": at_least, "above": above, "below": below}
-    return field(default=default, metadata={k: v for k, v in limits.items() if v is not None})
-
-
-def choice(default: Any, *choices: str) -> Any:
-    """A field that takes one of a few words."""
-    return field(default=default, metadata={"choices": choices})
+from ganscale.setting import setting
 
 
 @dataclass
 class RunConfig:
-    name: str = MISSING  # the run folder is FOLDER/NAME; the first config file's name by default
-    folder: str = "runs"
+    """Where the run is kept."""
+
+    name: str = setting("Name of the run. If it is empty, the name of the first config file.", "")
+    folder: str = setting("Folder of all runs; this one is kept in FOLDER/NAME.", "runs")
 
 
 @dataclass
 class DataConfig:
-    # a data set: a folder, or the URL of one, with a manifest of WebDataset shards; or the shards
-    # themselves (*.tar, with braces or wildcards), which are then streamed in no exact order
-    path: str = MISSING
-    shards: str = (
-        ""  # where the shards lie if not where the manifest says: folder, URL, pipe:COMMAND
+    """The training images and how they are read."""
+
+    path: str = setting(
+        "A data set: the folder or URL of a manifest and its shards. Or the shards themselves "
+        "(*.tar, with braces or wildcards), which are then streamed in no reproducible order."
     )
-    cache: str = "~/.cache/ganscale"  # this machine's copies of remote shards, shared by its ranks
-    cache_gib: float = number(100.0, above=0)  # the least recently used copies beyond it go
-    retry_seconds: float = number(
-        300.0, at_least=0
-    )  # a failing disk or network is tried again so long
-    resolution: int = number(MISSING, at_least=1)  # pixels; larger images are reduced and cropped
-    channels: int = number(3, at_least=1)  # 1 (grey) or 3 (RGB)
-    flip: bool = False  # mirror half of the images left to right
-    workers: int = number(2, at_least=0)  # decoding threads of a rank, in another process unless 0
-    lanes: int = number(64, at_least=1)  # interleaved sequences that make up the data order
-    block_samples: int = number(256, at_least=1)  # consecutive samples that are read together
-    window_blocks: int = number(8, at_least=1)  # blocks of a lane within which samples are shuffled
-    bad_sample_limit: float = number(0.01, at_least=0, below=1)  # share of bad samples to bear
-    class_count: int = number(0, at_least=0)  # of streamed shards; a manifest knows its own
+    shards: str = setting(
+        "Where the shards are if not where the manifest says: a folder, a URL or pipe:COMMAND.",
+        "",
+    )
+    cache: str = setting(
+        "Folder for copies of remote shards, shared by all ranks and runs of a machine.",
+        "~/.cache/ganscale",
+    )
+    cache_gib: float = setting(
+        "Size of that cache. When it is full, the least recently used shards are deleted.",
+        100.0,
+        unit="GiB",
+        above=0,
+    )
+    retry_seconds: float = setting(
+        "How long to retry a failing disk or network before the run ends with exit code 75.",
+        300.0,
+        unit="seconds",
+        at_least=0,
+    )
+    resolution: int = setting(
+        "Width and height of the training images. Larger images are downscaled and cropped.",
+        unit="pixels",
+        at_least=1,
+    )
+    channels: int = setting("Color channels.", 3, choices={1: "grey", 3: "RGB"})
+    flip: bool = setting("Mirror half of the images left to right.", False)
+    workers: int = setting(
+        "Decoding threads of each rank, in a separate process. With 0, the rank decodes by itself.",
+        2,
+        unit="threads",
+        at_least=0,
+    )
+    lanes: int = setting(
+        "Interleaved sequences that make up the data order. A multiple of the number of ranks is "
+        "best.",
+        64,
+        at_least=1,
+    )
+    block_samples: int = setting(
+        "Consecutive samples of a shard that are read together.", 256, unit="samples", at_least=1
+    )
+    window_blocks: int = setting(
+        "Blocks of a lane among which samples are shuffled.", 8, unit="blocks", at_least=1
+    )
+    max_bad_fraction: float = setting(
+        "The run stops when a larger share of the samples read so far is bad.",
+        0.01,
+        unit="share",
+        at_least=0,
+        below=1,
+    )
+    class_count: int = setting(
+        "Number of classes in streamed shards. With a manifest, it is not needed.", 0, at_least=0
+    )
 
 
 @dataclass
 class GeneratorConfig:
-    target: str = MISSING  # mlp, dcgan, resnet, or package.module:Class
-    latent_dim: int = number(128, at_least=1)
-    options: dict[str, Any] = field(default_factory=dict)  # the network's own keyword arguments
+    """The generator network."""
+
+    target: str = setting("Network: mlp, dcgan, resnet, or your own as package.module:Class.")
+    latent_dim: int = setting("Dimensions of a latent vector.", 128, at_least=1)
+    options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
 
 
 @dataclass
 class CriticConfig:
-    target: str = MISSING
-    options: dict[str, Any] = field(default_factory=dict)
+    """The critic network."""
+
+    target: str = setting("Network: mlp, dcgan, resnet, or your own as package.module:Class.")
+    options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
 
 
 @dataclass
 class LossConfig:
-    name: str = MISSING
-    options: dict[str, float] = field(default_factory=dict)
+    """The adversarial loss."""
+
+    name: str = setting(
+        "Loss: minimax, non_saturating, lsgan, wgan, hinge, relativistic, relativistic_average, or "
+        "your own as package.module:function."
+    )
+    options: dict[str, float] = setting("Arguments of the loss, such as lsgan's labels.", dict)
 
 
 @dataclass
 class PenaltyConfig:
-    weight: float = number(MISSING, at_least=0)
-    interval: int = number(1, at_least=1)  # critic steps from one to the next, weighted accordingly
+    """A gradient penalty of the critic; NAME is wgan_gp, wgan_lp, wgan_gp_pixel, dragan, r1, r2, or
+    your own as package.module:function."""
+
+    weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0)
+    interval: int = setting(
+        "Apply the penalty in every n-th critic step only, at n times its weight.",
+        1,
+        unit="critic steps",
+        at_least=1,
+    )
 
 
 @dataclass
 class ClipConfig:
-    value: float = number(MISSING, above=0)  # weights stay in [-value, value]
-    scope: str = choice("weights", "weights", "all")  # weights: tensors of 2 and more dimensions
+    """Clipping of the critic's weights after each critic step; off unless `value` is given."""
+
+    value: float = setting("Bound c: weights are clamped to [-c, c].", above=0)
+    scope: str = setting(
+        "Parameters to clip.",
+        "weights",
+        choices={
+            "weights": "those with two or more dimensions, so neither biases nor norm layers",
+            "all": "every parameter",
+        },
+    )
 
 
 @dataclass
 class ObjectiveConfig:
+    """What the two networks minimize."""
+
     loss: LossConfig = field(default_factory=LossConfig)
     penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
     clip: ClipConfig | None = None
-    n_critic: int = number(1, at_least=1)  # critic steps to one generator step
-    panel: list[str] = field(default_factory=list)  # losses of your own to watch, module:function
+    n_critic: int = setting("Critic steps per generator step.", 1, unit="critic steps", at_least=1)
+    panel: list[str] = setting(
+        "Your own losses (package.module:function) to log beside the built-in ones.", list
+    )
 
 
 @dataclass
 class OptimizerConfig:
-    name: str = choice("adam", "adam", "rmsprop", "sgd")
-    learning_rate: float = number(MISSING, at_least=0)
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam
-    alpha: float = number(0.99, at_least=0, below=1)  # rmsprop: smoothing of squared gradients
-    momentum: float = number(0.0, at_least=0, below=1)  # rmsprop and sgd
-    eps: float = number(1e-8, above=0)
-    weight_decay: float = number(0.0, at_least=0)
+    """Algorithm and hyperparameters."""
+
+    name: str = setting("Algorithm.", "adam", choices=("adam", "rmsprop", "sgd"))
+    learning_rate: float = setting("Learning rate, after warmup.", at_least=0)
+    betas: list[float] = setting(
+        "Decay rates of Adam's two moments, each in [0, 1).", lambda: [0.9, 0.999]
+    )
+    alpha: float = setting("Smoothing of RMSprop's squared gradients.", 0.99, at_least=0, below=1)
+    momentum: float = setting("Momentum of RMSprop and SGD.", 0.0, at_least=0, below=1)
+    eps: float = setting("Small number added to Adam's and RMSprop's denominator.", 1e-8, above=0)
+    weight_decay: float = setting("Factor of the L2 penalty on the weights.", 0.0, at_least=0)
 
 
 @dataclass
 class OptimizersConfig:
+    """The optimizers of the two networks."""
+
     critic: OptimizerConfig = field(default_factory=OptimizerConfig)
     generator: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
 @dataclass
 class TrainingConfig:
-    total_images: int = number(MISSING, at_least=1)  # real images shown to the critic in all
-    global_batch_size: int = number(64, at_least=1)  # images per critic step over all ranks
-    accumulate: int = number(1, at_least=1)  # micro-batches per step and rank
-    # bfloat16: autocast over float32 weights; float64: slow, to check that runs agree exactly
-    precision: str = choice("float32", "float32", "bfloat16", "float64")
-    conditional: bool = False  # networks see the class labels of the data
-    schedule: str = choice("constant", "constant", "linear", "cosine")  # of both learning rates
-    warmup_images: int = number(0, at_least=0)  # the rates rise linearly over these
-    gradient_clip: float = number(0.0, at_least=0)  # largest global gradient norm; 0: no limit
-    memory_format: str = choice("channels_last", "channels_last", "contiguous")
-    # the generator's step judges the very fakes of the critic's last one, as the DCGAN tutorial of
-    # PyTorch does: one forward of the generator less a cycle, and another sampling
-    reuse_fakes: bool = False
-    # autocast: the penalty in the training's precision, too; in bfloat16 its gradient errs by 2 %
-    penalty_precision: str = choice("float32", "float32", "autocast")
-    # by torch.compile, what is differentiated once: all but penalties. Slower on a CPU
-    compile: bool = False
-    # bfloat16: half the traffic between ranks, and gradients that depend on the number of ranks
-    gradient_compression: str = choice("none", "none", "bfloat16")
+    """Length, batches, numerical precision and speed."""
+
+    total_images: int = setting(
+        "Real images shown to the critic in the whole run.", unit="images", at_least=1
+    )
+    global_batch_size: int = setting(
+        "Images per critic step over all ranks.", 64, unit="images", at_least=1
+    )
+    accumulate: int = setting(
+        "Micro-batches into which each rank splits its share of the global batch, to save memory.",
+        1,
+        unit="micro-batches",
+        at_least=1,
+    )
+    precision: str = setting(
+        "Floating-point precision of the networks.",
+        "float32",
+        choices={
+            "float32": "full precision",
+            "bfloat16": "autocast over float32 weights",
+            "float64": "slow; to check that two runs agree",
+        },
+    )
+    conditional: bool = setting("Give class labels to both networks.", False)
+    schedule: str = setting(
+        "Course of both learning rates after warmup.",
+        "constant",
+        choices={
+            "constant": "stays the same",
+            "linear": "falls to zero in a straight line",
+            "cosine": "falls to zero along half a cosine",
+        },
+    )
+    warmup_images: int = setting(
+        "Images over which the learning rates rise linearly from zero.",
+        0,
+        unit="images",
+        at_least=0,
+    )
+    gradient_clip: float = setting(
+        "Largest norm of all gradients of a network. With 0, gradients are not clipped.",
+        0.0,
+        at_least=0,
+    )
+    memory_format: str = setting(
+        "Memory layout of images and weights.",
+        "channels_last",
+        choices=("channels_last", "contiguous"),
+    )
+    reuse_fakes: bool = setting(
+        "Train the generator on the fakes of the cycle's last critic step, as PyTorch's DCGAN "
+        "tutorial does. This saves a forward of the generator per cycle but samples differently.",
+        False,
+    )
+    penalty_precision: str = setting(
+        "Precision of gradient penalties.",
+        "float32",
+        choices={
+            "float32": "full precision",
+            "autocast": "that of training.precision; in bfloat16 the gradient errs by about 2 %",
+        },
+    )
+    compile: bool = setting(
+        "Use torch.compile for everything but gradient penalties. Slower on a CPU.", False
+    )
+    gradient_compression: str = setting(
+        "Format in which ranks exchange gradients.",
+        "none",
+        choices={
+            "none": "as computed",
+            "bfloat16": "half the traffic; gradients then depend on the number of ranks",
+        },
+    )
 
 
 @dataclass
 class EMAConfig:
-    half_life_images: int = number(10_000, at_least=0)  # of the averaged generator; 0: no memory
-    ramp_up: float = number(0.05, at_least=0)  # half-life at most this share of the images seen
+    """The exponential moving average of the generator's weights."""
+
+    half_life_images: int = setting(
+        "Half-life of past weights in the average. With 0, the EMA equals the current weights.",
+        10_000,
+        unit="images",
+        at_least=0,
+    )
+    ramp_up: float = setting(
+        "Upper limit of the half-life, as a share of the images seen so far.",
+        0.05,
+        unit="share",
+        at_least=0,
+    )
 
 
 @dataclass
 class LogConfig:
-    every_images: int = number(6_400, at_least=1)
-    # of one device at the run's precision, for perf/peak_share; 0: as known for some GPUs
-    peak_tflops: float = number(0.0, at_least=0)
-    wandb: str = choice("auto", "auto", "online", "offline", "disabled")
-    project: str = "ganscale"
-    alerts: bool = True  # the first NaN, a collapse and the end of the run are told, once each
-    # checkpoints that are uploaded when the run is done; best: of `checkpoint.best`
-    artifacts: str = choice("none", "none", "last", "best", "both")
+    """Metrics and Weights & Biases."""
+
+    every_images: int = setting(
+        "Interval between rows of metrics.", 6_400, unit="images", at_least=1
+    )
+    peak_tflops: float = setting(
+        "Peak speed of one device at the run's precision, for perf/peak_share. With 0, it is "
+        "looked up for well-known GPUs.",
+        0.0,
+        unit="TFLOP/s",
+        at_least=0,
+    )
+    wandb: str = setting(
+        "Mode of Weights & Biases.",
+        "auto",
+        choices={
+            "auto": "as WANDB_MODE says, else online if there is an API key, else offline",
+            "online": "upload while training; needs an API key",
+            "offline": "keep files to upload later",
+            "disabled": "do not use it",
+        },
+    )
+    project: str = setting("Project on Weights & Biases.", "ganscale")
+    alerts: bool = setting(
+        "Send an alert at the first NaN or infinity, at a collapse and at the end of the run.", True
+    )
+    artifacts: str = setting(
+        "Checkpoints to upload to Weights & Biases when the run is done.",
+        "none",
+        choices={
+            "none": "nothing",
+            "last": "the newest",
+            "best": "the best by checkpoint.best",
+            "both": "the newest and the best",
+        },
+    )
 
 
 @dataclass
 class SamplesConfig:
-    every_images: int = number(50_000, at_least=1)
-    count: int = number(64, at_least=1)
-    non_ema: bool = True  # the same latents also through the weights as trained
-    interpolations: int = number(
-        4, at_least=0
-    )  # rows of images from one latent to another; 0: none
-    real: bool = True  # a picture of the first real images, too
+    """Sample grids."""
+
+    every_images: int = setting("Interval between sample grids.", 50_000, unit="images", at_least=1)
+    count: int = setting("Images in a sample grid.", 64, unit="images", at_least=1)
+    non_ema: bool = setting("Also draw the same latents with the non-EMA weights.", True)
+    interpolations: int = setting(
+        "Rows of images that interpolate between two latents. With 0, none are drawn.",
+        4,
+        unit="rows",
+        at_least=0,
+    )
+    real: bool = setting("Also draw a grid of real images, once.", True)
 
 
 @dataclass
 class CheckpointConfig:
-    every_images: int = number(100_000, at_least=1)
-    keep_last: int = number(3, at_least=1)
-    keep_every_images: int = number(0, at_least=0)  # checkpoints at its multiples stay; 0: none
-    best: str = ""  # a logged value whose best checkpoint stays, too (eval/fid, say); "": none
-    best_is: str = choice("lowest", "lowest", "highest")
-    # where one cannot be written: log an error and train on, or stop once the step is done
-    on_failure: str = choice("continue", "continue", "stop")
+    """When checkpoints are written and which are kept."""
+
+    every_images: int = setting("Interval between checkpoints.", 100_000, unit="images", at_least=1)
+    keep_last: int = setting("Newest checkpoints to keep.", 3, unit="checkpoints", at_least=1)
+    keep_every_images: int = setting(
+        "Also keep checkpoints at multiples of this. With 0, none are kept for that reason.",
+        0,
+        unit="images",
+        at_least=0,
+    )
+    best: str = setting(
+        "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
+    )
+    best_is: str = setting(
+        "Which value of that metric is best.", "lowest", choices=("lowest", "highest")
+    )
+    on_failure: str = setting(
+        "What to do when a checkpoint cannot be written.",
+        "continue",
+        choices={"continue": "log an error and train on", "stop": "stop after the current cycle"},
+    )
 
 
 @dataclass
 class AuditConfig:
-    every_images: int = number(100_000, at_least=1)  # replicas of all ranks are compared
+    """The comparison of the ranks' replicas."""
+
+    every_images: int = setting(
+        "Interval between comparisons of weights and optimizer states over all ranks. They are "
+        "also compared before each checkpoint.",
+        100_000,
+        unit="images",
+        at_least=1,
+    )
 
 
 @dataclass
 class ResumeConfig:
-    allow: list[str] = field(default_factory=list)  # settings that may differ from the stored run
+    """Continuing a stored run."""
+
+    allow: list[str] = setting(
+        "Settings that may differ from the stored run although they change its curve.", list
+    )
 
 
 @dataclass
 class RuntimeConfig:
-    # without progress on any rank, the run is given up and the rank to blame is named; a process
-    # without a sign of life already after a tenth of it, but no sooner than after 30 s
-    timeout_seconds: float = number(600.0, above=0)
+    """Supervision of the ranks."""
+
+    timeout_seconds: float = setting(
+        "The run ends when no rank makes progress for this long, or when a rank gives no sign of "
+        "life for a tenth of it (but at least 30 s).",
+        600.0,
+        unit="seconds",
+        above=0,
+    )
 
 
 @dataclass
 class ProfileConfig:
-    cycles: int = number(0, at_least=0)  # that torch's profiler records, once a run is warm
+    """PyTorch's profiler."""
+
+    cycles: int = setting(
+        "Training cycles to profile once the run is warm. With 0, none are.",
+        0,
+        unit="cycles",
+        at_least=0,
+    )
 
 
 @dataclass
 class Config:
-    seed: int = number(0, at_least=0, below=2**64)
+    seed: int = setting(
+        "Seed of the initial weights, the data order and every other random draw.",
+        0,
+        at_least=0,
+        below=2**64,
+    )
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)

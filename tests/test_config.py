@@ -1,9 +1,12 @@
 """Files and overrides become one complete run, or one sentence that says what is wrong where."""
 
+import inspect
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -13,7 +16,12 @@ from hypothesis import strategies as st
 from ganscale.cli.main import main
 from ganscale.config import curve_changes, load_stored, resolve
 from ganscale.errors import UserError
-from ganscale.schema import Config
+from ganscale.networks.build import GENERATORS
+from ganscale.objectives.losses import LOSSES
+from ganscale.objectives.penalties import PENALTIES
+from ganscale.schema import Config, PenaltyConfig
+from ganscale.setting import settings_of, types_of
+from ganscale.settings_reference import annotated_yaml, reference
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -181,7 +189,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ("data: {flip: 1.5}", "`data.flip` must be bool, not 1.5"),
         ("data: 3", "`data` must be a section of keys, not 3"),
         ("data: [1, 2]", "`data` must be a section of keys, not [1, 2]"),
-        ("data: null", "`data` must be a section, not None"),
+        ("data: null", "`data` must be a section of keys, not None"),
         ("run: {name: {a: b}}", "`run.name` must be str, not {'a': 'b'}"),
         ("objective: {loss: wgan}", "`objective.loss` must be a section of keys, not 'wgan'"),
         (
@@ -198,7 +206,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ),
         (
             "objective: {penalties: {wgan_gp: 10}}",
-            "`objective.penalties.wgan_gp` must be a section, not 10",
+            "`objective.penalties.wgan_gp` must be a section of keys, not 10",
         ),
         ("generator: {options: {3: 4}}", "a key of `generator.options` must be a word, not 3"),
         ("optimizer: {critic: {betas: 5}}", "`optimizer.critic.betas` must be list, not 5"),
@@ -223,8 +231,8 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
         ("training.total_images=0", "must be at least 1, not 0"),
         ("seed=-1", "must be at least 0, not -1"),
         (f"seed={2**64}", f"must be below {2**64}, not {2**64}"),
-        ("data.bad_sample_limit=1", "must be below 1, not 1.0"),
-        ("data.bad_sample_limit=nan", "must be at least 0, not nan"),
+        ("data.max_bad_fraction=1", "must be below 1, not 1.0"),
+        ("data.max_bad_fraction=nan", "must be at least 0, not nan"),
         ("objective.clip.value=0", "must be above 0, not 0.0"),
         ("objective.penalties.wgan_gp.weight=-1", "must be at least 0, not -1.0"),
         ("optimizer.critic.learning_rate=inf", "must be finite, not inf"),
@@ -233,7 +241,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
             "must be one of float32, bfloat16, float64, not bf16; did you mean bfloat16?",
         ),
         ("log.wandb=xyz", "must be one of auto, online, offline, disabled, not xyz"),
-        ("data.channels=2", "must be 1 (grey) or 3 (RGB), not 2"),
+        ("data.channels=2", "must be one of 1, 3, not 2"),
         ("optimizer.critic.betas=[0.5]", "must be two numbers in [0, 1), not [0.5]"),
         ("optimizer.generator.betas=[0,1]", "must be two numbers in [0, 1), not [0.0, 1.0]"),
         ("training.accumulate=3", "must divide the global batch of 64, not 3"),
@@ -316,7 +324,7 @@ def test_a_file_may_be_included_twice_without_a_circle(folder):
 
 
 def origins(annotated: str) -> dict[str, str]:
-    """Dotted key -> comment, for each line of YAML that has one."""
+    """The comment after each value, by dotted key."""
     found, path = {}, []
     for line in annotated.splitlines():
         match = re.match(r"( *)'?([\w-]+)'?:.*?(?:  # (.*))?$", line)
@@ -328,7 +336,8 @@ def origins(annotated: str) -> dict[str, str]:
     return found
 
 
-def test_each_value_is_printed_with_the_file_that_it_came_from(folder):
+@pytest.mark.parametrize("explain", [False, True])
+def test_each_value_is_printed_with_the_file_that_it_came_from(folder, explain):
     folder.write("part.yaml", "objective: {loss: {name: wgan}, n_critic: 3}\nseed: 5")
     mine = folder.write(
         "mine.yaml",
@@ -336,7 +345,7 @@ def test_each_value_is_printed_with_the_file_that_it_came_from(folder):
         "generator: {target: mlp, options: {'n': {deep: 3}, sizes: [1, 2]}}",
     )
     resolved = resolve([folder.base, mine, "data.flip=true"])
-    found = origins(resolved.to_yaml(with_origin=True))
+    found = origins(annotated_yaml(resolved, explain=explain))
     part = str(folder.path / "part.yaml")
     expected = {
         "seed": part,
@@ -354,9 +363,8 @@ def test_each_value_is_printed_with_the_file_that_it_came_from(folder):
         "run.name": f"name of {folder.base}",
     }
     assert {key: found[key] for key in expected} == expected
-    assert resolve([folder.write("again.yaml", resolved.to_yaml(with_origin=True))]).config == (
-        resolved.config
-    )
+    again = folder.write("again.yaml", annotated_yaml(resolved, explain=explain))
+    assert resolve([again]).config == resolved.config
 
 
 words = st.text(
@@ -396,8 +404,9 @@ def test_a_resolved_run_loads_again_as_it_is(
     resolved = resolve([folder.write("mine.yaml", yaml.safe_dump(own))])
     assert resolved.config.generator.options == options
     assert resolved.config.data.path == path
-    for with_origin in (False, True):
-        stored = folder.write("stored.yaml", resolved.to_yaml(with_origin=with_origin))
+    commented = [annotated_yaml(resolved, explain=explain) for explain in (False, True)]
+    for text in (resolved.to_yaml(), *commented):
+        stored = folder.write("stored.yaml", text)
         loaded = load_stored(Path(stored))
         assert loaded == resolved.config
         assert curve_changes(resolved.config, loaded) == []
@@ -418,7 +427,7 @@ FREE = [
     "runtime.timeout_seconds=5",
     "data.path=elsewhere",
     "data.workers=0",
-    "data.bad_sample_limit=0.5",
+    "data.max_bad_fraction=0.5",
     "training.total_images=99k",
 ]
 
@@ -521,6 +530,66 @@ def test_the_config_command_prints_the_whole_run(folder, capsys):
     assert "seed: 3  # command line\n" in printed.out
     assert printed.err == ""
     assert yaml.safe_load(printed.out)["training"]["total_images"] == 50_000
+
+
+def test_the_config_command_explains_each_setting_of_a_run(folder, capsys):
+    assert main(["config", folder.base, "--explain"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "  # Real images shown to the critic in the whole run. (images, at least 1)\n"
+        f"  total_images: 50000  # {folder.base}\n"
+    ) in printed
+    assert "  #   bfloat16: autocast over float32 weights\n" in printed
+    assert "\n# The training images and how they are read.\ndata:\n" in printed
+
+
+def test_the_config_command_explains_all_settings_without_a_run(capsys):
+    assert main(["config", "--explain"]) == 0
+    assert capsys.readouterr().out == reference()
+
+
+def test_the_settings_page_is_up_to_date():
+    page = (REPOSITORY / "docs" / "settings.md").read_text()
+    assert page == reference(), "run: python -m ganscale.settings_reference > docs/settings.md"
+
+
+def all_sections(schema: type = Config) -> list[type]:
+    """The dataclasses of the schema."""
+    sections = [schema]
+    for expected in types_of(schema).values():
+        if get_origin(expected) is dict:
+            expected = get_args(expected)[1]
+        if is_dataclass(expected):
+            sections += all_sections(expected)  # type: ignore[arg-type]
+    return sections
+
+
+SECTIONS = [*dict.fromkeys(all_sections())]
+
+
+@pytest.mark.parametrize("section", SECTIONS[1:], ids=lambda each: each.__name__)
+def test_a_section_has_one_sentence(section):
+    assert re.fullmatch(r"[A-Z].*\.", inspect.getdoc(section) or "", re.DOTALL)
+    assert not section.__doc__.startswith(f"{section.__name__}(")  # made by dataclasses
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda each: each.__name__)
+def test_a_setting_has_a_sentence_and_all_or_no_choices_have_a_meaning(section):
+    for name, setting in settings_of(section).items():
+        if setting is None:
+            assert is_dataclass(types_of(section)[name]) or name == "penalties", name
+            continue
+        assert re.fullmatch(r"[A-Z].*\.", setting.sentence), name
+        assert len({bool(meaning) for meaning in setting.choices.values()}) <= 1, name
+
+
+def test_settings_name_the_networks_losses_and_penalties_that_exist():
+    explained = reference()
+    assert f"Network: {', '.join(GENERATORS)}, or your own" in explained
+    assert f"Loss: {', '.join(LOSSES)}, or your own" in " ".join(explained.split())
+    documented = re.search(r"NAME is (.*), or", " ".join((PenaltyConfig.__doc__ or "").split()))
+    assert documented is not None
+    assert {*documented[1].split(", ")} == {*PENALTIES}
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(folder):

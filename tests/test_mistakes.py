@@ -109,7 +109,7 @@ def test_images_that_are_none_are_refused_when_written(complaint, tmp_path: Path
         (texts / f"{i}.png").write_text("not an image")
     said = complaint("shards", "write", str(texts), str(tmp_path / "s"))
     assert "can be decoded" in said
-    assert "png cannot be decoded: its format is none that is known" in said
+    assert "png cannot be decoded: unknown image format" in said
 
 
 def test_a_missing_shard_is_named(runs: Runs, complaint, digits: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_request_to_stop_is_heard_while_the_data_does_not_come(
     process = runs.start("waiting", *SETTINGS, *elsewhere)
     log = runs.folder / "waiting" / "log.txt"
     try:
-        wait_until(lambda: log.exists() and "tried again for up to" in log.read_text(), 60)
+        wait_until(lambda: log.exists() and "trying again for up to" in log.read_text(), 60)
         process.terminate()
         output, _ = process.communicate(timeout=20)
     finally:

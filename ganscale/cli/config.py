@@ -7,9 +7,15 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "config",
         help="print the complete run that config files and overrides describe",
-        description="Prints every setting of the run with the file that it came from.",
+        description="Prints every setting of the run with the file that it came from. With "
+        "--explain, prints what each setting means, its unit and its limits, too.",
     )
-    parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
+    parser.add_argument("settings", nargs="*", metavar="CONFIG|key=value")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="explain each setting; without CONFIG, print the reference of all settings",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -20,7 +26,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
+    from ganscale.settings_reference import annotated_yaml, reference
 
+    if arguments.explain and not arguments.settings:
+        print(reference(), end="")
+        return 0
     resolved = resolve(arguments.settings)
     if arguments.check:
         from ganscale.data.dataset import open_data
@@ -31,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
         data = open_data(resolved.config.data)
         data.check(1.0)
         build_networks(resolved.config, class_count(resolved.config, data))
-    print(resolved.to_yaml(with_origin=True), end="")
+    print(annotated_yaml(resolved, explain=arguments.explain), end="")
     return 0

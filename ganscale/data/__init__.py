@@ -1,5 +1,5 @@
-"""Images, from shards to finished batches.
+"""From shards to batches.
 
-`manifest` lists the samples of a data set, and `order` says which of them stands where in a run.
-`store` reads the bytes of one sample, `decoding` makes pixels of them, and `loader` batches.
+`manifest` lists the samples of a data set, `order` says which of them comes at which position of a
+run, `shard_reader` reads their bytes, `images` decodes them, and `loader` makes batches of them.
 """

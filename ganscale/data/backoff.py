@@ -17,7 +17,7 @@ class Backoff:
     """Waits between tries: exponential backoff with full jitter, so that a thousand ranks that
     failed together do not come back together (Brooker, "Exponential Backoff And Jitter", 2015).
 
-    seconds: how long nothing may succeed; 0 gives up at the first failure
+    seconds: how long every try may fail; 0 gives up at the first failure
     stopped: ends a wait at once when another thread sets it
     """
 
@@ -27,26 +27,23 @@ class Backoff:
         self._failures = 0
         self._first_failure = 0.0
 
-    def wait(self, error: BaseException, what: str) -> None:
-        """Waits before the next try; raises UnavailableError, "`what`: `error`", at the end."""
+    def wait(self, error: BaseException, problem: str) -> None:
+        """Waits before the next try; at the end, raises UnavailableError "`problem`: `error`"."""
         now = time.monotonic()
         if self._failures == 0:
             self._first_failure = now
         left = self._first_failure + self._seconds - now
+        message = f"{problem}: {str(error) or type(error).__name__}"
         if left <= 0:
             tried = f"tried for {self._seconds:g} s (data.retry_seconds)"
-            raise UnavailableError(f"{what}: {_said(error)}; {tried}") from error
+            raise UnavailableError(f"{message}; {tried}") from error
         if self._failures & (self._failures + 1) == 0:  # the first, second, fourth, eighth one
-            logger.warning("%s: %s; tried again for up to %.0f s", what, _said(error), left)
+            logger.warning("%s; trying again for up to %.0f s", message, left)
         ceiling = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0**self._failures)
         self._failures = min(self._failures + 1, 32)
-        # What is drawn here decides when something is read, never what.
+        # This draw decides when something is read, never what.
         self._stopped.wait(min(left, random.uniform(0, ceiling)))
 
-    def succeeded(self) -> None:
-        """The next failure counts as the first again."""
+    def reset(self) -> None:
+        """After a success: the next failure counts as the first."""
         self._failures = 0
-
-
-def _said(error: BaseException) -> str:
-    return str(error) or type(error).__name__

@@ -1,21 +1,35 @@
-"""What a loader hands out."""
+"""What a loader returns, and the memory that it fills."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from ganscale.data.bad_samples import BadSample
 
+BatchAllocator = Callable[[tuple[int, ...]], Tensor]
+"""Of a shape: the uint8 tensor that a batch's images are decoded into."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of a global batch: from a loader on the host, in pinned memory if asked.
+    """This rank's share of a global batch, on the host until it is copied to a device.
 
-    broken: the samples that others took the place of, in the order of the rows
+    bad_samples: those that were replaced by other samples, in the order of the rows
     """
 
     images: UInt8[Tensor, "batch height width channels"]
     labels: Int64[Tensor, " batch"]  # -1 where the data set has none
-    slots: Int64[Tensor, " batch"]  # what random draws for these images go with
+    slots: Int64[Tensor, " batch"]  # for the random draws that belong to these images
     bad_samples: tuple[BadSample, ...] = ()
+
+
+def allocate_batch(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.uint8)
+
+
+def allocate_pinned_batch(shape: tuple[int, ...]) -> Tensor:
+    """Page-locked memory, which a GPU copies from while the processor continues."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)

@@ -1,16 +1,15 @@
-"""A run's data, of either kind that `data.path` may name."""
+"""The data of a run: shards with a manifest, or tars that are streamed without one."""
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
-from ganscale.data.remote.shard_cache import working_set
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.schema import DataConfig
@@ -20,69 +19,67 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DataSet:
-    """What a run has to know of its data.
+    """What a run needs to know of its data.
 
-    location: for messages
-    fingerprint: a run continues on the same one only
+    fingerprint: a run is resumed only with the same one
     class_count: 0 without labels
-    check: raises UserError for shards that are missing or not as they were indexed, and warns of a
-        cache that is too small, given the share of all ranks that one machine has; for one rank
-    loader: a loader's arguments but for data and config -> this rank's batches
-    manifest: None for shards that are streamed without one
+    manifest: None for tars that are streamed; `urls` are theirs
     """
 
-    location: str
+    config: DataConfig
     fingerprint: str
     class_count: int
-    check: Callable[[float], None]
-    loader: Callable[..., Loader | StreamLoader]
     manifest: Manifest | None = None
+    urls: tuple[str, ...] = ()
+
+    def check(self, node_share: float) -> None:
+        """Raises UserError for shards that are missing or have changed since they were indexed, and
+        warns of a cache that is too small. On one rank only.
+
+        node_share: the share of all ranks that one machine has
+        """
+        if self.manifest is None:
+            check_urls(self.urls)
+            return
+        check_shards(self.manifest, self.config.retry_seconds)
+        if self.manifest.is_remote:
+            self._check_cache(self.manifest, node_share)
+
+    def _check_cache(self, manifest: Manifest, node_share: float) -> None:
+        config = self.config
+        need = working_set_bytes(
+            np.array([shard.bytes for shard in manifest.shards]),
+            np.diff(manifest.first_sample),
+            node_lanes=math.ceil(config.lanes * node_share),
+            lanes=config.lanes,
+            block_samples=config.block_samples,
+            window_blocks=config.window_blocks,
+        )
+        if need > config.cache_gib * 2**30:
+            logger.warning(
+                "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads at one "
+                "time: they will be fetched again and again (see `ganscale plan`)",
+                config.cache_gib,
+                need / 2**30,
+            )
+
+    def make_loader(self, **arguments: Any) -> Loader | StreamLoader:
+        """This rank's batches; `arguments` are the loader's but for data and config."""
+        if self.manifest is None:
+            return StreamLoader(self.urls, self.config, **arguments)
+        return Loader(self.manifest, self.config, **arguments)
 
 
 def open_data(config: DataConfig) -> DataSet:
     """The data set of `config.path`. Raises UserError when there is none, and UnavailableError for
-    one elsewhere that cannot be reached."""
+    a remote one that cannot be reached."""
     if is_streamed(config.path):
-        urls = stream_urls(config.path, config.retry_seconds)
-        return DataSet(
-            config.path,
-            stream_identity(urls),
-            config.class_count,
-            check=lambda _: check_urls(urls),
-            loader=partial(StreamLoader, urls, config),
-        )
+        urls = tuple(stream_urls(config.path, config.retry_seconds))
+        return DataSet(config, stream_identity(urls), config.class_count, urls=urls)
     manifest = Manifest.load(
         config.path,
         shards=config.shards,
         cache=config.cache,
         retry_seconds=config.retry_seconds,
     )
-    return DataSet(
-        config.path,
-        manifest.fingerprint,
-        manifest.class_count,
-        check=partial(_check, manifest, config),
-        loader=partial(Loader, manifest, config),
-        manifest=manifest,
-    )
-
-
-def _check(manifest: Manifest, config: DataConfig, node_share: float) -> None:
-    check_shards(manifest, config.retry_seconds)
-    if not manifest.is_remote:
-        return
-    need = working_set(
-        np.array([shard.bytes for shard in manifest.shards]),
-        np.diff(manifest.first_sample),
-        node_lanes=math.ceil(config.lanes * node_share),
-        lanes=config.lanes,
-        block_samples=config.block_samples,
-        window_blocks=config.window_blocks,
-    )
-    if need > config.cache_gib * 2**30:
-        logger.warning(
-            "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads from at one "
-            "time: they will be fetched again and again (`ganscale plan` says what would do)",
-            config.cache_gib,
-            need / 2**30,
-        )
+    return DataSet(config, manifest.fingerprint, manifest.class_count, manifest)

@@ -7,7 +7,7 @@ LABEL_EXTENSIONS = ("cls", "json", "txt")
 
 
 def parse_label(text: bytes | None, extension: str) -> int | None:
-    """The integer in `text`; of a JSON object, that of its "label" or "class". None without one."""
+    """The integer in `text`, or under "label" or "class" in a JSON object; None without one."""
     if text is None:
         return None
     try:
@@ -16,7 +16,5 @@ def parse_label(text: bytes | None, extension: str) -> int | None:
         value = json.loads(text)
     except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
         return None
-    if not isinstance(value, dict):
-        return None
-    label = value.get("label", value.get("class"))
+    label = value.get("label", value.get("class")) if isinstance(value, dict) else None
     return label if type(label) is int else None

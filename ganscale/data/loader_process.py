@@ -1,40 +1,33 @@
-"""A rank's batches, some of which lie ready whenever the training wants one.
+"""A rank's batches from another process, some of them ready before the training asks for them.
 
-They come from a process of their own (`data.loader_worker` is its end). Threads decode without Python's
-lock, but not all around it: of small images, the little that is left takes the lock thousands of
-times a second, and each time a training step may have to wait for it.
+Threads decode without Python's lock, but not everything around it: with small images, the rest
+takes the lock thousands of times a second, and each time a training step may have to wait for it.
 
-The other process is started afresh, not forked: it has none of the files, locks, threads and GPU
-contexts of the training. It ends by itself when the training does, however that ends.
+The other process (`data.loader_worker`) is started afresh, not forked: it has none of the files,
+locks, threads and GPU contexts of the training. It ends when the training does, however that ends.
 """
 
 import contextlib
 import logging
-import mmap
 import os
 import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ganscale.data.batch import Batch
-from ganscale.data.bad_samples import BadSample
+from ganscale.data.batch import Batch, BatchAllocator
 from ganscale.data.dataset import DataSet
-from ganscale.data.loader import Loader, BatchAllocator
+from ganscale.data.loader import Loader
+from ganscale.data.loader_messages import BatchReady, LoaderJob, LogMessage, SharedBatches
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import GanscaleError, UnavailableError
-from ganscale.schema import DataConfig
 
 _PROGRAM = """
 import sys
@@ -47,168 +40,112 @@ _PROCESS_CLOSE_SECONDS = 12.0  # a little longer than loaders take
 
 
 def start_loader(
-    data: DataSet, config: DataConfig, room: BatchAllocator, ahead: int, **place: Any
+    data: DataSet, allocate: BatchAllocator, batches_ahead: int, **arguments: Any
 ) -> "LoaderThread | LoaderProcess":
-    """This rank's batches; from another process if the config has workers for that.
+    """This rank's batches; from another process if the config has workers.
 
-    room: makes the tensors in which images are handed out
-    ahead: so many batches lie ready
-    place: the other arguments of `data.loader`
+    allocate: makes the tensors in which images are returned
+    batches_ahead: how many batches are kept ready
+    arguments: the other arguments of `data.make_loader`
     """
-    if config.workers > 0 and hasattr(os, "memfd_create"):
-        return LoaderProcess(data, config, room, ahead, **place)
-    return LoaderThread(data.loader(room=room, **place), ahead)
+    if data.config.workers > 0 and hasattr(os, "memfd_create"):
+        return LoaderProcess(data, allocate, batches_ahead, **arguments)
+    return LoaderThread(data.make_loader(allocate=allocate, **arguments), batches_ahead)
 
 
-class LoaderThread:
-    """The batches of a loader, which a thread asks for."""
+class LoaderThread(Iterator[Batch]):
+    """The batches of a loader, taken from it by a thread."""
 
-    def __init__(self, loader: Loader | StreamLoader, ahead: int) -> None:
+    def __init__(self, loader: Loader | StreamLoader, batches_ahead: int) -> None:
         self._loader = loader
-        self._crew = DaemonThreadPool(1, "loader")
-        self._ahead: deque[Future[Batch]] = deque()
-        for _ in range(ahead):
-            self._ask()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+        self._thread = DaemonThreadPool(1, "loader")
+        self._requested: deque[Future[Batch]] = deque()
+        for _ in range(batches_ahead):
+            self._request()
 
     def __next__(self) -> Batch:
-        """Raises as the loader does, at every further call, too."""
-        batch = self._ahead[0].result()
-        self._ahead.popleft()
-        self._ask()
+        """Raises as the loader does, also at every further call."""
+        batch = self._requested[0].result()
+        self._requested.popleft()
+        self._request()
         return batch
 
     def wait(self, seconds: float) -> bool:
-        """Whether the next batch, or what there is instead, comes within that time."""
-        return bool(wait([self._ahead[0]], timeout=seconds).done)
+        """Whether the next batch, or an error in its place, arrives within that time."""
+        return bool(wait([self._requested[0]], timeout=seconds).done)
 
     def close(self) -> None:
-        """Within seconds: a batch that is still waited for is left to itself."""
-        self._ahead.clear()
-        self._crew.close(_THREAD_CLOSE_SECONDS)
+        """Ends within seconds, without the batch that is being loaded."""
+        self._requested.clear()
+        self._thread.close(_THREAD_CLOSE_SECONDS)
         self._loader.close()
 
-    def _ask(self) -> None:
-        self._ahead.append(self._crew.submit(lambda: next(self._loader)))
+    def _request(self) -> None:
+        self._requested.append(self._thread.submit(lambda: next(self._loader)))
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the other process is to do."""
+class LoaderProcess(Iterator[Batch]):
+    """The batches of `data.make_loader` from another process.
 
-    loader: Callable[..., Loader | StreamLoader]
-    shape: tuple[int, ...]
-    slots: int
-
-
-@dataclass(frozen=True)
-class LogMessage:
-    """The other process has something for the log."""
-
-    logger: str
-    level: int
-    text: str
-
-
-@dataclass(frozen=True)
-class BatchReady:
-    """The other process has filled slot `index` of the common memory with the images of a batch."""
-
-    index: int
-    labels: np.ndarray
-    slots: np.ndarray
-    bad_samples: tuple[BadSample, ...]
-
-
-class Memory:
-    """Memory of both processes for `count` batches of uint8 images: `slots`, (count, *shape)."""
-
-    def __init__(self, file: int, shape: tuple[int, ...], count: int) -> None:
-        size = count * int(np.prod(shape))
-        os.ftruncate(file, size)
-        values = np.frombuffer(mmap.mmap(file, size), dtype=np.uint8)
-        self.slots = torch.from_numpy(values).view(count, *shape)
-        self._free = list(range(count))
-
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A free slot: the one that was freed last, whose pages are there."""
-        slot = self.slots[self._free.pop()]
-        assert slot.shape == shape
-        return slot
-
-    def free(self, index: int) -> None:
-        self._free.append(index)
-
-    def index(self, slot: Tensor) -> int:
-        return (slot.data_ptr() - self.slots.data_ptr()) // slot.nbytes
-
-
-class LoaderProcess:
-    """The batches of `data.loader` from another process.
-
-    That is asked for `ahead` batches at the start, and for one more whenever one is handed out. Its
-    images are copied out of the common memory at once; so their place there is free again.
+    `batches_ahead` are requested at the start, and another one whenever one is returned. Images are
+    copied out of the shared memory at once, so that their place there is free again.
     """
 
     def __init__(
-        self, data: DataSet, config: DataConfig, room: BatchAllocator, ahead: int, **place: Any
+        self, data: DataSet, allocate: BatchAllocator, batches_ahead: int, **arguments: Any
     ) -> None:
-        share = place["global_batch_size"] // place["world_size"]
-        self._room = room
+        config = data.config
+        share = arguments["global_batch_size"] // arguments["world_size"]
+        self._allocate = allocate
         self._shape = (share, config.resolution, config.resolution, config.channels)
-        # As many as lie ready, and as a loader ever holds; unused ones take no memory.
-        count = ahead + 2 + 2 * config.workers
+        # Those that are ready, and as many as a loader ever fills; unused ones take no memory.
+        count = batches_ahead + 2 + 2 * config.workers
         file = os.memfd_create("ganscale batches")
-        self._memory = Memory(file, self._shape, count)
+        self._shared = SharedBatches(file, self._shape, count)
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
-        self._message: object = None  # the next one that is no line for the log
+        self._answer: object = None  # the next batch or error, if it has arrived
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(file), *sys.path]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), file), start_new_session=True
         )
         theirs.close()
         os.close(file)
-        self._send(Job(partial(data.loader, **place), self._shape, count))
-        for _ in range(ahead):
+        self._send(LoaderJob(data, arguments, self._shape, count))
+        for _ in range(batches_ahead):
             self._send(None)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
     def __next__(self) -> Batch:
-        """Raises as the loader does, at every further call, too; UnavailableError when the other
+        """Raises as the loader does, also at every further call; UnavailableError when the other
         process was killed."""
         while not self.wait(60.0):
             pass
-        message, self._message = self._message, None
-        if not isinstance(message, BatchReady):
+        answer, self._answer = self._answer, None
+        if not isinstance(answer, BatchReady):
             self._send(None)
-            assert isinstance(message, Exception)
-            raise message
-        images = self._room(self._shape)
-        images.copy_(self._memory.slots[message.index])
-        self._send(message.index)
-        labels, slots = torch.from_numpy(message.labels), torch.from_numpy(message.slots)
-        return Batch(images, labels, slots, message.bad_samples)
+            assert isinstance(answer, Exception)
+            raise answer
+        images = self._allocate(self._shape)
+        images.copy_(self._shared.images[answer.index])
+        self._send(answer.index)
+        labels, slots = torch.from_numpy(answer.labels), torch.from_numpy(answer.slots)
+        return Batch(images, labels, slots, answer.bad_samples)
 
     def wait(self, seconds: float) -> bool:
-        """Whether the next batch, or what there is instead, comes within that time."""
+        """Whether the next batch, or an error in its place, arrives within that time."""
         try:
-            while self._message is None and self._connection.poll(seconds):
+            while self._answer is None and self._connection.poll(seconds):
                 message = self._connection.recv()
                 if isinstance(message, LogMessage):
                     logging.getLogger(message.logger).log(message.level, "%s", message.text)
                 else:
-                    self._message = message
+                    self._answer = message
         except (EOFError, OSError):
-            self._message = self._lost()
-        return self._message is not None
+            self._answer = self._exit_error()
+        return self._answer is not None
 
     def close(self) -> None:
-        """Ends the other process; within seconds."""
+        """Ends the other process within seconds."""
         self._connection.close()
         try:
             self._process.wait(_PROCESS_CLOSE_SECONDS)
@@ -218,16 +155,16 @@ class LoaderProcess:
                 self._process.wait(1)
 
     def _send(self, message: object) -> None:
-        with contextlib.suppress(OSError):  # it is gone; receiving says why
+        with contextlib.suppress(OSError):  # the process has ended: `wait` finds out why
             self._connection.send(message)
 
-    def _lost(self) -> GanscaleError:
+    def _exit_error(self) -> GanscaleError:
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
-            return UnavailableError("the process that reads the data does not answer any more")
+            return UnavailableError("the process that loads the data no longer answers")
         if code < 0:
             return UnavailableError(
-                f"the process that reads the data was killed by signal {-code}; of memory?"
+                f"the process that loads the data was killed by signal {-code}; was memory short?"
             )
-        return GanscaleError(f"the process that reads the data ended with code {code}")
+        return GanscaleError(f"the process that loads the data ended with code {code}")

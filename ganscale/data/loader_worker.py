@@ -1,4 +1,4 @@
-"""The process in which a rank's loader is: the other end of `data.loader_process`."""
+"""The process of a rank's loader: the other end of `data.loader_process`."""
 
 import contextlib
 import logging
@@ -13,14 +13,14 @@ from queue import SimpleQueue
 
 import torch
 
-from ganscale.data.loader_process import BatchReady, Job, Memory, LogMessage
 from ganscale.data.loader import Loader
+from ganscale.data.loader_messages import BatchReady, LoaderJob, LogMessage, SharedBatches
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.errors import GanscaleError
 
 
-class _Teller(logging.Handler):
-    """Hands log lines to the process that trains; to standard error once that is gone."""
+class _LogForwarder(logging.Handler):
+    """Sends log lines to the process that trains; writes to standard error once that has ended."""
 
     def __init__(self, connection: Connection, lock: threading.Lock) -> None:
         super().__init__()
@@ -35,16 +35,16 @@ class _Teller(logging.Handler):
             sys.stderr.write(f"{text}\n")
 
 
-class _Server:
-    """A loader whose batches are asked for."""
+class _LoaderServer:
+    """Answers requests for batches."""
 
     def __init__(self, connection: Connection, file: int) -> None:
         self._connection = connection
-        self._lock = threading.Lock()  # of sending
+        self._send_lock = threading.Lock()
         self._file = file
-        self._asked: SimpleQueue[int | None] = SimpleQueue()
+        self._requests: SimpleQueue[int | None] = SimpleQueue()
         self._loader: Loader | StreamLoader | None = None
-        self._is_over = False
+        self._is_closing = False
 
     def run(self) -> None:
         """Until the other end is closed."""
@@ -52,49 +52,49 @@ class _Server:
             logging.basicConfig(
                 level=logging.INFO,
                 format="%(message)s",
-                handlers=[_Teller(self._connection, self._lock)],
+                handlers=[_LogForwarder(self._connection, self._send_lock)],
             )
             job = self._connection.recv_bytes()
             threading.Thread(target=self._serve, args=(job,), daemon=True).start()
             while True:
-                self._asked.put(self._connection.recv())
+                self._requests.put(self._connection.recv())
         except (EOFError, OSError):
-            self._is_over = True
+            self._is_closing = True
             if self._loader is not None:
                 self._loader.close()
 
     def _serve(self, job: bytes) -> None:
         """Ends the process if it cannot go on: the other end must not wait for ever."""
         try:
-            self._answer(job)
+            self._answer_requests(job)
         except BaseException as error:
-            # What fails while the loader is being closed, or because nobody listens, is no error
-            if not self._is_over and not isinstance(error, OSError):
+            # Failures while the loader is being closed, or after the other end was, are expected.
+            if not self._is_closing and not isinstance(error, OSError):
                 traceback.print_exc()
                 sys.stderr.flush()
                 os._exit(1)
 
-    def _answer(self, job: bytes) -> None:
-        memory: Memory | None = None
+    def _answer_requests(self, pickled: bytes) -> None:
+        shared: SharedBatches | None = None
         while True:
-            free = self._asked.get()
-            if free is not None:
-                assert memory is not None
-                memory.free(free)
+            freed = self._requests.get()
             try:
-                if self._loader is None:
-                    todo: Job = pickle.loads(job)
-                    memory = Memory(self._file, todo.shape, todo.slots)
-                    self._loader = todo.loader(room=memory.take)
-                assert memory is not None
+                if self._loader is None or shared is None:
+                    job: LoaderJob = pickle.loads(pickled)  # raises if the data set has changed
+                    shared = SharedBatches(self._file, job.shape, job.count)
+                    self._loader = job.data.make_loader(allocate=shared.allocate, **job.arguments)
+                if freed is not None:
+                    shared.free(freed)
                 batch = next(self._loader)
-                index = memory.index(batch.images)
                 answer: object = BatchReady(
-                    index, batch.labels.numpy(), batch.slots.numpy(), batch.bad_samples
+                    shared.index(batch.images),
+                    batch.labels.numpy(),
+                    batch.slots.numpy(),
+                    batch.bad_samples,
                 )
             except (GanscaleError, OSError) as error:
                 answer = error
-            with self._lock:
+            with self._send_lock:
                 self._connection.send(answer)
 
 
@@ -103,6 +103,6 @@ def main() -> None:
     torch.set_num_threads(1)  # each of its threads decodes by itself
     connection, file = map(int, sys.argv[1:3])
     with contextlib.suppress(Exception):
-        _Server(Connection(connection), file).run()
+        _LoaderServer(Connection(connection), file).run()
     sys.stderr.flush()
     os._exit(0)  # threads may hang in a read

@@ -1,11 +1,11 @@
 """The list of a data set's shards and of every sample in them.
 
-`manifest.json` describes the shards; `manifest.npy` has one row a sample, in shard order, and is
+`manifest.json` describes the shards; `manifest.npy` has one row per sample, in shard order, and is
 memory-mapped: a data set of ten billion samples costs a reader no more memory than a small one.
-Both lie beside the tars, or apart from them with the place of the tars as `location`.
+Both are beside the tars, or apart from them with the place of the tars as `location`.
 
-A manifest may come from anyone: it can name objects in public stores, but no command and, if it was
-downloaded, nothing on this machine's disks.
+A manifest may come from anyone: it can name objects in public stores, but not a command and, if it
+was downloaded, nothing on this machine's disks.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ from ganscale.files import FileLock, atomic_write, write_text
 VERSION = 2
 JSON_NAME, ROWS_NAME = "manifest.json", "manifest.npy"
 CLASSES_NAME = "classes.json"
-"""A list of class names beside the shards, optional: kept apart so that indexing again keeps it."""
+"""An optional list of class names beside the shards; a file of its own survives indexing again."""
 
 DEFAULT_CACHE = "~/.cache/ganscale"
 BESIDE = "."
-"""The location of shards in the folder of their manifest."""
+"""The location of shards that are in the folder of their manifest."""
 
 SAMPLE_ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 """One sample: first byte of its image in the tar, the image's bytes, its class (-1: unlabelled)."""
 
-_VERSIONS = (1, VERSION)  # version 1 had no location: the shards are beside it
+_VERSIONS = (1, VERSION)  # version 1 has no location: the shards are beside it
 _SHA256 = re.compile(r"[0-9a-f]{64}|")
 _STAT_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a data set: its file name, size, SHA-256 in hexadecimal ("" if it is not known),
-    and number of samples."""
+    """One tar of a data set: its file name, size, SHA-256 in hexadecimal ("" if unknown), and
+    number of samples."""
 
     name: str
     bytes: int
@@ -55,17 +55,17 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """A data set, of which this machine has the manifest at least.
+    """A data set, whose shards may be remote.
 
-    root: the folder of the two files; of a downloaded manifest, in the cache
-    source: what the user knows the data set by: its folder or URL
+    root: the folder of the two files; in the cache if they were downloaded
+    source: the folder or URL that the user gave
     location: of the shards: "." for beside the manifest, another folder, a URL, or pipe:COMMAND
     samples: (samples,) SAMPLE_ROW, memory-mapped: offset (bytes), size (bytes), label (-1: none)
     first_sample: (shards + 1,) int64; shard i holds samples first_sample[i] to first_sample[i + 1]
     extensions: those of the images, sorted, without dot
     resolution: (height, width) in pixels when all images have the same, else None
     class_count: 0 without labels; else the number of class names, or the largest label + 1
-    class_names: one a class, or empty
+    class_names: one per class, or empty
     fingerprint: SHA-256 of the shards' names, sizes, checksums and sample rows, in hexadecimal
     """
 
@@ -90,13 +90,12 @@ class Manifest:
         cache: Path | str = DEFAULT_CACHE,
         retry_seconds: float = 300.0,
     ) -> "Manifest":
-        """The manifest of the data set at `path`: its folder or the URL of one, or the
-        manifest.json in it.
+        """The manifest of the data set at `path`: a folder, its URL, or the manifest.json in it.
 
-        shards: the user's own word on where they lie, in place of the manifest's
-        cache: a manifest that lies elsewhere is copied there, anew when it changed
-        Raises UserError when there is none, or it is damaged, of another version, or points to
-        where it must not, and UnavailableError as `remote.open_stream`.
+        shards: their location, if it is not to be taken from the manifest
+        cache: a remote manifest is copied there, again when it has changed
+        Raises UserError for one that is missing, damaged, of another version, or points to where it
+        must not, and UnavailableError as `objects.open_stream`.
         """
         if not objects.is_remote(str(path)):
             root = Path(str(path).removeprefix("file://")).expanduser()
@@ -107,19 +106,19 @@ class Manifest:
             return cls._read(root, str(root), shards)
         source = str(path).removesuffix(JSON_NAME).rstrip("/")
         if not objects.is_object_store(source):
-            raise UserError(f"no data set at {path}: it is neither a folder nor a URL of one")
+            raise UserError(f"no data set at {path}: it is neither a folder nor a URL")
         root = _download(source, Path(cache).expanduser() / "manifests", retry_seconds)
         return cls._read(root, source, shards)
 
     @classmethod
     def _read(cls, root: Path, source: str, shards_at: str) -> "Manifest":
         description = root / JSON_NAME
-        place = source if objects.is_remote(source) else str(root)
+        where = source if objects.is_remote(source) else str(root)
         if not description.is_file():
             raise UserError(
-                f"no {JSON_NAME} in {place}; make one with: ganscale shards index {place}"
+                f"no {JSON_NAME} in {where}; make one with: ganscale shards index {where}"
             )
-        again = f"make it anew with: ganscale shards index {place}"
+        again = f"make it again with: ganscale shards index {where}"
         try:
             content = json.loads(description.read_text(encoding="utf-8"))
             version = content["version"]
@@ -145,11 +144,11 @@ class Manifest:
         except FileNotFoundError as error:
             raise UserError(f"{description} lacks its {ROWS_NAME}; {again}") from error
         except OSError as error:
-            raise UserError(f"the manifest in {place} cannot be read: {error}") from error
+            raise UserError(f"the manifest in {where} cannot be read: {error}") from error
         except (
             ValueError, KeyError, TypeError, AttributeError, EOFError, OverflowError, RecursionError
         ) as error:  # fmt: skip
-            raise UserError(f"the manifest in {place} is damaged ({error!r}); {again}") from error
+            raise UserError(f"the manifest in {where} is damaged ({error!r}); {again}") from error
         if samples.dtype != SAMPLE_ROW or samples.shape != (manifest.first_sample[-1],):
             raise UserError(
                 f"{root / ROWS_NAME} holds {samples.shape} rows of {samples.dtype}, but "
@@ -158,7 +157,7 @@ class Manifest:
         return manifest
 
     def __reduce__(self):
-        # A process that is handed a manifest maps the file itself: else all rows would be copied.
+        # A process that receives a manifest maps the file itself: else all rows would be copied.
         return _read_again, (self.root, self.source, self.location, self.fingerprint)
 
     @property
@@ -173,40 +172,40 @@ class Manifest:
             return objects.join(self.location, name)
         return str(self.root / Path(self.location.removeprefix("file://")).expanduser() / name)
 
-    def shard_of(self, sample: int) -> int:
-        """The index of the shard that holds `sample`."""
-        return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """The index of the shard that holds each sample, both (n,) int64."""
+        return np.searchsorted(self.first_sample, samples, side="right") - 1
 
 
 def update_fingerprint(digest: Any, shard: Shard, rows: np.ndarray) -> None:
-    """Adds the next shard, with its SAMPLE_ROW rows, to the SHA-256 `digest` of a data set."""
+    """Adds a data set's next shard, with its SAMPLE_ROW rows, to the SHA-256 `digest`."""
     digest.update(json.dumps([shard.name, shard.bytes, shard.sha256]).encode())
     digest.update(rows.tobytes())
 
 
 def check_shards(manifest: Manifest, retry_seconds: float = 300.0) -> None:
-    """Raises UserError for the first shard that is missing or whose size is not the recorded one.
+    """Raises UserError for the first shard that is missing or has another size than recorded.
 
-    On disk, one `stat` a shard; contents are not read. Of shards that lie elsewhere, only the first
-    one is asked for, to find a wrong address or credential early; a command is not run.
+    On disk, this is one `stat` per shard; contents are not read. Of remote shards only the first is
+    opened, to find a wrong address or credential early; a command is not run.
     """
     if not manifest.shards:
         return
     address, shard = manifest.address(0), manifest.shards[0]
     if not manifest.is_remote:
         with ThreadPoolExecutor(min(_STAT_THREADS, 1 + len(manifest.shards) // 64)) as pool:
-            # On a parallel file system a stat is a message and its answer: many at a time.
-            for mistake in pool.map(partial(_mistake, manifest), range(len(manifest.shards))):
-                if mistake:
+            # On a parallel file system each stat waits for the network: many at the same time.
+            for problem in pool.map(partial(_shard_problem, manifest), range(len(manifest.shards))):
+                if problem:
                     pool.shutdown(cancel_futures=True)
-                    raise UserError(mistake)
+                    raise UserError(problem)
     elif not manifest.location.startswith(objects.PIPE):
         with objects.RemoteObject(address, retry_seconds) as source:
             if source.size not in (None, shard.bytes):
                 raise UserError(_other_size(manifest, objects.shown(address), source.size, shard))
 
 
-def _mistake(manifest: Manifest, index: int) -> str:
+def _shard_problem(manifest: Manifest, index: int) -> str:
     path, shard = Path(manifest.address(index)), manifest.shards[index]
     try:
         size = path.stat().st_size
@@ -225,25 +224,26 @@ def _other_size(manifest: Manifest, address: str, size: int | None, shard: Shard
 
 
 def _checked(shard: Shard) -> Shard:
-    """Raises ValueError for what would not name a file below the location, or a copy of it."""
-    if not all(type(each) is str for each in (shard.name, shard.sha256)):
-        raise ValueError(f"name and checksum of {shard} are no text")
-    if not all(type(each) is int and 0 <= each < 2**62 for each in (shard.bytes, shard.samples)):
-        raise ValueError(f"bytes and samples of {shard.name!r} are no counts")
+    """Raises ValueError unless the name is one of a file below the location, and the rest valid."""
+    if not all(type(text) is str for text in (shard.name, shard.sha256)):
+        raise ValueError(f"name and checksum of {shard} must be text")
+    if not all(type(n) is int and 0 <= n < 2**62 for n in (shard.bytes, shard.samples)):
+        raise ValueError(f"bytes and samples of {shard.name!r} must be counts")
     if {"", ".", ".."} & set(shard.name.split("/")) or "\0" in shard.name:
-        raise ValueError(f"{shard.name!r} is no name of a shard")
+        raise ValueError(f"{shard.name!r} is not a valid name for a shard")
     if not _SHA256.fullmatch(shard.sha256):
-        raise ValueError(f"the checksum of {shard.name!r} is no SHA-256")
+        raise ValueError(f"the checksum of {shard.name!r} is not a SHA-256")
     return shard
 
 
 def _location(recorded: Any, source: str) -> str:
-    """Where a manifest's shards lie by its own account; raises UserError for what it must not say.
+    """The location of a manifest's shards, as recorded in it. Raises UserError for one that a
+    manifest must not name.
 
     source: where the manifest itself comes from
     """
     if type(recorded) is not str:
-        raise ValueError("the location is no text")
+        raise ValueError("the location must be text")
     if objects.is_object_store(recorded):
         return recorded
     is_here = not objects.is_remote(source)
@@ -255,35 +255,35 @@ def _location(recorded: Any, source: str) -> str:
         below = "/".join(part for part in parts if part not in ("", BESIDE))
         return objects.join(source, below) if below else source
     raise UserError(
-        f"the manifest in {objects.shown(source)} says that its shards are at {recorded!r}, which "
-        "is not taken from a manifest; if you trust it, say so yourself: data.shards=..."
+        f"the manifest in {objects.shown(source)} has its shards at {recorded!r}, which a manifest "
+        "may not name; if you trust it, set data.shards=..."
     )
 
 
 def _download(source: str, folder: Path, retry_seconds: float) -> Path:
-    """The folder with a copy of a manifest that lies elsewhere, fetched once for all processes.
+    """The folder with a copy of a remote manifest, fetched once for all processes.
 
-    It is named by the contents: another version of the manifest gets another folder, and a process
-    that maps the first one is not disturbed.
+    It is named by the contents: another version of the manifest gets another folder, and processes
+    that have mapped the first one keep it.
     """
-    place = hashlib.sha256(source.encode()).hexdigest()[:32]
+    key = hashlib.sha256(source.encode()).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{place}.lock")
+        lock = FileLock(folder / f"{key}.lock")
     except OSError as error:
         raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
     with lock:
         lock.acquire(math.inf, poll_seconds=0.1)
-        known = folder / f"{place}.json"
+        known = folder / f"{key}.json"
         with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
-            copy = _remembered(known, description.identity)
+            copy = _find_copy(known, description.identity)
             if copy is not None:
                 return copy
             content = description.readall()
             identity = description.identity
         copy = folder / hashlib.sha256(content).hexdigest()[:32]
         if not copy.exists():
-            partial = folder / f"{place}.partial"
+            partial = folder / f"{key}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             (partial / JSON_NAME).write_bytes(content)
@@ -298,26 +298,26 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
         return copy
 
 
-def _remembered(known: Path, identity: str) -> Path | None:
-    """The copy that was made of the very same manifest before."""
+def _find_copy(known: Path, identity: str) -> Path | None:
+    """An earlier copy of the same manifest, as recorded in the file `known`."""
     try:
-        memory = json.loads(known.read_text())
+        record = json.loads(known.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    copy = known.parent / memory["folder"]
-    is_same = bool(identity) and memory["identity"] == identity
+    copy = known.parent / record["folder"]
+    is_same = bool(identity) and record["identity"] == identity
     return copy if is_same and (copy / JSON_NAME).is_file() else None
 
 
 def _verify(manifest: Manifest) -> None:
-    """Raises UserError when the rows are not those that the manifest's fingerprint was taken of."""
+    """Raises UserError when the fingerprint is not that of the shards and rows."""
     digest = hashlib.sha256()
     for shard, first in zip(manifest.shards, manifest.first_sample.tolist(), strict=False):
         update_fingerprint(digest, shard, manifest.samples[first : first + shard.samples])
     if digest.hexdigest() != manifest.fingerprint:
         raise UserError(
-            f"{JSON_NAME} and {ROWS_NAME} in {objects.shown(manifest.source)} do not go together: "
-            "another fingerprint; was it being replaced just now?"
+            f"{JSON_NAME} and {ROWS_NAME} in {objects.shown(manifest.source)} do not belong "
+            "together (another fingerprint); try again if they are being replaced"
         )
 
 

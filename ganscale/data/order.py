@@ -1,7 +1,7 @@
-"""The order of the data: which sample stands at which position of the run.
+"""The order of the data: which sample comes at which position of the run.
 
-A pure function of (seed, fingerprint, position): the ranks, the loader's workers and restarts do
-not enter it. An epoch is made in four steps:
+A pure function of (seed, fingerprint, position); it does not depend on the ranks, the loader's
+workers or restarts. An epoch is made in four steps:
 
 1. every shard is cut into blocks of consecutive samples; what is left at the shards' ends, laid end
    to end, is cut into further blocks; all blocks are permuted;
@@ -10,12 +10,12 @@ not enter it. An epoch is made in four steps:
 4. the lanes are interleaved: position p of the epoch belongs to lane p modulo lanes.
 
 So a lane reads few blocks at a time, nearly in sequence, and a rank that owns lanes reads its own
-part of the data. Lanes of equal length leave less than one sample a lane out of each epoch (other
-ones every time); epochs follow each other as one endless stream.
+part of the data. Because lanes have equal length, each epoch leaves out fewer samples than there
+are lanes (others every time); epochs follow each other as one endless stream.
 
-All blocks but the last have the same size, and their permutation is computed block by block: a
-place is found without a list of blocks. Memory and start-up grow with the shards only, and any
-position is as near as the first.
+All blocks but the last have the same size, and their permutation is computed block by block,
+without a list of blocks. Memory and start-up grow with the number of shards only, and every
+position is found equally fast.
 """
 
 from collections import OrderedDict, defaultdict
@@ -33,25 +33,26 @@ from ganscale.randomness import derived_seed, permutation, permuted
 def batch_positions(
     images_seen: int, global_batch_size: int, lanes: int, rank: int, world_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's part of the global batch that starts at `images_seen`: (positions, slots).
+    """A rank's share of the global batch that starts at `images_seen`: (positions, slots).
 
     Both (global_batch_size / world_size,) int64. The slots of the batch are sorted by lane, and a
-    rank takes a contiguous run of them: the same lanes batch after batch. `slots` counts from
-    `images_seen` and is what noise and other draws go with.
+    rank takes a contiguous run of them: the same lanes batch after batch. Slots count from
+    `images_seen`; noise and other random draws are functions of them.
     """
     positions = images_seen + np.arange(global_batch_size)
     positions = positions[np.argsort(positions % lanes, kind="stable")]
     share = global_batch_size // world_size
-    mine = slice(rank * share, (rank + 1) * share)
-    return positions[mine], images_seen + np.arange(mine.start, mine.stop)
+    first, stop = rank * share, (rank + 1) * share
+    return positions[first:stop], images_seen + np.arange(first, stop)
 
 
 class Order:
-    """The order of one data set under one seed. Any thread may ask.
+    """The order of one data set under one seed; may be used by many threads.
 
     Attributes: `lanes`, at most the number of samples; `epoch_length`, in samples, a multiple of
-    `lanes`; `lane_length`, its part of one lane; `window_length`, the samples of a lane that are
-    shuffled together (fewer in the last window of an epoch). Raises UserError without samples.
+    `lanes`; `lane_length`, the samples of one lane in an epoch; `window_length`, the samples of a
+    lane that are shuffled together (fewer in the last window of an epoch). Raises UserError without
+    samples.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class Order:
         self.lane_length = total // self.lanes
         self.epoch_length = self.lanes * self.lane_length
         self.window_length = min(block_samples * window_blocks, self.lane_length)
-        self._place_of_last_block = lru_cache(maxsize=4)(self._find_last_block)
-        # For each lane read here, the two windows used last: batches that are decoded ahead of
-        # each other straddle two.
+        self._last_block_position = lru_cache(maxsize=4)(self._find_last_block)
+        # For each lane, the two windows used last: batches that are decoded at the same time
+        # straddle two.
         self._recent: defaultdict[int, OrderedDict[tuple[int, int], np.ndarray]]
         self._recent = defaultdict(OrderedDict)
         self._recent_lock = Lock()
@@ -84,23 +85,23 @@ class Order:
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """The samples (indices into the manifest) at `positions`, both (n,) int64.
 
-        Fastest for neighbours of one lane beside each other, as `batch_positions` has them.
+        Fastest if the positions of a lane are next to each other, as from `batch_positions`.
         """
         epochs, lanes, windows, offsets = self._locate(positions)
         samples = np.empty(len(positions), dtype=np.int64)
         is_cut = (np.diff(epochs) != 0) | (np.diff(lanes) != 0) | (np.diff(windows) != 0)
         cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(positions)]
         for first, stop in pairwise(cuts) if len(positions) else ():
-            place = int(epochs[first]), int(lanes[first]), int(windows[first])
-            samples[first:stop] = self._recent_window(*place)[offsets[first:stop]]
+            window = int(epochs[first]), int(lanes[first]), int(windows[first])
+            samples[first:stop] = self._recent_window(*window)[offsets[first:stop]]
         return samples
 
     def window(self, position: int) -> np.ndarray:
         """All samples of the window that `position` is in, in the order of its lane, (n,) int64.
 
-        Computed anew each time, so that looking ahead does not push out what `samples` keeps.
+        Computed again each time, so that looking ahead does not evict what `samples` caches.
         """
-        epoch, lane, window, _ = (int(each[0]) for each in self._locate(np.array([position])))
+        epoch, lane, window, _ = (int(column[0]) for column in self._locate(np.array([position])))
         return self._shuffled_window(epoch, lane, window)
 
     def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -115,7 +116,7 @@ class Order:
             if (epoch, window) in recent:
                 recent.move_to_end((epoch, window))
                 return recent[epoch, window]
-        # Outside the lock: two threads that compute the same window get the same.
+        # Outside the lock: two threads that compute the same window get the same result.
         samples = self._shuffled_window(epoch, lane, window)
         with self._recent_lock:
             recent[epoch, window] = samples
@@ -128,39 +129,51 @@ class Order:
         first = window * self.window_length
         width = min(self.window_length, self.lane_length - first)
         shuffled = permutation(self._seed, "order/window", (epoch, lane, window), width)
-        return self._laid_out(epoch, lane * self.lane_length + first, width)[shuffled]
+        return self._permuted_samples(epoch, lane * self.lane_length + first, width)[shuffled]
 
-    def _laid_out(self, epoch: int, first: int, count: int) -> np.ndarray:
-        """The samples at places `first` to `first + count` of the permuted blocks, (count,)."""
-        places = first + np.arange(count)
+    def _permuted_samples(self, epoch: int, first: int, count: int) -> np.ndarray:
+        """Samples `first` to `first + count` of the permuted blocks laid end to end, (count,)."""
+        indices = first + np.arange(count)
         size, short = self._blocks.size, self._blocks.last_size
-        # As if the shorter block were filled up: then place and block differ by a factor only.
-        places[places >= self._place_of_last_block(epoch) * size + short] += size - short
-        places, offsets = np.divmod(places, size)
-        low = int(places[0])
+        # As if the shorter block were filled up: then a division gives the block.
+        indices[indices >= self._last_block_position(epoch) * size + short] += size - short
+        positions, offsets = np.divmod(indices, size)
+        low = int(positions[0])
         blocks = permuted(
             self._seed,
             "order/blocks",
             (epoch, 0, 0),
-            np.arange(low, int(places[-1]) + 1),
+            np.arange(low, int(positions[-1]) + 1),
             self._blocks.count,
         )
-        return self._blocks.samples(blocks[places - low], offsets)
+        return self._blocks.samples(blocks[positions - low], offsets)
 
     def _find_last_block(self, epoch: int) -> int:
-        """At which place among the epoch's blocks the last one stands, which may be shorter."""
+        """The position, among the epoch's permuted blocks, of the last one, which may be short."""
         last = np.array([self._blocks.count - 1])
-        where = permuted(
+        position = permuted(
             self._seed, "order/blocks", (epoch, 0, 0), last, self._blocks.count, inverse=True
         )
-        return int(where[0])
+        return int(position[0])
+
+
+def blocks_per_shard(shard_samples: np.ndarray, block_samples: int) -> np.ndarray:
+    """In how many blocks of the order each shard has samples, (shards,) int64.
+
+    Full blocks are within a shard. What is left at the shards' ends is laid end to end and cut
+    again, so the end of a shard may be in several blocks.
+    """
+    full, rest = np.divmod(shard_samples, block_samples)
+    stop = np.cumsum(rest)
+    pieces = (stop - 1) // block_samples - (stop - rest) // block_samples + 1
+    return full + np.where(rest > 0, pieces, 0)
 
 
 class _Blocks:
     """The samples of a data set, cut into blocks of `size` (the last one: of `last_size`).
 
-    First come the blocks that fill up, aligned to the start of their shard. Then the mixed ones:
-    what is left at the shards' ends, shard after shard, cut without regard to the shards.
+    First come the full blocks, aligned to the start of their shard. Then the mixed ones: what is
+    left at the shards' ends, shard after shard, cut without regard to the shards.
     """
 
     def __init__(self, shard_sizes: np.ndarray, size: int) -> None:
@@ -172,19 +185,19 @@ class _Blocks:
         self._shard_start = np.cumsum(shard_sizes) - shard_sizes
         self._full_end = np.cumsum(full)
         self._rest_end = np.cumsum(shard_sizes - full * size)
-        # What to add to a sample's place among those of full blocks, or among the rest.
+        # What to add to a sample's index among those of full blocks, or among the rest.
         self._from_full = self._shard_start - (self._full_end - full) * size
         self._from_rest = self._shard_start + shard_sizes - self._rest_end
 
     def samples(self, blocks: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """The sample at each `offset` of each block, all (n,) int64."""
-        places = blocks * self.size + offsets
+        indices = blocks * self.size + offsets
         mixed = blocks >= self._full_end[-1]
-        places[mixed] -= self._full_end[-1] * self.size
+        indices[mixed] -= self._full_end[-1] * self.size
         shards = np.where(
             mixed,
-            np.searchsorted(self._rest_end, places, side="right"),
+            np.searchsorted(self._rest_end, indices, side="right"),
             np.searchsorted(self._full_end, blocks, side="right"),
         )
         shards = np.minimum(shards, len(self._full_end) - 1)
-        return places + np.where(mixed, self._from_rest[shards], self._from_full[shards])
+        return indices + np.where(mixed, self._from_rest[shards], self._from_full[shards])

@@ -1,7 +1,7 @@
-"""Threads that never hold up the end of a process.
+"""Threads that never keep a process from ending.
 
-An executor's threads are waited for when the interpreter exits, for as long as a read from a dead
-server takes. These are daemons, and `close` waits for a stated time only.
+The threads of an executor are joined when the interpreter exits, however long a read from a dead
+server takes. These are daemons, and `close` waits for a given time only.
 """
 
 import threading
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class DaemonThreadPool:
-    """`size` threads that do what is submitted, in order; with 0, the caller does it at once."""
+    """`size` threads that run tasks in the order of submission; with 0, the caller runs them."""
 
     def __init__(self, size: int, name: str) -> None:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -28,9 +28,9 @@ class DaemonThreadPool:
             thread.start()
 
     def submit(self, task: Callable[[], Result]) -> "Future[Result]":
-        """Its result to come, or the exception that it raises."""
+        """The future result of the task, or the exception that it raises."""
         if self._is_closed:
-            raise RuntimeError("closed: nobody would do it")
+            raise RuntimeError("the thread pool is closed")
         future: Future[Result] = Future()
         if self._threads:
             self._tasks.put((future, task))
@@ -39,7 +39,7 @@ class DaemonThreadPool:
         return future
 
     def close(self, seconds: float) -> bool:
-        """Drops what has not begun; whether all threads ended within that time."""
+        """Drops tasks that have not begun; whether all threads ended within that time."""
         self._is_closed = True
         for _ in self._threads:
             self._tasks.put(None)

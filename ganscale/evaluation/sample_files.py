@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from ganscale.data.images.grid import image_grid, to_picture
+from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.errors import UserError
 from ganscale.shards.indexing import build_manifest
 
@@ -21,14 +21,14 @@ def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
     """All images in one picture, row by row; the file name's extension selects the format."""
     grid = image_grid(np.stack(list(_images(chunks))), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_picture(grid).save(path)
+    to_pil_image(grid).save(path)
 
 
 def write_folder(chunks: Chunks, folder: Path) -> None:
     """A file `000000123.png` for each image. Raises UserError if the folder contains PNGs."""
     _make_folder(folder, ".png")
     for index, image in enumerate(_images(chunks)):
-        to_picture(image).save(folder / f"{index:09d}.png")
+        to_pil_image(image).save(folder / f"{index:09d}.png")
 
 
 def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
@@ -43,7 +43,7 @@ def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
     with ShardWriter(pattern, maxcount=SHARD_SAMPLES, encoder=False, verbose=0, mtime=0) as shards:
         for index, image in enumerate(_images(chunks)):
             stream = io.BytesIO()
-            to_picture(image).save(stream, "PNG")
+            to_pil_image(image).save(stream, "PNG")
             sample = {"__key__": f"{index:09d}", "png": stream.getvalue()}
             if labels is not None:
                 sample["cls"] = str(int(labels[index])).encode()

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ganscale.data.batch import Batch
-from ganscale.data.images.grid import image_grid, to_picture
+from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.evaluation.sampling import (
     generate_uint8,
     interpolate_latents,
@@ -133,5 +133,5 @@ def _write(grid: Grid, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     name, options = _FORMATS[path.suffix]
     with atomic_write(path) as file:
-        to_picture(grid).save(file, name, **options)
+        to_pil_image(grid).save(file, name, **options)
     return path

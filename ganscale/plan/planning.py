@@ -1,4 +1,4 @@
-"""A config held against a cluster: the plan, or why there is none and the nearest that there is."""
+"""Plans a run on a cluster, or says why it is not possible and which settings would be."""
 
 import sys
 from dataclasses import astuple
@@ -6,102 +6,99 @@ from dataclasses import astuple
 import numpy as np
 
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import parts_and_depth
+from ganscale.data.loader import chunks_and_depth
 from ganscale.data.manifest import Manifest, Shard
 from ganscale.errors import UserError
 from ganscale.networks.build import parameter_count
 from ganscale.objectives.objective import build_objective
+from ganscale.plan.communication import communication
 from ganscale.plan.data import DataPlan, plan_data
 from ganscale.plan.networks import (
-    Exchange,
-    checkpoint_files,
-    cycle_exchanges,
     device_bytes,
+    planned_files,
     planned_networks,
     safetensors_bytes,
 )
-from ganscale.plan.sections import (
-    Batches,
-    Cluster,
-    Communication,
-    HostMemory,
-    Networks,
-    Plan,
-    Run,
-)
+from ganscale.plan.sections import Batches, Cluster, HostMemory, Networks, Plan, Run
 from ganscale.plan.suggestions import either, nearest
 from ganscale.schema import Config
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 
-_LOADER_BYTES = 160 << 20  # Python and torch; measured, without what is mapped from files
-_VOTE_BYTES = 8  # one int64 a cycle, on the hosts
-# Means, maxima, bad samples, images for `collapse/`, edges and counts of histograms.
-_LOG_ROW_COLLECTIVES = 6
+_LOADER_BYTES = 160 << 20  # measured; Python and torch, without memory-mapped files
+_NO_MANIFEST = (
+    "without a manifest, epochs, bytes read, lanes and the size of the cache are unknown (make a "
+    "manifest with `ganscale shards index`)"
+)
 
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
-    """What `config` means on `nodes` machines of `gpus_per_node` ranks each.
+    """What `config` means on `nodes` machines with `gpus_per_node` ranks each.
 
-    Reads the manifest and no shard. Raises UserError, with the nearest plan that is possible, for
-    one that is not, and for whatever the manifest, networks and objective are refused for.
+    Reads the manifest but no shards. Raises UserError, with the nearest valid settings, for a run
+    that is not possible there; and as training does for a bad manifest, network or objective.
     """
     cluster = Cluster(nodes, gpus_per_node, nodes * gpus_per_node)
     _refuse_batch(config, cluster)
     objective = build_objective(config.objective)
-    share = config.training.global_batch_size // cluster.ranks
-    batches = Batches(
-        global_batch_size=config.training.global_batch_size,
-        images_per_rank=share,
-        images_per_micro_batch=share // config.training.accumulate,
-    )
     data_set = open_data(config.data)
     num_classes = class_count(config, data_set)
-    data = None
-    remarks: tuple[str, ...] = (
-        "shards without a manifest: epochs, bytes read, lanes and the cache's need cannot be known "
-        "(ganscale shards index makes a manifest)",
-    )
+    data, remarks = None, (_NO_MANIFEST,)
     if data_set.manifest is not None:
         data = plan_data(config, cluster, data_set.manifest)
         remarks = data.remarks
     generator, critic = planned_networks(config, num_classes)
-    files = checkpoint_files(config, generator, critic)
+    files = planned_files(config, generator, critic)
     saved_at = checkpoint_positions(config)
     checkpoint_bytes = sum(safetensors_bytes(tensors) for tensors in files.values())
-    images = config.objective.n_critic * config.training.global_batch_size
+    batches = _batches(config, cluster)
     return Plan(
         cluster=cluster,
         batches=batches,
         run=Run(
             total_images=config.training.total_images,
-            cycles=-(-config.training.total_images // images),
+            cycles=-(-config.training.total_images // _cycle_images(config)),
             checkpoints=len(saved_at),
         ),
         epochs=data and data.epochs,
         lanes=data and data.lanes,
         reading=data and data.reading,
         cache=data and data.cache,
-        host_memory=_host_memory(config, share, data_set.manifest, data),
+        host_memory=_host_memory(config, batches.images_per_rank, data_set.manifest, data),
         networks=Networks(
             generator_parameters=parameter_count(generator),
             critic_parameters=parameter_count(critic),
             device_bytes=device_bytes(files, generator, critic),
             checkpoint_bytes=checkpoint_bytes,
-            checkpoints_kept_bytes=_kept(config, saved_at) * checkpoint_bytes,
+            checkpoints_kept_bytes=_checkpoints_kept(config, saved_at) * checkpoint_bytes,
         ),
-        communication=_communication(
+        communication=communication(
             config,
+            objective,
+            generator,
+            critic,
             cluster.ranks,
-            sum(map(len, files.values())),
-            *cycle_exchanges(config, objective, generator, critic, cluster.ranks),
+            audited_tensors=sum(map(len, files.values())),
         ),
         remarks=remarks,
     )
 
 
+def _batches(config: Config, cluster: Cluster) -> Batches:
+    images_per_rank = config.training.global_batch_size // cluster.ranks
+    return Batches(
+        global_batch_size=config.training.global_batch_size,
+        images_per_rank=images_per_rank,
+        images_per_micro_batch=images_per_rank // config.training.accumulate,
+    )
+
+
+def _cycle_images(config: Config) -> int:
+    return config.objective.n_critic * config.training.global_batch_size
+
+
 def _refuse_batch(config: Config, cluster: Cluster) -> None:
-    """`check_batch_divides`, and what else than the batch could be changed."""
+    """`check_batch_divides`, but the message also says what to change instead of the batch."""
     try:
         check_batch_divides(config.training, cluster.ranks)
     except UserError as error:
@@ -117,38 +114,40 @@ def _refuse_batch(config: Config, cluster: Cluster) -> None:
             cluster.ranks, lambda n: batch % (n * accumulate) == 0, at_most=batch
         ):
             choices.append(f"{either(ranks)} ranks")
-        if parts := nearest(accumulate, lambda n: batch % (n * cluster.ranks) == 0, at_most=batch):
-            choices.append(f"training.accumulate={either(parts)}")
-        others = f"; or, with this batch, {'; or '.join(choices)}" if choices else ""
-        raise UserError(f"{error}{others}") from None
+        if micro_batches := nearest(
+            accumulate, lambda n: batch % (n * cluster.ranks) == 0, at_most=batch
+        ):
+            choices.append(f"training.accumulate={either(micro_batches)}")
+        alternatives = f"; or, with this batch, {'; or '.join(choices)}" if choices else ""
+        raise UserError(f"{error}{alternatives}") from None
 
 
 def checkpoint_positions(config: Config) -> np.ndarray:
-    """After how many images each checkpoint of the run is written, (n,) int64, ascending."""
-    images = config.objective.n_critic * config.training.global_batch_size
+    """The images seen at each checkpoint of the run, (checkpoints,) int64, ascending."""
+    images = _cycle_images(config)
     cycles = -(-config.training.total_images // images)
-    # At the first end of a cycle at or after each multiple, and at the end.
+    # At the end of the cycle that reaches each multiple, and at the end of the run.
     every = max(config.checkpoint.every_images, images)
     multiples = np.arange(1, cycles * images // every + 1) * every
     return np.unique(np.append(-(-multiples // images) * images, cycles * images))
 
 
-def _kept(config: Config, saved_at: np.ndarray) -> int:
-    """How many of the checkpoints are left at the end."""
+def _checkpoints_kept(config: Config, saved_at: np.ndarray) -> int:
+    """The number of checkpoints at the end of the run."""
     keep = config.checkpoint
     older = saved_at[: -keep.keep_last]
     every = keep.keep_every_images
     multiples = int((older % every == 0).sum()) if every else 0
-    best = 1 if keep.best else 0  # unless it is among the others
+    best = 1 if keep.best else 0  # counted even if it is among the others
     return min(len(saved_at), keep.keep_last + multiples + best)
 
 
 def _host_memory(
-    config: Config, share: int, manifest: Manifest | None, data: DataPlan | None
+    config: Config, images_per_rank: int, manifest: Manifest | None, data: DataPlan | None
 ) -> HostMemory:
-    # Those of the cycle that is trained on, of the next one, of the one after it but the last, and
-    # what is being decoded behind them.
-    batches = 3 * config.objective.n_critic - 1 + parts_and_depth(config.data, share)[1]
+    # All batches of this cycle and the next, all but the last of the one after, and those that are
+    # being decoded.
+    batches = 3 * config.objective.n_critic - 1 + chunks_and_depth(config.data, images_per_rank)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1
@@ -158,14 +157,14 @@ def _host_memory(
             config.data.block_samples * config.data.window_blocks,
             data.epochs.epoch_images // lanes.lanes,
         )
-        # Five columns of the order and one of the manifest; two windows of each lane.
+        # Five columns of the order, one of the manifest, and two windows of each lane.
         order_bytes = 8 * (6 * shards + 2 * lanes.lanes_per_rank * window)
-        each_bytes = _object_bytes(manifest.shards[0]) if shards else 0
-        shard_list_bytes = processes * shards * each_bytes
+        entry_bytes = _object_bytes(manifest.shards[0]) if shards else 0
+        shard_list_bytes = processes * shards * entry_bytes
         manifest_bytes = manifest.samples.nbytes
     return HostMemory(
         batches=batches,
-        batches_bytes=batches * share * (pixels + 8 + 8),
+        batches_bytes=batches * images_per_rank * (pixels + 8 + 8),
         order_bytes=order_bytes,
         shard_list_bytes=shard_list_bytes,
         manifest_bytes=manifest_bytes,
@@ -174,40 +173,5 @@ def _host_memory(
 
 
 def _object_bytes(shard: Shard) -> int:
-    """Of an entry of the manifest's list, with the reference to it."""
+    """Bytes of an entry of the manifest's list, with the reference to it."""
     return 8 + sum(map(sys.getsizeof, (shard, *astuple(shard))))
-
-
-def _communication(
-    config: Config,
-    ranks: int,
-    tensors: int,
-    fakes: Exchange,
-    critic: Exchange,
-    generator: Exchange,
-) -> Communication:
-    """tensors: so many are audited"""
-    if ranks == 1:
-        return Communication(0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0.0, 0, 0)
-    n_critic = config.objective.n_critic
-    images = n_critic * config.training.global_batch_size
-    reduced = fakes.reduced_bytes + n_critic * critic.reduced_bytes + generator.reduced_bytes
-    reduced += _VOTE_BYTES
-    gathered = n_critic * critic.gathered_bytes + generator.gathered_bytes
-    collectives = fakes.collectives + n_critic * critic.collectives + generator.collectives + 1
-    traffic = round(2 * (ranks - 1) / ranks * reduced) + (ranks - 1) * gathered
-    return Communication(
-        fakes_bytes=fakes.reduced_bytes,
-        fakes_collectives=fakes.collectives,
-        critic_step_bytes=critic.reduced_bytes,
-        critic_step_collectives=critic.collectives,
-        generator_step_bytes=generator.reduced_bytes,
-        generator_step_collectives=generator.collectives,
-        cycle_bytes=reduced,
-        cycle_collectives=collectives,
-        collectives_per_image=collectives / images,
-        rank_traffic_bytes_per_cycle=traffic,
-        rank_traffic_bytes_per_image=traffic / images,
-        log_row_collectives=_LOG_ROW_COLLECTIVES,
-        audit_bytes=2 * 8 * tensors,
-    )

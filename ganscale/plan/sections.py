@@ -1,5 +1,5 @@
-"""The sections of a plan: each field is a row of the printed table, annotated with its remark, and
-a key of the JSON file."""
+"""The sections of a plan. Each field is a row of the printed table, annotated with its note, and a
+key of the JSON file."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, get_type_hints
@@ -9,27 +9,27 @@ from typing import Annotated, Any, get_type_hints
 class Cluster:
     nodes: int
     gpus_per_node: int
-    ranks: Annotated[int, "one on each GPU"]
+    ranks: Annotated[int, "one per GPU"]
 
 
 @dataclass(frozen=True)
 class Batches:
     global_batch_size: Annotated[int, "images per critic step over all ranks"]
     images_per_rank: Annotated[int, "per critic step"]
-    images_per_micro_batch: Annotated[int, "in a forward of one rank"]
+    images_per_micro_batch: Annotated[int, "in one forward of a rank"]
 
 
 @dataclass(frozen=True)
 class Run:
     total_images: Annotated[int, "shown to the critic"]
-    cycles: Annotated[int, "n_critic critic steps and one generator step each"]
+    cycles: Annotated[int, "of n_critic critic steps and one generator step"]
     checkpoints: Annotated[int, "written in the whole run"]
 
 
 @dataclass(frozen=True)
 class Epochs:
     samples: Annotated[int, "in the data set"]
-    epoch_images: Annotated[int, "lanes of equal length leave out a few, others every time"]
+    epoch_images: Annotated[int, "equal lanes leave out a few samples, different ones each time"]
     critic_steps_per_epoch: float
     generator_steps_per_epoch: float
     epochs: Annotated[float, "in the run"]
@@ -39,77 +39,75 @@ class Epochs:
 class Lanes:
     lanes: int
     images_per_lane: Annotated[float, "per critic step"]
-    lanes_per_rank: Annotated[int, "at most; a lane may be shared"]
+    lanes_per_rank: Annotated[int, "at most; ranks may share a lane"]
     lanes_per_node: Annotated[int, "at most"]
     lanes_shared_by_nodes: Annotated[int, "read by more than one node"]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Per epoch."""
-
     shards: int
     shard_bytes: Annotated[int, "of the whole data set"]
-    shards_per_rank: Annotated[float, "touched in an epoch, expected"]
-    shards_per_node: Annotated[float, "touched in an epoch, expected"]
-    bytes_per_rank: Annotated[int, "of images in an epoch"]
-    bytes_per_node: Annotated[int, "of images in an epoch"]
+    shards_per_rank: Annotated[float, "read from per epoch, expected"]
+    shards_per_node: Annotated[float, "read from per epoch, expected"]
+    bytes_per_rank: Annotated[int, "of images per epoch"]
+    bytes_per_node: Annotated[int, "of images per epoch"]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Of a node, for shards that do not lie on its own disks."""
+    """Of each node, for remote shards."""
 
     cache_bytes: Annotated[int, "data.cache_gib"]
-    working_set_shards: Annotated[int, "in use at one time on a node, at most"]
+    working_set_shards: Annotated[int, "in use on a node at the same time, at most"]
     working_set_bytes: int
-    fetches_per_shard: Annotated[float, "in an epoch by all nodes together, expected; 1 is enough"]
-    fetched_bytes_per_node: Annotated[int, "in an epoch, expected"]
+    fetches_per_shard: Annotated[float, "per epoch by all nodes together, expected; 1 is the least"]
+    fetched_bytes_per_node: Annotated[int, "per epoch, expected"]
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Of one rank and the process that reads its data."""
+    """Of one rank and its loader process."""
 
-    batches: Annotated[int, "decoded ahead or in use, at most"]
+    batches: Annotated[int, "decoded or in use at the same time, at most"]
     batches_bytes: int
-    order_bytes: Annotated[int | None, "tables of shards, shuffled windows"]
+    order_bytes: Annotated[int | None, "tables of shards and shuffled windows"]
     shard_list_bytes: Annotated[int | None, "names, sizes and checksums, in each process"]
-    manifest_bytes: Annotated[int | None, "mapped from its file, once a node, reclaimable"]
-    loader_bytes: Annotated[int, "of the process that reads data, besides these; about"]
+    manifest_bytes: Annotated[int | None, "memory-mapped, once per node, reclaimable"]
+    loader_bytes: Annotated[int, "of the loader process in addition, about"]
 
 
 @dataclass(frozen=True)
 class Networks:
-    generator_parameters: Annotated[int, "trained"]
-    critic_parameters: Annotated[int, "trained"]
-    device_bytes: Annotated[int, "weights, gradients, moments, average; without activations"]
-    checkpoint_bytes: Annotated[int, "one checkpoint's tensor files"]
-    checkpoints_kept_bytes: Annotated[int, "once the run has ended"]
+    generator_parameters: Annotated[int, "trainable"]
+    critic_parameters: Annotated[int, "trainable"]
+    device_bytes: Annotated[int, "weights, gradients, optimizer states, EMA; without activations"]
+    checkpoint_bytes: Annotated[int, "tensor files of one checkpoint"]
+    checkpoints_kept_bytes: Annotated[int, "at the end of the run"]
 
 
 @dataclass(frozen=True)
 class Communication:
-    """Between the ranks. A ring moves 2 (n - 1) / n of what is reduced through every rank."""
+    """Between n ranks. In a ring, each sends 2 (n - 1) / n of the bytes that are all-reduced."""
 
-    fakes_bytes: Annotated[int, "reduced: batch norms of the fakes of a cycle's critic steps"]
-    fakes_collectives: int
-    critic_step_bytes: Annotated[int, "reduced: gradients and statistics of the batch"]
-    critic_step_collectives: int
-    generator_step_bytes: Annotated[int, "reduced: gradients and statistics of the batch"]
-    generator_step_collectives: int
-    cycle_bytes: Annotated[int, "reduced in a cycle, with its vote"]
-    cycle_collectives: int
-    collectives_per_image: float
-    rank_traffic_bytes_per_cycle: Annotated[int, "sent by each rank, and as many received"]
-    rank_traffic_bytes_per_image: float
-    log_row_collectives: Annotated[int, "meters, counts and small images"]
-    audit_bytes: Annotated[int, "one reduction before every checkpoint"]
+    fakes_bytes: Annotated[int, "all-reduced: batch norms of the critic steps' fakes"] = 0
+    fakes_collectives: int = 0
+    critic_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"] = 0
+    critic_step_collectives: int = 0
+    generator_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"] = 0
+    generator_step_collectives: int = 0
+    cycle_bytes: Annotated[int, "all-reduced, with the ranks' vote on stopping"] = 0
+    cycle_collectives: int = 0
+    collectives_per_image: float = 0.0
+    rank_traffic_bytes_per_cycle: Annotated[int, "sent by each rank, which receives as much"] = 0
+    rank_traffic_bytes_per_image: float = 0.0
+    log_row_collectives: Annotated[int, "for a row of metrics: meters, counts and small images"] = 0
+    audit_bytes: Annotated[int, "in one all-reduce before each checkpoint"] = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A section is None where it cannot be known; `remarks` are sentences about what to change."""
+    """A section is None if it is not known. `remarks` are sentences about what to change."""
 
     cluster: Cluster
     batches: Batches
@@ -124,28 +122,28 @@ class Plan:
     remarks: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers by section, bytes as bytes."""
+        """The numbers by section."""
         return asdict(self)
 
     def table(self) -> str:
-        """One page of aligned text."""
+        """The numbers and notes as aligned text."""
         lines: list[str] = []
-        for part in fields(self):
-            section = getattr(self, part.name)
-            if part.name == "remarks" or section is None:
+        for field in fields(self):
+            section = getattr(self, field.name)
+            if field.name == "remarks" or section is None:
                 continue
-            lines += ["", part.name.replace("_", " ")]
+            lines += ["", field.name.replace("_", " ")]
             for name, hint in get_type_hints(type(section), include_extras=True).items():
-                label, value = name.replace("_", " "), _shown(name, getattr(section, name))
+                label, value = name.replace("_", " "), _readable(name, getattr(section, name))
                 (note,) = getattr(hint, "__metadata__", ("",))
                 lines.append(f"  {label:<30} {value:>14}  {note}".rstrip())
         lines += ["", *(f"note: {remark}" for remark in self.remarks)]
         return "\n".join(lines).strip("\n") + "\n"
 
 
-def _shown(name: str, value: float | None) -> str:
+def _readable(name: str, value: float | None) -> str:
     if value is None:
-        return "not known"
+        return "unknown"
     if "bytes" in name:
         return readable_bytes(value)
     if isinstance(value, int) or value >= 1000:
@@ -154,7 +152,7 @@ def _shown(name: str, value: float | None) -> str:
 
 
 def readable_bytes(count: float) -> str:
-    """With the largest unit that leaves at least 1: 1536 -> 1.50 KiB."""
+    """1536 -> `1.50 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
             break

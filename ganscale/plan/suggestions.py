@@ -1,10 +1,10 @@
-"""The nearest settings that would do, for sentences about ones that do not."""
+"""The nearest valid settings, for messages about invalid ones."""
 
 from collections.abc import Callable, Sequence
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` that fits, 0 if none does; below one that fits, all do."""
+    """The largest number up to `limit` that fits, or 0. If a number fits, all smaller ones must."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -12,10 +12,10 @@ def largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def nearest(wanted: int, does: Callable[[int], bool], at_most: int) -> list[int]:
-    """The nearest number below `wanted` and the nearest above it that do, of 1 to `at_most`."""
-    below = next((n for n in range(min(wanted - 1, at_most), 0, -1) if does(n)), None)
-    above = next((n for n in range(wanted + 1, at_most + 1) if does(n)), None)
+def nearest(value: int, is_valid: Callable[[int], bool], at_most: int) -> list[int]:
+    """The nearest valid numbers below and above `value`, between 1 and `at_most`."""
+    below = next((n for n in range(min(value - 1, at_most), 0, -1) if is_valid(n)), None)
+    above = next((n for n in range(value + 1, at_most + 1) if is_valid(n)), None)
     return [n for n in (below, above) if n is not None]
 
 

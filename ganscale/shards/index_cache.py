@@ -13,10 +13,8 @@ import hashlib
 import json
 import shutil
 import stat
-import urllib.request
 from collections.abc import Collection, Iterable
 from dataclasses import asdict
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -148,25 +146,10 @@ def stamp_of(address: str) -> list:
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
             raise UserError(f"{address} is not a file")
         return [status.st_size, status.st_mtime_ns]
-    if address.startswith(("http://", "https://")):
-        return _http_stamp(address)
     try:
-        connection = connections.connect(address, 0, objects.STALL_SECONDS)
-        connection.close()
+        return _stamp(address, *connections.stat(address, objects.STALL_SECONDS))
     except Exception:  # any error of a store's client; reading the shard will report it
         return _stamp(address, None, None)
-    return _stamp(address, connection.size, connection.identity)
-
-
-def _http_stamp(url: str) -> list:
-    try:
-        request = urllib.request.Request(url, method="HEAD")  # a GET would make it send the shard
-        with urllib.request.urlopen(request, timeout=objects.STALL_SECONDS) as answer:
-            headers = answer.headers
-    except (OSError, ValueError, HTTPException):
-        return _stamp(url, None, None)
-    size = headers.get("Content-Length")
-    return _stamp(url, size and int(size), headers.get("ETag") or headers.get("Last-Modified"))
 
 
 def _stamp(address: str, size: int | None, identity: str | None) -> list:

@@ -1,7 +1,6 @@
 """Finds the shards that are given as folders, patterns, URLs, lists, or names for a command."""
 
 import os
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from ganscale.shards.interop import read_wids
 DEFAULT_RETRY_SECONDS = 300.0
 
 _WEB = ("http://", "https://")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -126,22 +124,8 @@ def _list_pipe(sources: Sequence[str], names: Sequence[str]) -> Listing:
             "a pipe needs {} in place of the shard's name, and the names: "
             "'pipe:COMMAND {}' --names 'train-{000..099}.tar'"
         )
-    expanded = [name for pattern in names for name in _expand_range(pattern)]
+    expanded = [name for pattern in names for name in objects.expand_braces(pattern)]
     return Listing(sources[0], _checked(expanded))
-
-
-def _expand_range(pattern: str) -> list[str]:
-    """`train-{08..10}.tar` as train-08.tar, train-09.tar, train-10.tar; any number of ranges."""
-    match = _RANGE.search(pattern)
-    if match is None:
-        return [pattern]
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    numbers = range(int(match[1]), int(match[2]) + 1)
-    return [
-        before + str(number).zfill(len(match[1])) + rest
-        for number in numbers
-        for rest in _expand_range(after)
-    ]
 
 
 def _common_folder(addresses: list[str]) -> str:

@@ -66,7 +66,7 @@ def class_count(config: Config, data: DataSet) -> int:
     if data.class_count == 0:
         raise UserError(
             "`training.conditional` needs class labels, but the shards in "
-            f"{data.location} have none"
+            f"{data.config.path} have none"
         )
     return data.class_count
 

@@ -107,12 +107,8 @@ class RunReporter:
             row["audit/non_finite"] += 1
         self._newest_row = row
         self._log(row, interval)
-        check_bad_sample_limit(
-            state.bad_samples.total(),
-            state.images_seen,
-            self._config.data.bad_sample_limit,
-            state.bad_samples.most_common(3),
-        )
+        limit = self._config.data.max_bad_fraction
+        check_bad_sample_limit(state.bad_samples, state.images_seen, limit)
         for name in non_finite:
             raise NonFiniteError(
                 f"{name} became {row[name]} within the {interval.images:,} images "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ganscale.checkpoints.checkpoint import load_state, load_tensors
 from ganscale.errors import UserError
@@ -24,6 +25,25 @@ from ganscale.training.optimizers import (
     optimizer_tensors,
 )
 from ganscale.training.steps import CriticStep, GeneratorStep
+
+Files = dict[str, dict[str, torch.Tensor]]
+
+
+def checkpoint_files(
+    generator: nn.Module,
+    critic: nn.Module,
+    ema: nn.Module,
+    generator_optimizer: dict[str, torch.Tensor],
+    critic_optimizer: dict[str, torch.Tensor],
+) -> Files:
+    """The tensors of a checkpoint by file."""
+    return {
+        "generator": generator.state_dict(),
+        "critic": critic.state_dict(),
+        "ema": ema.state_dict(),
+        "generator_optimizer": generator_optimizer,
+        "critic_optimizer": critic_optimizer,
+    }
 
 
 class TrainingState:
@@ -78,15 +98,14 @@ class TrainingState:
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
 
-    def files(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of a checkpoint by file."""
-        return {
-            "generator": self.generator.state_dict(),
-            "critic": self.critic.state_dict(),
-            "ema": self.ema.state_dict(),
-            "generator_optimizer": optimizer_tensors(self.generator_updater.optimizer),
-            "critic_optimizer": optimizer_tensors(self.critic_updater.optimizer),
-        }
+    def files(self) -> Files:
+        return checkpoint_files(
+            self.generator,
+            self.critic,
+            self.ema,
+            optimizer_tensors(self.generator_updater.optimizer),
+            optimizer_tensors(self.critic_updater.optimizer),
+        )
 
     def numbers(self) -> dict[str, Any]:
         """The plain numbers of a checkpoint. On every rank: it sums the meters over the ranks."""

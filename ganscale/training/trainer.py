@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
+from ganscale.data.batch import allocate_batch, allocate_pinned_batch
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import allocate_batch, allocate_pinned_batch
 from ganscale.data.loader_process import start_loader
 from ganscale.errors import (
     EXIT_DONE,
@@ -115,9 +115,8 @@ class Trainer:
         is_cuda = self.runtime.device.type == "cuda"
         loader = start_loader(
             self.data,
-            config.data,
             allocate_pinned_batch if is_cuda else allocate_batch,
-            ahead=config.objective.n_critic,
+            batches_ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=self.runtime.rank,

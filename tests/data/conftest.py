@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import end_tree
-from tests.helpers.fault_server import FaultServer
 from tests.data.shard_caches import SHARDS, Caches, content_of
+from tests.helpers.fault_server import FaultServer
 from tests.helpers.images import png
+from tests.helpers.processes import end_tree
 from tests.helpers.tars import write_tar
 
 
@@ -69,10 +69,10 @@ def s3(s3_port, monkeypatch) -> Iterator[S3]:
 
     with FaultServer(upstream=f"127.0.0.1:{s3_port}").running() as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        connections._made.cache_clear()
+        connections._create_filesystem.cache_clear()
         yield S3(proxy, put)
         direct.close()
-        connections._made.cache_clear()
+        connections._create_filesystem.cache_clear()
 
 
 @pytest.fixture

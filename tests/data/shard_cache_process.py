@@ -18,8 +18,8 @@ def main() -> None:
     cache = ShardCache(folder, int(capacity), retry_seconds=20, stall_seconds=5)
     for each in json.loads(shards):
         shard = Shard(**each)
-        staged = cache.open(f"{base}/{shard.name}", shard)
-        digest = hashlib.sha256(os.pread(staged.descriptor, shard.bytes + 1, 0)).hexdigest()
+        copy = cache.open(f"{base}/{shard.name}", shard)
+        digest = hashlib.sha256(os.pread(copy.descriptor, shard.bytes + 1, 0)).hexdigest()
         print(shard.name, digest == shard.name.removesuffix(".tar"), flush=True)
     if hold:
         sys.stdin.read()

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote.shard_cache import CachedShard, ShardCache
+from ganscale.data.remote.cache_files import OpenShard
+from ganscale.data.remote.shard_cache import ShardCache
 from tests.helpers.processes import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000
@@ -55,8 +56,8 @@ class Caches:
         return list((self.folder / "shards").glob("*.partial"))
 
 
-def bytes_in(staged: CachedShard) -> bytes:
-    return os.pread(staged.descriptor, 10 * SHARD_BYTES, 0)
+def bytes_in(copy: OpenShard) -> bytes:
+    return os.pread(copy.descriptor, 10 * SHARD_BYTES, 0)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
     ("file_format", "channels"),
     [("PNG", 1), ("PNG", 3), ("WEBP", 3), ("NPY", 1), ("NPY", 3)],
 )
-def test_lossless_images_of_the_asked_size_keep_their_exact_pixels(file_format, channels):
+def test_lossless_images_of_the_requested_size_keep_their_exact_pixels(file_format, channels):
     image = colours(32, 32) if channels == 3 else colours(32, 32).convert("L")
     pixels = np.asarray(image).reshape(32, 32, channels)
     is_array = file_format == "NPY"
@@ -73,7 +73,7 @@ def test_png_modes_agree_with_the_colours_that_they_store(mode):
     assert np.array_equal(result, np.asarray(original))
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_is_blended_with_white():
     half_red = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
     expected = [255, round(127 / 255 * 255), 127]
     assert np.abs(decode(encoded(half_red, "PNG"), 8, 3).astype(int) - expected).max() <= 1
@@ -92,7 +92,7 @@ def test_sixteen_bit_grey_keeps_its_high_byte():
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "1", "I;16"])
 @pytest.mark.parametrize("resolution", [None, 8, 24])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_png_has_the_same_pixels_whoever_decodes_it(monkeypatch, mode, resolution, channels):
+def test_a_png_has_the_same_pixels_with_every_decoder(monkeypatch, mode, resolution, channels):
     values = np.random.default_rng(0).integers(0, 256, (24, 24, 4), dtype=np.uint8)
     if mode == "I;16":
         image = Image.fromarray(values.view(np.uint16)[:, :, 0].copy())
@@ -125,7 +125,7 @@ def test_a_png_in_several_chunks_with_text_and_a_colour_profile_is_read_right():
     assert np.array_equal(decode(data + b"what follows the image", None, 3), pixels)
 
 
-def test_a_transparent_colour_and_a_palette_in_a_png_are_heeded():
+def test_a_transparent_colour_and_a_palette_in_a_png_are_applied():
     image = Image.new("RGB", (8, 8), (9, 9, 9))
     data = encoded(image, "PNG", transparency=(9, 9, 9))
     assert (decode(data, 8, 3) == 255).all()

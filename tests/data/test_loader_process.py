@@ -1,4 +1,4 @@
-"""A loader in a process of its own hands out what the loader itself does, and never outlives us."""
+"""A loader in another process returns the same batches, and ends with the one that started it."""
 
 import contextlib
 import itertools
@@ -10,16 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from ganscale.data.batch import Batch
+from ganscale.data.batch import Batch, allocate_batch
 from ganscale.data.dataset import DataSet, open_data
-from ganscale.data.loader import Loader, allocate_batch
+from ganscale.data.loader import Loader
 from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
@@ -42,7 +41,7 @@ def start() -> Iterator[Start]:
 
         def started(config: DataConfig, data: DataSet | None = None, **place) -> LoaderProcess:
             data = data or open_data(config)
-            loader = LoaderProcess(data, config, allocate_batch, 3, **{**PLACE, **place})
+            loader = LoaderProcess(data, allocate_batch, 3, **{**PLACE, **place})
             return stack.enter_context(contextlib.closing(loader))
 
         yield started
@@ -50,16 +49,16 @@ def start() -> Iterator[Start]:
 
 def within(config: DataConfig, count: int, **place) -> list[Batch]:
     """The same batches of a loader in this process."""
-    loader = open_data(config).loader(**{**PLACE, **place})
+    loader = open_data(config).make_loader(**{**PLACE, **place})
     with contextlib.closing(loader):
         return list(itertools.islice(loader, count))
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
-    for mine, theirs in zip(found, expected, strict=True):
+    for first, second in zip(found, expected, strict=True):
         for name in ("images", "labels", "slots"):
-            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
-        assert mine.bad_samples == theirs.bad_samples
+            assert torch.equal(getattr(first, name), getattr(second, name)), name
+        assert first.bad_samples == second.bad_samples
 
 
 @pytest.mark.parametrize(
@@ -69,13 +68,15 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 def test_batches_are_those_of_the_loader_and_stay_as_they_are(
     digits: Path, start: Start, workers: int, place: dict[str, int]
 ) -> None:
-    """More of them, kept, than there are places in the common memory."""
+    """More of them, kept, than there are places in the shared memory."""
     config = config_of(digits, workers=workers)
     found = list(itertools.islice(start(config, **place), 30))
     assert_same(found, within(config, 30, **place))
 
 
-def test_streamed_shards_come_as_they_do_here(digits: Path, start: Start) -> None:
+def test_streamed_shards_give_the_same_batches_as_in_this_process(
+    digits: Path, start: Start
+) -> None:
     config = config_of(f"{digits}/*.tar", workers=2, class_count=10, block_samples=8)
     assert_same(list(itertools.islice(start(config), 20)), within(config, 20))
 
@@ -83,12 +84,12 @@ def test_streamed_shards_come_as_they_do_here(digits: Path, start: Start) -> Non
 def test_workers_decide_whether_there_is_another_process(digits: Path) -> None:
     for workers, kind in ((0, LoaderThread), (1, LoaderProcess)):
         config = config_of(digits, workers=workers)
-        loader = start_loader(open_data(config), config, allocate_batch, 3, **PLACE)
+        loader = start_loader(open_data(config), allocate_batch, 3, **PLACE)
         with contextlib.closing(loader):
             assert type(loader) is kind
 
 
-def test_broken_samples_are_told_here(
+def test_bad_samples_are_logged_here(
     digits: Path, tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "shard-0.tar"
@@ -101,15 +102,17 @@ def test_broken_samples_are_told_here(
     config = config_of(tmp_path, workers=2, block_samples=32)
     with caplog.at_level(logging.INFO):
         found = list(itertools.islice(start(config), 60))
-        here = [record for record in caplog.records if "another one takes" in record.getMessage()]
+        here = [
+            record for record in caplog.records if "another sample replaces" in record.getMessage()
+        ]
         caplog.clear()
         expected = within(config, 60)
     assert_same(found, expected)
-    assert len([bad_samples for batch in found for bad_samples in batch.bad_samples]) >= 10
+    assert sum(len(batch.bad_samples) for batch in found) >= 10
     assert [(record.name, record.getMessage()) for record in here] == [
         (record.name, record.getMessage())
         for record in caplog.records
-        if "another one takes" in record.getMessage()
+        if "another sample replaces" in record.getMessage()
     ]
 
 
@@ -156,7 +159,7 @@ def test_a_process_that_is_killed_asks_for_another_start(digits: Path, start: St
             take_until_it_raises(loader)
 
 
-def test_a_process_that_cannot_start_does_not(
+def test_a_process_that_cannot_start_fails_the_run(
     digits: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ganscale.data.loader_process._PROGRAM", "import no_such_module")
@@ -165,30 +168,29 @@ def test_a_process_that_cannot_start_does_not(
     assert raised.value.exit_code == EXIT_FAILED  # nothing that another start would mend
 
 
-def test_a_process_that_is_closed_in_the_middle_of_its_work_says_nothing(
+def test_a_process_that_is_closed_in_the_middle_of_its_work_prints_nothing(
     digits: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(digits, workers=2)
     data = open_data(config)
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
-        with contextlib.closing(
-            LoaderProcess(data, config, allocate_batch, 200, **PLACE)
-        ) as loader:
+        with contextlib.closing(LoaderProcess(data, allocate_batch, 200, **PLACE)) as loader:
             next(loader)
             time.sleep(delay)
         assert loader._process.returncode == 0
     assert capfd.readouterr().err == ""
 
 
-def test_an_error_that_nobody_foresaw_ends_it(digits: Path, start: Start) -> None:
+def test_an_unexpected_error_ends_the_process(digits: Path, start: Start) -> None:
     config = config_of(digits, workers=1)
-    data = replace(open_data(config), loader=breaks)
+    data = BrokenData(config, "", 0)
     with pytest.raises(GanscaleError, match="ended with code 1"):
         next(start(config, data))
 
 
-def breaks(**_: object) -> Loader:
-    raise ZeroDivisionError
+class BrokenData(DataSet):
+    def make_loader(self, **_: object) -> Loader:
+        raise ZeroDivisionError
 
 
 def test_signals_to_the_whole_job_do_not_end_it(digits: Path, start: Start) -> None:
@@ -206,7 +208,7 @@ def test_signals_to_the_whole_job_do_not_end_it(digits: Path, start: Start) -> N
     assert loader._process.poll() is None
 
 
-def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
+def test_a_read_that_hangs_does_not_delay_the_end(digits: Path, start: Start) -> None:
     config = config_of("pipe:sleep 1000", workers=1)
     loader = start(config)
     process = psutil.Process(loader._process.pid)
@@ -220,11 +222,9 @@ def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
     assert len(gone) == 1 + len(children)
 
 
-def test_a_thread_hands_out_the_same_and_goes_on_after_a_wait(digits: Path) -> None:
+def test_a_thread_returns_the_same_batches_and_continues_after_a_wait(digits: Path) -> None:
     config = config_of(digits, workers=0)
-    with contextlib.closing(
-        start_loader(open_data(config), config, allocate_batch, 3, **PLACE)
-    ) as loader:
+    with contextlib.closing(start_loader(open_data(config), allocate_batch, 3, **PLACE)) as loader:
         found = []
         for batch in itertools.islice(loader, 10):
             found.append(batch)
@@ -238,7 +238,7 @@ def test_it_ends_with_the_process_that_started_it(digits: Path) -> None:
         "import sys, time\n"
         "from tests.data.test_loader_process import *\n"
         f"config = config_of({str(digits)!r}, workers=1)\n"
-        "loader = start_loader(open_data(config), config, allocate_batch, 3, **PLACE)\n"
+        "loader = start_loader(open_data(config), allocate_batch, 3, **PLACE)\n"
         "next(loader)\n"
         "print(loader._process.pid, flush=True)\n"
         "time.sleep(1000)\n"

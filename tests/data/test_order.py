@@ -99,7 +99,7 @@ def test_a_data_set_without_samples_is_refused(shards):
 
 @settings(deadline=None, max_examples=60)
 @given(layout=layouts, epoch=st.integers(0, 5))
-def test_an_epoch_repeats_no_sample_and_misses_less_than_one_a_lane(layout, epoch):
+def test_an_epoch_repeats_no_sample_and_misses_fewer_than_one_per_lane(layout, epoch):
     order, total = make_order(**layout), sum(layout["shards"])
     samples = epoch_of(order, epoch)
     assert len(np.unique(samples)) == len(samples) == order.epoch_length
@@ -157,7 +157,7 @@ def test_any_batch_size_and_world_size_walk_the_same_stream():
 
 
 @pytest.mark.parametrize("shards", [[1], [3], [1] * 5, [2, 1]])
-def test_fewer_samples_than_lanes_are_all_seen_once_an_epoch(shards):
+def test_fewer_samples_than_lanes_are_all_seen_once_per_epoch(shards):
     order = make_order(shards, lanes=64)
     assert order.epoch_length == sum(shards)
     for epoch in range(3):

@@ -1,4 +1,4 @@
-"""What the data order costs: few blocks and shards a rank, little memory, whatever the size."""
+"""What the data order costs: few blocks and shards per rank, and little memory at any size."""
 
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from ganscale.data.order import Order, batch_positions
+from ganscale.data.order import batch_positions
 from tests.data.test_order import make_order
 
 
@@ -75,7 +75,7 @@ def test_ranks_read_hardly_more_than_their_share_of_unequal_shards(world_size):
     assert read <= 1.02 * order.epoch_length + order.lanes
 
 
-def test_a_window_of_full_blocks_touches_a_shard_a_block():
+def test_a_window_of_full_blocks_touches_one_shard_per_block():
     block, window_blocks = 64, 8
     shards = [64 * 20 + 1] * 200  # the rest: four mixed blocks among 4,004
     order = make_order(shards, lanes=16, block_samples=block, window_blocks=window_blocks)

@@ -21,7 +21,7 @@ def test_the_range_is_minus_one_to_one_in_equal_steps():
     assert (values[0].item(), values[-1].item()) == (-1, 1)
 
 
-def test_what_lies_outside_the_range_saturates():
+def test_values_outside_the_range_saturate():
     images = torch.tensor([-1e6, -1.5, 1.5, 1e6]).view(1, 1, 2, 2)
     assert to_bytes(images).flatten().tolist() == [0, 0, 255, 255]
 

@@ -1,12 +1,10 @@
-"""Objects on real servers come whole and right, whatever happens to the connection, or not at all.
+"""Remote objects arrive complete and correct, or not at all, whatever happens to the connection.
 
-The S3 server is moto's, in a process of its own; faults are put before it by a proxy.
+The S3 server is moto's, in another process; a proxy in front of it injects faults.
 """
 
 import hashlib
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
-from tests.helpers.processes import REPOSITORY
 from tests.helpers.fault_server import Fault, FaultServer
 from tests.helpers.processes import run_python
 
@@ -55,12 +52,12 @@ def test_names_are_joined_to_a_base_of_any_kind():
         check=True,
     )
     assert printed.stdout == "a; touch 'b'.tar\n"
-    with pytest.raises(UserError, match=r"has no \{\} where"):
+    with pytest.raises(UserError, match=r"needs a \{\}, which"):
         objects.join("pipe:cat", "a.tar")
 
 
 @pytest.mark.parametrize(
-    ("location", "is_remote", "may_stand_in_a_manifest"),
+    ("location", "is_remote", "may_be_in_a_manifest"),
     [
         ("http://h/x", True, True),
         ("https://h/x", True, True),
@@ -77,9 +74,9 @@ def test_names_are_joined_to_a_base_of_any_kind():
         (".", False, False),
     ],
 )
-def test_locations_are_told_apart(location, is_remote, may_stand_in_a_manifest):
+def test_locations_are_told_apart(location, is_remote, may_be_in_a_manifest):
     assert objects.is_remote(location) == is_remote
-    assert objects.is_object_store(location) == may_stand_in_a_manifest
+    assert objects.is_object_store(location) == may_be_in_a_manifest
 
 
 def test_messages_show_neither_password_nor_signature():
@@ -102,11 +99,11 @@ def test_patterns_expand_as_shells_do_on_disk_and_on_a_server(server, tmp_path):
     assert objects.expand(f"{server.url}/listed/*.tar") == [
         f"{server.url}/listed/{name}.tar" for name in "ab"
     ]
-    with pytest.raises(UserError, match=r"no file matches .*/b-001\.tar, which .* stands for"):
+    with pytest.raises(UserError, match=r"no file matches .*/b-001\.tar, from "):
         objects.expand(f"{tmp_path}/b-{{000..001}}.tar")
     with pytest.raises(UserError, match="no file matches"):
         objects.expand(f"{server.url}/listed/*.zip")
-    with pytest.raises(UserError, match="do not pair"):
+    with pytest.raises(UserError, match="do not match"):
         objects.expand(f"{tmp_path}/{{a")
 
 
@@ -130,7 +127,7 @@ def test_an_object_is_streamed_with_exact_reads_in_one_request(server):
         [Fault(cut_after=2_000_000), Fault(status=503), Fault(stall_after=10), Fault(status=408)],
     ],
 )
-def test_what_passes_is_borne_and_a_cut_connection_is_taken_up_where_it_was(server, faults):
+def test_passing_faults_are_retried_and_a_cut_connection_continues_where_it_was(server, faults):
     server.faults[PATH].extend(faults)
     assert read(server.url + PATH) == CONTENT
     assert server.gets[PATH] == len(faults) + 1
@@ -150,7 +147,7 @@ def test_a_server_without_ranges_is_read_again_from_the_start(server, has_length
 
 
 @pytest.mark.parametrize("has_ranges", [True, False])
-def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(server, has_ranges):
+def test_a_short_body_without_a_stated_length_is_noticed_by_the_expected_size(server, has_ranges):
     server.has_length, server.has_ranges = False, has_ranges
     short = server.objects[PATH] = CONTENT[:-1000]
     with objects.RemoteObject(server.url + PATH, 20, expected_size=len(CONTENT)) as source:
@@ -163,7 +160,7 @@ def test_a_short_body_that_no_header_tells_of_is_seen_by_the_expected_size(serve
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        (CONTENT[::-1], "changed while it was read"),  # told by the ETag
+        (CONTENT[::-1], "changed while it was read"),  # by its ETag
         (CONTENT + b"longer", "changed while it was read"),
         (CONTENT[:50_000], "is shorter than it was: it has no byte 100,000"),
     ],
@@ -182,11 +179,11 @@ def test_an_object_that_changes_meanwhile_is_not_mixed(server, other, sentence):
     ("url", "sentence"),
     [
         ("{server}/set/none.tar", "none.tar: there is no such object"),
-        ("nosuch://x/y", "nothing can read nosuch:// addresses"),
+        ("nosuch://x/y", "nosuch:// addresses cannot be read"),
         ("http://[x/y", "Invalid"),
     ],
 )
-def test_what_trying_again_cannot_mend_is_said_at_once(server, url, sentence):
+def test_permanent_failures_are_reported_at_once(server, url, sentence):
     start = time.monotonic()
     with pytest.raises(UserError, match=sentence):
         read(url.format(server=server.url), retry_seconds=60)
@@ -194,14 +191,14 @@ def test_what_trying_again_cannot_mend_is_said_at_once(server, url, sentence):
 
 
 @pytest.mark.parametrize("status", [401, 403, 410])
-def test_no_access_is_said_at_once(server, status):
+def test_missing_access_is_reported_at_once(server, status):
     server.faults[PATH].append(Fault(status=status))
     with pytest.raises(UserError, match=f"HTTP status {status}"):
         read(server.url + PATH, retry_seconds=60)
     assert server.gets[PATH] == 1
 
 
-def test_what_does_not_pass_in_time_asks_for_a_requeue(server):
+def test_failures_that_last_too_long_ask_for_a_requeue(server):
     server.faults[PATH].extend([Fault(status=503)] * 1000)
     with pytest.raises(UnavailableError, match=r"a\.tar cannot be read.*503.*tried for 1 s"):
         read(server.url + PATH, retry_seconds=1)
@@ -217,7 +214,7 @@ def test_time_is_counted_from_the_last_byte_that_came(server):
         assert stream.read() == CONTENT
 
 
-def test_what_a_command_prints_is_read_and_its_failure_is_one(tmp_path):
+def test_the_output_of_a_command_is_read_and_its_failure_noticed(tmp_path):
     (tmp_path / "a b.tar").write_bytes(CONTENT)
     assert read(objects.join(f"pipe:cat {tmp_path}/{{}}", "a b.tar")) == CONTENT
     half = f"pipe:head -c 1000 '{tmp_path}/a b.tar'; echo it broke >&2; exit 3"
@@ -244,7 +241,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
+def test_a_process_that_has_read_ends_without_warnings_of_open_sessions(server, s3):
     s3.put("a.tar", CONTENT)
     program = (
         "import sys; from ganscale.data.remote import objects\n"
@@ -256,7 +253,7 @@ def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
     assert ended.stdout == f"{len(CONTENT)}\n" * 2
 
 
-def test_s3_is_read_as_the_store_has_it_and_faults_are_borne(s3):
+def test_s3_objects_are_read_exactly_and_faults_are_retried(s3):
     s3.put("listed/b.tar", b"b")
     s3.put("a.tar", CONTENT)
     assert read("s3://bucket/a.tar") == CONTENT
@@ -278,7 +275,7 @@ def test_s3_is_read_as_the_store_has_it_and_faults_are_borne(s3):
     assert s3.proxy.gets["/bucket/a.tar"] == gets + 1  # small reads are no small requests
 
 
-def test_what_s3_refuses_is_said_at_once_and_what_lasts_asks_for_a_requeue(s3):
+def test_refusals_of_s3_are_reported_at_once_and_lasting_failures_ask_for_a_requeue(s3):
     s3.put("a.tar", CONTENT)
     for missing in ("s3://bucket/none.tar", "s3://nowhere/a.tar"):
         with pytest.raises(UserError, match="there is no such object"):
@@ -291,7 +288,7 @@ def test_what_s3_refuses_is_said_at_once_and_what_lasts_asks_for_a_requeue(s3):
         read("s3://bucket/a.tar", retry_seconds=0.5)
 
 
-def test_a_missing_package_is_named_with_the_extra_that_brings_it():
+def test_a_missing_package_is_named_with_the_extra_that_installs_it():
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
         "from ganscale.data.remote import objects; from ganscale.errors import UserError\n"
@@ -303,12 +300,12 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     assert "pip install 'ganscale[remote]'" in said
 
 
-def test_s3_without_credentials_says_so(s3, monkeypatch, tmp_path):
+def test_s3_without_credentials_is_an_error(s3, monkeypatch, tmp_path):
     from ganscale.data.remote import connections
 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    connections._made.cache_clear()
+    connections._create_filesystem.cache_clear()
     with pytest.raises(UserError, match="no valid credentials"):
         read("s3://bucket/a.tar")

@@ -1,4 +1,4 @@
-"""Manifests from elsewhere: fetched once, verified, and trusted with nothing on this machine."""
+"""Remote manifests: fetched once, verified, and not trusted with anything on this machine."""
 
 import json
 import pickle
@@ -41,7 +41,7 @@ def edited_shard(server: FaultServer, **changes) -> None:
 ROWS, DESCRIPTION = "/set/manifest.npy", "/set/manifest.json"
 
 
-def test_a_manifest_is_fetched_once_for_all_processes_and_anew_when_it_changed(
+def test_a_manifest_is_fetched_once_for_all_processes_and_again_when_it_changed(
     server,
     data_set,
     tmp_path,
@@ -88,13 +88,13 @@ def test_rows_of_another_manifest_are_refused_and_nothing_of_them_stays(server, 
     rows = server.objects[ROWS]
     server.objects[ROWS] = rows[:-1] + bytes([rows[-1] ^ 1])
     for _ in range(2):
-        with pytest.raises(UserError, match="do not go together"):
+        with pytest.raises(UserError, match="do not belong together"):
             Manifest.load(f"{server.url}/set", cache=tmp_path)
     server.objects[ROWS] = rows
     assert len(Manifest.load(f"{server.url}/set", cache=tmp_path).samples) == 12
 
 
-def test_what_is_not_there_or_cannot_be_reached_is_said(server, tmp_path):
+def test_missing_and_unreachable_manifests_are_named(server, tmp_path):
     with pytest.raises(UserError, match=r"/nothing/manifest\.json: there is no such object"):
         Manifest.load(f"{server.url}/nothing", cache=tmp_path)
     server.faults[DESCRIPTION].extend([Fault(status=503)] * 10)
@@ -118,7 +118,7 @@ def test_a_downloaded_manifest_may_not_point_to_this_machine_or_to_commands(
     server, tmp_path, location
 ):
     edited(server, location=location.format(mark=tmp_path / "mark"))
-    with pytest.raises(UserError, match=r"not taken from a manifest; .* data\.shards="):
+    with pytest.raises(UserError, match=r"a manifest may not name; .* data\.shards="):
         Manifest.load(f"{server.url}/set", cache=tmp_path)
     trusted = Manifest.load(f"{server.url}/set", cache=tmp_path, shards="pipe:cat /x/{}")
     assert trusted.address(0) == "pipe:cat /x/0.tar"
@@ -152,7 +152,7 @@ def test_a_local_manifest_points_anywhere_but_to_commands(data_set, tmp_path):
         description.write_text(json.dumps(content | {"location": location}))
         assert Manifest.load(data_set).address(0) == str(address)
     description.write_text(json.dumps(content | {"location": "pipe:cat {}"}))
-    with pytest.raises(UserError, match="not taken from a manifest"):
+    with pytest.raises(UserError, match="a manifest may not name"):
         Manifest.load(data_set)
     del content["location"]  # as version 1 was
     description.write_text(json.dumps(content | {"version": 1}))
@@ -167,14 +167,14 @@ def test_a_local_manifest_points_anywhere_but_to_commands(data_set, tmp_path):
         {"bytes": -1}, {"bytes": 1e3}, {"bytes": 2**64}, {"samples": True}, {"samples": -4},
     ],
 )  # fmt: skip
-def test_shards_that_name_what_they_must_not_are_refused(server, tmp_path, changes):
+def test_shards_with_forbidden_names_are_refused(server, tmp_path, changes):
     edited_shard(server, **changes)
     with pytest.raises(UserError, match="is damaged"):
         Manifest.load(f"{server.url}/set", cache=tmp_path)
     assert ROWS not in server.gets or server.gets[ROWS] == 1
 
 
-def test_of_shards_elsewhere_one_is_asked_for(server, tmp_path):
+def test_only_one_of_the_remote_shards_is_checked(server, tmp_path):
     manifest = Manifest.load(f"{server.url}/set", cache=tmp_path)
     asked = server.gets.total()
     check_shards(manifest)
@@ -220,11 +220,11 @@ def test_the_fingerprint_is_that_of_the_builder(data_set):
     assert digest.hexdigest() == manifest.fingerprint
 
 
-def test_a_cache_too_small_for_what_is_read_at_one_time_is_told_at_the_start(
+def test_a_cache_too_small_for_what_is_read_at_one_time_is_warned_of_at_the_start(
     server, data_set, tmp_path, caplog
 ):
     shard_bytes = (data_set / "0.tar").stat().st_size
-    for shards, is_job_history_complete in ((2.9, True), (3.1, False)):
+    for shards, is_warned in ((2.9, True), (3.1, False)):
         config = DataConfig(
             path=f"{server.url}/set",
             resolution=4,
@@ -236,4 +236,4 @@ def test_a_cache_too_small_for_what_is_read_at_one_time_is_told_at_the_start(
         )
         caplog.clear()
         open_data(config).check(1.0)
-        assert ("will be fetched again and again" in caplog.text) == is_job_history_complete
+        assert ("will be fetched again and again" in caplog.text) == is_warned

@@ -1,7 +1,7 @@
-"""Staged shards are whole, fetched once for all, and never more than there is room for."""
+"""Cached shards are whole, fetched once for all readers, and never exceed the capacity."""
 
 import hashlib
-import pickle
+import os
 import threading
 import time
 from dataclasses import replace
@@ -9,18 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ganscale.data.remote.shard_cache import ShardCache, working_set
+from ganscale.data.remote.shard_cache import ShardCache
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.errors import UnavailableError, UserError
-from tests.helpers.fault_server import Fault
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of
-import os
+from tests.helpers.fault_server import Fault
 from tests.helpers.processes import wait_until
 
 
 def test_a_shard_is_fetched_once_and_named_by_its_contents(caches, shard_server):
     url = caches.address(SHARDS[0])
     assert bytes_in(caches().open(url, SHARDS[0])) == content_of(0)
-    again = pickle.loads(pickle.dumps(caches())).open("http://127.0.0.1:9/moved.tar", SHARDS[0])
+    again = caches().open("http://127.0.0.1:9/moved.tar", SHARDS[0])
     assert bytes_in(again) == content_of(0)
     assert shard_server.gets.total() == 1
     assert caches.copies() == [SHARDS[0].sha256]
@@ -35,8 +35,8 @@ def test_equal_names_of_different_shards_are_kept_apart(caches, shard_server):
         for number in range(2):
             shard = replace(SHARDS[number], name="a.tar")
             shard = shard if sha256 else replace(shard, sha256="")
-            staged = caches().open(f"{shard_server.url}/set-{number}/a.tar", shard)
-            assert bytes_in(staged) == content_of(number)
+            copy = caches().open(f"{shard_server.url}/set-{number}/a.tar", shard)
+            assert bytes_in(copy) == content_of(number)
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_faults_leave_no_trace_in_a_copy(caches, shard_server, fault, server_has
     shard_server.has_length = server_has in ("all", "no ranges")
     shard_server.faults[f"/{SHARDS[0].name}"].append(fault)
     for shard in (SHARDS[0], replace(SHARDS[1], sha256="")):
-        staged = caches().open(caches.address(shard), shard)
-        assert hashlib.sha256(bytes_in(staged)).hexdigest() == shard.name.removesuffix(".tar")
+        copy = caches().open(caches.address(shard), shard)
+        assert hashlib.sha256(bytes_in(copy)).hexdigest() == shard.name.removesuffix(".tar")
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_threads_that_share_a_cache_fetch_each_shard_once(caches, shard_server):
 
     def read(seed: int) -> None:
         for number in np.random.default_rng(seed).integers(0, len(SHARDS), 60).tolist():
-            staged = cache.open(caches.address(SHARDS[number]), SHARDS[number])
-            if bytes_in(staged) != content_of(number):
+            copy = cache.open(caches.address(SHARDS[number]), SHARDS[number])
+            if bytes_in(copy) != content_of(number):
                 wrong.append(number)
 
     threads = [threading.Thread(target=read, args=(seed,)) for seed in range(6)]
@@ -124,11 +124,11 @@ def test_a_spoilt_partial_is_given_up(caches, shard_server):
     for number, spoilt in enumerate((b"x" * 1000, content_of(1) + b"longer")):
         partial = folder / f"{SHARDS[number].sha256}.{SHARD_BYTES}.partial"
         partial.write_bytes(spoilt)
-        staged = caches().open(caches.address(SHARDS[number]), SHARDS[number])
-        assert bytes_in(staged) == content_of(number)
+        copy = caches().open(caches.address(SHARDS[number]), SHARDS[number])
+        assert bytes_in(copy) == content_of(number)
 
 
-def test_who_finds_no_room_waits_until_others_are_done(caches, shard_server):
+def test_a_reader_without_space_waits_until_others_are_done(caches, shard_server):
     held = caches(1).open(caches.address(SHARDS[0]), SHARDS[0])
     found: list[bytes] = []
     cache = caches(1)
@@ -159,7 +159,7 @@ def test_what_is_being_fetched_counts_as_a_whole(caches, shard_server):
 
 
 def test_a_cache_that_is_too_small_is_named_with_what_it_needs(caches):
-    with pytest.raises(UserError, match=r"no room .* of 200,000 bytes.* data\.cache_gib=0\.001"):
+    with pytest.raises(UserError, match=r"no space .* of 200,000 bytes.* data\.cache_gib=0\.001"):
         caches(0.9).open(caches.address(SHARDS[0]), SHARDS[0])
 
 
@@ -169,7 +169,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         ShardCache(tmp_path / "file", 1, 0)
 
 
-def test_prefetching_stages_in_order_and_leaves_mistakes_to_the_reader(caches, shard_server):
+def test_prefetching_fetches_in_order_and_leaves_errors_to_the_reader(caches, shard_server):
     cache = caches()
     gone = replace(SHARDS[0], name="gone.tar", sha256="")
     wanted = [gone, *SHARDS]
@@ -184,7 +184,7 @@ def test_prefetching_stages_in_order_and_leaves_mistakes_to_the_reader(caches, s
         cache.open(caches.address(gone), gone)
 
 
-def test_who_needs_a_shard_does_not_queue_behind_those_fetched_ahead(caches, shard_server):
+def test_a_needed_shard_does_not_queue_behind_those_fetched_ahead(caches, shard_server):
     for shard in SHARDS[:4]:
         shard_server.faults[f"/{shard.name}"].append(Fault(stall_after=10))
     cache = ShardCache(caches.folder, 10**9, 60, stall_seconds=60)
@@ -201,7 +201,7 @@ def test_the_working_set_is_that_of_two_windows_of_each_lane():
     def need(**settings) -> int:
         sizes = np.full(1000, 10**8)
         default = {"node_lanes": 8, "lanes": 64, "block_samples": 256, "window_blocks": 4}
-        return working_set(sizes, np.full(1000, 2560), **{**default, **settings})
+        return working_set_bytes(sizes, np.full(1000, 2560), **{**default, **settings})
 
     assert need() == 8 * 10 * 10**8  # of each lane twice 4 blocks and one more, all far apart
     assert need(window_blocks=8) == 8 * 18 * 10**8

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 from ganscale.errors import UnavailableError
-from tests.helpers.processes import REPOSITORY
-from tests.helpers.fault_server import Fault
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, age, bytes_in, content_of, process
-from tests.helpers.processes import wait_until
+from tests.helpers.fault_server import Fault
+from tests.helpers.processes import REPOSITORY, wait_until
 
 
 def test_processes_that_share_a_cache_fetch_each_shard_once(caches, shard_server):
@@ -34,7 +33,7 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(caches, shard_server
 
 
 @pytest.mark.parametrize("has_checksum", [True, False])
-def test_what_a_killed_process_fetched_in_part_is_taken_up_if_it_can_be_verified(
+def test_the_partial_of_a_killed_process_is_completed_if_it_can_be_verified(
     caches, shard_server, has_checksum
 ):
     shard = SHARDS[0] if has_checksum else replace(SHARDS[0], sha256="")
@@ -101,9 +100,9 @@ def test_the_least_recently_used_go_first_and_what_is_open_stays(caches):
     assert caches.copies() == sorted(SHARDS[i].sha256 for i in (0, 4, 5))
 
 
-def test_who_waits_in_vain_gives_up(caches, shard_server):
+def test_a_reader_that_waits_in_vain_gives_up(caches, shard_server):
     held = caches(1).open(caches.address(SHARDS[0]), SHARDS[0])
-    with pytest.raises(UnavailableError, match=r"all room in .* and did nothing for 1 s"):
+    with pytest.raises(UnavailableError, match=r"all space in .* and has made no progress for 1 s"):
         caches(1, retry_seconds=0).open(caches.address(SHARDS[1]), SHARDS[1])
     del held
     shard_server.faults[f"/{SHARDS[2].name}"].append(Fault(seconds_a_piece=0.05))
@@ -114,16 +113,16 @@ def test_who_waits_in_vain_gives_up(caches, shard_server):
             caches(retry_seconds=0).open(caches.address(SHARDS[2]), SHARDS[2])
 
 
-def test_who_waits_in_vain_for_the_folder_gives_up(caches):
+def test_a_reader_that_waits_in_vain_for_the_folder_gives_up(caches):
     """As if another process had been stopped with the lock."""
     caches()
     with (caches.folder / "shards" / "lock").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(UnavailableError, match="another process holds it for 1 s"):
+        with pytest.raises(UnavailableError, match="another process has kept it locked for 1 s"):
             caches(retry_seconds=0)
 
 
-def test_a_full_disk_costs_copies_first_and_then_a_sentence(caches, tmp_path):
+def test_a_full_disk_evicts_copies_first_and_then_is_an_error(caches, tmp_path):
     """On a real small disk, in a name space of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -147,5 +146,5 @@ def test_a_full_disk_costs_copies_first_and_then_a_sentence(caches, tmp_path):
             assert ended.stdout.count("True") == len(SHARDS)
             assert ended.stdout.split()[-1] == "3"  # two copies and the lock
         else:
-            assert "no room in data.cache" in ended.stderr
+            assert "no space in data.cache" in ended.stderr
             assert "the disk has" in ended.stderr

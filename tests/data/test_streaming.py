@@ -1,7 +1,6 @@
-"""Tars without a manifest train at once: safely, with no endless wait and nothing in silence."""
+"""Tars without a manifest are streamed safely: no endless waits, nothing skipped silently."""
 
 import contextlib
-import io
 import itertools
 import json
 import logging
@@ -17,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
@@ -26,10 +24,11 @@ from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_i
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.data.conftest import S3
+from tests.data.counting_loaders import CountingStreamLoader
 from tests.helpers.fault_server import Fault, FaultServer
 from tests.helpers.images import numbered
-from tests.helpers.tars import write_tar
 from tests.helpers.processes import wait_until
+from tests.helpers.tars import write_tar
 
 RESOLUTION = 4
 SHARDS, PER_SHARD = 3, 10
@@ -55,24 +54,25 @@ class Streams:
     """Opens streams and closes them."""
 
     def __init__(self) -> None:
-        self.made: list[StreamLoader] = []
+        self.made: list[CountingStreamLoader] = []
 
     def __call__(
         self, path: Path | str, *, rank=0, world_size=1, images_seen=0, batch=8, seed=3, **settings
-    ) -> StreamLoader:
+    ) -> CountingStreamLoader:
         config = DataConfig(
             path=str(path),
             resolution=RESOLUTION,
             **{"workers": 1, "block_samples": 4, "window_blocks": 2, **settings},
         )
-        loader = open_data(config).loader(
+        loader = CountingStreamLoader(
+            open_data(config).urls,
+            config,
             seed=seed,
             global_batch_size=batch,
             rank=rank,
             world_size=world_size,
             images_seen=images_seen,
         )
-        assert isinstance(loader, StreamLoader)
         self.made.append(loader)
         return loader
 
@@ -141,7 +141,6 @@ def test_images_come_with_their_labels_and_slots_go_on_from_the_images_seen(
             assert (image == np.array([number, 255 - number, 7])).all()
             assert label == number % 3
     assert {*numbers_in(batches)} == {*range(SHARDS * PER_SHARD)}
-    assert loader.samples_read == 240
     assert not loader.bad_samples
 
 
@@ -166,7 +165,7 @@ def test_a_seed_makes_the_choice_and_a_resumed_run_makes_another(
     assert numbers_in(some(streams(path, workers=2, seed=4), 10)) != first
 
 
-def test_it_is_said_once_that_the_order_is_not_exact(
+def test_one_warning_says_that_the_order_is_not_exact(
     streams: Streams, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -177,7 +176,7 @@ def test_it_is_said_once_that_the_order_is_not_exact(
     assert "ganscale shards index" in message
 
 
-def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_path: Path) -> None:
+def test_bad_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_path: Path) -> None:
     bad = {0: b"", 2: b"not an image", 4: numbered(4)[:40]}
     members = [(name, bad.get(int(name[:3]), data) if ".png" in name else data)
                for name, data in members_of(0)]  # fmt: skip
@@ -191,7 +190,6 @@ def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_pa
     assert {*found} == {"000", "002", "004"}
     assert sum(loader.bad_samples.values()) == found.total() > 40
     assert {shard for shard, _ in loader.bad_samples} == {"a.tar"}
-    assert loader.samples_read == 320 + found.total()
 
 
 def cut_in_an_image(path: Path) -> None:
@@ -220,7 +218,7 @@ def damaged_header(path: Path) -> None:
         (lambda path: path.unlink(), "cannot be read"),
     ],
 )
-def test_what_webdataset_leaves_out_in_silence_is_counted(
+def test_what_webdataset_silently_leaves_out_is_counted(
     streams: Streams, folder: Path, damage, reason: str
 ) -> None:
     damage(folder / "shard-1.tar")
@@ -234,8 +232,12 @@ def test_what_webdataset_leaves_out_in_silence_is_counted(
 
 def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path: Path) -> None:
     """Both shards have the keys 000 and 001; the first is cut behind an image."""
-    first = write_tar(tmp_path / "0.tar", [("000.png", numbered(0)), ("000.cls", b"0"),
-                                           ("001.png", numbered(1)), ("001.cls", b"0")])  # fmt: skip
+    members = [
+        (f"00{n}.{end}", data)
+        for n in (0, 1)
+        for end, data in (("png", numbered(n)), ("cls", b"0"))
+    ]
+    first = write_tar(tmp_path / "0.tar", members)
     os.truncate(first, first.read_bytes().index(b"001.cls") + 100)
     write_tar(tmp_path / "1.tar", [("001.cls", b"1"), ("001.png", numbered(101))])
     loader = streams(tmp_path / "*.tar", class_count=2)
@@ -259,7 +261,7 @@ def test_labels_are_read_as_indexing_reads_them(
     assert batch.labels.tolist() == [label] * 8
 
 
-def test_labels_beyond_the_classes_are_refused_with_what_would_be_right(
+def test_labels_beyond_the_classes_are_refused_with_the_expected_range(
     streams: Streams, tmp_path: Path
 ) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), ("0.cls", b"7")])
@@ -298,13 +300,13 @@ def test_shards_without_an_image_are_an_error_and_no_endless_search(
                 next(loader)
 
 
-def test_shards_that_are_not_there_are_named(tmp_path: Path, folder: Path) -> None:
+def test_missing_shards_are_named(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match=r"no file matches .*/none-\*\.tar"):
         open_data(DataConfig(path=f"{tmp_path}/none-*.tar", resolution=4))
-    with pytest.raises(UserError, match=r"the braces of .* do not pair"):
+    with pytest.raises(UserError, match=r"the braces of .* do not match"):
         open_data(DataConfig(path=f"{folder}/shard-{{1..3.tar", resolution=4))
     data = open_data(DataConfig(path=f"{folder}/shard-{{1..3}}.tar", resolution=4))
-    with pytest.raises(UserError, match=r"there is no shard .*/shard-3\.tar, which data\.path"):
+    with pytest.raises(UserError, match=r"the shard .*/shard-3\.tar of data\.path is missing"):
         data.check(1.0)
     check_urls(stream_urls(f"{folder}/*.tar"))
 
@@ -317,9 +319,9 @@ def test_a_commands_output_is_a_shard_and_its_failure_is_noticed(
     assert not good.bad_samples
     once = f"[ -e {folder}/failed ] || {{ touch {folder}/failed; "
     once += f"head -c 5000 {folder}/shard-0.tar; exit 3; }}"
-    borne = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
-    assert {*numbers_in(some(borne, 5))} == {*range(10)}
-    assert not borne.bad_samples
+    retried = streams(f"pipe:{once}; cat {folder}/shard-0.tar", retry_seconds=30)
+    assert {*numbers_in(some(retried, 5))} == {*range(10)}
+    assert not retried.bad_samples
     for command, code in ((f"cat {folder}/shard-0.tar; exit 3", 3), (f"cat {folder}/none", 1)):
         with pytest.raises(UnavailableError, match=f"failed with exit code {code}"):
             next(streams(f"pipe:{command}", retry_seconds=0))
@@ -402,21 +404,21 @@ def test_shards_are_streamed_from_s3_also_by_wildcard(
     assert not any(s3.proxy.faults.values())
 
 
-def test_one_shard_that_is_not_there_is_counted_and_none_at_all_is_an_error(
+def test_one_missing_shard_is_counted_and_none_at_all_is_an_error(
     streams: Streams, server: FaultServer
 ) -> None:
     loader = streams(f"{server.url}/shard-{{0..3}}.tar?token=secret")
     batches = some(loader, 20)
     assert {*numbers_in(batches)} == {*range(30)}
     assert loader.bad_samples.keys() == {("shard-3.tar", "cannot be read")}
-    details = {bad_samples.detail for batch in batches for bad_samples in batch.bad_samples}
+    details = {bad.detail for batch in batches for bad in batch.bad_samples}
     assert details == {"cannot be read: there is no such object"}
     missing = streams(f"{server.url}/none.tar?token=secret")
     with pytest.raises(UserError, match=r"/none\.tar cannot be read: there is no such object$"):
         next(missing)
 
 
-def test_a_network_that_is_away_asks_for_a_requeue_at_the_start_and_later(
+def test_an_unreachable_network_asks_for_a_requeue_at_the_start_and_later(
     streams: Streams, server: FaultServer
 ) -> None:
     for name in ("{0..9}", "*"):
@@ -472,11 +474,7 @@ def test_a_member_beyond_the_limit_is_left_out_and_the_rest_is_read(
     batches = some(loader, 20)
     assert {*numbers_in(batches)} == {*range(10)} - {4}
     assert loader.bad_samples.keys() == {("a.tar", "too large")}
-    found = {
-        (bad_samples.key, bad_samples.detail)
-        for batch in batches
-        for bad_samples in batch.bad_samples
-    }
+    found = {(bad.key, bad.detail) for batch in batches for bad in batch.bad_samples}
     assert found == {("004", f"has {50_000 + len(numbered(4)):,} bytes, more than 256 MiB")}
 
 
@@ -518,10 +516,8 @@ def test_close_ends_the_threads(streams: Streams, folder: Path) -> None:
     loader.close()
 
 
-def test_a_summary_of_what_was_broken_is_plain_json(streams: Streams, folder: Path) -> None:
+def test_a_summary_of_bad_samples_is_plain_json(streams: Streams, folder: Path) -> None:
     cut_in_an_image(folder / "shard-1.tar")
     loader = streams(folder / "*.tar")
     batches = some(loader, 20)
-    assert json.loads(
-        json.dumps([bad_samples for batch in batches for bad_samples in batch.bad_samples])
-    )
+    assert json.loads(json.dumps([bad for batch in batches for bad in batch.bad_samples]))

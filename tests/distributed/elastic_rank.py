@@ -29,7 +29,7 @@ def consume(
     data: Path, record: Path, rank: int, world_size: int, workers: int, start: int, stop: int
 ) -> None:
     """Appends one line a batch: its first slot, the samples in it, and the bad ones."""
-    loading._PART_PIXELS = RESOLUTION**2  # else one thread would do such small batches
+    loading._CHUNK_PIXELS = RESOLUTION**2  # else one thread would do such small batches
     loader = Loader(
         Manifest.load(data),
         config_of(data, workers),

@@ -163,11 +163,11 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
     shards = Shards(manifest)
     damage, bad_samples = kinds_of_damage(shards)
     shutil.copytree(manifest.root, tmp_path / "copy")  # each run does its own damage
-    settings = [*settings_of(manifest.root, damage), "data.bad_sample_limit=0.2", "data.workers=2"]
+    settings = [*settings_of(manifest.root, damage), "data.max_bad_fraction=0.2", "data.workers=2"]
     output = runs.finish("two", *settings, ranks=2, seconds=DEADLINE_SECONDS)
     settings = [
         *settings_of(tmp_path / "copy", damage),
-        "data.bad_sample_limit=0.2",
+        "data.max_bad_fraction=0.2",
         "data.workers=0",
     ]
     runs.finish("one", *settings, seconds=DEADLINE_SECONDS)
@@ -231,8 +231,8 @@ def test_what_cannot_be_borne_ends_both_ranks_with_a_sentence(
     else:
         limit = 0.001  # of a thousand: one
         damage = [shards.overwritten("text", number, 0, b"?" * 20) for number in range(10)]
-        sentence = r"more than data\.bad_sample_limit=0\.001 allows; most of them in text\.tar: "
-    settings = [*settings_of(manifest.root, damage), f"data.bad_sample_limit={limit}"]
+        sentence = r"more than data\.max_bad_fraction=0\.001 allows; most of them in text\.tar: "
+    settings = [*settings_of(manifest.root, damage), f"data.max_bad_fraction={limit}"]
     codes, said = end_of_ranks(runs, settings)
     errors = [line for line in said.splitlines() if "error: " in line]
     assert codes == [2, 2], said

@@ -53,7 +53,7 @@ def data(tmp_path: Path) -> Path:
         write_tar(folder / f"shard-{shard}.tar", members)
     manifest = build_manifest(folder)
     for number in sorted(DAMAGED):
-        path = folder / manifest.shards[manifest.shard_of(number)].name
+        path = folder / manifest.shards[int(manifest.shards_of(np.array([number]))[0])].name
         offset = int(manifest.samples[number]["offset"])
         if number == 211:
             os.truncate(path, offset + 20)

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from ganscale.data.batch import Batch
+from ganscale.data.batch import Batch, allocate_batch
 from ganscale.data.dataset import open_data
-from ganscale.data.loader import allocate_batch
 from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
@@ -104,7 +103,6 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
     plan = make_plan(config, nodes=1, gpus_per_node=1).host_memory
     loader = start_loader(
         open_data(config.data),
-        config.data,
         allocate_batch,
         3,
         seed=0,
@@ -121,7 +119,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
             prefetcher.prefetch(lambda: False)
             assert len(batches) == 3
         if isinstance(loader, LoaderThread):
-            loader._ahead[-1].result(timeout=60)
+            loader._requested[-1].result(timeout=60)
         else:
             time.sleep(2)  # it fills what it was asked for
         gc.collect()

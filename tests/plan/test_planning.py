@@ -92,7 +92,7 @@ def test_shared_lanes_are_told_with_the_nearest_number_that_none_share(digits):
 def test_streamed_shards_are_planned_but_for_what_needs_a_manifest(digits):
     plan = make_plan(config_of(digits, f"data.path={digits}/*.tar"), 2, 2)
     assert plan.epochs is plan.lanes is plan.reading is plan.cache is None
-    assert "cannot be known" in plan.remarks[0]
+    assert "are unknown" in plan.remarks[0]
     assert plan.networks == make_plan(config_of(digits), 2, 2).networks
 
 

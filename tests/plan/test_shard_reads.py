@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions
-from ganscale.data.remote.shard_cache import working_set
+from ganscale.data.order import Order, batch_positions, blocks_per_shard
+from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.plan.planning import make_plan
 from ganscale.plan.shard_reads import (
-    blocks_per_shard,
     expected_fetches,
     expected_shards,
-    lane_shares,
+    lane_readers,
 )
 from tests.plan.conftest import config_of
 
@@ -47,9 +46,9 @@ def test_lanes_of_ranks_are_those_that_their_batches_come_from(batch, lanes, ran
         for rank in range(ranks):
             positions, _ = batch_positions(step * batch, batch, lanes, rank, ranks)
             counted[rank, positions % lanes] = True
-    shares = lane_shares(batch, lanes, ranks)
-    assert shares.is_complete
-    assert np.array_equal(shares.by_rank, counted)
+    readers = lane_readers(batch, lanes, ranks)
+    assert readers.is_complete
+    assert np.array_equal(readers.by_rank, counted)
 
 
 SHARDS = [300, 280, 300, 100, 290, 300, 250, 300] * 5
@@ -112,7 +111,7 @@ def test_the_working_set_holds_the_window_that_is_read_and_the_next_one(block, w
     order = Order(
         SHARDS, seed=1, fingerprint="", lanes=lanes, block_samples=block, window_blocks=window
     )
-    found = working_set(
+    found = working_set_bytes(
         np.ones(len(SHARDS)),
         np.array(SHARDS),
         node_lanes=len(mine),

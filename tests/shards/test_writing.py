@@ -91,7 +91,7 @@ def test_webdataset_sees_the_samples_that_the_manifest_lists(photos, tmp_path):
     samples = list(WebDataset(urls, shardshuffle=False))
     assert len(samples) == 40
     for i, sample in enumerate(samples):
-        assert store.locate(i)[1] == sample["__key__"] == f"{i:09d}"
+        assert store.shard_and_key(i)[1] == sample["__key__"] == f"{i:09d}"
         assert store.read(i) == sample["png"]
         assert manifest.samples["label"][i] == int(sample["cls"])
     gc.collect()

@@ -1,1 +1,1 @@
-"""Image files to pixels, and pixels to what networks take."""
+"""From image files to pixels, and from pixels to the input of networks."""

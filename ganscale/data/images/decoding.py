@@ -1,17 +1,17 @@
 """From the bytes of an image file to uint8 pixels of a fixed size.
 
 JPEG, PNG, WebP and NumPy arrays are told apart by their first bytes, never by a file name. Nothing
-here runs code found in a file: of an array, nothing but plain uint8 values is read.
+here runs code from a file: of an array, only plain uint8 values are read.
 
-What is common takes a short way, everything else Pillow's:
+Common files are decoded on fast paths, all others by Pillow:
 
-- A JPEG is decoded by simplejpeg where it is installed (twice as fast as Pillow), straight into its
-  place in a batch. Both use libjpeg-turbo with the same settings and give the same pixels; they
-  differ for *damaged* files only, of which simplejpeg notices more.
-- A plain PNG is decoded by imagecodecs where it is installed (in two thirds of Pillow's time). Else
-  Pillow is given the compressed pixels only: of 32 pixels its own reading of the file costs more.
-- Sizes are changed by torch, in 8 bits: a Lanczos filter like Pillow's (no value differs by more
-  than one), in a fifth of the time.
+- JPEGs by simplejpeg if it is installed (twice as fast as Pillow), straight into their place in a
+  batch. Both use libjpeg-turbo with the same settings and give the same pixels, except that
+  simplejpeg rejects more of the *damaged* files.
+- Plain PNGs by imagecodecs if it is installed (in two thirds of Pillow's time). Else Pillow gets
+  only the compressed pixels: for an image of 32 pixels, its own parsing of the file costs more.
+- Resizing is torch's, in 8 bits: a Lanczos filter like Pillow's (no value differs by more than
+  one), in a fifth of the time.
 
 The decoders release Python's lock.
 """
@@ -30,36 +30,40 @@ except ImportError:  # no wheel for this platform: Pillow decodes everything
     simplejpeg = None
 try:
     from imagecodecs import png_decode  # pyright: ignore[reportMissingImports]
-except ImportError:  # large, and no dependency of ours
+except ImportError:  # large, and not a dependency of ours
     png_decode = None
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused by their header: 100 megapixels in a 1 MB JPEG take 3 GB to decode."""
+"""Larger images are refused by their header: a JPEG of 1 MB and 100 megapixels takes 3 GB."""
 
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _EXIF_ORIENTATION = 0x0112
 _PNG_CHUNK = struct.Struct(">I4s")  # bytes of its body, kind
 _PNG_HEADER = struct.Struct(">IIBBBBB")  # width, height, depth, colour, two constants, interlaced
-_PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter a channel
+_PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter per channel
 _PNG_PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split(),
 )
-"""Chunks of a PNG that leave its pixels alone: not a palette, a transparent colour, an animation"""
+"""Chunks of a PNG that do not change its pixels, as palettes, transparency and animations do."""
 
 
 class DecodeError(Exception):
-    """The bytes are no image that can be used; the message says why."""
+    """The bytes are not an image that can be used. reason, detail: as in `BadSample`."""
+
+    def __init__(self, detail: str, reason: str = "cannot be decoded"):
+        super().__init__(detail)
+        self.detail, self.reason = detail, reason
 
 
 def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
     """The image in `data`, as (height, width, channels) uint8, C-contiguous, perhaps read-only.
 
     With a `resolution` (pixels), the largest centred square is resized to it with a Lanczos filter;
-    an image that has this size already keeps its exact pixels. None keeps the image's own size.
-    `channels` is 1 (luma, ITU-R 601) or 3 (RGB). Transparency is laid on white, Exif orientation is
+    an image of this size keeps its exact pixels. None keeps the image's own size. `channels` is 1
+    (luma, ITU-R 601) or 3 (RGB). Transparent pixels are blended with white, Exif orientation is
     applied, 16 bits become 8, and an animation gives its first frame.
 
-    Raises DecodeError for every failure, among them images of more than MAX_PIXELS pixels.
+    Raises DecodeError for every failure, also for images of more than MAX_PIXELS pixels.
     """
     return np.ascontiguousarray(_decode(data, resolution, channels, None))
 
@@ -67,7 +71,7 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """Fills `out`, (resolution, resolution, channels) uint8, with what `decode` would return.
 
-    Cheaper than a copy of that. Raises DecodeError as `decode` does; `out` may then hold a part.
+    Cheaper than a copy of that. Raises DecodeError as `decode` does; `out` may then be half filled.
     """
     pixels = _decode(data, out.shape[0], out.shape[2], out)
     if pixels is not out:
@@ -77,7 +81,7 @@ def decode_into(data: bytes, out: np.ndarray) -> None:
 def _decode(
     data: bytes, resolution: int | None, channels: int, out: np.ndarray | None
 ) -> np.ndarray:
-    """What `decode` returns, in any layout; it is `out` itself where it was decoded in place."""
+    """What `decode` returns, in any layout; `out` itself where it was decoded in place."""
     try:
         pixels = None
         if data.startswith(_JPEG):
@@ -94,17 +98,21 @@ def _decode(
         return pixels if resolution is None else _fit(pixels, resolution)
     except DecodeError:
         raise
-    except UnidentifiedImageError as error:
-        raise DecodeError("cannot be decoded: its format is none that is known") from error
     except Exception as error:
         # On damaged files Pillow raises almost anything: OSError, SyntaxError, struct.error, ...
-        raise DecodeError(f"cannot be decoded: {error}") from error
+        raise _decode_error("cannot be decoded", error) from error
+
+
+def _decode_error(problem: str, error: Exception) -> DecodeError:
+    if isinstance(error, UnidentifiedImageError):
+        return DecodeError("cannot be decoded: unknown image format", "no image")
+    return DecodeError(f"{problem}: {error}")
 
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels as `decode(data, None, ...)` would give it, from the header alone.
 
-    Raises DecodeError when there is no readable header.
+    Raises DecodeError without a readable header.
     """
     try:
         if data.startswith(_NPY):
@@ -115,14 +123,12 @@ def image_size(data: bytes) -> tuple[int, int]:
         return (width, height) if _orientation(image, data) >= 5 else (height, width)
     except DecodeError:
         raise
-    except UnidentifiedImageError as error:
-        raise DecodeError("cannot be decoded: its format is none that is known") from error
     except Exception as error:
-        raise DecodeError(f"has no readable header: {error}") from error
+        raise _decode_error("has no readable header", error) from error
 
 
 def image_extension(data: bytes) -> str:
-    """The usual extension, without dot, for an image file that `decode` takes."""
+    """The usual extension, without dot, of an image file that `decode` can read."""
     if data.startswith(_JPEG):
         return "jpg"
     if data.startswith(_PNG):
@@ -131,7 +137,7 @@ def image_extension(data: bytes) -> str:
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image with only its header read, refused when it is too large."""
+    """The image with only its header read. Raises DecodeError when it is too large."""
     image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     _refuse_bomb(image.height, image.width)
     return image
@@ -139,14 +145,15 @@ def _open(data: bytes) -> Image.Image:
 
 def _refuse_bomb(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise DecodeError(f"has {height}x{width} pixels, more than the limit of {MAX_PIXELS:,}")
+        detail = f"has {height}x{width} pixels, more than the limit of {MAX_PIXELS:,}"
+        raise DecodeError(detail, "too large")
 
 
 def _may_have_exif(data: bytes) -> bool:
-    """Whether it is worth asking Pillow, which decodes a whole PNG to find its Exif."""
+    """Whether to ask Pillow, which decodes a whole PNG to find its Exif data."""
     if not data.startswith(_JPEG):
         return any(name in data for name in (b"eXIf", b"EXIF", b"Raw profile type exif"))
-    # Exif is one of a JPEG's first segments, those of applications (0xE0 to 0xEF).
+    # Exif data is in one of a JPEG's first segments, those of applications (0xE0 to 0xEF).
     position = 2
     while data[position : position + 1] == b"\xff" and data[position + 1] & 0xF0 == 0xE0:
         if data.startswith(b"Exif\0", position + 4):
@@ -161,7 +168,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
 
 
 def _open_upright(data: bytes, resolution: int | None, channels: int) -> Image.Image:
-    """Pillow's way, for any image but an array."""
+    """By Pillow, for any image but an array."""
     image = _open(data)
     if image.format == "JPEG":
         _draft(image, resolution, channels)
@@ -171,9 +178,9 @@ def _open_upright(data: bytes, resolution: int | None, channels: int) -> Image.I
 def _decode_jpeg(
     data: bytes, resolution: int | None, channels: int, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """(height, width, channels) uint8 of a plain JPEG: in `out` if it has this shape already.
+    """(height, width, channels) uint8 of a plain JPEG: in `out` if that has this shape.
 
-    None for what Pillow must do.
+    None for those that Pillow must decode.
     """
     if simplejpeg is None or _may_have_exif(data):
         return None
@@ -187,18 +194,18 @@ def _decode_jpeg(
     _refuse_bomb(height, width)
     scale = _jpeg_scale(height, width, resolution)
     height, width = -(-height // scale), -(-width // scale)
-    place = _place(out, (height, width, channels))
+    buffer = _writable(out, (height, width, channels))
     pixels = simplejpeg.decode_jpeg(
         data,
         colorspace="GRAY" if channels == 1 else "RGB",
         min_height=height,
         min_width=width,
-        buffer=place,
+        buffer=buffer,
     )
-    return pixels if place is None else place
+    return pixels if buffer is None else buffer
 
 
-def _place(out: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray | None:
+def _writable(out: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray | None:
     """`out` if a decoder can write an image of this shape into it."""
     can_be_written = out is not None and out.shape == shape and out.flags.c_contiguous
     return out if can_be_written else None
@@ -206,9 +213,9 @@ def _place(out: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray | 
 
 def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
     """(height, width, 1 to 4) uint8 of an 8-bit PNG in grey or colours, perhaps with opacity: in
-    `out` if it has this shape already. None for other ones.
+    `out` if that has this shape. None for others.
 
-    Raises DecodeError where a chunk is damaged: Pillow ignores the checksums of the pixels.
+    Raises DecodeError for a damaged chunk: Pillow ignores the checksums of the pixels.
     """
     kinds, pixels, position = set(), [], len(_PNG)
     while len(data) - position >= _PNG_CHUNK.size and b"IEND" not in kinds:
@@ -225,22 +232,22 @@ def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
     mode = _PNG_MODES.get(colour)
     is_plain = depth == 8 and not is_interlaced and kinds <= _PNG_PLAIN_CHUNKS
     may_have_exif = b"tEXt" in kinds and _may_have_exif(data)
-    is_sound = data[12:16] == b"IHDR" and 0 not in (height, width)
-    if mode is None or not is_plain or may_have_exif or not is_sound:
+    is_valid = data[12:16] == b"IHDR" and 0 not in (height, width)
+    if mode is None or not is_plain or may_have_exif or not is_valid:
         return None
     shape = height, width, len(mode)
     if png_decode is None:
         image = Image.frombytes(mode, (width, height), b"".join(pixels), "zip", mode, 0)
         return np.asarray(image).reshape(shape)
-    place = _place(out, shape)
-    if place is None:
+    buffer = _writable(out, shape)
+    if buffer is None:
         return png_decode(data).reshape(shape)
-    png_decode(data, out=place.squeeze(2) if mode == "L" else place)
-    return place
+    png_decode(data, out=buffer.squeeze(2) if mode == "L" else buffer)
+    return buffer
 
 
 def _draft(image: Image.Image, resolution: int | None, channels: int) -> None:
-    """Makes Pillow decode a JPEG at the scale that `_decode_without_pillow` would take.
+    """Makes Pillow decode a JPEG at the scale that `_decode_jpeg` would choose.
 
     Also with scale 1: a draft in mode L takes the luma as it is stored, as simplejpeg does.
     """
@@ -250,9 +257,9 @@ def _draft(image: Image.Image, resolution: int | None, channels: int) -> None:
 
 
 def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
-    """8, 4, 2 or 1: the smallest decoded size, 1/scale, that still covers the resolution.
+    """8, 4, 2 or 1: the largest divisor of the image's size that still covers the resolution.
 
-    The decoder then skips the high frequencies, which is most of its work, and does the averaging.
+    The decoder then skips the high frequencies, most of its work, and does the averaging.
     """
     if resolution is None:
         return 1
@@ -260,7 +267,7 @@ def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, int]:
-    """Shape, whether it is in Fortran order, and where the values begin, of an .npy file."""
+    """Of an .npy file: its shape, whether it is in Fortran order, and where the values begin."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
     if version == (1, 0):
@@ -278,7 +285,7 @@ def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, int]:
 
 
 def _load_array(data: bytes) -> np.ndarray:
-    """(height, width, 1, 3 or 4) uint8, a view of `data`: only its header is ever interpreted."""
+    """(height, width, 1, 3 or 4) uint8, a view of `data`: only its header is interpreted."""
     shape, is_fortran, offset = _array_header(data)
     values = np.frombuffer(data, np.uint8, count=math.prod(shape), offset=offset)
     pixels = values.reshape(shape, order="F" if is_fortran else "C")
@@ -286,10 +293,10 @@ def _load_array(data: bytes) -> np.ndarray:
 
 
 def _opaque(image: Image.Image, channels: int) -> np.ndarray:
-    """(height, width, channels) uint8, transparent pixels laid on white."""
+    """(height, width, channels) uint8, transparent pixels blended with white."""
     if image.mode.startswith("I"):
-        # 16-bit grey. Pillow's own conversion would clip at 255; the high byte is what it takes of
-        # 16-bit colours.
+        # 16-bit grey: Pillow's own conversion would clip at 255. Of 16-bit colours, Pillow itself
+        # takes the high byte.
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -313,7 +320,7 @@ def _fit(pixels: np.ndarray, resolution: int) -> np.ndarray:
         pixels = pixels[top : top + side, left : left + side]
     if side == resolution:
         return pixels
-    # Here, because what lists and indexes shards does without torch and its second of start-up.
+    # Imported only here: listing and indexing shards does not need torch, which takes a second.
     import torch
     from torch.nn.functional import interpolate
 

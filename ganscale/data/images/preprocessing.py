@@ -1,4 +1,4 @@
-"""From the workers' bytes to the networks' numbers, on the device."""
+"""From the loader's bytes to the networks' floats, on the device."""
 
 import torch
 from jaxtyping import Float, Int64, UInt8

@@ -1,8 +1,8 @@
-"""The files in the folder of a shard cache, and the locks that tell who uses them.
+"""The files in the folder of a shard cache, and the locks that show which are in use.
 
-`NAME.tar` is a whole copy, with a shared lock for each reader; `NAME.BYTES.partial` will have BYTES
-and is being fetched by whoever has an exclusive lock on it. The locks of a process that is killed
-are dropped by the system.
+`NAME.tar` is a whole copy; each reader has a shared lock on it. `NAME.BYTES.partial` will have
+BYTES and is being fetched by the process that has an exclusive lock on it. The system drops the
+locks of a process that is killed.
 """
 
 import os
@@ -18,19 +18,21 @@ from ganscale.files import lock_descriptor
 _POLL_SECONDS = 0.05
 
 
-class CachedShard:
-    """An open copy; while someone holds this object it is not evicted."""
+class OpenShard:
+    """A descriptor of a shard's file, closed with the last reference to this object: a thread can
+    still read what another one drops. A copy in the cache is not evicted while it is open."""
 
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+    def __init__(self, path: Path | str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """A file as it was found: `reserved`, its bytes when it is whole; `used_at`, in seconds."""
+    """A file of the folder. reserved: its bytes when it is whole; used_at: in seconds."""
 
     path: Path
     bytes: int
@@ -39,25 +41,25 @@ class CacheFile:
     used_at: float
 
 
-def cache_files_in(folder: Path) -> Iterator[CacheFile]:
+def list_cache(folder: Path) -> Iterator[CacheFile]:
     """All copies, whole and partial."""
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
-                found = entry.stat()
-                if entry.name.endswith(".tar"):
-                    size = found.st_size
-                    yield CacheFile(Path(entry.path), size, size, True, found.st_mtime)
-                elif entry.name.endswith(".partial"):
+                status = entry.stat()
+                path, size, used_at = Path(entry.path), status.st_size, status.st_mtime
+                if path.suffix == ".tar":
+                    yield CacheFile(path, size, size, True, used_at)
+                elif path.suffix == ".partial":
                     stated = entry.name.split(".")[-2]
-                    reserved = max(int(stated) if stated.isdigit() else 0, found.st_size)
-                    yield CacheFile(Path(entry.path), found.st_size, reserved, False, found.st_mtime)
+                    reserved = max(int(stated) if stated.isdigit() else 0, size)
+                    yield CacheFile(path, size, reserved, False, used_at)
 
 
 def evict(path: Path) -> bool:
     """Removes a copy that nobody reads or fetches; whether it is gone."""
     try:
-        descriptor = locked_or_none(path)
+        descriptor = open_locked(path)
     except PermissionError:
         return False
     if descriptor is None:
@@ -67,8 +69,8 @@ def evict(path: Path) -> bool:
     return True
 
 
-def locked_or_none(path: Path) -> int | None:
-    """An exclusively locked descriptor, or None if there is no such file or another has a lock."""
+def open_locked(path: Path) -> int | None:
+    """An exclusively locked descriptor, or None if there is no such file or it is in use."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -80,7 +82,7 @@ def locked_or_none(path: Path) -> int | None:
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is what the path names now."""
+    """Whether the open file is still the one at the path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -88,21 +90,22 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 
 class StallTimer:
-    """Gives up on other processes when nothing in the folder changes for `seconds`."""
+    """Waits for other processes, until nothing in the folder has changed for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._state: object = None
-        self._since = time.monotonic()
+        self._files: object = None
+        self._changed_at = time.monotonic()
 
     def wait(self, folder: Path, url: str) -> None:
-        state = sorted((copy.path.name, copy.bytes) for copy in cache_files_in(folder))
+        """Waits for a moment. Raises UnavailableError when others have stalled."""
+        files = sorted((file.path.name, file.bytes) for file in list_cache(folder))
         now = time.monotonic()
-        if state != self._state:
-            self._state, self._since = state, now
-        if now - self._since > self._seconds:
+        if files != self._files:
+            self._files, self._changed_at = files, now
+        if now - self._changed_at > self._seconds:
             raise UnavailableError(
-                f"{url} is not fetched: another process holds it, or all room in {folder}, and "
-                f"did nothing for {self._seconds:.0f} s"
+                f"{url} cannot be fetched: another process holds it, or all space in {folder}, and "
+                f"has made no progress for {self._seconds:.0f} s"
             )
         time.sleep(_POLL_SECONDS)

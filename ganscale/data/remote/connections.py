@@ -1,6 +1,6 @@
-"""Single connections to objects that lie elsewhere: the sole place that knows fsspec.
+"""Single connections to remote objects: the only module that uses fsspec.
 
-Its settings are the user's (`~/.config/fsspec`, `FSSPEC_...`), and credentials come from where each
+fsspec takes the user's settings (`~/.config/fsspec`, `FSSPEC_...`), and credentials from where each
 store's own tools take them.
 """
 
@@ -23,20 +23,20 @@ import fsspec.config
 
 from ganscale.errors import UserError
 
+PIPE, WEB = "pipe:", ("http://", "https://")
 PIECE_BYTES = 8 << 20
-"""The largest piece that is asked of a store at once."""
+"""The most bytes of one request to a store."""
 
-_PIPE = "pipe:"
 _IN_EXTRA = ("http", "https", "s3", "s3a", "gs", "gcs")
 _WEB_BUFFER_BYTES = 256 << 10  # twice as much is lost when a connection is cut
 _TEMPORARY_STATUS = (408, 421, 425, 429)  # of those from 400 to 499
 _COMMAND_NOT_FOUND = (126, 127)
 _IDENTITIES = ("ETag", "etag", "md5Hash", "blob_id", "generation", "LastModified", "mtime")
-_USERS = (
+_USER_ERRORS = (
     FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError,
     TypeError, NotImplementedError,
 )  # fmt: skip
-_LOOK_SECONDS = 0.2  # how often a silent command is left to see whether it is still wanted
+_POLL_SECONDS = 0.2  # how often the wait for a silent command looks whether it was stopped
 _lock = threading.Lock()
 
 
@@ -44,10 +44,10 @@ _lock = threading.Lock()
 class Connection:
     """An open object.
 
-    start: its first byte that `read` gives: what was asked for, or 0 where that cannot be
-    size: of the whole object in bytes; None where the server does not say
-    identity: changes when the object does; "" where the server does not say
-    read: up to so many bytes; none at the end
+    start: the first byte that `read` returns: as requested, or 0 where that is not possible
+    size: of the whole object in bytes; None where the server does not state it
+    identity: changes when the object does; "" where the server does not state one
+    read: returns up to the given number of bytes; none at the end
     """
 
     start: int
@@ -60,49 +60,69 @@ class Connection:
 def connect(
     url: str, start: int, stall_seconds: float, stopped: threading.Event | None = None
 ) -> Connection:
-    """A connection to the object from byte `start` on; raises whatever its library does, and
-    UserError for an address that none understands. `stopped` ends the wait for a command."""
-    if url.startswith(_PIPE):
-        return _run(url.removeprefix(_PIPE), stall_seconds, stopped or threading.Event())
-    if url.startswith(("http://", "https://")):
+    """A connection to the object from byte `start` on. Raises whatever the store's library does,
+    and UserError for an unknown kind of address. `stopped` ends the wait for a command."""
+    if url.startswith(PIPE):
+        return _run(url.removeprefix(PIPE), stall_seconds, stopped or threading.Event())
+    if url.startswith(WEB):
         return _request(url, start, stall_seconds)
     return _open(url, start, stall_seconds)
+
+
+def stat(url: str, stall_seconds: float) -> tuple[int | None, str]:
+    """(size, identity) of an object as in `Connection`, without reading it; raises as `connect`."""
+    if not url.startswith(WEB):
+        connection = _open(url, 0, stall_seconds)  # asks for them, and reads nothing yet
+        connection.close()
+        return connection.size, connection.identity
+    filesystem = _filesystem(url, stall_seconds)
+
+    async def head() -> Any:  # fsspec's own `info` falls back to a GET, for which the shard is sent
+        session = await filesystem.set_session()
+        options = {**filesystem.kwargs, "headers": _headers(filesystem), "allow_redirects": True}
+        async with session.head(filesystem.encode_url(url), **options) as response:
+            response.raise_for_status()
+            return response
+
+    response: Any = fsspec.asyn.sync(filesystem.loop, head)
+    return response.content_length, _identity(response)
 
 
 def matching(pattern: str, stall_seconds: float) -> list[str]:
     """The URLs that match a pattern with wildcards, sorted; raises as `connect`."""
     filesystem = _filesystem(pattern, stall_seconds)
     filesystem.invalidate_cache()
-    found = filesystem.glob(pattern)
-    return sorted(filesystem.unstrip_protocol(path) for path in map(str, found))
+    return sorted(filesystem.unstrip_protocol(str(path)) for path in filesystem.glob(pattern))
 
 
 def permanent_reason(error: BaseException) -> str:
-    """What is wrong, if trying again cannot mend it; else nothing."""
+    """What is wrong, if trying again is useless; else ""."""
     status, name = _status(error), type(error).__name__
-    said = str(error) or name
+    message = str(error) or name
     if status:
         is_permanent = 400 <= status < 500 and status not in _TEMPORARY_STATUS
         return f"HTTP status {status}" if is_permanent else ""
     if isinstance(error, FileNotFoundError):
         return "there is no such object"
     if isinstance(error, PermissionError):
-        return f"no access ({said})"
+        return f"no access ({message})"
     if "Credentials" in name:
-        return f"no valid credentials ({said})"
+        return f"no valid credentials ({message})"
     if "Certificate" in name:
-        return f"its certificate is not trusted ({said})"
-    # Among asyncio's and aiohttp's own errors are ValueErrors of theirs: addresses.
-    return f"{name}: {said}" if isinstance(error, _USERS) else ""
+        return f"its certificate is not trusted ({message})"
+    # aiohttp raises ValueErrors for addresses.
+    return f"{name}: {message}" if isinstance(error, _USER_ERRORS) else ""
 
 
 def is_past_end(error: BaseException) -> bool:
-    """Whether the object has no byte at the position that was asked for."""
-    return _status(error) == 416 or "InvalidRange" in str(error)
+    """Whether the object has no byte at the requested position."""
+    response = getattr(error.__cause__, "response", None)  # of botocore's error, behind s3fs's
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else ""
+    return _status(error) == 416 or code in ("InvalidRange", "416")
 
 
 def _status(error: BaseException) -> int:
-    """The HTTP status that the error tells of, or 0."""
+    """The HTTP status that the error has, or 0."""
     status = getattr(error, "status", None)  # aiohttp's
     if status is None:
         status = getattr(error, "code", None)  # gcsfs's
@@ -116,20 +136,22 @@ def _filesystem(url: str, stall_seconds: float) -> Any:
     try:
         filesystem = fsspec.get_filesystem_class(protocol)
         options = filesystem._get_kwargs_from_urls(url)
-        # One for all threads, unlike fsspec's own cache: connections are shared and closed once.
+        # All threads share one, unlike in fsspec's own cache, and so its connections.
         with _lock:
-            return _made(filesystem, protocol, stall_seconds, tuple(sorted(options.items())))
+            return _create_filesystem(
+                filesystem, protocol, stall_seconds, tuple(sorted(options.items()))
+            )
     except ImportError as error:
         problem = f"{protocol}:// needs a package that is not installed ({error})"
         if protocol in _IN_EXTRA:
-            problem += "; pip install 'ganscale[remote]' brings it"
+            problem += "; pip install 'ganscale[remote]' installs it"
         raise UserError(problem) from error
     except ValueError as error:
-        raise UserError(f"nothing can read {protocol}:// addresses: {error}") from error
+        raise UserError(f"{protocol}:// addresses cannot be read: {error}") from error
 
 
 @lru_cache(maxsize=16)
-def _made(filesystem: Any, protocol: str, stall_seconds: float, options: tuple) -> Any:
+def _create_filesystem(filesystem: Any, protocol: str, stall_seconds: float, options: tuple) -> Any:
     settings: dict[str, Any] = {"skip_instance_cache": True, **dict(options)}
     configured = fsspec.config.conf.get(protocol, {})
     if protocol in ("http", "https"):
@@ -144,24 +166,32 @@ def _made(filesystem: Any, protocol: str, stall_seconds: float, options: tuple) 
         ours = {
             "connect_timeout": stall_seconds,
             "read_timeout": stall_seconds,
-            "retries": {"max_attempts": 0},  # they are ours
+            "retries": {"max_attempts": 0},  # we retry
         }
         settings["config_kwargs"] = ours | configured.get("config_kwargs", {})
     elif protocol in ("gs", "gcs"):
         settings["requests_timeout"] = max(stall_seconds, 60.0)  # for a whole piece, not a silence
-    made = filesystem(**settings)
+    created = filesystem(**settings)
     if protocol in ("s3", "s3a"):
-        made.retries = 1  # tries, not tries again
-    return made
+        created.retries = 1  # this counts tries
+    return created
+
+
+def _headers(filesystem: Any) -> dict[str, str]:
+    return {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+
+
+def _identity(response: Any) -> str:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
 
 
 def _request(url: str, start: int, stall_seconds: float) -> Connection:
     """One GET for all the rest of the object."""
     filesystem = _filesystem(url, stall_seconds)
-    headers = {**filesystem.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+    headers = _headers(filesystem)
     if start:
         headers["Range"] = f"bytes={start}-"
-    # A size, any, keeps it from asking for one.
+    # With any size given, it does not ask for the size first.
     file = filesystem.open(url, "rb", block_size=0, size=1, headers=headers)
     response = file.r
     size, begin = response.content_length, 0
@@ -174,8 +204,7 @@ def _request(url: str, start: int, stall_seconds: float) -> Connection:
             raise ConnectionError(f"asked for byte {start:,} and got byte {begin:,}")
     if response.headers.get("Content-Encoding", "identity") != "identity":
         size = None  # that of the compressed body
-    identity = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-    return Connection(begin, size, identity, file.read, file.close)
+    return Connection(begin, size, _identity(response), file.read, file.close)
 
 
 def _open(url: str, start: int, stall_seconds: float) -> Connection:
@@ -194,7 +223,7 @@ def _open(url: str, start: int, stall_seconds: float) -> Connection:
 
     def read(at_most: int) -> bytes:
         nonlocal piece
-        if not piece:  # a request has a price: small reads are served from large pieces
+        if not piece:  # requests are expensive: small reads are served from large pieces
             piece = memoryview(file.read(PIECE_BYTES))
         data, piece = bytes(piece[:at_most]), piece[at_most:]
         return data
@@ -207,14 +236,14 @@ class _PastEnd(Exception):
 
 
 def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connection:
-    """What a shell command prints."""
-    complaints = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
+    """The output of a shell command."""
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
     process = subprocess.Popen(
         ["sh", "-c", command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=complaints,
-        start_new_session=True,  # so that all of a pipeline can be ended
+        stderr=stderr,
+        start_new_session=True,  # so that a whole pipeline can be ended
     )
     assert process.stdout is not None
     output = process.stdout.fileno()
@@ -223,17 +252,17 @@ def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connec
 
     def read(at_most: int) -> bytes:
         deadline = time.monotonic() + stall_seconds
-        while not selector.select(min(_LOOK_SECONDS, stall_seconds)):
+        while not selector.select(min(_POLL_SECONDS, stall_seconds)):
             if stopped.is_set():
-                raise ConnectionAbortedError("no longer wanted")
+                raise ConnectionAbortedError("stopped")
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"printed nothing for {stall_seconds:g} s")
         data = os.read(output, min(at_most, 1 << 20))
         if not data and (code := process.wait()):
-            complaints.seek(max(0, complaints.seek(0, os.SEEK_END) - 300))
-            said = complaints.read().decode(errors="replace").strip()
-            mistake = f"the command failed with exit code {code}: {said or 'it said nothing'}"
-            raise ValueError(mistake) if code in _COMMAND_NOT_FOUND else ConnectionError(mistake)
+            stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 300))
+            end = stderr.read().decode(errors="replace").strip()
+            problem = f"the command failed with exit code {code}: {end or 'no output on stderr'}"
+            raise ValueError(problem) if code in _COMMAND_NOT_FOUND else ConnectionError(problem)
         return data
 
     def close() -> None:
@@ -243,6 +272,6 @@ def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connec
         process.wait()
         selector.close()
         process.stdout.close()  # type: ignore[union-attr]
-        complaints.close()
+        stderr.close()
 
     return Connection(0, None, "", read, close)

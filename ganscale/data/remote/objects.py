@@ -1,8 +1,8 @@
-"""Objects that lie elsewhere (http, s3, gs, hf, ..., or what a command prints), read in order.
+"""Remote objects (http, s3, gs, hf, ..., or the output of a command), read from start to end.
 
 A location is a folder on disk, a URL that fsspec knows, or `pipe:COMMAND {}`, a shell command that
-prints the object whose quoted name takes the place of {}. Commands are run as they are written, so
-they may come from the user's config and command line only, never from a manifest.
+prints the object whose quoted name replaces the {}. Commands are run as they are written, so they
+may come from the user's config and command line only, never from a manifest.
 """
 
 import glob
@@ -17,23 +17,21 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import braceexpand
 
-from ganscale.data.remote import connections
-from ganscale.data.remote.connections import Connection
 from ganscale.data.backoff import Backoff
+from ganscale.data.remote import connections
+from ganscale.data.remote.connections import PIPE, WEB, Connection
 from ganscale.errors import UserError
 from ganscale.secrets import without_secrets
 
-PIPE = "pipe:"
 STALL_SECONDS = 30.0
-"""A connection that is silent so long counts as broken."""
+"""A connection that is silent for so long is given up."""
 
 _BUFFER_BYTES = 1 << 20
-_WEB = ("http://", "https://")
 _STORES = re.compile(r"(https?|s3a?|gc?s|hf|az|abfss?|adl|oci|oss)://(?!.*::)")
 
 
 class ObjectChanged(UserError):
-    """An object is not, or no longer, the one that was indexed or begun."""
+    """An object has changed since it was indexed, or while it was read."""
 
 
 def is_remote(location: str) -> bool:
@@ -44,7 +42,7 @@ def is_remote(location: str) -> bool:
 
 
 def is_object_store(location: str) -> bool:
-    """Whether the location is a URL that a file from elsewhere may point to: no command, nothing
+    """Whether the location is a URL that a downloaded file may point to: not a command, and nothing
     on this machine's disks."""
     return _STORES.match(location) is not None
 
@@ -56,53 +54,56 @@ def join(base: str, name: str) -> str:
     """
     if base.startswith(PIPE):
         if "{}" not in base:
-            raise UserError(f"{base!r} has no {{}} where a shard's name would stand")
+            raise UserError(f"{base!r} needs a {{}}, which the shard's name replaces")
         return base.replace("{}", shlex.quote(name))
-    if base.startswith(_WEB):
-        # A question mark or per cent sign in a name is not the URL's own; a token comes last.
+    if base.startswith(WEB):
+        # Question and per cent signs in a name are escaped; the URL's own query stays at the end.
         parts = urlsplit(base)
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{quote(name)}"))
     return f"{base.rstrip('/')}/{name}"
 
 
 def shown(address: str) -> str:
-    """The address as messages have it: without password and signature. Commands stay whole, for
-    only the shard's name tells them apart."""
+    """The address for messages, without password and signature. Commands stay whole: only the
+    shard's name tells them apart."""
     return address if address.startswith(PIPE) else without_secrets(address)
 
 
-def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
-    """The addresses that `pattern` stands for: {000..099} and {a,b} in order, * and ? sorted.
-
-    Raises UserError for a local file that is not there and wildcards that nothing matches, and
-    UnavailableError for a store that could not be listed for `retry_seconds`; whether a single
-    remote object is there shows when it is opened.
-    """
+def expand_braces(pattern: str) -> list[str]:
+    """The strings that `pattern` stands for: {000..099} and {a,b}, in order. Raises UserError for
+    braces that are not closed."""
     try:
-        patterns = list(braceexpand.braceexpand(pattern))
+        return list(braceexpand.braceexpand(pattern))
     except ValueError as error:
-        raise UserError(f"the braces of {pattern} do not pair: {error}") from error
-    return [address for each in patterns for address in _matches(each, pattern, retry_seconds)]
+        raise UserError(f"the braces of {pattern} do not match: {error}") from error
 
 
-def _matches(pattern: str, given: str, retry_seconds: float) -> list[str]:
-    if pattern.startswith(PIPE):
-        return [pattern]
+def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
+    """The addresses that `pattern` stands for: braces in order, wildcards sorted.
+
+    Raises UserError for a missing local file and for wildcards that match nothing, and
+    UnavailableError for a store that could not be listed for `retry_seconds`. Whether a single
+    remote object exists shows only when it is opened.
+    """
+    addresses: list[str] = []
+    for each in expand_braces(pattern):
+        matches = _matches(each, retry_seconds)
+        if not matches:
+            source = "" if each == pattern else f", from {pattern}"
+            raise UserError(f"no file matches {shown(each)}{source}")
+        addresses += matches
+    return addresses
+
+
+def _matches(pattern: str, retry_seconds: float) -> list[str]:
     if not is_remote(pattern):
-        found = sorted(glob.glob(pattern.removeprefix("file://")))  # noqa: PTH207
+        return sorted(glob.glob(pattern.removeprefix("file://")))  # noqa: PTH207
     # A question mark in a web address begins its query.
-    elif any(each in pattern for each in ("*" if pattern.startswith(_WEB) else "*?[")):
-        found = _listed(pattern, Backoff(retry_seconds))
-    else:
+    wildcards = "*" if pattern.startswith(WEB) else "*?["
+    if pattern.startswith(PIPE) or not any(mark in pattern for mark in wildcards):
         return [pattern]
-    if not found:
-        within = "" if pattern == given else f", which {given} stands for"
-        raise UserError(f"no file matches {shown(pattern)}{within}")
-    return found
-
-
-def _listed(pattern: str, patience: Backoff) -> list[str]:
     problem = f"{shown(pattern)} cannot be listed"
+    backoff = Backoff(retry_seconds)
     while True:
         try:
             return connections.matching(pattern, STALL_SECONDS)
@@ -111,7 +112,7 @@ def _listed(pattern: str, patience: Backoff) -> list[str]:
         except Exception as error:
             if reason := connections.permanent_reason(error):
                 raise UserError(f"{problem}: {reason}") from error
-            patience.wait(error, problem)
+            backoff.wait(error, problem)
 
 
 def read_bytes(url: str, retry_seconds: float) -> bytes:
@@ -130,8 +131,8 @@ def open_stream(
 ) -> Iterator[BinaryIO]:
     """A sequential reader of an object from its first to its last byte; `read(n)` is complete.
 
-    Opening and reading raise UserError for what trying again cannot mend (no such object, no
-    access, an object that changes meanwhile), and UnavailableError for what failed for longer than
+    Opening and reading raise UserError where trying again is useless (a missing object, no access,
+    an object that changes meanwhile), and UnavailableError for what failed for longer than
     `retry_seconds`. `stopped` as in `RemoteObject`.
     """
     source = RemoteObject(url, retry_seconds, stall_seconds=stall_seconds, stopped=stopped)
@@ -140,15 +141,15 @@ def open_stream(
 
 
 class RemoteObject(io.RawIOBase):
-    """A reader that takes up a broken connection where it was cut: by range where the server can,
-    else from the start, skipping what was read.
+    """A reader that continues where a connection was cut: by range where the server can, else from
+    the start, skipping what was read.
 
     start: the first byte to read
-    expected_size: of the whole object, in bytes: what tells a short body from a complete one where
-        the server does not say
+    expected_size: of the whole object, in bytes: shows a short body where the server does not state
+        the size
     stopped: set by another thread, it ends commands and waits; reading then raises any exception
-    Attributes: `size`, of the whole object as its server says, or None; `identity`, what changes
-    when the object does (an ETag), or "".
+    Attributes: `size`, of the whole object as its server states it, or None; `identity`, which
+    changes when the object does (an ETag), or "".
     """
 
     def __init__(
@@ -169,11 +170,11 @@ class RemoteObject(io.RawIOBase):
         self._expected_size = expected_size
         self._stall_seconds = stall_seconds
         self._stopped = stopped or threading.Event()
-        self._patience = Backoff(retry_seconds, self._stopped)
+        self._backoff = Backoff(retry_seconds, self._stopped)
         self._connection: Connection | None = None
         self._ended_at = -1
         self._has_begun = False
-        self._connected()
+        self._connect()
 
     def readable(self) -> bool:
         return True
@@ -181,18 +182,18 @@ class RemoteObject(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         while True:
-            connection = self._connected()
+            connection = self._connect()
             try:
                 data = connection.read(min(len(view), connections.PIECE_BYTES))
                 if not data:
                     self._check_end()
             except Exception as error:
-                self._failed(error)
+                self._handle_failure(error)
                 continue
             view[: len(data)] = data
             self.position += len(data)
             if data:
-                self._patience.succeeded()
+                self._backoff.reset()
             return len(data)
 
     def readall(self) -> bytes:
@@ -206,21 +207,21 @@ class RemoteObject(io.RawIOBase):
             self._disconnect()
         super().close()
 
-    def _connected(self) -> Connection:
-        """The connection, anew at the present position if there is none."""
+    def _connect(self) -> Connection:
+        """The connection; if there is none, a new one at the present position."""
         while self._connection is None:
             try:
                 self._connection = connections.connect(
                     self.url, self.position, self._stall_seconds, self._stopped
                 )
-                self._compare(self._connection)
+                self._check_unchanged(self._connection)
                 self._skip(self._connection, self.position - self._connection.start)
             except Exception as error:
-                self._failed(error)
+                self._handle_failure(error)
         return self._connection
 
-    def _compare(self, connection: Connection) -> None:
-        """Raises ObjectChanged when this is not the object that was begun."""
+    def _check_unchanged(self, connection: Connection) -> None:
+        """Raises ObjectChanged when another object is there now."""
         if self._has_begun:
             before, now = (self.size, self.identity), (connection.size, connection.identity)
             if any(b and n and b != n for b, n in zip(before, now, strict=True)):
@@ -233,7 +234,7 @@ class RemoteObject(io.RawIOBase):
         while count:
             data = connection.read(min(count, connections.PIECE_BYTES))
             if not data:
-                raise ConnectionError(f"ended {count:,} bytes before where it was cut")
+                raise ConnectionError(f"ended {count:,} bytes before the earlier cut")
             count -= len(data)
 
     def _check_end(self) -> None:
@@ -241,15 +242,15 @@ class RemoteObject(io.RawIOBase):
         size = self.size if self.size is not None else self._expected_size
         if size is None or self.position >= size:
             return
-        if self._ended_at == self.position:  # twice at the same byte is no accident
+        if self._ended_at == self.position:  # twice at the same byte is not by chance
             raise ObjectChanged(
                 f"{shown(self.url)} has {self.position:,} bytes, not the expected {size:,}"
             )
         self._ended_at = self.position
         raise ConnectionError(f"ended after {self.position:,} of {size:,} bytes")
 
-    def _failed(self, error: Exception) -> None:
-        """Waits until the next try is due, or raises what the run is to end with."""
+    def _handle_failure(self, error: Exception) -> None:
+        """Waits until the next try is due, or raises the error that ends the run."""
         self._disconnect()
         if isinstance(error, UserError):
             raise error
@@ -257,10 +258,9 @@ class RemoteObject(io.RawIOBase):
             raise ObjectChanged(
                 f"{shown(self.url)} is shorter than it was: it has no byte {self.position:,}"
             ) from error
-        reason = connections.permanent_reason(error)
-        if reason:
+        if reason := connections.permanent_reason(error):
             raise UserError(f"{shown(self.url)}: {reason}") from error
-        self._patience.wait(error, f"{shown(self.url)} cannot be read")
+        self._backoff.wait(error, f"{shown(self.url)} cannot be read")
         if self._stopped.is_set():
             raise error
 

@@ -1,9 +1,9 @@
 """Copies of remote shards on a disk of this machine, shared by its ranks and by other runs.
 
-A copy is `<SHA-256 of its contents>.tar`: nothing else may stand under that name, and data sets
-that share shards share copies. While it is fetched it is `<name>.<bytes>.partial`, locked by who
-fetches it, and only a verified one is renamed. So a process that is killed leaves a partial that
-nobody holds a lock on: the next one takes it up or removes it.
+A copy is named `<SHA-256 of its contents>.tar`, so data sets that share shards share copies. While
+it is fetched it is `<name>.<bytes>.partial`, locked by the process that fetches it, and renamed
+once it is verified. A process that is killed leaves a partial without a lock, which the next one
+completes or removes.
 """
 
 import errno
@@ -18,26 +18,31 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
-from ganscale.data.remote import objects
-from ganscale.data.remote.cache_files import CachedShard, StallTimer, cache_files_in, evict, is_at, locked_or_none
 from ganscale.data.manifest import Shard
+from ganscale.data.remote import objects
+from ganscale.data.remote.cache_files import (
+    OpenShard,
+    StallTimer,
+    evict,
+    is_at,
+    list_cache,
+    open_locked,
+)
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
 from ganscale.files import FileLock, lock_descriptor
 
 _PREFETCHING_THREADS = 4
 _PIECE_BYTES = 1 << 20
-_TOUCH_SECONDS = 1.0  # a copy's age is as exact as this
+_TOUCH_SECONDS = 1.0  # how exact the age of a copy is
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ShardCache:
-    """Fetches shards whole, ahead of need if asked to; any number of threads and processes.
+    """Fetches shards whole, also ahead of need, for any number of threads and processes.
 
     folder: the copies are in its sub-folder `shards`
-    capacity_bytes: of all copies, those being fetched included; the least recently used go first
+    capacity_bytes: of all copies, also those being fetched; the least recently used are evicted
     retry_seconds: how long a fetch may fail before UnavailableError
     """
 
@@ -55,7 +60,7 @@ class ShardCache:
         self.stall_seconds = stall_seconds
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._folder_locked():
+            with self._folder_lock():
                 pass
         except OSError as error:
             raise UserError(
@@ -64,94 +69,90 @@ class ShardCache:
             ) from error
         self._lock = threading.Lock()
         self._fetching: dict[str, Future[None]] = {}
-        self._wanted: set[str] = set()
-        self._crew: DaemonThreadPool | None = None
+        self._queued: set[str] = set()  # to be fetched ahead
+        self._threads: DaemonThreadPool | None = None
         self._is_closed = False
 
-    def __reduce__(self):
-        return _made_again, (
-            self.folder.parent, self.capacity_bytes, self.retry_seconds, self.stall_seconds
-        )  # fmt: skip
+    def open(self, url: str, shard: Shard) -> OpenShard:
+        """The copy of a shard, fetched from `url` first if need be.
 
-    def open(self, url: str, shard: Shard) -> CachedShard:
-        """The copy of a shard, fetched from `url` first if it is not there.
-
-        Raises UserError for a shard that is missing, or not the one that was indexed, and for a
-        cache that has no room for it; UnavailableError when the network fails for too long.
+        Raises UserError for a shard that is missing or has changed since it was indexed, and for a
+        cache without space for it; UnavailableError when the network fails for too long.
         """
         name = _name(url, shard)
-        while (staged := self._opened(name, shard)) is None:
+        while (copy := self._open_copy(name, shard)) is None:
             with self._lock:
-                self._wanted.discard(name)  # it is being seen to
-            self._stage(url, shard, name)
-        return staged
+                self._queued.discard(name)
+            self._fetch_or_wait(url, shard, name)
+        return copy
 
     def prefetch(self, shards: Iterable[tuple[str, Shard]]) -> None:
-        """Has (url, shard) fetched in this order by a few threads. What goes wrong is left to
-        `open`, which then tries itself."""
+        """Starts to fetch (url, shard) in this order, in a few threads. Errors are left to `open`,
+        which tries again."""
         for url, shard in shards:
             name = _name(url, shard)
-            if (self.folder / f"{name}.tar").exists():
+            if self._copy(name).exists():
                 continue
             with self._lock:
-                if self._is_closed or name in self._wanted or name in self._fetching:
+                if self._is_closed or name in self._queued or name in self._fetching:
                     continue
-                self._wanted.add(name)
-                self._crew = self._crew or DaemonThreadPool(_PREFETCHING_THREADS, "stage")
-                self._crew.submit(lambda job=(url, shard, name): self._prefetch(*job))
+                self._queued.add(name)
+                self._threads = self._threads or DaemonThreadPool(_PREFETCHING_THREADS, "prefetch")
+                self._threads.submit(lambda job=(url, shard, name): self._prefetch(*job))
 
     def close(self, seconds: float = 5.0) -> None:
-        """Ends prefetching, within that time; copies stay, and so does what was fetched in part."""
+        """Ends prefetching within that time; copies stay, also partial ones."""
         with self._lock:
             self._is_closed = True
-            self._wanted.clear()
-            crew, self._crew = self._crew, None
-        if crew is not None:
-            crew.close(seconds)
+            self._queued.clear()
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.close(seconds)
+
+    def _copy(self, name: str) -> Path:
+        return self.folder / f"{name}.tar"
 
     def _prefetch(self, url: str, shard: Shard, name: str) -> None:
         with self._lock:
-            if name not in self._wanted:
+            if name not in self._queued:
                 return
         with suppress(UserError, UnavailableError, OSError, _Closed):
-            if not (self.folder / f"{name}.tar").exists():
-                self._stage(url, shard, name)
+            if not self._copy(name).exists():
+                self._fetch_or_wait(url, shard, name)
         with self._lock:
-            self._wanted.discard(name)
+            self._queued.discard(name)
 
-    def _opened(self, name: str, shard: Shard) -> CachedShard | None:
+    def _open_copy(self, name: str, shard: Shard) -> OpenShard | None:
         """The copy, locked against eviction, or None; one of a wrong size is removed."""
-        path = self.folder / f"{name}.tar"
+        path = self._copy(name)
         try:
-            staged = CachedShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            copy = OpenShard(path)
         except FileNotFoundError:
             return None
-        lock_descriptor(staged.descriptor, shared=True, wait=True)
-        found = os.fstat(staged.descriptor)
-        if found.st_nlink == 0:  # evicted in between
+        lock_descriptor(copy.descriptor, shared=True, wait=True)
+        status = os.fstat(copy.descriptor)
+        if status.st_nlink == 0:  # evicted meanwhile
             return None
-        if found.st_size != shard.bytes:
-            with self._folder_locked():
-                if is_at(staged.descriptor, path):
+        if status.st_size != shard.bytes:
+            with self._folder_lock():
+                if is_at(copy.descriptor, path):
                     path.unlink()
             return None
-        if time.time() - found.st_mtime > _TOUCH_SECONDS:
+        if time.time() - status.st_mtime > _TOUCH_SECONDS:
             with suppress(PermissionError):  # another user's copy
-                os.utime(staged.descriptor)
-        return staged
+                os.utime(copy.descriptor)
+        return copy
 
-    def _stage(self, url: str, shard: Shard, name: str) -> None:
+    def _fetch_or_wait(self, url: str, shard: Shard, name: str) -> None:
         """Fetches the copy, or waits for the thread or process that does."""
         with self._lock:
-            fetch = self._fetching.get(name)
-            is_ours = fetch is None
-            if fetch is None:
-                fetch = self._fetching[name] = Future()
-        if not is_ours:
-            fetch.result()
+            other = self._fetching.get(name)
+            fetch = self._fetching.setdefault(name, Future())
+        if other is not None:
+            other.result()
             return
         try:
-            self._fetch_once(url, shard, name)
+            self._fetch(url, shard, name)
         except BaseException as error:
             fetch.set_exception(error)
             raise
@@ -161,17 +162,17 @@ class ShardCache:
             with self._lock:
                 del self._fetching[name]
 
-    def _fetch_once(self, url: str, shard: Shard, name: str) -> None:
-        partial = self.folder / f"{name}.{shard.bytes}.partial"
-        waiting = StallTimer(self._patience_seconds)
-        copy = self.folder / f"{name}.tar"
+    def _fetch(self, url: str, shard: Shard, name: str) -> None:
+        """Fetches the copy, unless another process does, which is waited for then."""
+        copy, partial = self._copy(name), self.folder / f"{name}.{shard.bytes}.partial"
+        timer = StallTimer(self._stall_timeout)
         while not copy.exists():
-            descriptor = self._claimed(copy, partial, shard)
+            descriptor = self._open_partial(copy, partial, shard)
             if descriptor is None:
-                waiting.wait(self.folder, objects.shown(url))
+                timer.wait(self.folder, objects.shown(url))
                 continue
             try:
-                self._fetch(url, shard, partial, descriptor)
+                self._fill(url, shard, partial, descriptor)
                 os.fsync(descriptor)
                 partial.replace(copy)
             except OSError as error:
@@ -181,80 +182,79 @@ class ShardCache:
             finally:
                 os.close(descriptor)
 
-    def _claimed(self, copy: Path, partial: Path, shard: Shard) -> int | None:
-        """The partial, locked, with room made for all of it; None while another has it, or while
-        others fetch what there would be no room beside."""
-        with self._folder_locked():
-            descriptor = locked_or_none(partial)
+    def _open_partial(self, copy: Path, partial: Path, shard: Shard) -> int | None:
+        """The partial, locked, with space for all of it; None while another process has it, or
+        while there is not enough space beside what others fetch."""
+        with self._folder_lock():
+            descriptor = open_locked(partial)
             if descriptor is not None:
-                return descriptor  # left behind: its room was counted all along
-            # One that was just renamed is a copy now: that comes before it is no partial.
-            if partial.exists() or copy.exists() or not self._make_room(shard):
+                return descriptor  # left behind: its space has been reserved all along
+            # In this order: a partial may just have been renamed.
+            if partial.exists() or copy.exists() or not self._make_space(shard):
                 return None
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             lock_descriptor(descriptor, wait=True)
             return descriptor
 
-    def _make_room(self, shard: Shard) -> bool:
-        """Evicts until the shard fits, with the folder locked; False if it is to be tried again
-        when others are done. Raises UserError when it can never fit."""
+    def _make_space(self, shard: Shard) -> bool:
+        """Evicts until the shard fits, with the folder locked; False if others have to finish
+        first. Raises UserError when it can never fit."""
         if shard.bytes > self.capacity_bytes:
-            raise self._no_room(shard, f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less")
-        copies = sorted(cache_files_in(self.folder), key=lambda copy: (copy.is_whole, copy.used_at))
-        used = sum(copy.reserved for copy in copies)
-        missing = sum(copy.reserved - copy.bytes for copy in copies)
-        free = shutil.disk_usage(self.folder).free - missing
-        is_used = False
-        for copy in copies:
-            if used + shard.bytes <= self.capacity_bytes and free >= shard.bytes:
+            problem = f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less"
+            raise self._no_space(shard, problem)
+        files = sorted(list_cache(self.folder), key=lambda file: (file.is_whole, file.used_at))
+        used = sum(file.reserved for file in files)
+        free = shutil.disk_usage(self.folder).free
+        free -= sum(file.reserved - file.bytes for file in files)  # still to be fetched
+        missing = shard.bytes - min(self.capacity_bytes - used, free)
+        is_in_use = False
+        for file in files:
+            if missing <= 0:
                 break
-            if evict(copy.path):
-                used -= copy.reserved
-                free += copy.bytes if copy.is_whole else copy.reserved
+            if evict(file.path):
+                missing -= file.reserved
             else:
-                is_used = True
-        if used + shard.bytes <= self.capacity_bytes and free >= shard.bytes:
-            return True
-        if not is_used:
-            raise self._no_room(shard, f"the disk has {max(0, free):,} left, without any copy")
-        return False
+                is_in_use = True
+        if missing > 0 and not is_in_use:
+            problem = f"the disk has {max(0, shard.bytes - missing):,} bytes left, without any copy"
+            raise self._no_space(shard, problem)
+        return missing <= 0
 
-    def _no_room(self, shard: Shard, problem: str) -> UserError:
+    def _no_space(self, shard: Shard, problem: str) -> UserError:
         need = math.ceil(shard.bytes / 2**30 * 1000) / 1000
         return UserError(
-            f"no room in data.cache={self.folder.parent} for the shard {shard.name} of "
+            f"no space in data.cache={self.folder.parent} for the shard {shard.name} of "
             f"{shard.bytes:,} bytes: {problem}; it needs data.cache_gib={need:g} or more, on a "
             "disk with as much space"
         )
 
-    def _fetch(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
-        """Fills the partial; twice if the first time something else than the shard came."""
+    def _fill(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
+        """Completes the partial; tries once more from the start if it is not the shard. Raises
+        ObjectChanged."""
         try:
-            self._fill(url, shard, partial, descriptor)
+            self._download(url, shard, partial, descriptor)
         except objects.ObjectChanged:
             os.ftruncate(descriptor, 0)
             try:
-                self._fill(url, shard, partial, descriptor)
+                self._download(url, shard, partial, descriptor)
             except objects.ObjectChanged:
                 partial.unlink(missing_ok=True)
                 raise
 
-    def _fill(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
-        """Raises ObjectChanged unless it was the shard that came."""
+    def _download(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
+        """Completes the partial. Raises ObjectChanged unless it then is the shard."""
         digest = hashlib.sha256()
-        if not shard.sha256:  # what a partial was begun from could not be told
+        if not shard.sha256:  # what an earlier process has fetched could not be verified
             os.ftruncate(descriptor, 0)
-        start = os.lseek(descriptor, 0, os.SEEK_SET)
+        position = os.lseek(descriptor, 0, os.SEEK_SET)
         while data := os.read(descriptor, _PIECE_BYTES):
             digest.update(data)
-            start += len(data)
-        if start > shard.bytes:
-            raise _changed(url, f"more than {shard.bytes:,} bytes")
-        if start < shard.bytes:
+            position += len(data)
+        if position < shard.bytes:
             with objects.RemoteObject(
                 url,
                 self.retry_seconds,
-                start=start,
+                start=position,
                 expected_size=shard.bytes,
                 stall_seconds=self.stall_seconds,
             ) as source:
@@ -263,11 +263,13 @@ class ShardCache:
                 while data := source.read(_PIECE_BYTES):
                     if self._is_closed:
                         raise _Closed
-                    start += len(data)
-                    if start > shard.bytes:
-                        raise _changed(url, f"more than {shard.bytes:,} bytes")
+                    position += len(data)
+                    if position > shard.bytes:
+                        break
                     digest.update(data)
                     self._write(descriptor, data, shard, partial)
+        if position > shard.bytes:
+            raise _changed(url, f"more than {shard.bytes:,} bytes")
         if shard.sha256 and digest.hexdigest() != shard.sha256:
             raise _changed(url, "another SHA-256")
 
@@ -279,58 +281,32 @@ class ShardCache:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
-                with self._folder_locked():  # others fill the same disk
-                    copies = sorted(cache_files_in(self.folder), key=lambda copy: copy.used_at)
-                    if not any(evict(copy.path) for copy in copies if copy.path != partial):
-                        raise self._no_room(shard, "the disk is full") from error
+                with self._folder_lock():  # others fill the same disk
+                    files = sorted(list_cache(self.folder), key=lambda file: file.used_at)
+                    if not any(evict(file.path) for file in files if file.path != partial):
+                        raise self._no_space(shard, "the disk is full") from error
 
     @property
-    def _patience_seconds(self) -> float:
-        """How long others may do nothing with what they hold."""
+    def _stall_timeout(self) -> float:
+        """For how many seconds other processes may make no progress."""
         return self.retry_seconds + 2 * self.stall_seconds
 
     @contextmanager
-    def _folder_locked(self) -> Iterator[None]:
-        """Held for moments only: whoever holds it waits for no other lock. Raises UnavailableError
-        when it is held for longer: by a process that was stopped, say."""
-        seconds = self._patience_seconds
+    def _folder_lock(self) -> Iterator[None]:
+        """Held for moments only, and never while waiting for another lock. Raises UnavailableError
+        when another process keeps it, because it was stopped, say."""
+        seconds = self._stall_timeout
         with FileLock(self.folder / "lock") as lock:
             if not lock.acquire(seconds):
                 raise UnavailableError(
-                    f"data.cache={self.folder.parent} cannot be used: another process holds "
-                    f"it for {seconds:.0f} s"
+                    f"data.cache={self.folder.parent} cannot be used: another process has kept it "
+                    f"locked for {seconds:.0f} s"
                 )
             yield
 
 
-def working_set(
-    shard_bytes: np.ndarray,
-    shard_samples: np.ndarray,
-    *,
-    node_lanes: int,
-    lanes: int,
-    block_samples: int,
-    window_blocks: int,
-) -> int:
-    """The bytes of shards that the ranks of a node read from at one time, or have fetched ahead.
-
-    Those of two windows of each of its `node_lanes` of all `lanes`, in shards of mean size. Windows
-    begin and end inside blocks, so they touch one block more than they are long; a block that is
-    made of what is left at the ends of shards touches several shards.
-    """
-    shards, samples = len(shard_samples), int(shard_samples.sum())
-    blocks = -(-samples // block_samples)
-    rest = shard_samples % block_samples
-    ends = np.cumsum(rest)
-    in_mixed = (ends - 1) // block_samples - (ends - rest) // block_samples + 1
-    pieces = int((shard_samples // block_samples + np.where(rest > 0, in_mixed, 0)).sum())
-    lane_blocks = 2 * (min(window_blocks, blocks / lanes) + 1)  # of two epochs, they lie apart
-    per_lane = min(shards, math.ceil(lane_blocks * pieces / blocks))
-    return round(min(shards, node_lanes * per_lane) * float(shard_bytes.mean()))
-
-
 class _Closed(Exception):
-    """The cache was closed while something was fetched ahead."""
+    """The cache was closed while a shard was being fetched ahead."""
 
 
 def _name(url: str, shard: Shard) -> str:
@@ -340,11 +316,5 @@ def _name(url: str, shard: Shard) -> str:
 def _changed(url: str, found: str) -> objects.ObjectChanged:
     return objects.ObjectChanged(
         f"{objects.shown(url)} changed since it was indexed: it has {found}; if that is intended, "
-        "index the shards anew: ganscale shards index"
+        "index the shards again: ganscale shards index"
     )
-
-
-def _made_again(
-    folder: Path, capacity_bytes: int, retry_seconds: float, stall_seconds: float
-) -> ShardCache:
-    return ShardCache(folder, capacity_bytes, retry_seconds, stall_seconds=stall_seconds)

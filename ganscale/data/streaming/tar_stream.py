@@ -1,29 +1,28 @@
-"""The samples of tars that are read from their beginning, on disk or elsewhere."""
+"""The samples of local or remote tars, read from their beginning."""
 
 import glob
 import re
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import braceexpand
 from webdataset import utils
 from webdataset.tariterators import group_by_keys
 
-from ganscale.data.remote import objects
 from ganscale.data.bad_samples import BadSample
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from ganscale.data.remote import objects
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UnavailableError, UserError
 from ganscale.randomness import derived_seed
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
 _LARGEST_NAME_BYTES = 1 << 20  # of a header that holds a long name; tarfile would read any
-_READS_AT_END = 16  # are many: who asks more often follows a size that the tar does not have
+_READS_AT_END = 16  # more of them come from a size that is larger than the tar
 _LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
@@ -38,20 +37,21 @@ def is_streamed(path: str) -> bool:
 
 
 def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
-    """The shards that `path` names, in parts with :: between them: braces and wildcards, on disk
-    and in a store that can be listed.
+    """The shards that `path` names: patterns joined by ::, with braces, and with wildcards on disk
+    and in stores that can be listed.
 
-    Raises UserError for wildcards that nothing matches, for braces that do not pair, and for
-    commands that WDS_SECURE forbids; UnavailableError as `remote.expand`.
+    Raises UserError for wildcards that match nothing, for braces that are not closed, and for
+    commands that WDS_SECURE forbids; UnavailableError as `objects.expand`.
     """
     urls: list[str] = []
-    for part in path.split("::"):
-        if not objects.is_remote(part):
-            part = str(Path(part.removeprefix("file://").removeprefix("file:")).expanduser())
-            if not glob.has_magic(part):  # nor are they looked for: there are many, on each rank
-                urls.extend(_braces(part))
+    for pattern in path.split("::"):
+        if not objects.is_remote(pattern):
+            local = pattern.removeprefix("file://").removeprefix("file:")
+            pattern = str(Path(local).expanduser())
+            if not glob.has_magic(pattern):  # not looked up: there are many, and on every rank
+                urls.extend(objects.expand_braces(pattern))
                 continue
-        urls.extend(objects.expand(part, retry_seconds))
+        urls.extend(objects.expand(pattern, retry_seconds))
     if utils.enforce_security and any(  # pyright: ignore[reportAttributeAccessIssue]
         url.startswith(objects.PIPE) for url in urls
     ):
@@ -59,31 +59,31 @@ def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
     return urls
 
 
-def check_urls(urls: list[str]) -> None:
-    """Raises UserError for the first local shard that is not there."""
+def check_urls(urls: Sequence[str]) -> None:
+    """Raises UserError for the first local shard that is missing."""
     for url in urls:
         if not objects.is_remote(url) and not Path(url).is_file():
-            raise UserError(f"there is no shard {url}, which data.path names")
+            raise UserError(f"the shard {url} of data.path is missing")
 
 
-def stream_identity(urls: list[str]) -> str:
-    """What a stream has in place of a data set's fingerprint: it tells sets of names apart."""
+def stream_identity(urls: Sequence[str]) -> str:
+    """In place of a data set's fingerprint: a hash of the shards' names."""
     return f"streamed {derived_seed(0, chr(10).join(map(shard_name, urls))):016x}"
 
 
 class StreamedTars:
-    """Reads one tar after the other, for one thread; any other may `stop` it.
+    """Reads one tar after the other, in one thread; any other thread may `stop` it.
 
     retry_seconds: how long a store or command may fail
-    Attributes: `url`, the tar being read; `heard_at`, when bytes last came, in monotonic seconds;
-    `broken`, the tars that were found damaged, emptied by the caller; `damage`, what is wrong with
-    the last tar, if anything.
+    report: called with each tar that is damaged
+    Attributes: `url`, the tar being read; `last_read_at`, when bytes last came, in monotonic
+    seconds; `damage`, what is wrong with the last tar, if anything.
     """
 
-    def __init__(self, retry_seconds: float) -> None:
+    def __init__(self, retry_seconds: float, report: Callable[[BadSample], object]) -> None:
         self.url, self.damage = "", ""
-        self.heard_at = time.monotonic()
-        self.bad_samples: list[BadSample] = []
+        self.last_read_at = time.monotonic()
+        self._report = report
         self._retry_seconds = retry_seconds
         self._stopped = threading.Event()
 
@@ -92,39 +92,40 @@ class StreamedTars:
         self._stopped.set()
 
     def samples(self, url: str) -> Iterator[dict[str, Any]]:
-        """WebDataset's samples of the tar at `url`: dicts of bytes by extension, and __key__. In
-        place of a member of more than LARGEST_IMAGE_BYTES stands its size, an int.
+        """WebDataset's samples of the tar at `url`: dicts of bytes by extension, and __key__. A
+        member of more than LARGEST_IMAGE_BYTES is replaced by its size, an int.
 
-        A tar that cannot be opened or is damaged ends early, and is noted in `broken`. Raises
+        A tar that cannot be opened or is damaged ends early and is reported. Raises
         UnavailableError for a store or command that failed for too long.
         """
         self.url, self.damage = url, ""
-        mistake: Exception | None = None
+        problem: Exception | None = None
 
         def note(error: Exception) -> bool:
-            """One a tar: what a disk or server says, else what was found first."""
-            nonlocal mistake
+            """Keeps one error of a tar: that of a disk or server, else the first."""
+            nonlocal problem
             self._check_stopped()
             if isinstance(error, UnavailableError):
                 raise error
-            if mistake is None or isinstance(error, (OSError, UserError)):
-                mistake = error
+            if problem is None or isinstance(error, (OSError, UserError)):
+                problem = error
             return True
 
         try:
             with self._opened(url) as stream:
-                tar = _Tail(stream, self._heard)
+                tar = _TarBytes(stream, self._on_read)
                 yield from group_by_keys(_members(tar, url, note), handler=note)
                 while rest := tar.read(1 << 20):  # only at the end is a command's status known
                     if rest.strip(b"\0") and not tar.is_compressed:
-                        note(ValueError("a header is, or there is more behind the archive's end"))
-                if not tar.has_ended_well:
-                    note(tarfile.ReadError("unexpected end of data"))
+                        note(ValueError("a header is, or data follows the archive's end"))
+                if not tar.is_complete:
+                    note(_CutError("unexpected end of data"))
         except (OSError, ValueError, tarfile.TarError, UserError, UnavailableError) as error:
             note(error)
-        if mistake is not None:
-            self.bad_samples.append(_damage(url, mistake))
-            self.damage = self.bad_samples[-1].detail
+        if problem is not None:
+            damaged_tar = _damaged_tar(url, problem)
+            self.damage = damaged_tar.detail
+            self._report(damaged_tar)
 
     def _opened(self, url: str) -> AbstractContextManager[Any]:
         self._check_stopped()
@@ -133,44 +134,53 @@ class StreamedTars:
         seconds, stall = self._retry_seconds, objects.STALL_SECONDS
         return objects.open_stream(url, seconds, stall_seconds=stall, stopped=self._stopped)
 
-    def _heard(self, data: bytes) -> None:
+    def _on_read(self, data: bytes) -> None:
         if data:
-            self.heard_at = time.monotonic()
+            self.last_read_at = time.monotonic()
         self._check_stopped()
 
     def _check_stopped(self) -> None:
         if self._stopped.is_set():
-            raise _Closed
+            raise _Stopped
 
 
-class _Closed(BaseException):
-    """Ends a thread whose samples nobody waits for; no handler takes it for a bad sample."""
+class _Stopped(BaseException):
+    """Ends the thread; not an Exception, so that no handler takes it for a bad sample."""
 
 
-class _Tail:
-    """A stream that knows whether it ended as a tar does: two blocks of zeros."""
+class _CutError(tarfile.ReadError):
+    """A tar ends too early."""
 
-    def __init__(self, stream: Any, heard: Callable[[bytes], None]) -> None:
+
+class _TarBytes:
+    """A stream that knows whether it is at its end, and whether that is the end of a tar: two
+    blocks of zeros."""
+
+    def __init__(self, stream: Any, on_read: Callable[[bytes], None]) -> None:
         self._stream = stream
-        self._heard = heard
+        self._on_read = on_read
         self._last = b""
         self._reads_at_end = 0
         self.is_compressed = False
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
-        self._heard(data)
+        self._on_read(data)
         if not data:
             self._reads_at_end += 1
-            if self._reads_at_end > _READS_AT_END:  # tarfile would, for a petabyte's every 10 KiB
-                raise tarfile.ReadError("unexpected end of data")
+            if self._reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
+                raise _CutError("unexpected end of data")
         if not self._last:
             self.is_compressed = data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
         self._last = (self._last + data[-_END_BYTES:])[-_END_BYTES:]
         return data
 
     @property
-    def has_ended_well(self) -> bool:
+    def is_at_end(self) -> bool:
+        return self._reads_at_end > 0
+
+    @property
+    def is_complete(self) -> bool:
         return self.is_compressed or self._last == bytes(_END_BYTES)
 
 
@@ -183,52 +193,46 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(tar: _Tail, url: str, note: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
-    """Images and labels, as webdataset's `tar_file_expander` gives them; that one asks for names
-    only, and reads into memory whatever size a header states."""
+def _members(
+    tar: _TarBytes, url: str, note: Callable[[Exception], bool]
+) -> Iterator[dict[str, Any]]:
+    """Images and labels, as from webdataset's `tar_file_expander`, which selects by name only and
+    reads into memory whatever size a header claims."""
+    has_header = False
     try:
         with tarfile.open(fileobj=tar, mode="r|*", tarinfo=_Header) as archive:  # type: ignore[call-overload]
+            has_header = True
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it keeps them all
-                if not member.isreg() or not _is_wanted(member.name):
+                if not member.isreg() or not _is_image_or_label(member.name):
                     continue
                 data: bytes | int = member.size
                 if member.size <= LARGEST_IMAGE_BYTES:
                     data = archive.extractfile(member).read()  # type: ignore[union-attr]
                 yield {"fname": member.name, "data": data, "__url__": url}
     except Exception as error:
-        note(error)
+        # tarfile has one error for a cut archive and for a file that is not an archive.
+        is_cut = isinstance(error, (tarfile.TarError, EOFError)) and has_header and tar.is_at_end
+        note(_CutError(*error.args) if is_cut else error)
 
 
-def _braces(path: str) -> list[str]:
-    try:
-        return list(braceexpand.braceexpand(path))
-    except ValueError as error:
-        raise UserError(f"the braces of {path} do not pair: {error}") from error
-
-
-def _damage(url: str, error: Exception) -> BadSample:
-    """What was wrong with a tar, in a few words and a sentence."""
+def _damaged_tar(url: str, error: Exception) -> BadSample:
     detail = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, OSError):
         detail = error.strerror or detail
-    if isinstance(error, (tarfile.TarError, EOFError)):
-        reason = "cut" if "unexpected end" in detail or "EOF" in detail else "no tar"
+    if isinstance(error, _CutError):
+        reason, sentence = "cut", "is cut"
+    elif isinstance(error, (tarfile.TarError, EOFError)):
+        reason, sentence = "no tar", "is not a tar"
+    elif isinstance(error, (OSError, UserError)):
+        reason, sentence = "cannot be read", "cannot be read"
     else:
-        reason = "cannot be read" if isinstance(error, (OSError, UserError)) else "damaged"
+        reason, sentence = "damaged", "is damaged"
     detail = detail.removeprefix(f"{objects.shown(url)}: ")
-    return BadSample(shard_name(url), reason, "", f"{_SENTENCES[reason]}: {detail[:200]}")
+    return BadSample(shard_name(url), reason, "", f"{sentence}: {detail[:200]}")
 
 
-_SENTENCES = {
-    "cut": "is cut",
-    "no tar": "is no tar",
-    "damaged": "is damaged",
-    "cannot be read": "cannot be read",
-}
-
-
-def _is_wanted(name: str) -> bool:
+def _is_image_or_label(name: str) -> bool:
     """Nothing else is read into memory; names in __x__ are WebDataset's own."""
     extension = name.rpartition("/")[2].partition(".")[2].lower()
     is_data = extension in IMAGE_EXTENSIONS or extension in LABEL_EXTENSIONS
@@ -236,5 +240,5 @@ def _is_wanted(name: str) -> bool:
 
 
 def shard_name(url: str) -> str:
-    """A shard's name for logs: without its folder, and without what may be a password."""
+    """A shard's name for logs: without its folder, and without a query that may be a password."""
     return url if url.startswith(objects.PIPE) else url.partition("?")[0].rpartition("/")[2]

@@ -1,0 +1,137 @@
+"""What the ranks exchange in a cycle: collectives and their bytes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.objectives.objective import Objective
+from ganscale.plan.networks import trainable
+from ganscale.plan.sections import Communication
+from ganscale.runtime import weights_dtype
+from ganscale.schema import Config
+from ganscale.training.cycle import makes_fakes_together
+from ganscale.training.network_setup import sample_shape
+
+# DistributedDataParallel's defaults: it reduces a bucket of gradients as soon as it is full.
+_FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
+_VOTE_BYTES = 8  # one int64 per cycle, between the hosts
+# Means, maxima, bad samples, images for `collapse/`, edges and counts of histograms.
+_LOG_ROW_COLLECTIVES = 6
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The collectives of a section of a cycle.
+
+    reduced_bytes: all-reduced over the ranks
+    gathered_bytes: that each rank contributes to all-gathers
+    """
+
+    reduced_bytes: int
+    gathered_bytes: int
+    collectives: int
+
+
+def communication(
+    config: Config,
+    objective: Objective,
+    generator: nn.Module,
+    critic: nn.Module,
+    ranks: int,
+    audited_tensors: int,
+) -> Communication:
+    if ranks == 1:
+        return Communication()
+    fakes, critic_step, generator_step = cycle_exchanges(
+        config, objective, generator, critic, ranks
+    )
+    n_critic = config.objective.n_critic
+    images = n_critic * config.training.global_batch_size
+    exchanges = [fakes, generator_step, *[critic_step] * n_critic]
+    reduced = sum(exchange.reduced_bytes for exchange in exchanges) + _VOTE_BYTES
+    gathered = sum(exchange.gathered_bytes for exchange in exchanges)
+    collectives = sum(exchange.collectives for exchange in exchanges) + 1
+    traffic = round(2 * (ranks - 1) / ranks * reduced) + (ranks - 1) * gathered
+    return Communication(
+        fakes_bytes=fakes.reduced_bytes,
+        fakes_collectives=fakes.collectives,
+        critic_step_bytes=critic_step.reduced_bytes,
+        critic_step_collectives=critic_step.collectives,
+        generator_step_bytes=generator_step.reduced_bytes,
+        generator_step_collectives=generator_step.collectives,
+        cycle_bytes=reduced,
+        cycle_collectives=collectives,
+        collectives_per_image=collectives / images,
+        rank_traffic_bytes_per_cycle=traffic,
+        rank_traffic_bytes_per_image=traffic / images,
+        log_row_collectives=_LOG_ROW_COLLECTIVES,
+        audit_bytes=2 * 8 * audited_tensors,
+    )
+
+
+def cycle_exchanges(
+    config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, ranks: int
+) -> tuple[Exchange, Exchange, Exchange]:
+    """(fakes of all critic steps of a cycle, one critic step without them, generator step)."""
+    micro_batches, n_critic = config.training.accumulate, config.objective.n_critic
+    reuses_fakes = config.training.reuse_fakes
+    norms = [m for m in generator.modules() if isinstance(m, GlobalBatchNorm)]
+    # Mean and square per channel in float64 in each forward, and their gradients in a backward.
+    norm_bytes = sum(2 * 8 * norm.running_mean.numel() for norm in norms)
+    has_dragan = "dragan" in objective.penalties  # two float64 for the deviation of the batch
+    is_global = objective.loss.needs_global_batch  # gathers the logits
+    logit_bytes = 0
+    if is_global:
+        images = config.training.global_batch_size // ranks
+        logit_bytes = images * _logit_bytes(config, critic)
+    forwards = (1 if reuses_fakes else 2) * micro_batches
+    if is_global and micro_batches > 1:
+        forwards += micro_batches
+    fakes_forwards = n_critic
+    if makes_fakes_together(config, generator, ranks):
+        fakes_forwards = min(n_critic, 1 + reuses_fakes)
+    return (
+        Exchange(n_critic * norm_bytes, 0, fakes_forwards * len(norms)),
+        Exchange(
+            _gradient_bytes(config, critic) + 16 * has_dragan,
+            2 * logit_bytes,
+            _buckets(trainable(critic)) + has_dragan + 2 * is_global,
+        ),
+        Exchange(
+            _gradient_bytes(config, generator) + forwards * norm_bytes,
+            2 * logit_bytes,
+            _buckets(trainable(generator)) + forwards * len(norms) + 2 * is_global,
+        ),
+    )
+
+
+def _logit_bytes(config: Config, critic: nn.Module) -> int:
+    """Bytes of one image's logits. Assumes a single logit if the critic does not run on the meta
+    device."""
+    device = next(critic.parameters()).device
+    dtype = weights_dtype(config.training.precision)
+    try:
+        with torch.no_grad():
+            logits = critic(torch.empty(2, *sample_shape(config), dtype=dtype, device=device))
+        return logits[0].numel() * logits.itemsize
+    except Exception:  # a user's network, or one that needs labels
+        return dtype.itemsize
+
+
+def _gradient_bytes(config: Config, network: nn.Module) -> int:
+    """Bytes of the gradients in the format in which they are exchanged."""
+    if config.training.gradient_compression == "bfloat16":
+        return sum(2 * parameter.numel() for parameter in trainable(network))
+    return sum(parameter.nbytes for parameter in trainable(network))
+
+
+def _buckets(parameters: list[nn.Parameter]) -> int:
+    """The number of buckets that DDP fills with gradients, which arrive last layer first."""
+    buckets, filled, limit = 0, 0, _FIRST_BUCKET_BYTES
+    for parameter in reversed(parameters):
+        filled += parameter.nbytes
+        if filled >= limit:
+            buckets, filled, limit = buckets + 1, 0, _BUCKET_BYTES
+    return buckets + (filled > 0)

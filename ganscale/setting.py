@@ -1,0 +1,96 @@
+"""A setting's sentence, unit and limits, kept in the metadata of its dataclass field."""
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Setting:
+    """choices: each valid value with its meaning, which is empty where the value is obvious"""
+
+    sentence: str
+    unit: str = ""
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: Mapping[Any, str] = field(default_factory=dict)
+
+    def mistake(self, value: Any) -> str | None:
+        """What is wrong with `value` (`must be at least 1, not 0`); None for a valid one."""
+        if isinstance(value, float) and math.isinf(value):
+            return f"must be finite, not {value}"
+        if self.choices and value not in self.choices:
+            close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            return f"must be one of {', '.join(map(str, self.choices))}, not {value}{hint}"
+        for limit, bound, holds in self._limits():
+            if not holds(value, bound):
+                return f"must be {limit}, not {value}"
+        return None
+
+    def limits(self) -> list[str]:
+        return [limit for limit, _, _ in self._limits()]
+
+    def _limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
+        if self.at_least is not None:
+            yield f"at least {self.at_least}", self.at_least, operator.ge
+        if self.above is not None:
+            yield f"above {self.above}", self.above, operator.gt
+        if self.below is not None:
+            yield f"below {self.below}", self.below, operator.lt
+
+
+def setting(
+    sentence: str,
+    default: Any = MISSING,
+    *,
+    unit: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: Mapping[Any, str] | Sequence[str] = (),
+) -> Any:
+    """A field of a config dataclass. Without a default, the user has to give it.
+
+    `default` may be a function that makes the value, for lists and dictionaries.
+    """
+    if not isinstance(choices, Mapping):
+        choices = dict.fromkeys(choices, "")
+    metadata = {"setting": Setting(sentence, unit, at_least, above, below, choices)}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@cache
+def settings_of(schema: type) -> dict[str, Setting | None]:
+    """The fields of a config dataclass by name; None for a section."""
+    return {each.name: each.metadata.get("setting") for each in fields(schema)}
+
+
+@cache
+def types_of(schema: type) -> dict[str, Any]:
+    """The types of a config dataclass's fields by name, without `| None`."""
+    return {name: _without_none(hint) for name, hint in get_type_hints(schema).items()}
+
+
+def child_type(parent: Any, key: str) -> Any:
+    """The type of `key` in a section of type `parent`, a config dataclass or `dict[str, ...]`; None
+    where the schema does not know it."""
+    if get_origin(parent) is dict:
+        return _without_none(get_args(parent)[1])
+    return types_of(parent).get(key) if is_dataclass(parent) else None
+
+
+def _without_none(hint: Any) -> Any:
+    if isinstance(hint, UnionType):
+        return next(option for option in get_args(hint) if option is not type(None))
+    return hint

@@ -1,0 +1,143 @@
+"""Explains settings: a run as YAML with comments, and the reference page of the whole schema.
+
+`python -m ganscale.settings_reference > docs/settings.md` updates the page.
+"""
+
+import json
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields, is_dataclass
+from inspect import getdoc
+from typing import Any, get_args, get_origin
+
+import yaml
+from omegaconf import MISSING
+
+from ganscale.config import DEFAULT, FREE_TO_CHANGE, Resolved, is_within
+from ganscale.schema import Config
+from ganscale.setting import Setting, child_type, settings_of, types_of
+
+_INTRODUCTION = """\
+# Settings
+
+Every setting as `key = default`, with its type, unit and limits. *Required* settings have no
+default. *Free* settings may change when a run continues (`total_images` only with a constant
+schedule). Changing another one would break the run's curve, so it is refused unless `resume.allow`
+names it. Counts of images may be written as `50k` or `2M`.
+
+`ganscale config CONFIG --explain` prints the values of a run with these explanations.
+`ganscale config --explain` prints this page.
+"""
+
+
+def annotated_yaml(resolved: Resolved, *, explain: bool = False) -> str:
+    """The run as YAML that loads again, with the origin of each value as a comment after it.
+
+    explain: also put the sentence, unit and limits of each setting in front of it
+    """
+    text = resolved.to_yaml()
+    lines = text.split("\n")
+    comments: defaultdict[int, list[str]] = defaultdict(list)  # by the line that they precede
+
+    def annotate(node: yaml.MappingNode, section: Any, prefix: str) -> None:
+        for key, value in node.value:
+            dotted, start = prefix + key.value, key.start_mark
+            if explain:
+                comments[start.line] = _comment(section, key.value, start.column)
+            if isinstance(value, yaml.MappingNode) and value.value:
+                annotate(value, child_type(section, key.value), dotted + ".")
+                continue
+            is_block = isinstance(value, yaml.SequenceNode) and not value.flow_style
+            end = start.line if is_block else value.end_mark.line
+            lines[end] += f"  # {resolved.origin.get(dotted, DEFAULT)}"
+
+    annotate(yaml.compose(text, yaml.SafeLoader), Config, "")
+    return "\n".join(line for i, code in enumerate(lines) for line in (*comments[i], code))
+
+
+def _comment(section: Any, key: str, column: int) -> list[str]:
+    """Lines that explain a key of a run; none for a key that the user named."""
+    if not is_dataclass(section):
+        return []
+    setting, indent = settings_of(section)[key], " " * column + "# "  # type: ignore[arg-type]
+    if setting is None:
+        blank_line = [] if column else [""]
+        return [*blank_line, *_wrap(_section_sentence(child_type(section, key)), indent)]
+    details = _details(setting)
+    text = setting.sentence + (f" ({', '.join(details)})" if details else "")
+    return [*_wrap(text, indent), *_meanings(setting, indent + "  ")]
+
+
+def reference() -> str:
+    """Every setting of the schema, as Markdown."""
+    return "\n".join([_INTRODUCTION, *_section_reference(Config, "")])
+
+
+def _section_reference(section: type, prefix: str) -> Iterator[str]:
+    """Lines about a section's settings, then about the sections in it."""
+    keys_by_type: defaultdict[Any, list[str]] = defaultdict(list)
+    for field in fields(section):
+        setting, expected = settings_of(section)[field.name], types_of(section)[field.name]
+        if setting is None:
+            keys_by_type[expected].append(prefix + field.name)
+            continue
+        default = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+        is_required = default == MISSING
+        title = field.name if is_required else f"{field.name} = {_yaml_value(default)}"
+        details = [expected.__name__, *["required"] * is_required, *_details(setting)]
+        details += ["free"] * is_within(prefix + field.name, FREE_TO_CHANGE)
+        yield from _wrap(f"`{title}` ({', '.join(details)}): {setting.sentence}", "- ")
+        yield from _meanings(setting, "  - ", quote="`")
+    if any(settings_of(section).values()):
+        yield ""
+    for expected, keys in keys_by_type.items():
+        if get_origin(expected) is dict:
+            keys = [f"{key}.NAME" for key in keys]
+        yield f"## {' and '.join(keys)}\n"
+        yield from (*_wrap(_section_sentence(expected)), "")
+        yield from _section_reference(_section_type(expected), keys[0] + ".")
+
+
+def _details(setting: Setting) -> list[str]:
+    """Unit, limits and choices; choices with meanings have lines of their own (`_meanings`)."""
+    details = [setting.unit] if setting.unit else []
+    details += setting.limits()
+    if setting.choices and not any(setting.choices.values()):
+        details.append(f"one of {', '.join(setting.choices)}")
+    return details
+
+
+def _meanings(setting: Setting, indent: str, quote: str = "") -> Iterator[str]:
+    for choice, meaning in setting.choices.items():
+        if meaning:
+            yield from _wrap(f"{quote}{choice}{quote}: {meaning}", indent)
+
+
+def _section_sentence(section: Any) -> str:
+    return " ".join((getdoc(_section_type(section)) or "").split())
+
+
+def _section_type(section: Any) -> Any:
+    """The dataclass of a section, also of one whose keys the user names."""
+    return get_args(section)[1] if get_origin(section) is dict else section
+
+
+def _yaml_value(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _wrap(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        width=100,
+        initial_indent=indent,
+        subsequent_indent=indent.replace("-", " "),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
