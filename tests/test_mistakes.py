@@ -108,7 +108,7 @@ def test_images_that_are_none_are_refused_when_written(complaint, tmp_path: Path
     for i in range(4):
         (texts / f"{i}.png").write_text("not an image")
     said = complaint("shards", "write", str(texts), str(tmp_path / "s"))
-    assert "can be decoded" in said
+    assert "the first 4 images cannot be decoded" in said
     assert "png cannot be decoded: unknown image format" in said
 
 
