@@ -1,13 +1,13 @@
 """A run from shards on a server is the run from the same shards on disk, bit for bit."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Runs, end_tree
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.processes import end_tree, wait_until
+from tests.helpers.runs import Runs
 
 SETTINGS = (
     "training.total_images=640",
@@ -22,9 +22,7 @@ SETTINGS = (
 @pytest.fixture
 def server(digits: Path) -> Iterator[FaultServer]:
     with FaultServer().running() as server:
-        for path in digits.iterdir():
-            if path.is_file():
-                server.objects[f"/digits/{path.name}"] = path.read_bytes()
+        server.serve(digits, "/digits")
         yield server
 
 
@@ -88,11 +86,9 @@ def test_a_request_to_stop_is_heard_while_the_data_does_not_come(
         server.faults[path].extend([Fault(status=503)] * 10_000)
     elsewhere = (f"data.path={server.url}/digits", f"data.cache={tmp_path}/cache")
     process = runs.start("waiting", *SETTINGS, *elsewhere)
-    log, deadline = runs.folder / "waiting" / "log.txt", time.monotonic() + 60
+    log = runs.folder / "waiting" / "log.txt"
     try:
-        while not (log.exists() and "trying again for up to" in log.read_text()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: log.exists() and "trying again for up to" in log.read_text(), 60)
         process.terminate()
         output, _ = process.communicate(timeout=20)
     finally:

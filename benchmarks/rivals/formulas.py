@@ -1,4 +1,7 @@
-"""Losses and penalties as they are written in loops without ganscale."""
+"""Losses and penalties of the papers, as training loops without ganscale write them.
+
+The rivals train with them, and tests hold ganscale's own against them.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +14,7 @@ Score = Callable[[Tensor], Tensor]  # images -> logits
 
 
 class Loss(NamedTuple):
-    """critic: (real_logits, fake_logits) -> terms, each differentiable on its own
+    """critic: (real_logits, fake_logits) -> terms, each differentiable without the others
     generator: (fake_logits, real_logits or None) -> scalar
     """
 
@@ -20,16 +23,17 @@ class Loss(NamedTuple):
     generator_needs_real: bool = False
 
 
-def _bce(label: float, logits: Tensor) -> Tensor:
+def cross_entropy(label: float, logits: Tensor) -> Tensor:
+    """-E[label log D + (1 - label) log(1 - D)], with D = sigmoid(logits)."""
     return binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def _mse(label: float, logits: Tensor) -> Tensor:
+def squared_error(label: float, logits: Tensor) -> Tensor:
     return 0.5 * mse_loss(logits, torch.full_like(logits, label))
 
 
-def _relativistic_average(higher: Tensor, lower: Tensor) -> Tensor:
-    return _bce(1, higher - lower.mean()) + _bce(0, lower - higher.mean())
+def _relative_to_means(better: Tensor, worse: Tensor) -> Tensor:
+    return cross_entropy(1, better - worse.mean()) + cross_entropy(0, worse - better.mean())
 
 
 def _required(logits: Tensor | None) -> Tensor:
@@ -38,48 +42,57 @@ def _required(logits: Tensor | None) -> Tensor:
 
 
 LOSSES = {
+    # Goodfellow et al. 2014 (arXiv:1406.2661), equation 1
     "minimax": Loss(
-        lambda real, fake: [_bce(1, real), _bce(0, fake)], lambda fake, _: -_bce(0, fake)
+        lambda real, fake: [cross_entropy(1, real), cross_entropy(0, fake)],
+        lambda fake, _: -cross_entropy(0, fake),
     ),
+    # Goodfellow et al. 2014, section 3
     "non_saturating": Loss(
-        lambda real, fake: [_bce(1, real), _bce(0, fake)], lambda fake, _: _bce(1, fake)
+        lambda real, fake: [cross_entropy(1, real), cross_entropy(0, fake)],
+        lambda fake, _: cross_entropy(1, fake),
     ),
+    # Mao et al. 2017 (arXiv:1611.04076), equation 9
     "lsgan": Loss(
-        lambda real, fake: [_mse(1, real), _mse(0, fake)],
-        lambda fake, _: _mse(1, fake),
+        lambda real, fake: [squared_error(1, real), squared_error(0, fake)],
+        lambda fake, _: squared_error(1, fake),
     ),
+    # Arjovsky et al. 2017 (arXiv:1701.07875), equations 2 and 3
     "wgan": Loss(lambda real, fake: [-real.mean(), fake.mean()], lambda fake, _: -fake.mean()),
+    # Miyato et al. 2018 (arXiv:1802.05957), equations 16 and 17
     "hinge": Loss(
         lambda real, fake: [relu(1 - real).mean(), relu(1 + fake).mean()],
         lambda fake, _: -fake.mean(),
     ),
+    # Jolicoeur-Martineau 2018 (arXiv:1807.00734), section 4.1
     "relativistic": Loss(
-        lambda real, fake: [_bce(1, real - fake)],
-        lambda fake, real: _bce(1, fake - _required(real)),
+        lambda real, fake: [cross_entropy(1, real - fake)],
+        lambda fake, real: cross_entropy(1, fake - _required(real)),
         generator_needs_real=True,
     ),
+    # Jolicoeur-Martineau 2018, equations 9 to 11
     "relativistic_average": Loss(
-        lambda real, fake: [_relativistic_average(real, fake)],
-        lambda fake, real: _relativistic_average(fake, _required(real)),
+        lambda real, fake: [_relative_to_means(real, fake)],
+        lambda fake, real: _relative_to_means(fake, _required(real)),
         generator_needs_real=True,
     ),
 }
 
 
 def penalty(name: str, score: Score, real: Tensor, fake: Tensor) -> Tensor:
-    """The penalty named `name`; `fake` has no graph."""
-    points = real
+    """The penalty called `name`; fakes carry no graph."""
+    at = real
     if name in ("wgan_gp", "wgan_lp"):
-        epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
-        points = epsilon * real + (1 - epsilon) * fake
+        share = torch.rand(len(real), 1, 1, 1, device=real.device)
+        at = share * real + (1 - share) * fake
     elif name == "dragan":
-        epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+        share = torch.rand(len(real), 1, 1, 1, device=real.device)
         noise = torch.rand_like(real)
-        points = real + epsilon * 0.5 * real.std(correction=0) * noise
+        at = real + share * 0.5 * real.std(correction=0) * noise
     elif name == "r2":
-        points = fake
-    points = points.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(score(points).sum(), points, create_graph=True)
+        at = fake
+    at = at.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(at).sum(), at, create_graph=True)
     norm = gradient.flatten(1).norm(dim=1)
     if name == "wgan_lp":
         return relu(norm - 1).square().mean()

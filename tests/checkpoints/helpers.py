@@ -1,14 +1,9 @@
-"""Saves and inspects checkpoint folders; mounts file systems to save them on."""
+"""Saves checkpoints as a run does."""
 
 import json
-import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from ganscale.checkpoints.checkpoint import write_checkpoint
 from ganscale.checkpoints.writer import Files, HostMemory
@@ -18,23 +13,3 @@ def save_checkpoint(root: Path, images_seen: int, files: Files, state: Mapping[s
     """Copies and writes `files` and `state` as `CheckpointWriter` does; returns the folder."""
     copies, _ = HostMemory().copy(files)
     return write_checkpoint(root, images_seen, copies, json.dumps(state, indent=1))
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[None]:
-    """Mounts a file system in memory over `folder`; skips the test unless run by root."""
-    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root can mount file systems")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)

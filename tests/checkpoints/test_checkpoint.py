@@ -18,7 +18,9 @@ from ganscale.checkpoints.checkpoint import (
 )
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
-from tests.checkpoints.helpers import bytes_of, mounted, names, save_checkpoint
+from tests.checkpoints.helpers import save_checkpoint
+from tests.helpers.disks import small_disk
+from tests.helpers.files import bytes_of, names
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -210,28 +212,26 @@ def test_an_unreadable_checkpoint_is_not_treated_as_damaged(tmp_path, monkeypatc
     assert newest_checkpoint(tmp_path) == folder
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    with mounted(folder, "size=200k"):
-        yield folder
-
-
 def assert_old_one_is_unchanged(root: Path, old: Path, content: dict[str, bytes]) -> None:
     assert names(root) == [old.name]
     assert bytes_of(old) == content
     assert newest_checkpoint(root) == old
 
 
-def test_a_full_disk_raises_os_error_and_leaves_the_older_checkpoint_unchanged(small_disk):
-    old = save_checkpoint(small_disk, 64, weights(), {"images_seen": 64})
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", "200k") as folder:
+        yield folder
+
+
+def test_a_full_disk_raises_os_error_and_leaves_the_older_checkpoint_unchanged(disk):
+    old = save_checkpoint(disk, 64, weights(), {"images_seen": 64})
     content = bytes_of(old)
     for images_seen in (64, 128):  # 64 would replace the old one
         with pytest.raises(OSError, match="No space left on device"):
-            save_checkpoint(small_disk, images_seen, weights(elements=100_000), {})
-        assert_old_one_is_unchanged(small_disk, old, content)
-    save_checkpoint(small_disk, 192, weights(), {})  # and there is room for another small one
+            save_checkpoint(disk, images_seen, weights(elements=100_000), {})
+        assert_old_one_is_unchanged(disk, old, content)
+    save_checkpoint(disk, 192, weights(), {})  # and there is room for another small one
 
 
 def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_unchanged(tmp_path):

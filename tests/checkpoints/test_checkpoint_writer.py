@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from ganscale.checkpoints import checkpoint
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
-from tests.checkpoints.helpers import bytes_of, mounted, names
+from tests.helpers.disks import remount, small_disk
+from tests.helpers.files import bytes_of, names
 
 Files = dict[str, dict[str, torch.Tensor]]
 
@@ -147,11 +147,11 @@ def full(root: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(root: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+    remount(root, "ro")
     try:
         yield
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(root)], check=True)
+        remount(root, "rw")
 
 
 @contextmanager
@@ -186,33 +186,30 @@ OBSTACLES = {
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 200 KiB that other users may read."""
-    with tempfile.TemporaryDirectory() as name:  # only the owner may read pytest's folders
-        folder = Path(name)
-        folder.chmod(0o755)
-        with mounted(folder, "size=200k,mode=755"):
-            yield folder
+def small() -> Iterator[Path]:
+    """A file system that other users may read, as pytest's own folders are not."""
+    with tempfile.TemporaryDirectory() as name, small_disk(Path(name), "200k,mode=755") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 @pytest.mark.parametrize("images_seen", [64, 128])  # 64 replaces the existing one
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
 def test_a_failed_write_is_logged_at_once_and_harms_no_older_checkpoint(
-    small_disk, caplog, obstacle, images_seen, on_failure
+    small, caplog, obstacle, images_seen, on_failure
 ):
     prevented, code = OBSTACLES[obstacle]
-    writer = CheckpointWriter(small_disk, CheckpointConfig(on_failure=on_failure))
+    writer = CheckpointWriter(small, CheckpointConfig(on_failure=on_failure))
     writer.save(64, files_of(1.0), {"images_seen": 64})
     writer.finish()
-    old = small_disk / "images-000000064"
+    old = small / "images-000000064"
     content = bytes_of(old)
-    with prevented(small_disk):
+    with prevented(small):
         writer.save(images_seen, files_of(2.0, 10_000), {})
         writer.close()
-        assert names(small_disk) in ([old.name], ["filler", old.name])
+        assert names(small) in ([old.name], ["filler", old.name])
         assert bytes_of(old) == content
-        assert newest_checkpoint(small_disk) == old
+        assert newest_checkpoint(small) == old
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     message = record.getMessage()
@@ -226,7 +223,7 @@ def test_a_failed_write_is_logged_at_once_and_harms_no_older_checkpoint(
     writer.save(192, files_of(3.0), {})  # the disk works again
     writer.finish()
     assert not writer.should_stop
-    assert names(small_disk) == [old.name, "images-000000192"]
+    assert names(small) == [old.name, "images-000000192"]
 
 
 def test_a_folder_deleted_during_a_write_fails_it_and_is_created_again(root, disk, caplog):

@@ -16,7 +16,7 @@ import numpy as np
 from ganscale.data.manifest import Shard
 from ganscale.data.remote.cache_files import OpenShard
 from ganscale.data.remote.shard_cache import ShardCache
-from tests.conftest import REPOSITORY, end_tree
+from tests.helpers.processes import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000
 
@@ -58,13 +58,6 @@ class Caches:
 
 def bytes_in(copy: OpenShard) -> bytes:
     return os.pread(copy.descriptor, 10 * SHARD_BYTES, 0)
-
-
-def until(happened, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
 
 
 @contextlib.contextmanager

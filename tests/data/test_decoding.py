@@ -17,12 +17,7 @@ from ganscale.data.images.decoding import (
     image_extension,
     image_size,
 )
-
-
-def encoded(image: Image.Image, file_format: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, file_format, **options)
-    return stream.getvalue()
+from tests.helpers.images import encoded
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -90,7 +85,7 @@ def test_transparency_is_blended_with_white():
 
 def test_sixteen_bit_grey_keeps_its_high_byte():
     values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
-    result = decode(encoded(Image.fromarray(values), "PNG"), None, 1)
+    result = decode(encoded(values, "PNG"), None, 1)
     assert result[:, :, 0].tolist() == [[0, 0, 1], [128, 254, 255]]
 
 

@@ -1,12 +1,9 @@
 """Batches are the same for every cluster and restart; bad samples are replaced, not hidden."""
 
 import contextlib
-import http.server
-import io
 import itertools
 import logging
 import os
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -16,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ganscale.data.bad_samples import (
     BadSample,
@@ -34,6 +30,10 @@ from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
 from tests.data.counting_loaders import CountingLoader
+from tests.helpers.fault_server import FaultServer
+from tests.helpers.images import encoded
+from tests.helpers.processes import wait_until
+from tests.helpers.tars import overwrite, write_tar
 
 SHARDS = (11, 5, 14)  # samples each
 TOTAL = sum(SHARDS)
@@ -48,20 +48,14 @@ def pixels_of(sample: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, *, labelled: bool = True) -> Manifest:
-    sample = 0
+    samples = itertools.count()
     for number, count in enumerate(SHARDS):
-        with tarfile.open(folder / f"shard-{number}.tar", "w") as tar:
-            for _ in range(count):
-                stream = io.BytesIO()
-                Image.fromarray(pixels_of(sample)).save(stream, "PNG")
-                files = {"png": stream.getvalue()}
-                if labelled:
-                    files["cls"] = str(sample % 3).encode()
-                for extension, data in files.items():
-                    member = tarfile.TarInfo(f"{sample:05d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-                sample += 1
+        members = []
+        for sample in itertools.islice(samples, count):
+            members.append((f"{sample:05d}.png", encoded(pixels_of(sample))))
+            if labelled:
+                members.append((f"{sample:05d}.cls", str(sample % 3).encode()))
+        write_tar(folder / f"shard-{number}.tar", members)
     return build_manifest(folder)
 
 
@@ -224,12 +218,10 @@ def member_of(manifest: Manifest, sample: int) -> tuple[Path, int, int]:
     return manifest.root / manifest.shards[shard].name, int(row["offset"]), int(row["size"])
 
 
-def overwrite(manifest: Manifest, sample: int) -> None:
+def damage(manifest: Manifest, sample: int) -> None:
     """Damages a sample after it was indexed: the order stays the same."""
     path, offset, size = member_of(manifest, sample)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"?" * size)
+    overwrite(path, offset, b"?" * size)
 
 
 def epoch_lanes(loader: Loader, epochs: int) -> list[list[int]]:
@@ -241,7 +233,7 @@ def epoch_lanes(loader: Loader, epochs: int) -> list[list[int]]:
 def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(loaders):
     clean = loaders.batches(8)
     bad = samples_in(clean[2])[5]
-    overwrite(loaders.manifest, bad)
+    damage(loaders.manifest, bad)
     one = loaders.batches(8)
     followers = {
         lane[place + 1]
@@ -268,7 +260,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(load
 
 
 def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
-    overwrite(loaders.manifest, 12)
+    damage(loaders.manifest, 12)
     loader = loaders(batch=TOTAL - 2, lanes=1, block_samples=100)
     with caplog.at_level(logging.WARNING):
         batch = next(loader)
@@ -284,10 +276,9 @@ def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
 def damage_some(manifest: Manifest) -> set[int]:
     """Two neighbours, one elsewhere, and the end of a shard; returns which samples these are."""
     for sample in (3, 4, 12):
-        overwrite(manifest, sample)
+        damage(manifest, sample)
     path, offset, _ = member_of(manifest, 27)
-    with path.open("r+b") as file:
-        file.truncate(offset + 10)
+    os.truncate(path, offset + 10)
     return {3, 4, 12, 27, 28, 29}
 
 
@@ -365,8 +356,7 @@ def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
 
 def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
     path, offset, _ = member_of(loaders.manifest, 29)
-    with path.open("r+b") as file:
-        file.truncate(offset + 10)
+    os.truncate(path, offset + 10)
     loader = loaders(batch=TOTAL)
     found = [s for batch in itertools.islice(loader, 3) for s in samples_in(batch)]
     assert 29 not in found
@@ -414,7 +404,7 @@ def test_a_summary_lists_the_worst_and_sums_the_rest():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_without_a_good_sample_is_an_error_and_no_endless_search(loaders, workers):
     for sample in range(TOTAL):
-        overwrite(loaders.manifest, sample)
+        damage(loaders.manifest, sample)
     loader = loaders(workers=workers)
     with pytest.raises(UserError, match="64 samples in a row could not be used") as raised:
         next(loader)
@@ -459,11 +449,9 @@ def test_close_does_not_wait_for_a_read_that_hangs(loaders, monkeypatch):
 
     waiting = threading.Thread(target=wait_for_a_batch, daemon=True)
     waiting.start()
-    deadline = time.monotonic() + 20
     submitted = loader._depth * loader._chunks
-    while len(loader._started) < loader._depth or loader._threads._tasks.qsize() > submitted - 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(loader._started) >= loader._depth)
+    wait_until(lambda: loader._threads._tasks.qsize() <= submitted - 2)
     time.sleep(0.1)  # what a thread has taken, it has begun
     started = time.monotonic()
     loader.close()
@@ -546,19 +534,9 @@ def needed_by_hand(manifest: Manifest, order: Order, positions: list[int]) -> li
 def address(manifest: Manifest) -> Iterator[str]:
     """The data set on a web server."""
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, directory=str(manifest.root), **kwargs)
-
-        def log_message(self, format: str, *args) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with FaultServer().running() as server:
+        server.serve(manifest.root)
+        yield server.url
 
 
 def remote_loader(address: str, cache: Path, *, batch: int = 8, workers: int = 0) -> Loader:
@@ -592,7 +570,4 @@ def test_the_shards_of_the_next_window_are_fetched_before_they_are_read(loaders,
     assert len(announced) == 3
     with contextlib.closing(remote_loader(address, tmp_path / "cache", batch=1)) as loader:
         next(loader)
-        deadline = time.monotonic() + 20
-        while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3)

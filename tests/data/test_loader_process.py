@@ -23,6 +23,7 @@ from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_load
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
+from tests.helpers.processes import wait_until
 
 Start = Callable[..., LoaderProcess]
 
@@ -211,10 +212,8 @@ def test_a_read_that_hangs_does_not_delay_the_end(digits: Path, start: Start) ->
     config = config_of("pipe:sleep 1000", workers=1)
     loader = start(config)
     process = psutil.Process(loader._process.pid)
-    deadline = time.monotonic() + 30
-    while not (children := process.children(recursive=True)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: process.children(recursive=True), 30)
+    children = process.children(recursive=True)
     assert not loader.wait(0.1)
     started = time.monotonic()
     loader.close()

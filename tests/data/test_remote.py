@@ -4,9 +4,7 @@ The S3 server is moto's, in another process; a proxy in front of it injects faul
 """
 
 import hashlib
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,8 @@ import pytest
 
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
-from tests.conftest import REPOSITORY
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.processes import run_python
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 PATH = "/set/a.tar"
@@ -250,12 +248,8 @@ def test_a_process_that_has_read_ends_without_warnings_of_open_sessions(server, 
         "for url in sys.argv[1:]: print(len(objects.read_bytes(url, 5)))\n"
         "with objects.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c",
-         program, server.url + PATH, "s3://bucket/a.tar"],
-        capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=os.environ,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = run_python("-W", "error", "-c", program, server.url + PATH, "s3://bucket/a.tar")
+    assert ended.stderr == ""
     assert ended.stdout == f"{len(CONTENT)}\n" * 2
 
 
@@ -301,7 +295,7 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it():
         "try: objects.read_bytes('s3://bucket/a.tar', 60)\n"
         "except UserError as error: print(error)"
     )
-    said = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=REPOSITORY)
+    said = run_python("-c", program).stdout
     assert "s3:// needs a package that is not installed" in said
     assert "pip install 'ganscale[remote]'" in said
 

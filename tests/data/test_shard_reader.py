@@ -12,15 +12,15 @@ from ganscale.data.manifest import Manifest
 from ganscale.data.shard_reader import BadSampleError, ShardReader, open_shard_reader
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
-from tests.data.conftest import png
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.images import png
+from tests.helpers.processes import wait_until
 
 
 @pytest.fixture
 def server(data_set) -> Iterator[FaultServer]:
     with FaultServer().running() as server:
-        for path in data_set.iterdir():
-            server.objects[f"/set/{path.name}"] = path.read_bytes()
+        server.serve(data_set, "/set")
         yield server
 
 
@@ -70,10 +70,7 @@ def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
     store = stores(f"{server.url}/set")
     assert store.is_remote
     store.prefetch([2, 0])
-    deadline = time.monotonic() + 20
-    while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 2)
     server.faults["/set/2.tar"].append(Fault(status=404))
     assert store.read(11) == png(11)
     assert server.gets["/set/1.tar"] == 0

@@ -1,12 +1,11 @@
 """Ranks are killed twenty times and come back as another number of ranks with other workers: what
 was committed is, sample by sample, what one undisturbed process would have seen."""
 
-import io
 import itertools
 import json
 import multiprocessing
+import os
 import random
-import tarfile
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -15,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order, batch_positions
 from ganscale.shards.indexing import build_manifest
-from tests.conftest import REPOSITORY
 from tests.distributed.elastic_rank import GLOBAL_BATCH, RESOLUTION, SEED, config_of, consume
+from tests.helpers.images import numbered
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.tars import overwrite, write_tar
 
 KILLS = 20
 IMAGES = 250 * GLOBAL_BATCH  # fourteen epochs of 216 samples
@@ -46,25 +46,19 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerContext]:
 def data(tmp_path: Path) -> Path:
     """Images that tell their number; some are damaged after they were indexed."""
     folder, numbers = tmp_path / "data", itertools.count()
-    folder.mkdir()
     for shard, count in enumerate(SHARDS):
-        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
-            for number in itertools.islice(numbers, count):
-                stream = io.BytesIO()
-                Image.new("RGB", (RESOLUTION, RESOLUTION), (number, 0, 0)).save(stream, "PNG")
-                member = tarfile.TarInfo(f"{number:03d}.png")
-                member.size = len(stream.getvalue())
-                tar.addfile(member, io.BytesIO(stream.getvalue()))
+        members = [
+            (f"{n:03d}.png", numbered(n, RESOLUTION)) for n in itertools.islice(numbers, count)
+        ]
+        write_tar(folder / f"shard-{shard}.tar", members)
     manifest = build_manifest(folder)
     for number in sorted(DAMAGED):
-        shard = int(manifest.shards_of(np.array([number]))[0])
-        with (folder / manifest.shards[shard].name).open("r+b") as tar:
-            offset = int(manifest.samples[number]["offset"])
-            if number == 211:
-                tar.truncate(offset + 20)
-            elif number < 211:
-                tar.seek(offset)
-                tar.write(b"damage")
+        path = folder / manifest.shards[int(manifest.shards_of(np.array([number]))[0])].name
+        offset = int(manifest.samples[number]["offset"])
+        if number == 211:
+            os.truncate(path, offset + 20)
+        elif number < 211:
+            overwrite(path, offset, b"damage")
     return folder
 
 

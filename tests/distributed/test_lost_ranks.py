@@ -1,10 +1,8 @@
 """A rank that is killed, stopped, stuck or wrong ends its run within seconds, and is named."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,50 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, Runs, end_tree
 from tests.distributed.test_resume import wait_for_checkpoints
+from tests.helpers.processes import end_tree, wait_until
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import Runs
 
 HOST = socket.gethostname()
 NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320", "data.workers=2")
 IMPATIENT = ("runtime.timeout_seconds=6", "data.retry_seconds=1")
 MISBEHAVES = (*NEVER_ENDS, "critic.target=tests.distributed.misbehaving:Critic")
-
-
-class Ranks:
-    """The ranks of one run without a launcher, as under srun: nobody ends the others for them."""
-
-    def __init__(self, runs: Runs, count: int, *settings: str, **environment: str) -> None:
-        with socket.create_server(("", 0)) as free:
-            port = str(free.getsockname()[1])
-        _, *arguments = runs.command("run", *settings)
-        arguments = arguments[arguments.index("train") + 1 :]
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-        self.folder = runs.folder / "run"
-        self.outputs = [runs.folder / f"rank-{rank}.log" for rank in range(count)]
-        runs.folder.mkdir(exist_ok=True)
-        self.processes: list[subprocess.Popen[str]] = []
-        for rank, output in enumerate(self.outputs):
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            of_world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            with output.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments],
-                        stdout=file, stderr=file, text=True,
-                        env={**common, **(of_rank | of_world if count > 1 else {})},
-                    )
-                )  # fmt: skip
-
-    def exit_code(self, rank: int, seconds: float) -> int:
-        return self.processes[rank].wait(timeout=seconds)
-
-    def said(self, rank: int) -> str:
-        return self.outputs[rank].read_text()
-
-    def end(self) -> None:
-        for process in self.processes:
-            end_tree(process)
 
 
 @pytest.fixture
@@ -193,11 +156,7 @@ def blocks(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
     process = runs.start("run", *NEVER_ENDS)
     try:
-        deadline = time.monotonic() + 20
-        while not blocks(process, signal.SIGUSR1):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: blocks(process, signal.SIGUSR1), process=process, interval=0.001)
         process.send_signal(signal.SIGUSR1)  # torch is not even imported yet
         output, _ = process.communicate(timeout=60)
     finally:
@@ -209,13 +168,8 @@ def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
 def test_a_second_ctrl_c_leaves_in_the_middle_of_a_step(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 1, *MISBEHAVES, MISBEHAVE="0:slow")
     started.append(ranks)
-    deadline = time.monotonic() + 60
-    while "misbehaves now" not in ranks.said(0):
-        assert time.monotonic() < deadline, ranks.said(0)
-        time.sleep(0.05)
+    wait_until(lambda: "misbehaves now" in ranks.said(0), 60)
     ranks.processes[0].send_signal(signal.SIGINT)
-    while "Ctrl-C again leaves at once" not in ranks.said(0):
-        assert time.monotonic() < deadline, ranks.said(0)
-        time.sleep(0.05)
+    wait_until(lambda: "Ctrl-C again leaves at once" in ranks.said(0), 60)
     ranks.processes[0].send_signal(signal.SIGINT)
     assert ranks.exit_code(0, seconds=3) == 130

@@ -1,7 +1,6 @@
 """An exported generator is loaded by three lines and makes the same images as its run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from ganscale.cli.main import main
 from ganscale.errors import UserError
 from ganscale.evaluation.exported_generator import export_generator
 from ganscale.networks.build import build_generator
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers.processes import run_python
+from tests.helpers.runs import Runs
 
 RECIPE = {
     "target": "resnet",
@@ -47,11 +47,10 @@ def as_bytes(images: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    where = [f"run.folder={folder}", "run.name=run", f"data.path={digits}"]
+    runs = Runs(tmp_path_factory.mktemp("runs"), digits)
     short = ["training.total_images=128", "checkpoint.every_images=64"]
-    assert main(["train", *TINY, *where, *short]) == 0
-    return folder / "run"
+    assert main(["train", *runs.settings("run", *short)]) == 0
+    return runs.folder / "run"
 
 
 _THREE_LINES = """
@@ -75,8 +74,7 @@ def test_three_lines_make_the_images_of_ganscale_sample_without_a_trainer(
     png = str(tmp_path / "png")
     sampled = ["--count", "20", "--seed", "3", "--folder", png]
     assert main(["sample", str(trained), *sampled, *asked]) == 0
-    program = [sys.executable, "-W", "error", "-c", _THREE_LINES]
-    subprocess.run(program, cwd=tmp_path, check=True, timeout=60)
+    run_python("-W", "error", "-c", _THREE_LINES, cwd=tmp_path)
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.float32
     pictures = [np.asarray(Image.open(path)) for path in sorted(Path(png).iterdir())]
@@ -153,7 +151,7 @@ def test_importing_ganscale_alone_is_quick() -> None:
         "from ganscale import load_generator; assert 'torch' in sys.modules; "
         "assert not hasattr(ganscale, 'load_generators')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=REPOSITORY)
+    run_python("-c", program)
 
 
 _OWN_NETS = """

@@ -20,7 +20,7 @@ from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
 from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 def cycle_of(runtime: Runtime, combination: Combination, accumulate: int = 1) -> Cycle:

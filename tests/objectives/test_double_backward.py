@@ -1,8 +1,6 @@
 """The fast double backward against autograd's, in float64, for all kinds of critics."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -23,8 +21,8 @@ from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import PENALTIES, input_gradients
-from tests.conftest import REPOSITORY
-from tests.tensors import draw
+from tests.helpers.networks import draw
+from tests.helpers.processes import run_python
 
 BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
 
@@ -421,13 +419,5 @@ def test_checkpointed_blocks_are_left_to_torch() -> None:
 
 def test_compiled_blocks_are_left_to_torch() -> None:
     """In another process: the type checks of tests keep torch from tracing."""
-    process = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-m", "tests.objectives.compiled_block"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    assert float(process.stdout) < 1e-12
+    options = ("-W", "error::UserWarning", "-m", "tests.objectives.compiled_block")
+    assert float(run_python(*options, seconds=120).stdout) < 1e-12

@@ -20,7 +20,7 @@ from ganscale.objectives.fast_convolutions import (
     unpool,
 )
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from tests.tensors import draw
+from tests.helpers.networks import draw
 
 aten = torch.ops.aten
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

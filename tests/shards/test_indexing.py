@@ -1,66 +1,37 @@
 """Indexing continues where it stopped, reads only new or changed shards, and names bad ones."""
 
-import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, parallel
 from ganscale.shards.exclusions import Exclusion, read_exclusions
 from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
-
-
-def png(seed: int, size: int = 4) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    return [
-        member
-        for i in range(first, first + count)
-        for member in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode()))
-    ]
+from tests.helpers.files import names
+from tests.helpers.images import png
+from tests.helpers.processes import end_tree, run_python, wait_until
+from tests.helpers.tars import labelled, write_tar
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
     folder = tmp_path / "set"
     for number in range(6):
-        write_tar(folder / f"{number}.tar", samples(number + 2, first=10 * number))
+        write_tar(folder / f"{number}.tar", labelled(number + 2, first=10 * number))
     return folder
 
 
 def index(source: Path, output: Path | None = None, **options) -> IndexResult:
     return index_shards([str(source)], output, **options)
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def same(first: Manifest | None, second: Manifest | None) -> bool:
@@ -79,8 +50,8 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     """A changed shard, an added one and a removed one, in any order of time."""
     assert index(shards)[2:4] == (6, 0)
     assert index(shards)[2:4] == (0, 6)
-    write_tar(shards / "2.tar", samples(9, first=500))
-    write_tar(shards / "10.tar", [("x.png", png(3, size=7)), ("x.cls", b"8")])
+    write_tar(shards / "2.tar", labelled(9, first=500))
+    write_tar(shards / "10.tar", [("x.png", png(3, 7)), ("x.cls", b"8")])
     (shards / "4.tar").unlink()
     result = index(shards)
     assert (result.read, result.kept) == (2, 4)
@@ -90,13 +61,13 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     assert [shard.name for shard in fresh.shards] == [f"{i}.tar" for i in (0, 1, 10, 2, 3, 5)]
     assert fresh.resolution is None
     assert fresh.class_count == 9
-    assert "indexing" not in files(shards)
+    assert "indexing" not in names(shards)
     assert index(shards, again=True)[2:4] == (6, 0)
 
 
 def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
     fingerprint = build_manifest(shards).fingerprint
-    write_tar(shards / "0.tar", [*samples(1), ("00001.png", png(1)), ("00001.cls", b"2")])
+    write_tar(shards / "0.tar", [*labelled(1), ("00001.png", png(1)), ("00001.cls", b"2")])
     os.utime(shards / "0.tar", ns=(1, 1))
     result = index(shards)
     assert result.read == 1
@@ -123,22 +94,17 @@ def test_the_cache_is_ignored_beside_another_manifest(shards, tmp_path):
 def test_a_killed_index_continues_and_gives_the_same_manifest(tmp_path):
     folder = tmp_path / "set"
     for number in range(60):
-        write_tar(folder / f"{number:02d}.tar", samples(60, first=100 * number))
+        write_tar(folder / f"{number:02d}.tar", labelled(60, first=100 * number))
     program = (
         "from ganscale.shards.indexing import build_manifest\n"
         f"build_manifest({str(folder)!r}, workers=1)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
+    cache = folder / "indexing"
+    process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        deadline = time.monotonic() + 60
-        cache = folder / "indexing"
-        while not cache.exists() or len(list(cache.iterdir())) < 3:
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: len(list(cache.glob("*"))) >= 3, 60, process=process, interval=0)
     finally:
-        process.kill()
-        process.wait(60)
+        end_tree(process)
     assert not (folder / "manifest.json").exists()
     # The machine can also stop while a file is written: a short file is ignored.
     torn = sorted(path for path in cache.iterdir() if not path.name.startswith("."))[0]
@@ -146,7 +112,7 @@ def test_a_killed_index_continues_and_gives_the_same_manifest(tmp_path):
     result = index(folder, workers=2)
     assert 1 <= result.kept < 60
     assert same(result.manifest, index(folder, tmp_path / "fresh").manifest)
-    assert "indexing" not in files(folder)
+    assert "indexing" not in names(folder)
 
 
 def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
@@ -167,7 +133,7 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
             process.kill()
         assert process.returncode == 0
         assert output_text == "indexed 2 shards; run without --part to make the manifest\n"
-    assert files(output) == {"indexing"}
+    assert {*names(output)} == {"indexing"}
     result = index(shards, output)
     assert (result.read, result.kept) == (0, 6)
     assert same(result.manifest, build_manifest(shards))
@@ -180,7 +146,7 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
     write_tar(
         shards / "3.tar",
         [
-            *samples(2, first=30),
+            *labelled(2, first=30),
             ("page.png", b"<html>"),
             ("page.cls", b"1"),
             ("alone.cls", b"1"),
@@ -259,8 +225,8 @@ def test_a_bad_list_is_named_with_its_line(tmp_path):
 
 
 def test_two_shards_can_have_the_same_keys(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(2))
-    write_tar(tmp_path / "b.tar", samples(2))
+    write_tar(tmp_path / "a.tar", labelled(2))
+    write_tar(tmp_path / "b.tar", labelled(2))
     assert len(build_manifest(tmp_path).samples) == 4
 
 
@@ -297,7 +263,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         "build_manifest(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)\n"
     )
-    pixel = png(0, size=1)
+    pixel = png(0, 1)
     members = [(f"{i}.png", pixel) for i in range(3000)]
     random.Random(0).shuffle(members)
     whole = write_tar(tmp_path / "0.tar", members).read_bytes()
@@ -307,8 +273,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         folder.mkdir()
         for number in range(count):
             (folder / f"{number}.tar").write_bytes(whole)
-        run = [sys.executable, "-c", program, str(folder)]
-        peaks.append(int(subprocess.run(run, capture_output=True, timeout=120, check=True).stdout))
+        peaks.append(int(run_python("-c", program, str(folder), seconds=120).stdout))
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 

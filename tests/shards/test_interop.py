@@ -1,39 +1,19 @@
 """Indices of other tools are read and written as those tools do it, and checked where possible."""
 
-import io
 import json
 import os
 import subprocess
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.shards.exclusions import Exclusion
 from ganscale.shards.indexing import build_manifest, index_shards
 from ganscale.shards.interop import read_wids, write_wids
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, count: int, tar_format=tarfile.GNU_FORMAT, folder: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for i in range(count):
-            for name, data in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode())):
-                info = tarfile.TarInfo(folder + name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
+from tests.helpers.tars import labelled, overwrite, write_tar
 
 
 def write_idx(shard: Path) -> Path:
@@ -67,8 +47,9 @@ def write_idx(shard: Path) -> Path:
 def test_a_trusted_idx_gives_the_same_rows_as_reading_the_shard(tmp_path, tar_format):
     """Also with names that need an extra header, and beside a shard without .idx."""
     folder = "a/" * 60 if tar_format == tarfile.GNU_FORMAT else ""
-    shard = write_tar(tmp_path / "0.tar", 5, tar_format, folder)
-    write_tar(tmp_path / "1.tar", 3)
+    members = [(folder + name, content) for name, content in labelled(5)]
+    shard = write_tar(tmp_path / "0.tar", members, tar_format)
+    write_tar(tmp_path / "1.tar", labelled(3))
     whole = build_manifest(tmp_path)
     write_idx(shard)
     result = index_shards([str(tmp_path)], trust_idx=True)
@@ -87,12 +68,10 @@ def test_a_trusted_idx_gives_the_same_rows_as_reading_the_shard(tmp_path, tar_fo
 
 def test_with_a_trusted_idx_images_are_not_read(tmp_path):
     """An image whose first bytes are good and whose rest is garbage is not noticed."""
-    shard = write_tar(tmp_path / "0.tar", 5)
+    shard = write_tar(tmp_path / "0.tar", labelled(5))
     row = build_manifest(tmp_path).samples[2]
     write_idx(shard)
-    with shard.open("r+b") as file:
-        file.seek(int(row["offset"]) + 20)
-        file.write(b"garbage")
+    overwrite(shard, int(row["offset"]) + 20, b"garbage")
     os.utime(tmp_path / "0.idx")
     manifest = index_shards([str(tmp_path)], trust_idx=True).manifest
     assert manifest is not None
@@ -100,7 +79,7 @@ def test_with_a_trusted_idx_images_are_not_read(tmp_path):
 
 
 def test_an_idx_that_does_not_match_is_named(tmp_path):
-    shard = write_tar(tmp_path / "0.tar", 5)
+    shard = write_tar(tmp_path / "0.tar", labelled(5))
     idx = write_idx(shard)
     text = idx.read_text()
     lines = text.splitlines()
@@ -128,17 +107,16 @@ def test_an_idx_that_does_not_match_is_named(tmp_path):
     with pytest.raises(UserError, match="older than the shard"):
         index_shards([str(tmp_path)], trust_idx=True)
     os.utime(idx)
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size - 20 * 512 + 100)
+    os.truncate(shard, shard.stat().st_size - 20 * 512 + 100)
     os.utime(idx)
     with pytest.raises(UserError, match=r"it puts member|the tar is cut"):
         index_shards([str(tmp_path)], trust_idx=True)
 
 
 def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
-    write_tar(tmp_path / "shards" / "b.tar", 2)
-    write_tar(tmp_path / "shards" / "a.tar", 3)
-    write_tar(tmp_path / "shards" / "not-listed.tar", 3)
+    write_tar(tmp_path / "shards" / "b.tar", labelled(2))
+    write_tar(tmp_path / "shards" / "a.tar", labelled(3))
+    write_tar(tmp_path / "shards" / "not-listed.tar", labelled(3))
     shards = [{"url": "shards/a.tar", "nsamples": 3}, {"url": "shards/b.tar", "nsamples": 2}]
     content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     path = tmp_path / "set.json"
@@ -156,7 +134,7 @@ def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
 def test_the_shards_of_several_wids_indices_are_indexed_together(tmp_path):
     paths = []
     for name, count in (("a", 3), ("b", 2)):
-        write_tar(tmp_path / f"{name}.tar", count)
+        write_tar(tmp_path / f"{name}.tar", labelled(count))
         shards = [{"url": f"{name}.tar", "nsamples": count}]
         paths.append(tmp_path / f"{name}.json")
         paths[-1].write_text(json.dumps({"wids_version": 1, "shardlist": shards}))
@@ -185,8 +163,8 @@ def test_a_wids_index_cannot_run_commands(tmp_path):
 def test_a_written_wids_index_can_be_read(tmp_path):
     """It has the fields that wids needs, url and nsamples, with relative URLs where possible."""
     folder = tmp_path / "set"
-    write_tar(folder / "a.tar", 3)
-    write_tar(folder / "b.tar", 2)
+    write_tar(folder / "a.tar", labelled(3))
+    write_tar(folder / "b.tar", labelled(2))
     manifest = build_manifest(folder)
     write_wids(manifest, folder / "wids.json", [3, 2])
     content = json.loads((folder / "wids.json").read_text())
@@ -207,7 +185,7 @@ def test_a_written_wids_index_can_be_read(tmp_path):
 
 
 def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
-    write_tar(tmp_path / "00000.tar", 5)
+    write_tar(tmp_path / "00000.tar", labelled(5))
     stats = tmp_path / "00000_stats.json"
     for successes, is_fine in ((5, True), (4, True), (6, False)):
         stats.write_text(json.dumps({"count": 9, "successes": successes, "status_dict": {}}))

@@ -1,8 +1,8 @@
 """Tars of any origin are indexed correctly, or refused with a reason; samples are read in place."""
 
 import hashlib
-import io
 import json
+import os
 import pickle
 import tarfile
 import threading
@@ -10,31 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, Shard, check_shards
 from ganscale.data.shard_reader import BadSampleError, ShardReader
 from ganscale.errors import UserError
 from ganscale.shards import shard_index
 from ganscale.shards.indexing import build_manifest, index_shards
+from tests.helpers.images import png
+from tests.helpers.tars import labelled, write_tar
 
 STUB = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
-
-
-def png(seed: int, size: int = 4) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format=tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
@@ -42,15 +27,6 @@ def index_shard(path: Path) -> tuple[Shard, np.ndarray]:
     manifest = index_shards([str(path)]).manifest
     assert manifest is not None
     return manifest.shards[0], manifest.samples
-
-
-def labelled(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    samples = range(first, first + count)
-    return [
-        member
-        for i in samples
-        for member in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode()))
-    ]
 
 
 @pytest.fixture
@@ -204,7 +180,7 @@ def test_the_manifest_counts_shards_samples_classes_and_pixels(data_set):
 
 
 def test_the_resolution_of_mixed_images_is_none(tmp_path):
-    write_tar(tmp_path / "a.tar", [("0.png", png(0, size=4)), ("1.png", png(1, size=5))])
+    write_tar(tmp_path / "a.tar", [("0.png", png(0, 4)), ("1.png", png(1, 5))])
     assert build_manifest(tmp_path).resolution is None
 
 
@@ -327,8 +303,7 @@ def test_a_cut_shard_is_a_bad_sample_and_a_missing_one_a_users_mistake(data_set)
     store = ShardReader(build_manifest(data_set))
     shard = data_set / "b.tar"
     row = store.manifest.samples[6]
-    with shard.open("r+b") as file:
-        file.truncate(int(row["offset"]) + 10)
+    os.truncate(shard, int(row["offset"]) + 10)
     with pytest.raises(BadSampleError, match=r"sample 6 of shard b\.tar is cut: 10 of") as raised:
         store.read(6)
     assert (raised.value.shard, raised.value.sample) == ("b.tar", 6)

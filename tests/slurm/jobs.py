@@ -7,7 +7,8 @@ from pathlib import Path
 
 from cluster import Cluster
 
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import TINY
 
 
 class Jobs:

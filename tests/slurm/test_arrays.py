@@ -8,7 +8,7 @@ import pytest
 from jobs import Jobs
 
 from ganscale.data.manifest import Manifest
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 OBJECTIVES = "configs/sweeps/objectives.txt"
 

@@ -1,0 +1,97 @@
+"""Real training processes on the bundled digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.processes import REPOSITORY, end_tree
+
+# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
+# process for its data, which would take a second to start. Where that matters, tests ask for it.
+TINY = [
+    str(REPOSITORY / "configs" / "demo.yaml"),
+    "generator.options.width=4",
+    "critic.options.width=4",
+    "objective.n_critic=2",
+    "training.global_batch_size=16",
+    "log.every_images=32",
+    "log.wandb=disabled",
+    "data.workers=0",
+    "samples.count=4",
+]
+
+# The least that a config must say.
+MINIMAL = """
+data: {path: data/x, resolution: 8}
+generator: {target: mlp}
+critic: {target: mlp}
+objective: {loss: {name: wgan}}
+optimizer: {critic: {learning_rate: 1e-4}, generator: {learning_rate: 1e-4}}
+training: {total_images: 50k}
+"""
+
+
+class Runs:
+    """Starts training processes as a user would, in a folder of their own."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self._data = data
+
+    def settings(self, name: str, *settings: str) -> list[str]:
+        where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
+        return [*TINY, *where, *settings]
+
+    def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
+        program = [sys.executable, "-m", "ganscale", "train"]
+        if ranks > 1:
+            program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
+            program += [str(ranks), "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
+            program += ["--main_process_port", "0", str(REPOSITORY / "launch" / "train.py")]
+        return [*program, *self.settings(name, *settings)]
+
+    def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """One thread a rank: sums are in another order with another number of threads."""
+        return subprocess.Popen(
+            self.command(name, *settings, ranks=ranks),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        )
+
+    def finish(
+        self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0, seconds: float = 120
+    ) -> str:
+        """Trains to the end; what the processes printed."""
+        process = self.start(name, *settings, ranks=ranks)
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        finally:
+            end_tree(process)
+        assert process.returncode == exit_code, output
+        return output
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows of metrics.jsonl that have losses."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "loss/critic" in row]
+
+    def summary(self, name: str) -> dict:
+        return json.loads((self.folder / name / "summary.json").read_text())
+
+    def checkpoints(self, name: str) -> list[Path]:
+        return sorted((self.folder / name / "checkpoints").glob("images-*"))
+
+
+def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
+    """The bits of every tensor of a checkpoint."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{file.stem}.{name}": tensor.numpy().tobytes()
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
