@@ -25,8 +25,8 @@ from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
 from ganscale.supervision.job_history import note_started
+from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import StopRequest
-from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle
@@ -71,7 +71,7 @@ class Trainer:
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
-        self.progress.run_folder = self.folder.path
+        self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", patience)
         self.run_id, checkpoint = runtime.run_on_main(
@@ -93,7 +93,7 @@ class Trainer:
             companions=[self.folder.record],
             still_writes=lambda: self.progress.mark("checkpoint"),
         )
-        self.progress.last_act = self.writer.wait
+        self.progress.before_abort = self.writer.wait
         self.newest: dict[str, float] = {}  # of every value that was logged
 
     def run(self) -> int:

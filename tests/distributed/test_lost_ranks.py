@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ import pytest
 
 from tests.conftest import REPOSITORY, Runs, end_tree
 from tests.distributed.test_resume import wait_for_checkpoints
+from tests.helpers.preloaded import PreloadedProcess
 
+LAUNCH = REPOSITORY / "launch" / "train.py"
 HOST = socket.gethostname()
 NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320", "data.workers=2")
 IMPATIENT = ("runtime.timeout_seconds=6", "data.retry_seconds=1")
@@ -34,18 +35,12 @@ class Ranks:
         self.folder = runs.folder / "run"
         self.outputs = [runs.folder / f"rank-{rank}.log" for rank in range(count)]
         runs.folder.mkdir(exist_ok=True)
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[PreloadedProcess] = []
         for rank, output in enumerate(self.outputs):
             of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             of_world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            with output.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(REPOSITORY / "launch" / "train.py"), *arguments],
-                        stdout=file, stderr=file, text=True,
-                        env={**common, **(of_rank | of_world if count > 1 else {})},
-                    )
-                )  # fmt: skip
+            environment = {**common, **(of_rank | of_world if count > 1 else {})}
+            self.processes.append(PreloadedProcess(LAUNCH, arguments, environment, output))
 
     def exit_code(self, rank: int, seconds: float) -> int:
         return self.processes[rank].wait(timeout=seconds)
