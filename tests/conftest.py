@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+
+from tests.helpers.preloaded import PreloadedProcess, stop_server
 
 if TYPE_CHECKING:
     from ganscale.runtime import Runtime
@@ -51,6 +54,13 @@ def runtime() -> "Runtime":
     from ganscale.runtime import Runtime
 
     return Runtime.start()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_server() -> Iterator[None]:
+    """Ends the server of preloaded processes, if a test has started it."""
+    yield
+    stop_server()
 
 
 @pytest.fixture
@@ -108,7 +118,7 @@ class Runs:
         return sorted((self.folder / name / "checkpoints").glob("images-*"))
 
 
-def end_tree(process: subprocess.Popen[str]) -> None:
+def end_tree(process: "subprocess.Popen[str] | PreloadedProcess") -> None:
     """Kills (-9) the process and all that it started: a launcher's ranks have sessions of their
     own, so a signal to the process group would miss them."""
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -31,7 +31,7 @@ def complaint(runs: Runs, *settings: str, ranks: int = 1) -> str:
         ("data.resolution=48", "48"),
         ("generator.target=dcgann", "dcgann"),
         ("critic.options.widht=3", "widht"),
-        ("objective.loss.name=wgann", "there is no loss called 'wgann' (did you mean 'wgan'?)"),
+        ("objective.loss.name=wgann", "unknown loss 'wgann' (did you mean 'wgan'?)"),
         ("training.precision=float16", "`training.precision` must be one of"),
     ],
 )  # fmt: skip

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import Runs, end_tree
 from tests.distributed.test_promise import curve
+from tests.helpers.deadlines import HANG_SECONDS
+from tests.helpers.preloaded import PreloadedProcess
 
 _SETTINGS = (
     "training.total_images=3200",
@@ -31,17 +33,17 @@ def weights(checkpoint: Path) -> dict[str, bytes]:
 
 
 def wait_for_checkpoints(
-    runs: Runs, name: str, count: int, process: subprocess.Popen[str], seconds: float = 60
+    runs: Runs, name: str, count: int, process: subprocess.Popen[str] | PreloadedProcess
 ) -> None:
-    """Until that many checkpoints were written: the oldest are pruned, so the newest tells."""
-    deadline = time.monotonic() + seconds
+    """Until that many checkpoints were written: the newest's name shows it, old ones are pruned."""
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         written = runs.checkpoints(name)
         if written and int(written[-1].name.removeprefix("images-")) >= count * 320:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    raise AssertionError(f"no checkpoint {count} of {name} within {seconds} s")
+    raise AssertionError(f"no checkpoint {count} of {name} within {HANG_SECONDS} s")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -75,7 +77,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
     try:
         wait_for_checkpoints(runs, "elastic", 2, process)
         os.kill(process.pid, signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
         end_tree(process)
     assert process.returncode == 75, output

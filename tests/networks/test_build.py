@@ -73,7 +73,7 @@ def test_an_own_network_gets_only_those_facts_of_the_run_that_it_accepts(own_net
 @pytest.mark.parametrize(
     ("target", "options", "sentence"),
     [
-        ("resnt", {}, "no network called 'resnt' .did you mean 'resnet'.*package.module:Name"),
+        ("resnt", {}, "unknown network 'resnt' .did you mean 'resnet'.*package.module:Name"),
         ("own_networks.Minimal", {}, "no network called .*your own as package.module:Name"),
         ("missing_networks:Critic", {}, "no module missing_networks in the current folder"),
         ("own_networks:Minimall", {}, "own_networks has no Minimall .did you mean 'Minimal'"),
