@@ -1,5 +1,5 @@
-"""`ganscale train`, for `accelerate launch launch/train.py CONFIG... key=value...` and for one process
-per rank under srun."""
+"""`ganscale train` for `accelerate launch launch/train.py CONFIG... key=value...`, and for srun with
+one process per rank."""
 
 import sys
 
@@ -9,6 +9,6 @@ from ganscale.supervision.job_history import is_job_history_complete
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])
-    # A launcher treats any other code as a failure: it would kill ranks that are still closing their
-    # records, print a traceback, and exit with 1. The batch script reads the job history instead.
+    # A launcher treats any other code as a failure: it would kill ranks that are still closing
+    # their records, print a traceback, and exit with 1. The batch script reads the job history.
     sys.exit(EXIT_DONE if code == EXIT_REQUEUE and is_job_history_complete() else code)
