@@ -1,5 +1,5 @@
-"""`ganscale train` for `accelerate launch launch/train.py CONFIG... key=value...`, and for srun with
-one process per rank."""
+"""`ganscale train` for `accelerate launch launch/train.py CONFIG... key=value...`, and for the tasks of
+srun."""
 
 import sys
 
