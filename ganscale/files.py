@@ -1,7 +1,9 @@
-"""Files that are whole or not there."""
+"""Files that are written whole or not at all, and locks between processes."""
 
+import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,56 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a small file at once: readers see the old or the new one."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
+    """Locks an open file against other processes until it is closed; the system also drops the lock
+    of a process that is killed.
+
+    shared: other shared locks are allowed at the same time
+    wait: until the lock is free; else the result is False if another process holds it
+
+    Raises OSError on a file system without locks.
+    """
+    mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(descriptor, mode if wait else mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class FileLock:
+    """An exclusive lock between processes, on a file that is created if need be and stays.
+
+    `with FileLock(path) as lock:` closes it at the end; `acquire` takes the lock. Raises OSError
+    for a file that cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def acquire(self, timeout_seconds: float = 0.0, poll_seconds: float = 0.005) -> bool:
+        """Whether the lock was free, or became free within `timeout_seconds` (math.inf: waits).
+
+        Raises OSError on a file system without locks.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not lock_descriptor(self._descriptor):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(poll_seconds)
+        return True
+
+    def close(self) -> None:
+        """Releases the lock."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "FileLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:

@@ -1,5 +1,5 @@
-"""`ganscale train` for `accelerate launch launch/train.py CONFIG... key=value...`, and for the tasks of
-srun."""
+"""`ganscale train` as a script: for `accelerate launch launch/train.py CONFIG... key=value...`, and
+for srun with one rank per task."""
 
 import sys
 

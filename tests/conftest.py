@@ -1,41 +1,25 @@
-"""What many tests share: real digits as shards, and real training processes."""
+"""Fixtures for all tests: real digits as shards, and real training processes."""
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
-from tests.helpers.preloaded import PreloadedProcess, stop_server
+from tests.helpers.preloaded import stop_server
+from tests.helpers.runs import Runs
 
 if TYPE_CHECKING:
     from ganscale.runtime import Runtime
 
-REPOSITORY = Path(__file__).parent.parent
-
 # A shell's background job ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
-# process for its data, which would take a second to start. Where that matters, tests ask for it.
-TINY = [
-    str(REPOSITORY / "configs" / "demo.yaml"),
-    "generator.options.width=4",
-    "critic.options.width=4",
-    "objective.n_critic=2",
-    "training.global_batch_size=16",
-    "log.every_images=32",
-    "log.wandb=disabled",
-    "data.workers=0",
-    "samples.count=4",
-]
+# The tensors of tests are so small that threads would only wait for each other, the more so while
+# ranks share the cores: read when torch is imported, here and in processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
@@ -64,66 +48,5 @@ def preloaded_server() -> Iterator[None]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, digits: Path) -> "Runs":
+def runs(tmp_path: Path, digits: Path) -> Runs:
     return Runs(tmp_path / "runs", digits)
-
-
-class Runs:
-    """Starts training processes as a user would, in a folder of their own."""
-
-    def __init__(self, folder: Path, data: Path) -> None:
-        self.folder = folder
-        self._data = data
-
-    def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
-        program = [sys.executable, "-m", "ganscale", "train"]
-        if ranks > 1:
-            program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
-            program += [str(ranks), "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
-            program += ["--main_process_port", "0", str(REPOSITORY / "launch" / "train.py")]
-        where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
-        return [*program, *TINY, *where, *settings]
-
-    def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
-        """One thread a rank: sums are in another order with another number of threads."""
-        return subprocess.Popen(
-            self.command(name, *settings, ranks=ranks),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    def finish(
-        self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0, seconds: float = 120
-    ) -> str:
-        """Trains to the end; what the processes printed."""
-        process = self.start(name, *settings, ranks=ranks)
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        finally:
-            end_tree(process)
-        assert process.returncode == exit_code, output
-        return output
-
-    def rows(self, name: str) -> list[dict]:
-        """The rows of metrics.jsonl that have losses."""
-        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
-        return [row for row in map(json.loads, lines) if "loss/critic" in row]
-
-    def summary(self, name: str) -> dict:
-        return json.loads((self.folder / name / "summary.json").read_text())
-
-    def checkpoints(self, name: str) -> list[Path]:
-        return sorted((self.folder / name / "checkpoints").glob("images-*"))
-
-
-def end_tree(process: "subprocess.Popen[str] | PreloadedProcess") -> None:
-    """Kills (-9) the process and all that it started: a launcher's ranks have sessions of their
-    own, so a signal to the process group would miss them."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        for member in [parent, *parent.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.wait()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
 from ganscale.objectives.losses import LOSSES
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import TINY
 
 
 def train(folder: Path, data: Path, *settings: str) -> int:

@@ -1,20 +1,29 @@
 """Each mistake of a user's: one sentence that says what, where and what would be right; exit 2."""
 
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.conftest import REPOSITORY, Runs
+from ganscale.cli.main import main
+from tests.helpers.runs import Runs
 
-_DEMO = str(REPOSITORY / "configs" / "demo.yaml")
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process: the one sentence that it ends with, and exit code 2."""
+
+    def complaint(*arguments: str) -> str:
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("error: ")
+
+    return complaint
 
 
-def complaint(runs: Runs, *settings: str, ranks: int = 1) -> str:
-    """What `ganscale train` says to these settings; asserts that it is a sentence and exit 2."""
-    output = runs.finish("mistake", *settings, ranks=ranks, exit_code=2 if ranks == 1 else 1)
-    assert ranks > 1 or "Traceback" not in output  # accelerate's launcher prints one of its own
+def last_words(output: str) -> str:
+    """The one sentence that processes ended with; `launch` prints a traceback of its own."""
     # Of several ranks, the launcher may end some before they have said it.
     (said,) = {line.partition("error: ")[2] for line in output.splitlines() if "error: " in line}
     return said
@@ -36,22 +45,28 @@ def complaint(runs: Runs, *settings: str, ranks: int = 1) -> str:
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_named_with_what_would_be_right(
-    runs: Runs, setting: str, expected: str
+    runs: Runs, complaint, setting: str, expected: str
 ) -> None:
-    assert expected in complaint(runs, setting)
+    assert expected in complaint("train", *runs.settings("mistake", setting))
     assert not (runs.folder / "mistake").exists()
 
 
-def test_a_typing_error_in_a_file_names_the_file(runs: Runs, tmp_path: Path) -> None:
+def test_a_process_ends_with_one_sentence_and_without_a_traceback(runs: Runs) -> None:
+    output = runs.finish("mistake", "data.path=nowhere", exit_code=2)
+    assert output == "error: no data set at nowhere: there is no such folder\n"
+    assert not (runs.folder / "mistake").exists()
+
+
+def test_a_typing_error_in_a_file_names_the_file(runs: Runs, complaint, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("trainning: {total_images: 3}\n")
     expected = f"{file}: unknown key `trainning`; did you mean `training`?"
-    assert complaint(runs, str(file)) == expected
+    assert complaint("train", *runs.settings("mistake", str(file))) == expected
 
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: Runs) -> None:
-    message = complaint(runs, "training.global_batch_size=15", ranks=2)
-    assert message == (
+    settings = ("training.global_batch_size=15",)
+    assert last_words(runs.finish("mistake", *settings, ranks=2, exit_code=2)) == (
         "`training.global_batch_size` of 15 cannot be dealt evenly to 2 ranks of 1 micro-batches: "
         "choose 14 or 16"
     )
@@ -66,59 +81,55 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: 
     ],
 )
 def test_a_launcher_that_asks_for_other_parallelism_is_refused(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+    runs: Runs,
+    complaint,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    expected: str,
 ) -> None:
     monkeypatch.setenv(variable, value)
-    assert expected in complaint(runs)
+    assert expected in complaint("train", *runs.settings("mistake"))
 
 
-def test_labels_that_are_not_there_are_missed(runs: Runs, tmp_path: Path) -> None:
+def test_labels_that_are_not_there_are_missed(runs: Runs, complaint, tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    from PIL import Image
-
     for i in range(64):
         Image.new("L", (32, 32), i).save(pictures / f"{i}.png")
-    write = [sys.executable, "-m", "ganscale", "shards", "write", str(pictures)]
-    subprocess.run([*write, str(tmp_path / "unlabelled")], check=True, timeout=60)
+    assert main(["shards", "write", str(pictures), str(tmp_path / "unlabelled")]) == 0
     settings = (f"data.path={tmp_path / 'unlabelled'}", "training.conditional=true")
-    assert "needs class labels" in complaint(runs, *settings)
+    assert "needs class labels" in complaint("train", *runs.settings("mistake", *settings))
 
 
-def test_images_that_are_none_are_refused_when_written(tmp_path: Path) -> None:
+def test_images_that_are_none_are_refused_when_written(complaint, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for i in range(4):
         (texts / f"{i}.png").write_text("not an image")
-    command = [sys.executable, "-m", "ganscale", "shards", "write", str(texts), str(tmp_path / "s")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "can be decoded" in done.stderr
-    assert "png cannot be decoded: its format is none that is known" in done.stderr
+    said = complaint("shards", "write", str(texts), str(tmp_path / "s"))
+    assert "can be decoded" in said
+    assert "png cannot be decoded: its format is none that is known" in said
 
 
-def test_a_missing_shard_is_named(runs: Runs, digits: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_a_missing_shard_is_named(runs: Runs, complaint, digits: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(digits, damaged)
     shard = sorted(damaged.glob("*.tar"))[2]
     shard.unlink()
-    assert complaint(runs, f"data.path={damaged}") == (
+    assert complaint("train", *runs.settings("mistake", f"data.path={damaged}")) == (
         f"the shard {shard} of the manifest is missing"
     )
 
 
-def test_another_run_in_the_same_folder_is_refused_by_name(runs: Runs) -> None:
+def test_another_run_in_the_same_folder_is_refused_by_name(runs: Runs, complaint) -> None:
     runs.finish("mistake", "training.total_images=64")
-    message = complaint(runs, "training.total_images=64", "optimizer.critic.learning_rate=0.5")
-    assert "optimizer.critic.learning_rate: 0.0005 -> 0.5" in message
-    assert "resume.allow=[optimizer.critic.learning_rate]" in message
+    settings = ("training.total_images=64", "optimizer.critic.learning_rate=0.5")
+    said = complaint("train", *runs.settings("mistake", *settings))
+    assert "optimizer.critic.learning_rate: 0.0005 -> 0.5" in said
+    assert "resume.allow=[optimizer.critic.learning_rate]" in said
 
 
-def test_a_sample_of_no_run_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ganscale", "sample", str(tmp_path), "--grid", "x.png"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert f"{tmp_path} is not a run folder" in done.stderr
+def test_a_sample_of_no_run_is_refused(complaint, tmp_path: Path) -> None:
+    said = complaint("sample", str(tmp_path), "--grid", "x.png")
+    assert f"{tmp_path} is not a run folder" in said

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Runs, end_tree
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.processes import end_tree
+from tests.helpers.runs import Runs
 
 SETTINGS = (
     "training.total_images=640",
@@ -22,9 +23,7 @@ SETTINGS = (
 @pytest.fixture
 def server(digits: Path) -> Iterator[FaultServer]:
     with FaultServer().running() as server:
-        for path in digits.iterdir():
-            if path.is_file():
-                server.objects[f"/digits/{path.name}"] = path.read_bytes()
+        server.serve(digits, "/digits")
         yield server
 
 

@@ -12,7 +12,7 @@ from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 from ganscale.tracking.provenance import append_session, session_facts
 from ganscale.tracking.wandb_identity import wandb_identity
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Losses and penalties as loops without ganscale write them."""
+"""Losses and penalties of the papers, as training loops without ganscale write them.
+
+The rivals train with them, and tests hold ganscale's own against them.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,7 +14,7 @@ Score = Callable[[Tensor], Tensor]  # images -> logits
 
 
 class Loss(NamedTuple):
-    """critic: (real_logits, fake_logits) -> terms, each differentiable on its own
+    """critic: (real_logits, fake_logits) -> terms, each differentiable without the others
     generator: (fake_logits, real_logits or None) -> scalar
     """
 
@@ -20,44 +23,57 @@ class Loss(NamedTuple):
     generator_needs_real: bool = False
 
 
-def _is(label: float, logits: Tensor) -> Tensor:
+def cross_entropy(label: float, logits: Tensor) -> Tensor:
+    """-E[label log D + (1 - label) log(1 - D)], with D = sigmoid(logits)."""
     return binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
 
-def _near(label: float, logits: Tensor) -> Tensor:
+def squared_error(label: float, logits: Tensor) -> Tensor:
     return 0.5 * mse_loss(logits, torch.full_like(logits, label))
 
 
-def _averaged(better: Tensor, worse: Tensor) -> Tensor:
-    return _is(1, better - worse.mean()) + _is(0, worse - better.mean())
+def _relative_to_means(better: Tensor, worse: Tensor) -> Tensor:
+    return cross_entropy(1, better - worse.mean()) + cross_entropy(0, worse - better.mean())
 
 
-def _needed(logits: Tensor | None) -> Tensor:
+def _required(logits: Tensor | None) -> Tensor:
     assert logits is not None
     return logits
 
 
 LOSSES = {
-    "minimax": Loss(lambda real, fake: [_is(1, real), _is(0, fake)], lambda fake, _: -_is(0, fake)),
+    # Goodfellow et al. 2014 (arXiv:1406.2661), equation 1
+    "minimax": Loss(
+        lambda real, fake: [cross_entropy(1, real), cross_entropy(0, fake)],
+        lambda fake, _: -cross_entropy(0, fake),
+    ),
+    # Goodfellow et al. 2014, section 3
     "non_saturating": Loss(
-        lambda real, fake: [_is(1, real), _is(0, fake)], lambda fake, _: _is(1, fake)
+        lambda real, fake: [cross_entropy(1, real), cross_entropy(0, fake)],
+        lambda fake, _: cross_entropy(1, fake),
     ),
+    # Mao et al. 2017 (arXiv:1611.04076), equation 9
     "lsgan": Loss(
-        lambda real, fake: [_near(1, real), _near(0, fake)], lambda fake, _: _near(1, fake)
+        lambda real, fake: [squared_error(1, real), squared_error(0, fake)],
+        lambda fake, _: squared_error(1, fake),
     ),
+    # Arjovsky et al. 2017 (arXiv:1701.07875), equations 2 and 3
     "wgan": Loss(lambda real, fake: [-real.mean(), fake.mean()], lambda fake, _: -fake.mean()),
+    # Miyato et al. 2018 (arXiv:1802.05957), equations 16 and 17
     "hinge": Loss(
         lambda real, fake: [relu(1 - real).mean(), relu(1 + fake).mean()],
         lambda fake, _: -fake.mean(),
     ),
+    # Jolicoeur-Martineau 2018 (arXiv:1807.00734), section 4.1
     "relativistic": Loss(
-        lambda real, fake: [_is(1, real - fake)],
-        lambda fake, real: _is(1, fake - _needed(real)),
+        lambda real, fake: [cross_entropy(1, real - fake)],
+        lambda fake, real: cross_entropy(1, fake - _required(real)),
         generator_needs_real=True,
     ),
+    # Jolicoeur-Martineau 2018, equations 9 to 11
     "relativistic_average": Loss(
-        lambda real, fake: [_averaged(real, fake)],
-        lambda fake, real: _averaged(fake, _needed(real)),
+        lambda real, fake: [_relative_to_means(real, fake)],
+        lambda fake, real: _relative_to_means(fake, _required(real)),
         generator_needs_real=True,
     ),
 }

@@ -8,14 +8,12 @@ A manifest may come from anyone: it can name objects in public stores, but no co
 downloaded, nothing on this machine's disks.
 """
 
-import fcntl
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 
 from ganscale.data.remote import objects
 from ganscale.errors import UserError
-from ganscale.files import atomic_write, write_text
+from ganscale.files import FileLock, atomic_write, write_text
 
 VERSION = 2
 JSON_NAME, ROWS_NAME = "manifest.json", "manifest.npy"
@@ -269,7 +267,13 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
     that maps the first one is not disturbed.
     """
     place = hashlib.sha256(source.encode()).hexdigest()[:32]
-    with _locked(folder, place):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{place}.lock")
+    except OSError as error:
+        raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
+    with lock:
+        lock.acquire(math.inf, poll_seconds=0.1)
         known = folder / f"{place}.json"
         with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
             copy = _remembered(known, description.identity)
@@ -315,18 +319,6 @@ def _verify(manifest: Manifest) -> None:
             f"{JSON_NAME} and {ROWS_NAME} in {objects.shown(manifest.source)} do not go together: "
             "another fingerprint; was it being replaced just now?"
         )
-
-
-@contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f"{name}.lock").open("wb")
-    except OSError as error:
-        raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _read_again(root: Path, source: str, location: str, fingerprint: str) -> Manifest:

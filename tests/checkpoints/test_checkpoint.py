@@ -4,7 +4,6 @@ import json
 import logging
 import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from ganscale.checkpoints.checkpoint import (
 )
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
+from tests.helpers.disks import small_disk
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:
@@ -221,36 +221,26 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_pa
     assert newest_checkpoint(tmp_path) == folder
 
 
-def no_space(folder: Path) -> None:
-    """A file system of 200 KiB, as the kernel makes it."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    no_space(folder)
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def assert_the_old_one_stands(root: Path, old: Path, content: dict[str, bytes]) -> None:
     assert names(root) == [old.name]
     assert bytes_of(old) == content
     assert newest_checkpoint(root) == old
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_the_older_checkpoint_as_it_was(small_disk):
-    old = save_checkpoint(small_disk, 64, weights(), {"images_seen": 64})
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk", "200k") as folder:
+        yield folder
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_older_checkpoint_as_it_was(disk):
+    old = save_checkpoint(disk, 64, weights(), {"images_seen": 64})
     content = bytes_of(old)
     for images_seen in (64, 128):  # also where the old one was to be replaced
         with pytest.raises(OSError, match="No space left on device"):
-            save_checkpoint(small_disk, images_seen, weights(elements=100_000), {})
-        assert_the_old_one_stands(small_disk, old, content)
-    save_checkpoint(small_disk, 192, weights(), {})  # and there is room for another small one
+            save_checkpoint(disk, images_seen, weights(elements=100_000), {})
+        assert_the_old_one_stands(disk, old, content)
+    save_checkpoint(disk, 192, weights(), {})  # and there is room for another small one
 
 
 def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_as_it_was(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 def killed(folder: Path, what: str) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from ganscale.checkpoints import checkpoint
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
+from tests.helpers.disks import remount, small_disk
 
 Files = dict[str, dict[str, torch.Tensor]]
 
@@ -138,13 +138,6 @@ def test_a_copy_from_a_gpu_is_of_the_moment_of_the_save(root, disk):
     assert load_tensors(root / "images-000000001", "generator")["weight"].unique().tolist() == [100]
 
 
-def mounted(folder: Path, options: str) -> None:
-    """A file system in memory; skips the test where none can be mounted."""
-    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("file systems can only be mounted by root")
-
-
 @contextmanager
 def full(root: Path) -> Iterator[None]:
     """Not a block is left."""
@@ -161,11 +154,11 @@ def full(root: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(root: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+    remount(root, "ro")
     try:
         yield
     finally:
-        subprocess.run(["mount", "-o", "remount,rw", str(root)], check=True)
+        remount(root, "rw")
 
 
 @contextmanager
@@ -200,36 +193,30 @@ OBSTACLES = {
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 200 KiB, which others may read."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are for their owner only
-        folder = Path(name)
-        folder.chmod(0o755)
-        mounted(folder, "size=200k,mode=755")
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", str(folder)], check=True)
+def small() -> Iterator[Path]:
+    """A file system that other users may read, as pytest's own folders are not."""
+    with tempfile.TemporaryDirectory() as name, small_disk(Path(name), "200k,mode=755") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 @pytest.mark.parametrize("images_seen", [64, 128])  # 64: in the place of the one that is there
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
 def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
-    small_disk, caplog, obstacle, images_seen, on_failure
+    small, caplog, obstacle, images_seen, on_failure
 ):
     prevented, code = OBSTACLES[obstacle]
-    writer = CheckpointWriter(small_disk, CheckpointConfig(on_failure=on_failure))
+    writer = CheckpointWriter(small, CheckpointConfig(on_failure=on_failure))
     writer.save(64, files_of(1.0), {"images_seen": 64})
     writer.finish()
-    old = small_disk / "images-000000064"
+    old = small / "images-000000064"
     content = bytes_of(old)
-    with prevented(small_disk):
+    with prevented(small):
         writer.save(images_seen, files_of(2.0, 10_000), {})
         writer.close()
-        assert names(small_disk) in ([old.name], ["filler", old.name])
+        assert names(small) in ([old.name], ["filler", old.name])
         assert bytes_of(old) == content
-        assert newest_checkpoint(small_disk) == old
+        assert newest_checkpoint(small) == old
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     said = record.getMessage()
@@ -244,7 +231,7 @@ def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
     writer.save(192, files_of(3.0), {})  # the disk is well again, and so is the run
     writer.finish()
     assert not writer.has_failed
-    assert names(small_disk) == [old.name, "images-000000192"]
+    assert names(small) == [old.name, "images-000000192"]
 
 
 def test_a_folder_that_vanishes_meanwhile_is_a_failed_write_and_made_again(root, disk, caplog):

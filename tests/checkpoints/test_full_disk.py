@@ -1,47 +1,21 @@
 """A whole run on a disk that is full for a while loses time and nothing else."""
 
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import pytest
-from safetensors.torch import load_file
 
 from ganscale.errors import EXIT_REQUEUE
-from tests.checkpoints.test_checkpoint_writer import mounted
-from tests.conftest import Runs
+from tests.helpers.disks import small_disk
+from tests.helpers.runs import Runs, checkpoint_bits
 
 SETTINGS = ("training.total_images=320", "checkpoint.every_images=64")
-
-
-def weights(checkpoint: Path) -> dict[str, bytes]:
-    """The bits of every tensor of a checkpoint."""
-    return {
-        f"{file.stem}.{name}": tensor.numpy().tobytes()
-        for file in sorted(checkpoint.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-@contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Over `folder` lies a file system with no room for a checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mounted(folder, "size=32k")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.timeout(300)
 def test_a_disk_that_is_full_for_a_while_costs_time_and_nothing_else(runs: Runs) -> None:
     runs.finish("whole", *SETTINGS)
-    expected = weights(runs.checkpoints("whole")[-1])
+    expected = checkpoint_bits(runs.checkpoints("whole")[-1])
 
     checkpoints = runs.folder / "run" / "checkpoints"
-    with full_disk(checkpoints):
+    with small_disk(checkpoints, "32k"):  # no room for a checkpoint
         output = runs.finish("run", *SETTINGS, exit_code=EXIT_REQUEUE)
         assert list(checkpoints.iterdir()) == []
     assert output.count("no checkpoint could be written at") == 6  # each, and why it ends
@@ -50,14 +24,14 @@ def test_a_disk_that_is_full_for_a_while_costs_time_and_nothing_else(runs: Runs)
     assert "No space left on device" in output
     assert "Traceback" not in output
 
-    with full_disk(checkpoints):
+    with small_disk(checkpoints, "32k"):  # no room for a checkpoint
         stop = (*SETTINGS, "checkpoint.on_failure=stop")
         output = runs.finish("run", *stop, exit_code=EXIT_REQUEUE)
     assert "no checkpoint could be written at 64 images" in output
     assert "no checkpoint could be written at 320 images" not in output
 
     runs.finish("run", *SETTINGS)
-    assert weights(runs.checkpoints("run")[-1]) == expected
+    assert checkpoint_bits(runs.checkpoints("run")[-1]) == expected
     assert [row["loss/critic"] for row in runs.rows("run")] == [
         row["loss/critic"] for row in runs.rows("whole")
     ]

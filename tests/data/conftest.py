@@ -1,27 +1,18 @@
 """A small data set, and a server of the S3 protocol, for tests that ask for them."""
 
-import io
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from tests.conftest import end_tree
-from tests.data.fault_server import FaultServer
+from tests.helpers.processes import end_tree
+from tests.helpers.fault_server import FaultServer
 from tests.data.shard_caches import SHARDS, Caches, content_of
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+from tests.helpers.images import png
+from tests.helpers.tars import write_tar
 
 
 @pytest.fixture
@@ -30,13 +21,9 @@ def data_set(tmp_path) -> Path:
     from ganscale.shards.indexing import build_manifest
 
     folder = tmp_path / "set"
-    folder.mkdir()
     for number in range(3):
-        with tarfile.open(folder / f"{number}.tar", "w") as tar:
-            for i in range(4 * number, 4 * number + 4):
-                info = tarfile.TarInfo(f"{i}.png")
-                info.size = len(png(i))
-                tar.addfile(info, io.BytesIO(png(i)))
+        images = [(f"{i}.png", png(i)) for i in range(4 * number, 4 * number + 4)]
+        write_tar(folder / f"{number}.tar", images)
     build_manifest(folder)
     return folder
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote.shard_cache import ShardCache, CachedShard
-from tests.conftest import REPOSITORY, end_tree
+from ganscale.data.remote.shard_cache import CachedShard, ShardCache
+from tests.helpers.processes import REPOSITORY, end_tree
 
 SHARD_BYTES = 200_000
 
@@ -70,7 +70,7 @@ def until(happened, seconds: float = 20.0) -> None:
 def process(
     caches: Caches, shards: list[Shard], *, room: float = 100, hold: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    script = str(Path(__file__).with_name("staging_process.py"))
+    script = str(Path(__file__).with_name("shard_cache_process.py"))
     listed = json.dumps([asdict(shard) for shard in shards])
     where = [str(caches.folder), str(round(room * SHARD_BYTES)), caches.url, listed]
     started = subprocess.Popen(

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from ganscale.data.images import decoding
-from ganscale.data.images.decoding import DecodeError, decode, decode_into, image_extension, image_size
-
-
-def encoded(image: Image.Image, file_format: str, **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, file_format, **options)
-    return stream.getvalue()
+from ganscale.data.images.decoding import (
+    DecodeError,
+    decode,
+    decode_into,
+    image_extension,
+    image_size,
+)
+from tests.helpers.images import encoded
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -84,7 +85,7 @@ def test_transparency_is_laid_on_white():
 
 def test_sixteen_bit_grey_keeps_its_high_byte():
     values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
-    result = decode(encoded(Image.fromarray(values), "PNG"), None, 1)
+    result = decode(encoded(values, "PNG"), None, 1)
     assert result[:, :, 0].tolist() == [[0, 0, 1], [128, 254, 255]]
 
 

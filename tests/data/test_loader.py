@@ -18,8 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ganscale.data.bad_samples import (
+    BadSample,
+    BadSampleLog,
+    bad_sample_rows,
+    check_bad_sample_limit,
+)
 from ganscale.data.batch import Batch
-from ganscale.data.bad_samples import BadSample, BadSampleLog, bad_sample_rows, check_bad_sample_limit
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
@@ -28,6 +33,9 @@ from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
+from tests.helpers.images import encoded
+from tests.helpers.tars import overwrite, write_tar
+from tests.helpers.fault_server import FaultServer
 
 SHARDS = (11, 5, 14)  # samples each
 TOTAL = sum(SHARDS)
@@ -42,20 +50,14 @@ def pixels_of(sample: int) -> np.ndarray:
 
 
 def write_shards(folder: Path, *, labelled: bool = True) -> Manifest:
-    sample = 0
+    samples = itertools.count()
     for number, count in enumerate(SHARDS):
-        with tarfile.open(folder / f"shard-{number}.tar", "w") as tar:
-            for _ in range(count):
-                stream = io.BytesIO()
-                Image.fromarray(pixels_of(sample)).save(stream, "PNG")
-                files = {"png": stream.getvalue()}
-                if labelled:
-                    files["cls"] = str(sample % 3).encode()
-                for extension, data in files.items():
-                    member = tarfile.TarInfo(f"{sample:05d}.{extension}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-                sample += 1
+        members = []
+        for sample in itertools.islice(samples, count):
+            members.append((f"{sample:05d}.png", encoded(pixels_of(sample))))
+            if labelled:
+                members.append((f"{sample:05d}.cls", str(sample % 3).encode()))
+        write_tar(folder / f"shard-{number}.tar", members)
     return build_manifest(folder)
 
 
@@ -214,12 +216,10 @@ def member_of(manifest: Manifest, sample: int) -> tuple[Path, int, int]:
     return manifest.root / manifest.shards[shard].name, int(row["offset"]), int(row["size"])
 
 
-def overwrite(manifest: Manifest, sample: int) -> None:
+def damage(manifest: Manifest, sample: int) -> None:
     """Damages a sample after it was indexed: the order stays the same."""
     path, offset, size = member_of(manifest, sample)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(b"?" * size)
+    overwrite(path, offset, b"?" * size)
 
 
 def epoch_lanes(loader: Loader, epochs: int) -> list[list[int]]:
@@ -231,7 +231,7 @@ def epoch_lanes(loader: Loader, epochs: int) -> list[list[int]]:
 def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(loaders):
     clean = loaders.batches(8)
     bad = samples_in(clean[2])[5]
-    overwrite(loaders.manifest, bad)
+    damage(loaders.manifest, bad)
     one = loaders.batches(8)
     followers = {
         lane[place + 1]
@@ -258,7 +258,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(load
 
 
 def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
-    overwrite(loaders.manifest, 12)
+    damage(loaders.manifest, 12)
     loader = loaders(batch=TOTAL - 2, lanes=1, block_samples=100)
     with caplog.at_level(logging.WARNING):
         batch = next(loader)
@@ -274,10 +274,9 @@ def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
 def damage_some(manifest: Manifest) -> set[int]:
     """Two neighbours, one elsewhere, and the end of a shard; returns which samples these are."""
     for sample in (3, 4, 12):
-        overwrite(manifest, sample)
+        damage(manifest, sample)
     path, offset, _ = member_of(manifest, 27)
-    with path.open("r+b") as file:
-        file.truncate(offset + 10)
+    os.truncate(path, offset + 10)
     return {3, 4, 12, 27, 28, 29}
 
 
@@ -331,7 +330,9 @@ def test_a_flood_of_broken_samples_is_a_few_lines_in_the_log(caplog):
     log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
         for number in range(100_000):
-            log.tell([BadSample(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")])
+            log.tell(
+                [BadSample(f"{number % 1000}.tar", "cut", f"{number}", "is cut: 1 of 2 bytes")]
+            )
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == (
         "sample 0 of shard 0.tar is cut: 1 of 2 bytes; another one takes its place"
@@ -344,7 +345,9 @@ def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
     log = BadSampleLog()
     with caplog.at_level(logging.WARNING):
         log.tell(BadSample("a.tar", "cut", str(number), "is cut") for number in range(15))
-        log.tell([BadSample("b.tar", "cut", "first", "is cut"), BadSample("b.tar", "cut", "x", "is cut")])
+        log.tell(
+            [BadSample("b.tar", "cut", "first", "is cut"), BadSample("b.tar", "cut", "x", "is cut")]
+        )
     messages = [record.getMessage() for record in caplog.records]
     assert sum("shard a.tar" in message for message in messages) == 10
     assert [message for message in messages if "b.tar" in message] == [
@@ -354,8 +357,7 @@ def test_one_bad_shard_is_named_once_after_the_first_few_samples(caplog):
 
 def test_a_shard_that_was_cut_costs_only_the_samples_behind_the_cut(loaders):
     path, offset, _ = member_of(loaders.manifest, 29)
-    with path.open("r+b") as file:
-        file.truncate(offset + 10)
+    os.truncate(path, offset + 10)
     loader = loaders(batch=TOTAL)
     found = [s for batch in itertools.islice(loader, 3) for s in samples_in(batch)]
     assert 29 not in found
@@ -384,7 +386,9 @@ def test_the_limit_is_a_share_of_what_was_read_but_at_least_of_a_thousand(
         check_bad_sample_limit(bad_samples, read, limit, worst)
     assert f"{bad_samples:,} of {read:,} samples could not be used" in str(raised.value)
     assert f"data.bad_sample_limit={limit:g} allows" in str(raised.value)
-    assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(raised.value)
+    assert bad_samples == 1 or f"b.tar: {bad_samples - 1} cut; a.tar: 1 no image" in str(
+        raised.value
+    )
 
 
 def test_a_summary_lists_the_worst_and_sums_the_rest():
@@ -401,7 +405,7 @@ def test_a_summary_lists_the_worst_and_sums_the_rest():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_without_a_good_sample_is_an_error_and_no_endless_search(loaders, workers):
     for sample in range(TOTAL):
-        overwrite(loaders.manifest, sample)
+        damage(loaders.manifest, sample)
     loader = loaders(workers=workers)
     with pytest.raises(UserError, match="64 samples in a row could not be used") as raised:
         next(loader)
@@ -533,19 +537,9 @@ def needed_by_hand(manifest: Manifest, order: Order, positions: list[int]) -> li
 def address(manifest: Manifest) -> Iterator[str]:
     """The data set on a web server."""
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, directory=str(manifest.root), **kwargs)
-
-        def log_message(self, format: str, *args) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with FaultServer().running() as server:
+        server.serve(manifest.root)
+        yield server.url
 
 
 def remote_loader(address: str, cache: Path, *, batch: int = 8, workers: int = 0) -> Loader:

@@ -17,10 +17,10 @@ import psutil
 import pytest
 import torch
 
-from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import DataSet, open_data
 from ganscale.data.loader import Loader, allocate_batch
+from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
@@ -170,7 +170,9 @@ def test_a_process_that_is_closed_in_the_middle_of_its_work_says_nothing(
     config = config_of(digits, workers=2)
     data = open_data(config)
     for delay in (0.0, 0.002, 0.005, 0.01, 0.02):
-        with contextlib.closing(LoaderProcess(data, config, allocate_batch, 200, **PLACE)) as loader:
+        with contextlib.closing(
+            LoaderProcess(data, config, allocate_batch, 200, **PLACE)
+        ) as loader:
             next(loader)
             time.sleep(delay)
         assert loader._process.returncode == 0
@@ -221,7 +223,9 @@ def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
 
 def test_a_thread_hands_out_the_same_and_goes_on_after_a_wait(digits: Path) -> None:
     config = config_of(digits, workers=0)
-    with contextlib.closing(start_loader(open_data(config), config, allocate_batch, 3, **PLACE)) as loader:
+    with contextlib.closing(
+        start_loader(open_data(config), config, allocate_batch, 3, **PLACE)
+    ) as loader:
         found = []
         for batch in itertools.islice(loader, 10):
             found.append(batch)

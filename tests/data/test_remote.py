@@ -16,8 +16,8 @@ import pytest
 
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
-from tests.conftest import REPOSITORY
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.fault_server import Fault, FaultServer
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 PATH = "/set/a.tar"

@@ -13,7 +13,7 @@ from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards, update_fi
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from ganscale.errors import UnavailableError
-from tests.conftest import REPOSITORY
-from tests.data.fault_server import Fault
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.fault_server import Fault
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, age, bytes_in, content_of, process, until
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_costs_copies_first_and_then_a_sentence(caches, tmp_path):
     """On a real small disk, in a name space of its own."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = str(Path(__file__).with_name("staging_process.py"))
+    script = str(Path(__file__).with_name("shard_cache_process.py"))
     listed = json.dumps([asdict(shard) for shard in SHARDS])
     run = f"{sys.executable} {script} {disk} {10**12} {caches.url} '{listed}'"
     mount = f"mount -t tmpfs -o size=%dk none {disk}"

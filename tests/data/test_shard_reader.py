@@ -9,21 +9,20 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from ganscale.data.remote import connections
 from ganscale.data.manifest import Manifest
+from ganscale.data.remote import connections
 from ganscale.data.remote.shard_cache import ShardCache
 from ganscale.data.shard_reader import BadSampleError, ShardReader, open_shard_reader
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
-from tests.data.conftest import png
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.images import png
 
 
 @pytest.fixture
 def server(data_set) -> Iterator[FaultServer]:
     with FaultServer().running() as server:
-        for path in data_set.iterdir():
-            server.objects[f"/set/{path.name}"] = path.read_bytes()
+        server.serve(data_set, "/set")
         yield server
 
 

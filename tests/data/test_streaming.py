@@ -26,26 +26,12 @@ from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_i
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.data.conftest import S3
-from tests.data.fault_server import Fault, FaultServer
+from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.images import numbered
+from tests.helpers.tars import write_tar
 
 RESOLUTION = 4
 SHARDS, PER_SHARD = 3, 10
-
-
-def png(number: int) -> bytes:
-    """An image whose every pixel tells its number."""
-    stream = io.BytesIO()
-    Image.new("RGB", (RESOLUTION, RESOLUTION), (number, 255 - number, 7)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def members_of(shard: int, count: int = PER_SHARD) -> list[tuple[str, bytes]]:
@@ -53,7 +39,7 @@ def members_of(shard: int, count: int = PER_SHARD) -> list[tuple[str, bytes]]:
     return [
         member
         for n in numbers
-        for member in ((f"{n:03d}.png", png(n)), (f"{n:03d}.cls", str(n % 3).encode()))
+        for member in ((f"{n:03d}.png", numbered(n)), (f"{n:03d}.cls", str(n % 3).encode()))
     ]
 
 
@@ -191,7 +177,7 @@ def test_it_is_said_once_that_the_order_is_not_exact(
 
 
 def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_path: Path) -> None:
-    bad = {0: b"", 2: b"not an image", 4: png(4)[:40]}
+    bad = {0: b"", 2: b"not an image", 4: numbered(4)[:40]}
     members = [(name, bad.get(int(name[:3]), data) if ".png" in name else data)
                for name, data in members_of(0)]  # fmt: skip
     loader = streams(write_tar(tmp_path / "a.tar", members), workers=1)
@@ -208,14 +194,11 @@ def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_pa
 
 
 def cut_in_an_image(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.truncate(path.read_bytes().index(png(14)) + 20)
+    os.truncate(path, path.read_bytes().index(numbered(14)) + 20)
 
 
 def cut_between_members(path: Path) -> None:
-    content = path.read_bytes()
-    with path.open("r+b") as file:
-        file.truncate(content.index(b"014.png"))
+    os.truncate(path, path.read_bytes().index(b"014.png"))
 
 
 def damaged_header(path: Path) -> None:
@@ -250,11 +233,10 @@ def test_what_webdataset_leaves_out_in_silence_is_counted(
 
 def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path: Path) -> None:
     """Both shards have the keys 000 and 001; the first is cut behind an image."""
-    first = write_tar(tmp_path / "0.tar", [("000.png", png(0)), ("000.cls", b"0"),
-                                           ("001.png", png(1)), ("001.cls", b"0")])  # fmt: skip
-    with first.open("r+b") as file:
-        file.truncate(first.read_bytes().index(b"001.cls") + 100)
-    write_tar(tmp_path / "1.tar", [("001.cls", b"1"), ("001.png", png(101))])
+    first = write_tar(tmp_path / "0.tar", [("000.png", numbered(0)), ("000.cls", b"0"),
+                                           ("001.png", numbered(1)), ("001.cls", b"0")])  # fmt: skip
+    os.truncate(first, first.read_bytes().index(b"001.cls") + 100)
+    write_tar(tmp_path / "1.tar", [("001.cls", b"1"), ("001.png", numbered(101))])
     loader = streams(tmp_path / "*.tar", class_count=2)
     batches = some(loader, 30)
     for batch in batches:
@@ -271,7 +253,7 @@ def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path
 def test_labels_are_read_as_indexing_reads_them(
     streams: Streams, tmp_path: Path, extension: str, text: bytes, label: int
 ) -> None:
-    path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), (f"0.{extension}", text)])
+    path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), (f"0.{extension}", text)])
     (batch,) = some(streams(path), 1)
     assert batch.labels.tolist() == [label] * 8
 
@@ -279,7 +261,7 @@ def test_labels_are_read_as_indexing_reads_them(
 def test_labels_beyond_the_classes_are_refused_with_what_would_be_right(
     streams: Streams, tmp_path: Path
 ) -> None:
-    path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"7")])
+    path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), ("0.cls", b"7")])
     with pytest.raises(UserError, match=r"has label 7, not one of data\.class_count=5 classes"):
         next(streams(path, class_count=5))
 
@@ -291,7 +273,7 @@ def test_nothing_in_a_tar_is_run(streams: Streams, tmp_path: Path) -> None:
 
     harm = pickle.dumps(Attack())
     members = [(f"0.{end}", harm) for end in ("pyd", "pkl", "pickle", "pth", "pkl.gz", "npy")]
-    write_tar(tmp_path / "a.tar", [*members, ("1.png", png(1)), ("1.pth", harm)])
+    write_tar(tmp_path / "a.tar", [*members, ("1.png", numbered(1)), ("1.pth", harm)])
     batches = some(streams(tmp_path / "a.tar"), 10)
     assert {*numbers_in(batches)} == {1}
     assert not (tmp_path / "harmed").exists()
@@ -369,9 +351,7 @@ def test_a_source_that_falls_silent_asks_for_a_requeue(
 @pytest.fixture
 def server(folder: Path) -> Iterator[FaultServer]:
     with FaultServer().running() as server:
-        for shard in range(SHARDS):
-            path = folder / f"shard-{shard}.tar"
-            server.objects[f"/{path.name}"] = path.read_bytes()
+        server.serve(folder)
         yield server
 
 
@@ -491,8 +471,12 @@ def test_a_member_beyond_the_limit_is_left_out_and_the_rest_is_read(
     batches = some(loader, 20)
     assert {*numbers_in(batches)} == {*range(10)} - {4}
     assert loader.bad_samples.keys() == {("a.tar", "too large")}
-    found = {(bad_samples.key, bad_samples.detail) for batch in batches for bad_samples in batch.bad_samples}
-    assert found == {("004", f"has {50_000 + len(png(4)):,} bytes, more than 256 MiB")}
+    found = {
+        (bad_samples.key, bad_samples.detail)
+        for batch in batches
+        for bad_samples in batch.bad_samples
+    }
+    assert found == {("004", f"has {50_000 + len(numbered(4)):,} bytes, more than 256 MiB")}
 
 
 @pytest.mark.parametrize(
@@ -539,4 +523,6 @@ def test_a_summary_of_what_was_broken_is_plain_json(streams: Streams, folder: Pa
     cut_in_an_image(folder / "shard-1.tar")
     loader = streams(folder / "*.tar")
     batches = some(loader, 20)
-    assert json.loads(json.dumps([bad_samples for batch in batches for bad_samples in batch.bad_samples]))
+    assert json.loads(
+        json.dumps([bad_samples for batch in batches for bad_samples in batch.bad_samples])
+    )

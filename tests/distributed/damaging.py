@@ -6,9 +6,11 @@ comes first; what it does twice changes nothing.
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from ganscale.networks.dcgan import DCGANGenerator
+from tests.helpers.tars import overwrite
 
 
 class Generator(DCGANGenerator):
@@ -32,12 +34,9 @@ class Generator(DCGANGenerator):
 
 def do(what: str, path: Path, offset: int, data: bytes) -> None:
     if what == "cut":
-        with path.open("r+b") as file:
-            file.truncate(offset)
+        os.truncate(path, offset)
     elif what == "overwrite":
-        with path.open("r+b") as file:
-            file.seek(offset)
-            file.write(data)
+        overwrite(path, offset, data)
     elif what == "delete":
         path.unlink(missing_ok=True)
     elif what == "replace by a folder":

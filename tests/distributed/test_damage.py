@@ -1,36 +1,32 @@
 """Shards are damaged after they were indexed: two ranks with workers see the same as one without,
 count what they could not use, or end together with a sentence."""
 
-import io
 import json
 import math
 import os
 import re
 import shutil
 import struct
-import subprocess
-import sys
-import tarfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from benchmarks.ranks import environment_of, free_port
 from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
 from ganscale.shards.indexing import build_manifest
-from tests.conftest import REPOSITORY, TINY, Runs, end_tree
 from tests.distributed.test_promise import curve
+from tests.helpers.images import encoded
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import Runs
+from tests.helpers.tars import write_tar
 
 SIZE = 32
 SAMPLES = 40  # of a shard
 IMAGES = 640
-DEADLINE_SECONDS = 120
 
 # What is in the shards, in order; the damage done to each is in `kinds_of_damage`.
 FORMATS = {
@@ -53,21 +49,14 @@ def image(kind: str, number: int) -> bytes:
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE
     phase = 0.37 * number + len(kind)
     pixels = 128 + 100 * np.sin(7 * x + phase) * np.cos(5 * y - phase)
-    stream = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(stream, FORMATS[kind])
-    return stream.getvalue()
+    return encoded(pixels.astype(np.uint8), FORMATS[kind])
 
 
 def write_data(folder: Path, kinds: list[str]) -> Manifest:
-    folder.mkdir()
     for kind in kinds:
         extension = "jpg" if FORMATS[kind] == "JPEG" else "png"
-        with tarfile.open(folder / f"{kind}.tar", "w") as tar:
-            for number in range(SAMPLES):
-                content = image(kind, number)
-                member = tarfile.TarInfo(f"{number:03d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+        members = [(f"{n:03d}.{extension}", image(kind, n)) for n in range(SAMPLES)]
+        write_tar(folder / f"{kind}.tar", members)
     return build_manifest(folder)
 
 
@@ -165,13 +154,6 @@ def settings_of(data: Path, damage: list[Damage]) -> list[str]:
     ]
 
 
-@pytest.fixture
-def _own_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-
-
-@pytest.mark.usefixtures("_own_network")
-@pytest.mark.timeout(3 * DEADLINE_SECONDS)
 def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
     runs: Runs, tmp_path: Path
 ) -> None:
@@ -180,13 +162,13 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
     damage, bad_samples = kinds_of_damage(shards)
     shutil.copytree(manifest.root, tmp_path / "copy")  # each run does its own damage
     settings = [*settings_of(manifest.root, damage), "data.bad_sample_limit=0.2", "data.workers=2"]
-    output = runs.finish("two", *settings, ranks=2, seconds=DEADLINE_SECONDS)
+    output = runs.finish("two", *settings, ranks=2)
     settings = [
         *settings_of(tmp_path / "copy", damage),
         "data.bad_sample_limit=0.2",
         "data.workers=0",
     ]
-    runs.finish("one", *settings, seconds=DEADLINE_SECONDS)
+    runs.finish("one", *settings)
 
     # What the order alone says.
     order = Order(
@@ -219,35 +201,16 @@ def test_two_ranks_with_workers_count_and_replace_what_one_rank_without_does(
             assert math.isclose(value, row_of_two[name], rel_tol=1e-7, abs_tol=1e-7), name
 
 
-def end_of_ranks(runs: Runs, settings: list[str], tmp_path: Path) -> tuple[list[int], str]:
-    """(exit codes of two ranks, what they said): a launcher would tell only of one code."""
-    arguments = [*TINY, f"run.folder={runs.folder}", "run.name=ends", *settings, "data.workers=2"]
-    port = str(free_port())
-    logs = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
-    processes = []
+def end_of_ranks(runs: Runs, settings: list[str]) -> tuple[list[int], str]:
+    """(exit codes of two ranks, what they printed): a launcher would report only one code."""
+    ranks = Ranks(runs, 2, *settings, "data.workers=2")
     try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "ganscale", "train", *arguments],
-                        env=os.environ | environment_of(rank, 2, port),
-                        cwd=REPOSITORY,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        text=True,
-                    )
-                )
-        for process in processes:
-            process.wait(DEADLINE_SECONDS)
+        codes = ranks.exit_codes(0, 1)
     finally:
-        for process in processes:
-            end_tree(process)
-    return [process.returncode for process in processes], "".join(map(Path.read_text, logs))
+        ranks.end()
+    return codes, ranks.printed(0) + ranks.printed(1)
 
 
-@pytest.mark.usefixtures("_own_network")
-@pytest.mark.timeout(2 * DEADLINE_SECONDS)
 @pytest.mark.parametrize("kind", ["deleted", "a folder", "too many"])
 def test_what_cannot_be_borne_ends_both_ranks_with_a_sentence(
     runs: Runs, tmp_path: Path, kind: str
@@ -267,7 +230,7 @@ def test_what_cannot_be_borne_ends_both_ranks_with_a_sentence(
         damage = [shards.overwritten("text", number, 0, b"?" * 20) for number in range(10)]
         sentence = r"more than data\.bad_sample_limit=0\.001 allows; most of them in text\.tar: "
     settings = [*settings_of(manifest.root, damage), f"data.bad_sample_limit={limit}"]
-    codes, said = end_of_ranks(runs, settings, tmp_path)
+    codes, said = end_of_ranks(runs, settings)
     errors = [line for line in said.splitlines() if "error: " in line]
     assert codes == [2, 2], said
     assert len(errors) == 1, said  # for both
@@ -275,16 +238,14 @@ def test_what_cannot_be_borne_ends_both_ranks_with_a_sentence(
     assert "Traceback" not in said
 
 
-@pytest.mark.usefixtures("_own_network")
 def test_a_shard_of_another_size_than_when_it_was_indexed_is_refused_at_the_start(
     runs: Runs, tmp_path: Path
 ) -> None:
     manifest = write_data(tmp_path / "data", ["whole"])
     path = Shards(manifest).path("whole")
     settings = settings_of(manifest.root, [])
-    with path.open("r+b") as file:
-        file.truncate(20_000)
-    codes, said = end_of_ranks(runs, settings, tmp_path)
+    os.truncate(path, 20_000)
+    codes, said = end_of_ranks(runs, settings)
     assert codes == [2, 2], said
     assert said.count(f"the shard {path} has 20,000 bytes, but") == 1
     assert "Traceback" not in said

@@ -8,7 +8,6 @@ has every loss with every penalty.
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.invariance import (
     GLOBAL_BATCH,
@@ -24,6 +23,7 @@ from benchmarks.invariance import (
     synthetic_batch,
 )
 from benchmarks.report import table
+from benchmarks.rivals import formulas
 from benchmarks.tiny_networks import TinyCritic, TinyGenerator
 from ganscale.data.images.preprocessing import to_network_range
 from ganscale.objectives.losses import LOSSES
@@ -116,12 +116,7 @@ class WrittenOut:
         with torch.no_grad():
             fake = self.generator(latents)
         of_real, of_fake = self.critic(real), self.critic(fake)
-        if self.loss == "wgan":
-            loss = of_fake.mean() - of_real.mean()
-        else:
-            ones, zeros = torch.ones_like(of_real), torch.zeros_like(of_fake)
-            loss = F.binary_cross_entropy_with_logits(of_real, ones)
-            loss = loss + F.binary_cross_entropy_with_logits(of_fake, zeros)
+        loss = torch.stack(formulas.LOSSES[self.loss].critic(of_real, of_fake)).sum()
         values = {"loss/critic_adversarial": loss.item()}
         if self.penalty == "wgan_gp":
             share = uniform(self.seed, "interpolation", slots).double()[:, :, None, None]
@@ -137,8 +132,7 @@ class WrittenOut:
         return values
 
     def generator_step(self, latents: Tensor) -> float:
-        logits = self.critic(self.generator(latents))
-        loss = -logits.mean() if self.loss == "wgan" else -torch.sigmoid(logits).log().mean()
+        loss = formulas.LOSSES[self.loss].generator(self.critic(self.generator(latents)), None)
         self.generator_gradients = self.descend(self.generator, loss)
         return loss.item()
 

@@ -4,23 +4,20 @@ Every wait here is shorter than the limits of the run and its collectives (600 s
 sets them: so ranks that leave in time leave because of the watchdog.
 """
 
-import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, Runs, end_tree
 from tests.distributed.test_resume import wait_for_checkpoints
-from tests.helpers.deadlines import HANG_SECONDS, seconds_to_import_torch
-from tests.helpers.preloaded import PreloadedProcess
+from tests.helpers.processes import HANG_SECONDS, end_tree, seconds_to_import_torch, wait_until
+from tests.helpers.ranks import Ranks
+from tests.helpers.runs import Runs
 
-LAUNCH = REPOSITORY / "launch" / "train.py"
 HOST = socket.gethostname()
 NEVER_ENDS = ("training.total_images=1000M", "checkpoint.every_images=320", "data.workers=2")
 MISBEHAVES = (*NEVER_ENDS, "critic.target=tests.distributed.misbehaving:Critic")
@@ -30,37 +27,6 @@ def short_limit() -> tuple[str, str]:
     """Settings that end a run soon, but never one that is merely slow: starting the process for
     its data takes about as long as importing torch, any other stage takes less."""
     return f"runtime.timeout_seconds={4 * seconds_to_import_torch():.1f}", "data.retry_seconds=1"
-
-
-class Ranks:
-    """The ranks of one run without a launcher, as under srun: nobody ends the others for them."""
-
-    def __init__(self, runs: Runs, count: int, *settings: str, **environment: str) -> None:
-        with socket.create_server(("", 0)) as free:
-            port = str(free.getsockname()[1])
-        _, *arguments = runs.command("run", *settings)
-        arguments = arguments[arguments.index("train") + 1 :]
-        common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-        self.folder = runs.folder / "run"
-        self.outputs = [runs.folder / f"rank-{rank}.log" for rank in range(count)]
-        runs.folder.mkdir(exist_ok=True)
-        self.processes: list[PreloadedProcess] = []
-        for rank, output in enumerate(self.outputs):
-            of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            of_world = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            environment = {**common, **(of_rank | of_world if count > 1 else {})}
-            self.processes.append(PreloadedProcess(LAUNCH, arguments, environment, output))
-
-    def exit_codes(self, *ranks: int) -> list[int]:
-        return [self.processes[rank].wait(timeout=HANG_SECONDS) for rank in ranks]
-
-    def said(self, rank: int) -> str:
-        return self.outputs[rank].read_text()
-
-    def end(self) -> None:
-        for process in self.processes:
-            end_tree(process)
 
 
 @pytest.fixture
@@ -82,9 +48,9 @@ def test_the_others_leave_when_a_rank_is_killed_and_say_which(
     wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
     ranks.processes[2].kill()
     assert ranks.exit_codes(0, 1) == [76, 76]
-    last = ranks.said(0).splitlines()[-1]
+    last = ranks.printed(0).splitlines()[-1]
     assert last.startswith(f"error: rank 2 on {HOST} was lost: the process died in `")
-    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    assert "Traceback" not in ranks.printed(0) + ranks.printed(1)
     assert history.read_text().splitlines()[0] == "started 0"
     assert history.read_text().splitlines()[-1] == f"ended 76 {last.removeprefix('error: ')}"
     assert last.removeprefix("error: ") in (ranks.folder / "log.txt").read_text()
@@ -96,7 +62,7 @@ def test_the_others_leave_when_rank_0_is_killed(runs: Runs, started: list[Ranks]
     wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
     ranks.processes[0].kill()
     assert ranks.exit_codes(1) == [76]
-    last = ranks.said(1).splitlines()[-1]
+    last = ranks.printed(1).splitlines()[-1]
     assert last.startswith(f"error: rank 0 on {HOST} was lost: the process died in `")
     runs.finish("run", "checkpoint.every_images=320", "training.total_images=1280")  # on one
 
@@ -111,7 +77,7 @@ def test_a_rank_whose_process_is_stopped_ends_the_run(
     ranks.processes[stopped].send_signal(signal.SIGSTOP)
     other = 1 - stopped
     assert ranks.exit_codes(other) == [76]
-    last = ranks.said(other).splitlines()[-1]
+    last = ranks.printed(other).splitlines()[-1]
     assert last.startswith(f"error: rank {stopped} on {HOST} was lost: no sign of life for ")
     stacks = (ranks.folder / "stacks" / f"rank-{other:04d}.txt").read_text()
     assert "trainer.py" in stacks  # what its main thread was waiting in
@@ -124,17 +90,17 @@ def test_a_rank_that_hangs_is_distinguished_from_those_that_wait_for_it(
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [76, 76]
     stacks = (ranks.folder / "stacks" / "rank-0000.txt").read_text()
-    said = ranks.said(0).splitlines()[-1]
+    said = ranks.printed(0).splitlines()[-1]
     assert said.startswith(f"error: rank 1 on {HOST} hangs: in `"), stacks
     assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0001.txt").read_text()
-    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    assert "Traceback" not in ranks.printed(0) + ranks.printed(1)
 
 
 def test_a_run_on_one_rank_does_not_hang_for_ever(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 1, *MISBEHAVES, *short_limit(), MISBEHAVE="0:hang")
     started.append(ranks)
     assert ranks.exit_codes(0) == [76]
-    assert "hangs: in `" in ranks.said(0).splitlines()[-1]
+    assert "hangs: in `" in ranks.printed(0).splitlines()[-1]
     assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0000.txt").read_text()
 
 
@@ -143,17 +109,17 @@ def test_an_error_on_one_rank_ends_all_with_its_message(runs: Runs, started: lis
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [1, 1]
     sentence = f"rank 1 on {HOST}: RuntimeError: the weights of this rank are tired"
-    assert ranks.said(0).splitlines()[-1] == f"error: {sentence}"
-    assert "Traceback" not in ranks.said(0)
-    assert ranks.said(1).count("Traceback") == 1
+    assert ranks.printed(0).splitlines()[-1] == f"error: {sentence}"
+    assert "Traceback" not in ranks.printed(0)
+    assert ranks.printed(1).count("Traceback") == 1
 
 
 def test_a_mistake_is_reported_once_for_all_ranks(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 2, "training.global_batch_size=15")
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [2, 2]
-    assert ranks.said(0).startswith("error: `training.global_batch_size` of 15 cannot be dealt")
-    assert ranks.said(1) == ""
+    assert ranks.printed(0).startswith("error: `training.global_batch_size` of 15 cannot be dealt")
+    assert ranks.printed(1) == ""
 
 
 def test_ranks_whose_launcher_was_killed_save_and_leave(runs: Runs) -> None:
@@ -189,11 +155,7 @@ def blocks(process: subprocess.Popen[str], number: signal.Signals) -> bool:
 def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
     process = runs.start("run", *NEVER_ENDS)
     try:
-        deadline = time.monotonic() + HANG_SECONDS
-        while not blocks(process, signal.SIGUSR1):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
+        wait_until(lambda: blocks(process, signal.SIGUSR1), process=process, interval=0.001)
         process.send_signal(signal.SIGUSR1)  # torch is not even imported yet
         output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
@@ -205,10 +167,9 @@ def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:
 def test_a_second_ctrl_c_leaves_in_the_middle_of_a_step(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 1, *MISBEHAVES, MISBEHAVE="0:hang")
     started.append(ranks)
-    for printed in ("misbehaves now", "press Ctrl-C again to stop at once"):
-        deadline = time.monotonic() + HANG_SECONDS
-        while printed not in ranks.said(0):
-            assert time.monotonic() < deadline, ranks.said(0)
-            time.sleep(0.05)
-        ranks.processes[0].send_signal(signal.SIGINT)
+    process = ranks.processes[0]
+    wait_until(lambda: "misbehaves now" in process.printed(), process=process)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: "press Ctrl-C again to stop at once" in process.printed(), process=process)
+    process.send_signal(signal.SIGINT)
     assert ranks.exit_codes(0) == [130]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.ranks import run_ranks
-from tests.conftest import TINY
 from tests.distributed import rank_cases
+from tests.helpers.runs import TINY
 
 DEADLINE_SECONDS = 120
 RANKS = 2

@@ -2,17 +2,12 @@
 
 import os
 import signal
-import subprocess
-import time
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.conftest import Runs, end_tree
 from tests.distributed.test_promise import curve
-from tests.helpers.deadlines import HANG_SECONDS
-from tests.helpers.preloaded import PreloadedProcess
+from tests.helpers.processes import HANG_SECONDS, Process, end_tree, wait_until
+from tests.helpers.runs import Runs, checkpoint_bits
 
 _SETTINGS = (
     "training.total_images=3200",
@@ -23,27 +18,14 @@ _SETTINGS = (
 )
 
 
-def weights(checkpoint: Path) -> dict[str, bytes]:
-    """The bits of every tensor of a checkpoint."""
-    return {
-        f"{file.stem}.{name}": tensor.numpy().tobytes()
-        for file in sorted(checkpoint.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def wait_for_checkpoints(
-    runs: Runs, name: str, count: int, process: subprocess.Popen[str] | PreloadedProcess
-) -> None:
+def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) -> None:
     """Until that many checkpoints were written: the newest's name shows it, old ones are pruned."""
-    deadline = time.monotonic() + HANG_SECONDS
-    while time.monotonic() < deadline:
+
+    def are_written() -> bool:
         written = runs.checkpoints(name)
-        if written and int(written[-1].name.removeprefix("images-")) >= count * 320:
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise AssertionError(f"no checkpoint {count} of {name} within {HANG_SECONDS} s")
+        return bool(written) and int(written[-1].name.removeprefix("images-")) >= count * 320
+
+    wait_until(are_written, process=process)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -60,7 +42,9 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ran
     output = runs.finish("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
     assert "continues at" in output
     assert len(runs.summary("killed")["sessions"]) > 1
-    assert weights(runs.checkpoints("killed")[-1]) == weights(runs.checkpoints("whole")[-1])
+    assert checkpoint_bits(runs.checkpoints("killed")[-1]) == checkpoint_bits(
+        runs.checkpoints("whole")[-1]
+    )
     # On two ranks, means that were saved in between are summed in another order.
     whole, killed = curve(runs.rows("whole")), curve(runs.rows("killed"))
     assert [row["progress/images_seen"] for row in killed] == [
@@ -93,8 +77,8 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
 
 def test_a_finished_run_says_so_and_trains_no_more(runs: Runs) -> None:
     runs.finish("done", "training.total_images=64")
-    before = weights(runs.checkpoints("done")[-1])
+    before = checkpoint_bits(runs.checkpoints("done")[-1])
     assert "finished already" in runs.finish("done", "training.total_images=64")
-    assert weights(runs.checkpoints("done")[-1]) == before
+    assert checkpoint_bits(runs.checkpoints("done")[-1]) == before
     runs.finish("done", "training.total_images=128")  # and goes on when more is asked for
     assert runs.summary("done")["images_seen"] == 128

@@ -16,7 +16,8 @@ from ganscale.cli.main import main
 from ganscale.errors import UserError
 from ganscale.evaluation.exported_generator import export_generator
 from ganscale.networks.build import build_generator
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import TINY
 
 RECIPE = {
     "target": "resnet",

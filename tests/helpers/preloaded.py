@@ -2,16 +2,19 @@
 seconds, most of what a tiny run takes."""
 
 import atexit
-import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 _PRELOADED = [
     "accelerate",
@@ -26,19 +29,18 @@ _PRELOADED = [
 
 
 class PreloadedProcess:
-    """`python SCRIPT ARGUMENTS`, with the methods of `subprocess.Popen`; it prints into a file."""
+    """`python SCRIPT ARGUMENTS`, with methods as `subprocess.Popen` has them."""
 
     def __init__(
-        self, script: Path, arguments: Sequence[str], environment: Mapping[str, str], output: Path
+        self, script: Path, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> None:
-        """`environment` must not be about what torch reads at import, such as OMP_NUM_THREADS."""
-        output.write_bytes(b"")
-        self._output = output
+        """`environment` comes too late for what torch reads at import, such as OMP_NUM_THREADS."""
+        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed with this object)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         _start_server()
         self._process = context.Process(
-            target=_run, args=[str(script), [*arguments], {**environment}, str(output)]
+            target=_run, args=[str(script), [*arguments], {**environment}, self._output.name]
         )
         self._process.start()
         assert self._process.pid is not None
@@ -54,16 +56,12 @@ class PreloadedProcess:
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(self._output.name, timeout or 0.0, self.read().encode())
+            raise subprocess.TimeoutExpired("python", timeout or 0.0, self.printed().encode())
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        self.wait(timeout)
-        return self.read(), None
-
-    def read(self) -> str:
-        """What it has printed so far."""
-        return self._output.read_text()
+    def printed(self) -> str:
+        """Its stdout and stderr so far."""
+        return Path(self._output.name).read_text()
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
@@ -74,25 +72,18 @@ class PreloadedProcess:
 
 
 def stop_server() -> None:
-    """Ends the process that others are forked from; else it lives as long as this one."""
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    """Ends the process that the others are forked from; otherwise it lives as long as this one."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)  # to end without torch's clean-up
+        server._stop()
 
 
 def _start_server() -> None:
-    """With one thread for each rank, whatever the tests' own process uses."""
-    with _environment(OMP_NUM_THREADS="1"):
+    """With one thread for each process that it forks, whatever the tests' own process uses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _environment(**values: str):
-    before = {**os.environ}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:

@@ -11,7 +11,7 @@ import torch.distributed.run as torchrun
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.launcher.api import LaunchConfig
 
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
 

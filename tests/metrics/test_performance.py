@@ -187,10 +187,27 @@ def test_operations_of_a_network_that_takes_no_two_images_are_not_counted(runtim
         assert flops_of_a_cycle(config, objective, state.generator, Refusing(), 0) is None
 
 
-def test_a_network_with_a_collective_of_its_own_is_not_counted_and_holds_nobody_up(tmp_path: Path):
-    run_ranks("tests.metrics.test_performance:run_rank_with_collectives", tmp_path, 2, seconds=60)
-    assert (tmp_path / "done1").exists()
-    assert (tmp_path / "done0").read_text() == "None None"
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `run_rank` found on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks("tests.metrics.test_performance:run_rank", folder, 2, seconds=120)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def run_rank(folder: Path) -> None:
+    runtime = Runtime.start(timeout_seconds=60)
+    found = {
+        "flops of rank 0": flops_with_collectives(runtime),
+        "slow critic": row_with_a_slow_rank(runtime),
+        "late rank": row_with_a_late_rank(runtime),
+    }
+    torch.save(found, folder / f"rank{runtime.rank}.pt")
+    runtime.close()
+
+
+def test_a_network_with_a_collective_of_its_own_is_not_counted_and_holds_nobody_up(two_ranks):
+    assert [rank["flops of rank 0"] for rank in two_ranks] == [[None, None], []]
 
 
 class Summing(nn.Module):
@@ -210,8 +227,7 @@ class Summing(nn.Module):
         return logits
 
 
-def run_rank_with_collectives(folder: Path) -> None:
-    runtime = Runtime.start(timeout_seconds=30)
+def flops_with_collectives(runtime: Runtime) -> list[float | None]:
     config = mlp_config()
     objective = build_objective(config.objective)
     generator = TrainingState(config, objective, runtime, 0).generator
@@ -220,9 +236,8 @@ def run_rank_with_collectives(folder: Path) -> None:
         for in_forward in (True, False):
             critic = Summing(in_forward)
             found.append(flops_of_a_cycle(config, objective, generator, critic, 0))
-    (folder / f"done{runtime.rank}").write_text(" ".join(map(str, found)))
     runtime.barrier()
-    runtime.close()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -241,9 +256,8 @@ def test_peaks_go_by_a_gpus_whole_name(name, precision, tflops):
     assert known_peak(name, precision) == tflops
 
 
-def test_the_rank_that_holds_the_others_up_is_named(tmp_path: Path):
-    run_ranks("tests.metrics.test_performance:run_rank", tmp_path, 2, seconds=120)
-    rows = [torch.load(tmp_path / f"row{rank}.pt") for rank in range(2)]
+def test_the_rank_that_holds_the_others_up_is_named(two_ranks):
+    rows = [rank["slow critic"] for rank in two_ranks]
     assert rows[0].keys() - rows[1].keys() == {"perf/tflops"}  # counted once
     row = rows[0]
     assert row["perf/slowest_rank"] == 1
@@ -258,35 +272,30 @@ def test_the_rank_that_holds_the_others_up_is_named(tmp_path: Path):
     assert 1000 * 6 * PAUSE / 2 * 0.8 < row["perf/communication_ms"] < 2000 * 6 * PAUSE / 2
 
 
-def run_rank(folder: Path) -> None:
-    runtime = Runtime.start(timeout_seconds=60)
-    config = config_of(Combination("wgan", "wgan_gp"), 1, "float32")
-    cycle = cycle_of(config, runtime)
-    speed = PerformanceMeter(config, runtime, cycle.state)
-    for _ in range(11):  # the first ten times of DDP are noted anyway
-        run(cycle, logs=False)
+def row_with_a_slow_rank(runtime: Runtime) -> dict[str, float]:
+    cycle, meter = settled_cycle(runtime, "plain")
     if runtime.rank == 1:
         cycle.state.critic.register_forward_pre_hook(lambda *_: time.sleep(PAUSE))
     run(cycle, logs=True)
-    torch.save(row_of(cycle, speed), folder / f"row{runtime.rank}.pt")
-    runtime.close()
+    return row_of(cycle, meter)
 
 
-def test_who_waits_for_another_rank_does_not_count_it_as_making_fakes(tmp_path: Path):
-    run_ranks("tests.metrics.test_performance:run_rank_with_batch_norm", tmp_path, 2, seconds=120)
-    for rank in range(2):
-        row = torch.load(tmp_path / f"row{rank}.pt")
-        assert 0 < row["perf/fake_images_ms"] < 1000 * PAUSE
+def test_who_waits_for_another_rank_does_not_count_it_as_making_fakes(two_ranks):
+    for rank in two_ranks:
+        assert 0 < rank["late rank"]["perf/fake_images_ms"] < 1000 * PAUSE
 
 
-def run_rank_with_batch_norm(folder: Path) -> None:
-    runtime = Runtime.start(timeout_seconds=60)
-    cycle = cycle_of(config_of(Combination("wgan", "wgan_gp", "batch_norm"), 1, "float32"), runtime)
-    speed = PerformanceMeter(cycle.config, runtime, cycle.state)
-    for _ in range(11):
-        run(cycle, logs=False)
+def row_with_a_late_rank(runtime: Runtime) -> dict[str, float]:
+    cycle, meter = settled_cycle(runtime, "batch_norm")
     if runtime.rank == 1:
         time.sleep(8 * PAUSE)
     run(cycle, logs=True)
-    torch.save(row_of(cycle, speed), folder / f"row{runtime.rank}.pt")
-    runtime.close()
+    return row_of(cycle, meter)
+
+
+def settled_cycle(runtime: Runtime, variant: str) -> tuple[Cycle, PerformanceMeter]:
+    cycle = cycle_of(config_of(Combination("wgan", "wgan_gp", variant), 1, "float32"), runtime)
+    meter = PerformanceMeter(cycle.config, runtime, cycle.state)
+    for _ in range(11):  # the first ten times of DDP are noted anyway
+        run(cycle, logs=False)
+    return cycle, meter

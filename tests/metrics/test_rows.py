@@ -19,7 +19,7 @@ from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
 from ganscale.training.state import TrainingState
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 def cycle_of(runtime: Runtime, combination: Combination, accumulate: int = 1) -> Cycle:

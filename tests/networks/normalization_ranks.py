@@ -1,6 +1,5 @@
-"""One rank of the two that test_normalization.py starts: `normalization_ranks.py RANK FOLDER`."""
+"""What each of the two ranks of test_normalization.py computes."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -54,11 +53,10 @@ def use_twice(generator: torch.nn.Module, own: slice) -> dict[str, torch.Tensor]
     }
 
 
-def main(rank: int, folder: Path) -> None:
+def run(folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD_SIZE
-    )
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     local_batch = GLOBAL_BATCH // WORLD_SIZE
     own = slice(rank * local_batch, (rank + 1) * local_batch)
     wrapped = DistributedDataParallel(make_generator(), broadcast_buffers=False)
@@ -84,7 +82,3 @@ def main(rank: int, folder: Path) -> None:
         results[name] = images.grad
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

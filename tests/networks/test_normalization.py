@@ -1,43 +1,18 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.ranks import run_ranks
 from ganscale.networks import ConditionalBatchNorm2d, GlobalBatchNorm, ResNetGenerator
 from ganscale.networks.normalization import batches_together
-
-sys.path.insert(0, str(Path(__file__).parent))
-import normalization_ranks as ranks
-
-DEADLINE_SECONDS = 60
+from tests.networks import normalization_ranks as ranks
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What each of two real gloo processes computed on its half of the global batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, ranks.__file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks.WORLD_SIZE)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=DEADLINE_SECONDS)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    run_ranks("tests.networks.normalization_ranks:run", folder, ranks.WORLD_SIZE, seconds=60)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
 
 

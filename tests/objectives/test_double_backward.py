@@ -23,7 +23,7 @@ from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.penalties import PENALTIES, input_gradients
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ganscale.config import resolve
 from ganscale.schema import Config
-from tests.conftest import TINY
+from tests.helpers.runs import TINY
 
 
 def config_of(data: Path, *settings: str) -> Config:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.ranks import run_ranks
 from ganscale.plan.planning import make_plan
-from tests.conftest import TINY
+from tests.helpers.runs import TINY
 from tests.plan.conftest import config_of
 
 DEADLINE_SECONDS = 150

@@ -7,7 +7,7 @@ from pathlib import Path
 from ganscale.cli.main import main
 from ganscale.plan.planning import make_plan
 from ganscale.shards.writing import write_shards
-from tests.conftest import TINY
+from tests.helpers.runs import TINY
 from tests.plan.conftest import config_of
 
 

@@ -1,39 +1,19 @@
 """Indices of other tools are read and written as those tools do it, and believed only so far."""
 
-import io
 import json
 import os
 import subprocess
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.shards.exclusions import Exclusion, Exclusions
 from ganscale.shards.foreign_indices import read_wids, write_wids
 from ganscale.shards.indexing import build_manifest, index_shards
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, count: int, tar_format=tarfile.GNU_FORMAT, folder: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for i in range(count):
-            for name, data in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode())):
-                info = tarfile.TarInfo(folder + name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
+from tests.helpers.tars import labelled, overwrite, write_tar
 
 
 def write_idx(shard: Path) -> Path:
@@ -67,8 +47,10 @@ def write_idx(shard: Path) -> Path:
 def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
     """Also with names that need a header of their own, and one shard that has no .idx."""
     folder = "a/" * 60 if tar_format == tarfile.GNU_FORMAT else ""
-    shard = write_tar(tmp_path / "0.tar", 5, tar_format, folder)
-    write_tar(tmp_path / "1.tar", 3)
+    shard = write_tar(
+        tmp_path / "0.tar", [(folder + name, content) for name, content in labelled(5)], tar_format
+    )
+    write_tar(tmp_path / "1.tar", labelled(3))
     whole = build_manifest(tmp_path)
     write_idx(shard)
     report = index_shards([str(tmp_path)], trusts_idx=True)
@@ -87,12 +69,10 @@ def test_a_trusted_idx_gives_the_rows_of_reading_it_all(tmp_path, tar_format):
 
 def test_a_trusted_idx_spares_reading_the_images(tmp_path):
     """An image whose bytes are garbage behind their first: only reading them all would tell."""
-    shard = write_tar(tmp_path / "0.tar", 5)
+    shard = write_tar(tmp_path / "0.tar", labelled(5))
     row = build_manifest(tmp_path).samples[2]
     write_idx(shard)
-    with shard.open("r+b") as file:
-        file.seek(int(row["offset"]) + 20)
-        file.write(b"garbage")
+    overwrite(shard, int(row["offset"]) + 20, b"garbage")
     os.utime(tmp_path / "0.idx")
     manifest = index_shards([str(tmp_path)], trusts_idx=True).manifest
     assert manifest is not None
@@ -100,7 +80,7 @@ def test_a_trusted_idx_spares_reading_the_images(tmp_path):
 
 
 def test_an_idx_that_does_not_fit_is_named(tmp_path):
-    shard = write_tar(tmp_path / "0.tar", 5)
+    shard = write_tar(tmp_path / "0.tar", labelled(5))
     idx = write_idx(shard)
     text = idx.read_text()
     lines = text.splitlines()
@@ -125,17 +105,16 @@ def test_an_idx_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match="older than the shard"):
         index_shards([str(tmp_path)], trusts_idx=True)
     os.utime(idx)
-    with shard.open("r+b") as file:
-        file.truncate(shard.stat().st_size - 20 * 512 + 100)
+    os.truncate(shard, shard.stat().st_size - 20 * 512 + 100)
     os.utime(idx)
     with pytest.raises(UserError, match=r"is said to lie|the tar is cut"):
         index_shards([str(tmp_path)], trusts_idx=True)
 
 
 def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
-    write_tar(tmp_path / "shards" / "b.tar", 2)
-    write_tar(tmp_path / "shards" / "a.tar", 3)
-    write_tar(tmp_path / "shards" / "not-listed.tar", 3)
+    write_tar(tmp_path / "shards" / "b.tar", labelled(2))
+    write_tar(tmp_path / "shards" / "a.tar", labelled(3))
+    write_tar(tmp_path / "shards" / "not-listed.tar", labelled(3))
     shards = [{"url": "shards/a.tar", "nsamples": 3}, {"url": "shards/b.tar", "nsamples": 2}]
     content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     path = tmp_path / "set.json"
@@ -170,8 +149,8 @@ def test_a_wids_index_is_data_and_no_program(tmp_path):
 def test_a_written_wids_index_is_read_again(tmp_path):
     """And its fields are those that wids asks for: url and nsamples, relative where it can be."""
     folder = tmp_path / "set"
-    write_tar(folder / "a.tar", 3)
-    write_tar(folder / "b.tar", 2)
+    write_tar(folder / "a.tar", labelled(3))
+    write_tar(folder / "b.tar", labelled(2))
     manifest = build_manifest(folder)
     write_wids(manifest, folder / "wids.json", [3, 2])
     content = json.loads((folder / "wids.json").read_text())
@@ -192,7 +171,7 @@ def test_a_written_wids_index_is_read_again(tmp_path):
 
 
 def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
-    write_tar(tmp_path / "00000.tar", 5)
+    write_tar(tmp_path / "00000.tar", labelled(5))
     stats = tmp_path / "00000_stats.json"
     for successes, is_fine in ((5, True), (4, True), (6, False)):
         stats.write_text(json.dumps({"count": 9, "successes": successes, "status_dict": {}}))

@@ -1,57 +1,31 @@
 """Indexing goes on where it was stopped, reads only what is new, and names all that is bad."""
 
-import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, parallel
 from ganscale.shards.exclusions import Exclusion, Exclusions, read_list
 from ganscale.shards.indexing import Report, build_manifest, index_shards
-
-
-def png(seed: int, size: int = 4) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    return [
-        member
-        for i in range(first, first + count)
-        for member in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode()))
-    ]
+from tests.helpers.images import png
+from tests.helpers.tars import labelled, write_tar
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
     folder = tmp_path / "set"
     for number in range(6):
-        write_tar(folder / f"{number}.tar", samples(number + 2, first=10 * number))
+        write_tar(folder / f"{number}.tar", labelled(number + 2, first=10 * number))
     return folder
 
 
@@ -79,8 +53,8 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     """A changed shard, an added one and a removed one, in any order of time."""
     assert index(shards)[2:4] == (6, 0)
     assert index(shards)[2:4] == (0, 6)
-    write_tar(shards / "2.tar", samples(9, first=500))
-    write_tar(shards / "10.tar", [("x.png", png(3, size=7)), ("x.cls", b"8")])
+    write_tar(shards / "2.tar", labelled(9, first=500))
+    write_tar(shards / "10.tar", [("x.png", png(3, 7)), ("x.cls", b"8")])
     (shards / "4.tar").unlink()
     report = index(shards)
     assert (report.read, report.kept) == (2, 4)
@@ -96,7 +70,7 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
 
 def test_a_shard_of_the_same_size_and_another_time_is_read_again(shards):
     fingerprint = build_manifest(shards).fingerprint
-    write_tar(shards / "0.tar", [*samples(1), ("00001.png", png(1)), ("00001.cls", b"2")])
+    write_tar(shards / "0.tar", [*labelled(1), ("00001.png", png(1)), ("00001.cls", b"2")])
     os.utime(shards / "0.tar", ns=(1, 1))
     report = index(shards)
     assert report.read == 1
@@ -123,7 +97,7 @@ def test_what_is_kept_is_of_no_use_beside_another_manifest(shards, tmp_path):
 def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
     folder = tmp_path / "set"
     for number in range(60):
-        write_tar(folder / f"{number:02d}.tar", samples(60, first=100 * number))
+        write_tar(folder / f"{number:02d}.tar", labelled(60, first=100 * number))
     program = (
         "from ganscale.shards.indexing import build_manifest\n"
         f"build_manifest({str(folder)!r}, workers=1)\n"
@@ -180,7 +154,7 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
     write_tar(
         shards / "3.tar",
         [
-            *samples(2, first=30),
+            *labelled(2, first=30),
             ("page.png", b"<html>"),
             ("page.cls", b"1"),
             ("alone.cls", b"1"),
@@ -261,8 +235,8 @@ def test_a_list_that_is_none_is_named_with_its_line(tmp_path):
 
 
 def test_the_same_key_in_two_shards_is_no_mistake(tmp_path):
-    write_tar(tmp_path / "a.tar", samples(2))
-    write_tar(tmp_path / "b.tar", samples(2))
+    write_tar(tmp_path / "a.tar", labelled(2))
+    write_tar(tmp_path / "b.tar", labelled(2))
     assert len(build_manifest(tmp_path).samples) == 4
 
 
@@ -299,7 +273,7 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
         "build_manifest(sys.argv[1])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)\n"
     )
-    pixel = png(0, size=1)
+    pixel = png(0, 1)
     members = [(f"{i}.png", pixel) for i in range(3000)]
     random.Random(0).shuffle(members)
     whole = write_tar(tmp_path / "0.tar", members).read_bytes()

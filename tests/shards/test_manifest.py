@@ -1,7 +1,6 @@
 """Tars of any origin are indexed right, or refused with a sentence; samples are read in place."""
 
 import hashlib
-import io
 import json
 import pickle
 import tarfile
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards
 from ganscale.data.shard_reader import BadSampleError, ShardReader
@@ -18,33 +16,10 @@ from ganscale.errors import UserError
 from ganscale.shards import indexing
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.shard_index import index_shard
+from tests.helpers.images import png
+from tests.helpers.tars import labelled, write_tar
 
 BROKEN = b"\xff\xd8\xff a JPEG no further than its first bytes is indexed too"
-
-
-def png(seed: int, size: int = 4) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format=tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=tar_format) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def labelled(count: int, first: int = 0) -> list[tuple[str, bytes]]:
-    samples = range(first, first + count)
-    return [
-        member
-        for i in samples
-        for member in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", str(i % 3).encode()))
-    ]
 
 
 @pytest.fixture
@@ -186,7 +161,7 @@ def test_the_manifest_counts_shards_samples_classes_and_pixels(data_set):
 
 
 def test_the_resolution_of_mixed_images_is_none(tmp_path):
-    write_tar(tmp_path / "a.tar", [("0.png", png(0, size=4)), ("1.png", png(1, size=5))])
+    write_tar(tmp_path / "a.tar", [("0.png", png(0, 4)), ("1.png", png(1, 5))])
     assert build_manifest(tmp_path).resolution is None
 
 

@@ -1,8 +1,6 @@
 """Shards on a real server or behind a command are indexed and verified as streams."""
 
-import io
 import json
-import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +8,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
@@ -20,32 +16,16 @@ from ganscale.shards.foreign_indices import read_wids, write_wids
 from ganscale.shards.indexing import build_manifest, index_shards
 from ganscale.shards.listing import list_shards
 from ganscale.shards.verifying import verify_shards
+from tests.helpers.tars import labelled, write_tar
 from tests.shards.test_shards_cli import run
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, first: int, count: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in range(first, first + count):
-            for name, data in ((f"{i:05d}.png", png(i)), (f"{i:05d}.cls", b"2")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
     folder = tmp_path / "served" / "set"
     for number in range(3):
-        write_tar(folder / "train" / f"{number:03d}.tar", 10 * number, 4)
-    write_tar(folder / "val" / "000.tar", 100, 2)
+        write_tar(folder / "train" / f"{number:03d}.tar", labelled(4, first=10 * number))
+    write_tar(folder / "val" / "000.tar", labelled(2, first=100))
     return folder
 
 
@@ -108,8 +88,8 @@ def test_unchanged_shards_of_a_server_are_not_read_again(server, shards, tmp_pat
     server.reads.clear()
     assert index_shards([pattern], tmp_path / "out")[2:4] == (0, 3)
     assert not server.reads
-    write_tar(shards / "train" / "001.tar", 50, 9)
-    write_tar(shards / "train" / "003.tar", 60, 1)
+    write_tar(shards / "train" / "001.tar", labelled(9, first=50))
+    write_tar(shards / "train" / "003.tar", labelled(1, first=60))
     report = index_shards([pattern.replace("002", "003")], tmp_path / "out")
     assert (report.read, report.kept) == (2, 2)
     assert dict(server.reads) == {"/set/train/001.tar": 1, "/set/train/003.tar": 1}
@@ -133,7 +113,7 @@ def test_remote_shards_are_verified_where_they_lie(server, shards, tmp_path):
     manifest = index_shards([pattern], tmp_path / "out").manifest
     assert manifest is not None
     assert not any(found.problem or found.bad for found in verify_shards(manifest))
-    write_tar(shards / "train" / "001.tar", 50, 4)
+    write_tar(shards / "train" / "001.tar", labelled(4, first=50))
     (shards / "train" / "002.tar").unlink()
     problems = {found.shard: found.problem for found in verify_shards(manifest)}
     assert problems["000.tar"] == ""
@@ -192,7 +172,7 @@ def test_sources_that_mean_no_shards_of_one_place_are_refused(sources, names, se
 
 
 def test_names_are_unquoted_and_signatures_stay_out_of_the_manifest(server, shards, tmp_path):
-    write_tar(shards / "50% off.tar", 7, 2)
+    write_tar(shards / "50% off.tar", labelled(2, first=7))
     url = f"{server.url}/set/50%25%20off.tar?sig=secret"
     report = index_shards([url], tmp_path / "out")
     assert report.manifest is not None

@@ -1,35 +1,18 @@
 """Verifying finds every bad image and every changed shard, and goes on to the end."""
 
-import io
 import os
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.shards.exclusions import read_list
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.verifying import Findings, verify_shards
+from tests.helpers.images import jpeg
+from tests.helpers.tars import write_tar
 from tests.shards.test_shards_cli import run
-
-
-def jpeg(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def write_tar(path: Path, images: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in images.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -42,7 +25,7 @@ def photos(tmp_path) -> Path:
         if number == 1:
             for name in ("d/1-2.jpg", "d/1-5.jpg"):
                 images[name] = images[name][:400]
-        write_tar(folder / f"{number}.tar", images)
+        write_tar(folder / f"{number}.tar", images.items())
     build_manifest(folder)
     return folder
 
@@ -79,7 +62,7 @@ def test_changed_and_missing_shards_are_named_and_do_not_stop_the_rest(photos):
         if content is None:
             (photos / "0.tar").unlink()
         elif isinstance(content, dict):
-            write_tar(photos / "0.tar", content)
+            write_tar(photos / "0.tar", content.items())
         else:
             (photos / "0.tar").write_bytes(content)
         found = findings(photos)

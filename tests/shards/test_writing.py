@@ -1,7 +1,6 @@
 """Writing gives the same shards however it is run, and leaves nothing out without saying so."""
 
 import gc
-import io
 import json
 import os
 import signal
@@ -11,12 +10,11 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from ganscale.data.images.decoding import decode
 from ganscale.data.manifest import Manifest
@@ -24,13 +22,10 @@ from ganscale.data.shard_reader import ShardReader
 from ganscale.errors import UserError
 from ganscale.shards import bundled, sources
 from ganscale.shards.writing import write_shards
+from tests.helpers.disks import remount, small_disk
+from tests.helpers.images import png
 
-
-def png(seed: int, size: int = 12) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size + 4, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()
+photo = partial(png, height=12, width=16)
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
@@ -42,7 +37,7 @@ def write_files(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def images(count: int) -> dict[str, bytes]:
-    return {f"{'cat' if i % 3 else 'dog'}/{i:03d}.png": png(i) for i in range(count)}
+    return {f"{'cat' if i % 3 else 'dog'}/{i:03d}.png": photo(i) for i in range(count)}
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +157,7 @@ def test_each_format_stores_the_resized_pixels(photos, tmp_path, options, extens
     assert manifest.extensions == (extension,)
     assert manifest.resolution == (8, 8)
     stored = sorted(decode(data, 8, 3).tobytes() for data in contents(manifest))
-    expected = sorted(decode(png(i), 8, 3).tobytes() for i in range(40))
+    expected = sorted(decode(photo(i), 8, 3).tobytes() for i in range(40))
     assert (stored == expected) == is_exact
 
 
@@ -193,8 +188,13 @@ def test_shard_bytes_are_met_about(photos, tmp_path):
 
 
 def test_broken_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
-    files = {f"{i:03d}.png": png(i) for i in range(30)}
-    files |= {"cut.png": png(50)[:60], "page.jpg": b"<html>", "notes.txt": b"", ".hidden.png": b""}
+    files = {f"{i:03d}.png": photo(i) for i in range(30)}
+    files |= {
+        "cut.png": photo(50)[:60],
+        "page.jpg": b"<html>",
+        "notes.txt": b"",
+        ".hidden.png": b"",
+    }
     source = str(write_files(tmp_path / "source", files))
     for _ in range(2):  # the second time, the shard is there
         with pytest.raises(UserError, match=r"2 of 32 images are broken.*--max-bad.*cut.*page"):
@@ -210,7 +210,7 @@ def test_broken_images_are_left_out_counted_and_named_up_to_a_share(tmp_path):
 
 
 def test_shards_of_broken_images_only_are_left_out(tmp_path):
-    files = {"a.png": png(0), "b.png": b"?", "c.png": png(1), "d.png": b"?"}
+    files = {"a.png": photo(0), "b.png": b"?", "c.png": photo(1), "d.png": b"?"}
     source = str(write_files(tmp_path / "source", files))
     report = write_shards(source, tmp_path / "shards", shard_samples=1, max_bad=0.5)
     assert len(report.manifest.shards) == 2
@@ -227,8 +227,7 @@ def test_a_repeated_command_writes_only_what_is_missing(photos, tmp_path):
     complete = shard_bytes(tmp_path)
     assert write().kept_shards == 4
     (tmp_path / "shard-000002.tar").unlink()
-    with (tmp_path / "shard-000001.tar").open("r+b") as file:
-        file.truncate(1000)
+    os.truncate(tmp_path / "shard-000001.tar", 1000)
     (tmp_path / "manifest.json").unlink()
     with (tmp_path / "writing.jsonl").open("a") as file:
         file.write('["shard-0000')  # the machine stopped here
@@ -268,32 +267,25 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 256 KiB, mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, timeout=60).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
+def disk(tmp_path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(small_disk, tmp_path):
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(disk, tmp_path):
     """Once more room is there, at the shard that found none."""
-    photos = write_files(tmp_path / "photos", {f"{i:02d}.png": png(i, size=64) for i in range(30)})
+    photos = write_files(tmp_path / "photos", {f"{i:02d}.png": png(i, 64) for i in range(30)})
     options: dict[str, Any] = {"shard_samples": 5}
     with pytest.raises(UserError, match=r"^cannot write to .*disk: the disk is full; .* goes on"):
-        write_shards(str(photos), small_disk, **options)
-    finished = len(list(small_disk.glob("*.tar")))
+        write_shards(str(photos), disk, **options)
+    finished = len(list(disk.glob("*.tar")))
     assert 1 <= finished < 6
-    assert not list(small_disk.glob("*.partial"))
-    remount = ["mount", "-o", "remount,size=8m", str(small_disk)]
-    subprocess.run(remount, check=True, timeout=60)
-    report = write_shards(str(photos), small_disk, **options)
+    assert not list(disk.glob("*.partial"))
+    remount(disk, "size=8m")
+    report = write_shards(str(photos), disk, **options)
     assert report.kept_shards >= 1
     write_shards(str(photos), tmp_path / "whole", **options)
-    assert shard_bytes(small_disk) == shard_bytes(tmp_path / "whole")
+    assert shard_bytes(disk) == shard_bytes(tmp_path / "whole")
 
 
 def test_another_command_into_the_same_folder_is_refused(photos, tmp_path):
@@ -353,9 +345,9 @@ def test_a_damaged_zip_member_is_a_broken_image(tmp_path):
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for i in range(3):
-            archive.writestr(f"{i}.png", png(i))
+            archive.writestr(f"{i}.png", photo(i))
     data = bytearray(path.read_bytes())
-    data[data.index(png(1)) + 100] ^= 255
+    data[data.index(photo(1)) + 100] ^= 255
     path.write_bytes(data)
     report = write_shards(str(path), tmp_path / "shards", max_bad=0.5)
     assert [name for name, _ in report.bad_samples] == ["1.png"]

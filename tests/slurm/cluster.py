@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.helpers.deadlines import HANG_SECONDS
+from tests.helpers.processes import HANG_SECONDS
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
 # This Python's commands, and where Debian keeps daemons.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cluster import Cluster
 
-from tests.conftest import REPOSITORY, TINY
-from tests.helpers.deadlines import HANG_SECONDS
+from tests.helpers.processes import HANG_SECONDS, REPOSITORY
+from tests.helpers.runs import TINY
 
 
 class Jobs:

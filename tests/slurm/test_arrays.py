@@ -7,7 +7,7 @@ from pathlib import Path
 from jobs import Jobs
 
 from ganscale.data.manifest import Manifest
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 OBJECTIVES = "configs/sweeps/objectives.txt"
 

@@ -2,7 +2,7 @@
 
 import subprocess
 
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 
 def test_shellcheck_finds_nothing_in_the_batch_scripts(shellcheck: str) -> None:

@@ -1,9 +1,7 @@
 """Whatever becomes of W&B, training goes on, ends in time, and loses nothing: `sync` sends it."""
 
 import contextlib
-import os
 import signal
-import subprocess
 import time
 from subprocess import Popen
 
@@ -22,6 +20,8 @@ from sessions import (
     wait_until_paused,
 )
 from wandb_server import WandbServer
+
+from tests.helpers.disks import small_disk
 
 pytestmark = pytest.mark.timeout(2 * DEADLINE_SECONDS)
 
@@ -139,12 +139,7 @@ def test_a_service_that_dies_or_hangs(number, with_account, run_folder, server):
 
 
 def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk takes root")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(run_folder)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("no disk can be mounted here")
-    try:
+    with small_disk(run_folder, "400k"):
         process = start(
             with_account,
             run_folder=run_folder,
@@ -168,8 +163,6 @@ def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
         assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
         synchronize(with_account, run_folder)
         assert sent(server) == list(range(1, LAST_STEP + 1))
-    finally:
-        subprocess.run(["umount", "--lazy", str(run_folder)], check=True)
 
 
 def test_rows_of_a_training_that_is_killed_are_sent_after_its_death(

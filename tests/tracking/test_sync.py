@@ -25,7 +25,7 @@ from ganscale.tracking import sync
 from ganscale.tracking.superseded_rows import note_rewind
 from ganscale.tracking.uploader_messages import WandbIdentity
 from ganscale.tracking.wandb_identity import wandb_identity
-from tests.conftest import TINY
+from tests.helpers.runs import TINY
 
 pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
 

@@ -13,7 +13,8 @@ from wandb_server import StoredRun, WandbServer
 
 from ganscale.data.manifest import Manifest
 from ganscale.tracking import read_rows
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import TINY
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -15,7 +15,7 @@ from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.state import TrainingState
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 
 SETTINGS = (
     str(REPOSITORY / "configs" / "resnet32.yaml"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.ranks import run_ranks
-from tests.conftest import REPOSITORY
+from tests.helpers.processes import REPOSITORY
 from tests.training.compiled_process import after_a_cycle
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy
 
+from benchmarks.rivals.formulas import LOSSES, cross_entropy
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.objectives.penalties import Draws
@@ -75,33 +75,6 @@ def generator_inputs(batch: int = BATCH) -> dict[str, Any]:
     return {"latents": draw(batch, 5, seed=8), "real_images": real, "labels": None}
 
 
-def cross_entropy(real: Tensor, fake: Tensor) -> Tensor:
-    ones, zeros = torch.ones_like(real), torch.zeros_like(fake)
-    return binary_cross_entropy(real.sigmoid(), ones) + binary_cross_entropy(fake.sigmoid(), zeros)
-
-
-def average(better: Tensor, worse: Tensor) -> Tensor:
-    return cross_entropy(better - worse.mean(), worse - better.mean())
-
-
-CRITIC_LOSSES = {
-    "minimax": cross_entropy,
-    "non_saturating": cross_entropy,
-    "lsgan": lambda real, fake: ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
-    "wgan": lambda real, fake: fake.mean() - real.mean(),
-    "hinge": lambda real, fake: (1 - real).clamp_min(0).mean() + (1 + fake).clamp_min(0).mean(),
-    "relativistic": lambda real, fake: -(real - fake).sigmoid().log().mean(),
-    "relativistic_average": average,
-}
-GENERATOR_LOSSES = {
-    "minimax": lambda fake, _: (1 - fake.sigmoid()).log().mean(),
-    "non_saturating": lambda fake, _: -fake.sigmoid().log().mean(),
-    "lsgan": lambda fake, _: ((fake - 1) ** 2).mean() / 2,
-    "wgan": lambda fake, _: -fake.mean(),
-    "hinge": lambda fake, _: -fake.mean(),
-    "relativistic": lambda fake, real: -(fake - real).sigmoid().log().mean(),
-    "relativistic_average": average,
-}
 LOGIT_FIGURES = {
     "mean": torch.mean,
     "square": lambda logits: (logits**2).mean(),
@@ -109,27 +82,16 @@ LOGIT_FIGURES = {
 }
 
 
-def log(probability: Tensor) -> Tensor:
-    return -probability.log().mean()
+def terms_relative_to_means(better: Tensor, worse: Tensor) -> list[Tensor]:
+    """The terms of the relativistic average loss, which depend on each other."""
+    return [cross_entropy(1, better - worse.mean()), cross_entropy(0, worse - better.mean())]
 
 
-# Of what the critic minimises, the part for real images and that for fakes. One of pairs has none.
-CRITIC_PARTS = {
-    "minimax": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
-    "non_saturating": lambda real, fake: (log(real.sigmoid()), log(1 - fake.sigmoid())),
-    "lsgan": lambda real, fake: (((real - 1) ** 2).mean() / 2, (fake**2).mean() / 2),
-    "wgan": lambda real, fake: (-real.mean(), fake.mean()),
-    "hinge": lambda real, fake: ((1 - real).clamp_min(0).mean(), (1 + fake).clamp_min(0).mean()),
-    "relativistic_average": lambda real, fake: (
-        log((real - fake.mean()).sigmoid()),
-        log(1 - (fake - real.mean()).sigmoid()),
-    ),
-}
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("with_penalty", [False, True])
-@pytest.mark.parametrize("name", CRITIC_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty):
     critic, by_hand = SmoothCritic(), SmoothCritic()
     built = objective(name, **(GRADIENT_PENALTY if with_penalty else {}))
@@ -138,8 +100,8 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
     loss.backward()
 
     real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
-    adversarial = CRITIC_LOSSES[name](real, fake)
-    total = adversarial
+    terms = LOSSES[name].critic(real, fake)
+    adversarial = total = sum(terms, torch.tensor(0.0))
     shown = {f"logits/real_{name}": figure(real) for name, figure in LOGIT_FIGURES.items()}
     shown |= {f"logits/fake_{name}": figure(fake) for name, figure in LOGIT_FIGURES.items()}
     shown["logits/pairs_in_order"] = (
@@ -161,9 +123,10 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
     for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
         close(parameter.grad, expected.grad)
     shown |= {"loss/critic": total, "loss/critic_adversarial": adversarial}
-    if name in CRITIC_PARTS:
-        of_real, of_fake = CRITIC_PARTS[name](real, fake)
-        shown |= {"loss/critic_real": of_real, "loss/critic_fake": of_fake}
+    if name == "relativistic_average":
+        terms = terms_relative_to_means(real, fake)
+    if name != "relativistic":
+        shown |= {"loss/critic_real": terms[0], "loss/critic_fake": terms[1]}
     close(meters, {name: value.detach() for name, value in shown.items()})
     close(maxima, largest)
     close(logits, {"real": real.detach(), "fake": fake.detach()})
@@ -185,7 +148,7 @@ def test_a_lazy_penalty_weighs_its_interval_times_as_much_when_it_is_due():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("name", CRITIC_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate):
     """Also over an interval in which a lazy penalty was due once and another one always."""
     built = objective(name, wgan_gp=PenaltyConfig(WEIGHT), r1=PenaltyConfig(3.0, interval=4))
@@ -235,7 +198,7 @@ def test_labels_go_with_real_fake_and_penalised_images_alike():
 
 
 @pytest.mark.parametrize("with_real_logits", [False, True])
-@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_real_logits):
     generator, critic, inputs = SmallGenerator(), SmoothCritic(), generator_inputs()
     step = GeneratorStep(generator, critic, objective(name), "float64")
@@ -243,12 +206,12 @@ def test_the_generator_steps_loss_and_gradients_are_the_formulas(name, with_real
     parameters = list(generator.parameters())
     found = torch.autograd.grad(loss, parameters)
     fake, real = critic(generator(inputs["latents"])), critic(inputs["real_images"])
-    expected = GENERATOR_LOSSES[name](fake, real.detach())
+    expected = LOSSES[name].generator(fake, real.detach())
     close(loss, expected)
     close(found, torch.autograd.grad(expected, parameters))
     parts = {"loss/generator_fake": expected}
     if name == "relativistic_average":
-        of_fake, of_real = CRITIC_PARTS[name](fake, real)  # with real and fake exchanged
+        of_fake, of_real = terms_relative_to_means(fake, real)
         parts = {"loss/generator_real": of_real, "loss/generator_fake": of_fake}
     parts = {} if name == "relativistic" else parts
     close(meters, {k: v.detach() for k, v in {"loss/generator": expected, **parts}.items()})
@@ -274,7 +237,7 @@ def updater(
     )
 
 
-@pytest.mark.parametrize("name", CRITIC_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_change_no_update_of_the_critic(runtime, name, parts):
     built, critics, results = objective(name, **GRADIENT_PENALTY), [], []
@@ -287,7 +250,7 @@ def test_micro_batches_change_no_update_of_the_critic(runtime, name, parts):
     close(*results)  # meters, and logits in the order of the batch
 
 
-@pytest.mark.parametrize("name", GENERATOR_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_change_no_update_of_the_generator(runtime, name):
     generators, results = [], []
     for accumulate in (1, 2):

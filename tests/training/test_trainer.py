@@ -1,17 +1,14 @@
 """The loop as a whole, in this process, on networks of a few hundred weights."""
 
-import io
 import json
 import math
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from ganscale.config import resolve
@@ -21,6 +18,8 @@ from ganscale.shards.indexing import build_manifest
 from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.record import read_rows
 from ganscale.training.trainer import Trainer
+from tests.helpers.images import encoded
+from tests.helpers.tars import write_tar
 
 CONFIG = """
 data: {resolution: 8, channels: 1, lanes: 4, block_samples: 4, workers: 0}
@@ -37,16 +36,10 @@ samples: {count: 4}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trainer")
-    (root / "data").mkdir()
     draws = np.random.default_rng(0)
-    with tarfile.open(root / "data" / "shard-0.tar", "w") as tar:
-        for sample in range(23):
-            stream = io.BytesIO()
-            Image.fromarray(draws.integers(0, 256, (8, 8), dtype=np.uint8)).save(stream, "PNG")
-            member = tarfile.TarInfo(f"{sample}.png")
-            member.size = stream.tell()
-            stream.seek(0)
-            tar.addfile(member, stream)
+    images = (encoded(draws.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(23))
+    members = [(f"{sample}.png", image) for sample, image in enumerate(images)]
+    write_tar(root / "data" / "shard-0.tar", members)
     build_manifest(root / "data")
     (root / "run.yaml").write_text(CONFIG)
     return root

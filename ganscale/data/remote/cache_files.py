@@ -5,7 +5,6 @@ and is being fetched by whoever has an exclusive lock on it. The locks of a proc
 are dropped by the system.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ganscale.errors import UnavailableError
+from ganscale.files import lock_descriptor
 
 _POLL_SECONDS = 0.05
 
@@ -73,15 +73,10 @@ def locked_or_none(path: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    if not is_at(descriptor, path):  # it was renamed while we came
-        os.close(descriptor)
-        return None
-    return descriptor
+    if lock_descriptor(descriptor) and is_at(descriptor, path):  # else it was renamed meanwhile
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def is_at(descriptor: int, path: Path) -> bool:

@@ -7,7 +7,6 @@ nobody holds a lock on: the next one takes it up or removes it.
 """
 
 import errno
-import fcntl
 import hashlib
 import math
 import os
@@ -26,10 +25,10 @@ from ganscale.data.remote.cache_files import CachedShard, StallTimer, cache_file
 from ganscale.data.manifest import Shard
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
+from ganscale.files import FileLock, lock_descriptor
 
 _PREFETCHING_THREADS = 4
 _PIECE_BYTES = 1 << 20
-_LOCK_POLL_SECONDS = 0.005
 _TOUCH_SECONDS = 1.0  # a copy's age is as exact as this
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -127,7 +126,7 @@ class ShardCache:
             staged = CachedShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
-        fcntl.flock(staged.descriptor, fcntl.LOCK_SH)
+        lock_descriptor(staged.descriptor, shared=True, wait=True)
         found = os.fstat(staged.descriptor)
         if found.st_nlink == 0:  # evicted in between
             return None
@@ -193,7 +192,7 @@ class ShardCache:
             if partial.exists() or copy.exists() or not self._make_room(shard):
                 return None
             descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_descriptor(descriptor, wait=True)
             return descriptor
 
     def _make_room(self, shard: Shard) -> bool:
@@ -294,20 +293,14 @@ class ShardCache:
     def _folder_locked(self) -> Iterator[None]:
         """Held for moments only: whoever holds it waits for no other lock. Raises UnavailableError
         when it is held for longer: by a process that was stopped, say."""
-        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        patience = self._patience_seconds
-        deadline = time.monotonic() + patience
-        try:
-            while not _locks(descriptor):
-                if time.monotonic() > deadline:
-                    raise UnavailableError(
-                        f"data.cache={self.folder.parent} cannot be used: another process holds "
-                        f"it for {patience:.0f} s"
-                    )
-                time.sleep(_LOCK_POLL_SECONDS)
+        seconds = self._patience_seconds
+        with FileLock(self.folder / "lock") as lock:
+            if not lock.acquire(seconds):
+                raise UnavailableError(
+                    f"data.cache={self.folder.parent} cannot be used: another process holds "
+                    f"it for {seconds:.0f} s"
+                )
             yield
-        finally:
-            os.close(descriptor)
 
 
 def working_set(
@@ -334,14 +327,6 @@ def working_set(
     lane_blocks = 2 * (min(window_blocks, blocks / lanes) + 1)  # of two epochs, they lie apart
     per_lane = min(shards, math.ceil(lane_blocks * pieces / blocks))
     return round(min(shards, node_lanes * per_lane) * float(shard_bytes.mean()))
-
-
-def _locks(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 class _Closed(Exception):

@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class FaultServer(ThreadingHTTPServer):
         self.counting = threading.Lock()
         self.is_over = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def serve(self, folder: Path, prefix: str = "") -> None:
+        """Serves the files of `folder` as they are now, under `prefix`."""
+        for path in folder.iterdir():
+            if path.is_file():
+                self.objects[f"{prefix}/{path.name}"] = path.read_bytes()
 
     def handle_error(self, request, client_address) -> None:
         pass  # a client that went away, as those that are killed do

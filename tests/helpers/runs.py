@@ -1,0 +1,87 @@
+"""Real training processes on the bundled digits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.ranks import Ranks
+
+# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
+# process for its data, which would take a second to start. Where that matters, tests ask for it.
+TINY = [
+    str(REPOSITORY / "configs" / "demo.yaml"),
+    "generator.options.width=4",
+    "critic.options.width=4",
+    "objective.n_critic=2",
+    "training.global_batch_size=16",
+    "log.every_images=32",
+    "log.wandb=disabled",
+    "data.workers=0",
+    "samples.count=4",
+]
+
+
+class Runs:
+    """Runs in one folder, and the processes that train them."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self._data = data
+
+    def settings(self, name: str, *settings: str) -> list[str]:
+        where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
+        return [*TINY, *where, *settings]
+
+    def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
+        program = [sys.executable, "-m", "ganscale", "train"]
+        if ranks > 1:
+            program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes"]
+            program += [str(ranks), "--config_file", str(REPOSITORY / "launch" / "cpu.yaml")]
+            program += ["--main_process_port", "0", str(REPOSITORY / "launch" / "train.py")]
+        return [*program, *self.settings(name, *settings)]
+
+    def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
+        """As a user would. One thread per rank: another number sums in another order."""
+        return subprocess.Popen(
+            self.command(name, *settings, ranks=ranks),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        )
+
+    def finish(self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0) -> str:
+        """Trains to the end, without a launcher; what all ranks printed."""
+        processes = Ranks(self, ranks, *settings, name=name)
+        try:
+            exit_codes = processes.exit_codes(*range(ranks))
+            printed = "".join(map(processes.printed, range(ranks)))
+        finally:
+            processes.end()
+        assert exit_codes == [exit_code] * ranks, printed
+        return printed
+
+    def rows(self, name: str) -> list[dict]:
+        """The rows of metrics.jsonl that have losses."""
+        lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
+        return [row for row in map(json.loads, lines) if "loss/critic" in row]
+
+    def summary(self, name: str) -> dict:
+        return json.loads((self.folder / name / "summary.json").read_text())
+
+    def checkpoints(self, name: str) -> list[Path]:
+        return sorted((self.folder / name / "checkpoints").glob("images-*"))
+
+
+def checkpoint_bits(checkpoint: Path) -> dict[str, bytes]:
+    """The bits of every tensor of a checkpoint."""
+    from safetensors.torch import load_file
+
+    return {
+        f"{file.stem}.{name}": tensor.numpy().tobytes()
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
