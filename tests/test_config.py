@@ -525,7 +525,7 @@ def test_the_config_command_prints_the_whole_run(folder, capsys):
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(folder):
     program = [sys.executable, "-m", "ganscale", "config", folder.base, "trainig.total_images=3"]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == ("error: command line: unknown key `trainig`; did you mean `training`?\n")

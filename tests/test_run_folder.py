@@ -50,7 +50,7 @@ class Sessions:
     def end(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=300)
 
     def begun(self) -> tuple[RunFolder, str]:
         """A run that was begun and whose process has died, and its id."""

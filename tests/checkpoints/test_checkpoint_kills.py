@@ -19,7 +19,7 @@ def killed(folder: Path, what: str) -> list[dict[str, Any]]:
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

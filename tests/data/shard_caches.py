@@ -59,7 +59,7 @@ def bytes_in(staged: CachedShard) -> bytes:
     return os.pread(staged.descriptor, 10 * SHARD_BYTES, 0)
 
 
-def until(happened, seconds: float = 20.0) -> None:
+def until(happened, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, "it did not happen"

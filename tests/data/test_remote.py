@@ -188,8 +188,8 @@ def test_an_object_that_changes_meanwhile_is_not_mixed(server, other, sentence):
 def test_what_trying_again_cannot_mend_is_said_at_once(server, url, sentence):
     start = time.monotonic()
     with pytest.raises(UserError, match=sentence):
-        read(url.format(server=server.url), retry_seconds=60)
-    assert time.monotonic() - start < 30
+        read(url.format(server=server.url), retry_seconds=600)
+    assert time.monotonic() - start < 300  # it did not retry
 
 
 @pytest.mark.parametrize("status", [401, 403, 410])
@@ -234,7 +234,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     with pytest.raises(UnavailableError, match=r"printed nothing for 0\.5 s"):
         read(command, retry_seconds=0)
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
         if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             break
@@ -253,7 +253,7 @@ def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c",
          program, server.url + PATH, "s3://bucket/a.tar"],
-        capture_output=True, text=True, timeout=60, cwd=REPOSITORY, env=os.environ,
+        capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=os.environ,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == f"{len(CONTENT)}\n" * 2

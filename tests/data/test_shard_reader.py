@@ -73,7 +73,7 @@ def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
     store = stores(f"{server.url}/set")
     assert store.is_remote
     store.prefetch([2, 0])
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -140,14 +140,14 @@ def test_a_disk_that_stumbles_is_borne_and_one_that_stays_down_asks_for_a_requeu
 def test_what_no_waiting_mends_is_said_at_once(data_set, monkeypatch):
     (data_set / "1.tar").unlink()
     (data_set / "1.tar").mkdir()
-    store = ShardReader(Manifest.load(data_set), retry_seconds=60)
+    store = ShardReader(Manifest.load(data_set), retry_seconds=600)
     with pytest.raises(UserError, match=r"set/1\.tar cannot be read: Is a directory"):
         store.read(5)
     (data_set / "2.tar").unlink()
     start = time.monotonic()
     with pytest.raises(UserError, match=r"set/2\.tar of the manifest is missing"):
         store.read(8)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300  # it did not retry
 
 
 def test_a_cache_goes_with_the_store_to_another_process(server, tmp_path):

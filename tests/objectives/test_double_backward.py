@@ -427,7 +427,7 @@ def test_blocks_that_their_author_compiles_are_left_to_torch() -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
             feed.fetch(lambda: False)
             assert len(batches) == 3
         if isinstance(loader, LoaderThread):
-            loader._ahead[-1].result(timeout=60)
+            loader._ahead[-1].result(timeout=300)
         else:
             time.sleep(2)  # it fills what it was asked for
         gc.collect()

@@ -104,7 +104,7 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         finished = folder / "indexing"
         while not finished.exists() or len(list(finished.iterdir())) < 3:
             assert process.poll() is None, "ended before it could be killed"
@@ -136,7 +136,7 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
     ]
     for process in processes:
         try:
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate(timeout=300)
         finally:
             process.kill()
         assert process.returncode == 0
@@ -284,7 +284,7 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
         for number in range(count):
             (folder / f"{number}.tar").write_bytes(whole)
         run = [sys.executable, "-c", program, str(folder)]
-        peaks.append(int(subprocess.run(run, capture_output=True, timeout=120, check=True).stdout))
+        peaks.append(int(subprocess.run(run, capture_output=True, timeout=300, check=True).stdout))
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 

@@ -204,7 +204,7 @@ for step in range(1, 10**9):
         assert process.stdout.readline() == "500\n"
     finally:
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=300)
 
     last = [step for step, _ in RecordTail(path).read()][-1]
     assert last >= 500
@@ -233,7 +233,7 @@ print(record.pending_rows)
         capture_output=True,
         text=True,
         check=True,
-        timeout=20,
+        timeout=300,
     )
     pending_when_full, pending_after = map(int, done.stdout.split())
     assert pending_when_full > 50
