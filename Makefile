@@ -19,10 +19,10 @@ demo: install
 
 # Two halves that take about as long, for two cores; the tests on a real SLURM mostly wait.
 FIRST_HALF := tests/distributed tests/plan $(wildcard tests/test_*.py)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
+PYTEST = $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
 
 test: install
-	$(MAKE) --no-print-directory --jobs 3 --output-sync=target test-slurm test-first-half test-second-half
+	$(MAKE) --no-print-directory --jobs 3 test-slurm test-first-half test-second-half
 
 test-slurm:
 	$(PYTEST) tests/slurm
