@@ -1,4 +1,4 @@
-"""Killed at any moment and started again by the same command, a run continues the same curve."""
+"""A run that is killed at any moment continues the same curve when it is started again."""
 
 import os
 import signal
@@ -75,7 +75,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
         assert row == pytest.approx(row_of_whole, rel=1e-6)
 
 
-def test_a_finished_run_says_so_and_trains_no_more(runs: Runs) -> None:
+def test_a_finished_run_does_not_train_again(runs: Runs) -> None:
     runs.finish("done", "training.total_images=64")
     before = checkpoint_bits(runs.checkpoints("done")[-1])
     assert "finished already" in runs.finish("done", "training.total_images=64")
