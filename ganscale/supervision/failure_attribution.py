@@ -71,11 +71,7 @@ def attribute_failure(
         return None
     if (cause := _death_or_error(ranks, now)) is not None:
         return cause
-    silent = [
-        rank
-        for rank in ranks
-        if rank.disconnected_at is None and now - rank.heard_at > silence_seconds
-    ]
+    silent = [r for r in ranks if r.disconnected_at is None and now - r.heard_at > silence_seconds]
     if silent:
         seconds = now - min(rank.heard_at for rank in silent)
         return FailureCause(
