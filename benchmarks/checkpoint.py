@@ -14,6 +14,7 @@ the networks' own cycles running before and beside the write, in a temporary fol
 Both ways take turns. The first save of a session, which also takes new memory, is in the note.
 """
 
+import json
 import statistics
 import tempfile
 import time
@@ -26,9 +27,9 @@ import torch
 from benchmarks.ours import Ours, config_of, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import spread
-from ganscale.checkpoints.checkpoint import save_checkpoint
+from ganscale.checkpoints.checkpoint import write_checkpoint
 from ganscale.checkpoints.retention import prune
-from ganscale.checkpoints.writer import CheckpointWriter
+from ganscale.checkpoints.writer import CheckpointWriter, HostMemory
 from ganscale.runtime import Runtime
 from ganscale.schema import CheckpointConfig
 from ganscale.training.state import TrainingState
@@ -111,7 +112,8 @@ def saved_by(writer: CheckpointWriter, state: TrainingState) -> float:
 
 
 def save_in_the_loop(folder: Path, state: TrainingState) -> None:
-    written = save_checkpoint(folder, state.images_seen, state.files(), state.numbers())
+    files, _ = HostMemory().copy(state.files())
+    written = write_checkpoint(folder, state.images_seen, files, json.dumps(state.numbers()))
     prune(folder, KEEP, verified=written)
     state.images_seen += 1
 

@@ -37,7 +37,7 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
-from ganscale.training.ema import decay, ema_copy, update_ema
+from ganscale.training.ema import ema_copy, ema_decay, update_ema
 from ganscale.training.network_setup import seeded
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.steps import CriticStep, GeneratorStep
@@ -194,8 +194,8 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
             "labels": None,
         }
         generator_updater.update(inputs, seen)
-        kept = decay(cycle_images, seen - cycle_images, HALF_LIFE_IMAGES, ramp_up=0.05)
-        update_ema(average, generator, kept)
+        decay = ema_decay(cycle_images, seen - cycle_images, HALF_LIFE_IMAGES, ramp_up=0.05)
+        update_ema(average, generator, decay)
     judged = torch.arange(JUDGED_SAMPLES, device=runtime.device)
     with torch.no_grad():
         samples = average(normal(seed, "latents/judged", judged, LATENT_DIM)) * mixture.scale

@@ -38,7 +38,6 @@ from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
 from ganscale.data.loader import Batch
 from ganscale.data.order import batch_positions
-from ganscale.metrics.rows import metrics_row
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES
@@ -59,6 +58,7 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.cycle import Cycle
+from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -188,15 +188,20 @@ def record(config: Config, runtime: Runtime) -> Record:
     while state.images_seen < config.training.total_images:
         steps, seen = range(config.objective.n_critic), state.images_seen
         batches = [synthetic_batch(config, runtime, seen + GLOBAL_BATCH * step) for step in steps]
-        cycle.begin(batches, with_panel=True)
-        for left, given in zip(reversed(steps), batches, strict=True):
-            batch = cycle.on_device(given)
-            cycle.critic_step(batch, with_panel=left == 0)
-            found[f"critic gradients at {state.images_seen} images"] = gradients(state.critic)
-        cycle.generator_step(batch, with_panel=True)  # pyright: ignore[reportPossiblyUnboundVariable]
-        found[f"generator gradients at {state.images_seen} images"] = gradients(state.generator)
-        cycle.update_ema()
-        row = metrics_row(state, runtime, config.training.total_images)
+
+        def record_critic(phase: str, start: int = seen) -> None:
+            if state.images_seen > start:  # a phase that follows a critic step
+                name = f"critic gradients at {state.images_seen} images"
+                found[name] = gradients(state.critic)
+
+        def record_generator(logits: dict[str, Tensor]) -> None:
+            name = f"generator gradients at {state.images_seen} images"
+            found[name] = gradients(state.generator)
+
+        logits = cycle.run(
+            batches, is_logged=True, on_phase=record_critic, before_ema=record_generator
+        )
+        row = metrics_row(state, runtime, config.training.total_images, logits)
         found[f"meters at {state.images_seen} images"] = _as_tensors(row, config)
     for name, tensor in state.audited().items():
         # A network's weights are of one kind, an optimizer's first and second moments of two.

@@ -31,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.ours import CONFIGS, Ours
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import spread
 from ganscale.cli.main import main as ganscale
 from ganscale.config import resolve
+from ganscale.data.batch import Batch
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle, DeviceBatch
 from ganscale.training.trainer import Trainer
@@ -110,18 +112,19 @@ class TakesTurns(Cycle):
         self._began: Clocks | None = None
         self._ours: Ours | None = None
 
-    def critic_step(self, batch: DeviceBatch, *args: Any, **kwargs: Any) -> None:
+    def run(self, batches: Sequence[Batch | DeviceBatch], **settings: Any) -> dict[str, Tensor]:
         if self.state.steps == self._blocks_begun * self._block_cycles:
-            self._switch(batch)
+            self._switch(batches[0])
             self._blocks_begun += 1
-        super().critic_step(batch, *args, **kwargs)
+        return super().run(batches, **settings)
 
-    def _switch(self, batch: DeviceBatch) -> None:
+    def _switch(self, batch: Batch | DeviceBatch) -> None:
         now = Clocks.read()
         if self._began is not None:
             self.training.append(now.since(self._began))
         if self._ours is None:
-            self._ours = Ours(self.config, self.runtime, batch.images.clone())
+            images = self.to_device(batch).images.clone()
+            self._ours = Ours(self.config, self.runtime, images)
             self._ours()
             self._ours()
         began = Clocks.read()

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from benchmarks.rivals.loops import Task
 from ganscale.config import resolve
-from ganscale.data.batch import Batch
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
@@ -63,18 +62,10 @@ class Ours:
             self._images = self._images.contiguous(memory_format=torch.channels_last)
 
     def __call__(self) -> None:
-        self.critic_steps()
-        self.cycle.generator_step(self._next_batch(), with_panel=False)
-        self.cycle.update_ema()
-
-    def critic_steps(self) -> None:
-        n_critic, batch = self._config.objective.n_critic, self._config.training.global_batch_size
-        slots = [self._slots(step * batch) for step in range(n_critic)]
-        nothing = torch.empty(len(self._images), 0, 0, 0, dtype=torch.uint8)
-        self.cycle.begin([Batch(nothing, each, each) for each in slots], with_panel=False)
-        for step in range(1, n_critic + 1):
-            keeps_fakes = self._config.training.reuse_fakes and step == n_critic
-            self.cycle.critic_step(self._next_batch(), with_panel=False, keeps_fakes=keeps_fakes)
+        batch = self._config.training.global_batch_size
+        steps = range(self._config.objective.n_critic)
+        batches = [DeviceBatch(self._images, None, self._slots(step * batch)) for step in steps]
+        self.cycle.run(batches, is_logged=False)
 
     def close(self) -> None:
         pass
@@ -88,9 +79,6 @@ class Ours:
             copy.deepcopy(self.state.critic).to(memory_format=usual),  # type: ignore[call-overload]
             self._images.contiguous(),
         )
-
-    def _next_batch(self) -> DeviceBatch:
-        return DeviceBatch(self._images, None, self._slots(0))
 
     def _slots(self, after: int) -> Tensor:
         first = self.state.images_seen + after

@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all, and locks between processes."""
+"""Atomic files and folders, flushing, checksums, and locks between processes."""
 
 import fcntl
+import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,9 +15,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+UNFINISHED = ".unfinished-"
+"""How the name of a folder begins until it is complete."""
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, on disk and as a whole."""
+    """Opens a file that replaces `path` at once, flushed to disk, if the block succeeds."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
@@ -31,6 +37,57 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a small file at once: readers see the old or the new one."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Makes an empty folder that is renamed to `path` if the block succeeds, else deleted."""
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
+
+    Raises OSError with the system's error number.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
@@ -81,23 +138,3 @@ class FileLock:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Writes a new safetensors file of CPU tensors that are contiguous and share no memory.
-
-    Raises OSError with the number that the system gave.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(mode)

@@ -1,5 +1,6 @@
-"""Where the run is: device, ranks and collectives. The sole place that knows Accelerate and
-torch.distributed; everything else asks this module, and reads the same on one rank and on many.
+"""Device, ranks and collectives: the only module that uses Accelerate and torch.distributed.
+
+Everything else calls this module, and reads the same for one rank and for many.
 """
 
 import contextlib
@@ -26,17 +27,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def get_world_size() -> int:
-    """The number of ranks of this run; 1 where no process group exists."""
+    """The number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank() -> int:
-    """This process's number among the ranks."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_gather_batch(tensor: Tensor) -> Tensor:
-    """(batch, ...) of every rank -> (world_size * batch, ...) in slot order, without gradient."""
+    """(batch, ...) of every rank -> (world_size * batch, ...) in slot order, detached."""
     if get_world_size() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
@@ -45,10 +46,10 @@ def all_gather_batch(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, differentiable (twice, too).
+    """The sum of `tensor` over all ranks, differentiable, also twice.
 
-    Its backward sums the incoming gradients over the ranks, so a loss that is averaged over the
-    ranks, as DDP averages gradients, is differentiated exactly.
+    Its backward sums the incoming gradients over the ranks, so the gradient of a loss that is
+    averaged over the ranks, as DDP averages gradients, is exact.
     """
     if get_world_size() == 1:
         return tensor
@@ -63,38 +64,38 @@ class Runtime:
     rank: int
     world_size: int
     _accelerator: Any
-    _control_group: Any  # gloo: flags and paths travel beside the gradients, never on the device
+    _control_group: Any  # gloo, for flags and paths: these never wait for the device
 
     @classmethod
     def start(cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0) -> "Runtime":
-        """Joins the process group that the launcher announced, or starts alone.
+        """Joins the launcher's process group, or starts as a single rank.
 
         timeout_seconds: after which a collective fails
-        closing_seconds: how much longer `barrier` and its like may take
+        closing_seconds: how much longer `barrier` and other host collectives may take
 
-        Raises UserError when the world is not the one the launcher promised: then every process
-        would train alone and exit successfully.
+        Raises UserError when the world size is not the one that the launcher set: every process
+        would train by itself and exit successfully.
         """
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         @dataclass
         class DDPSettings(DistributedDataParallelKwargs):
-            """With a setting that torch has and Accelerate does not name."""
+            """Adds a setting of torch's DDP that Accelerate does not have."""
 
             forward_sync_buffers: bool = True
 
         _refuse_other_parallelism()
-        # A hint about speed for every channels-last weight; its copy into DDP's bucket is cheap.
+        # Torch warns of this for every channels-last weight; the copy into the bucket is cheap.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         accelerator = Accelerator(
-            # Apple's devices have no float64, in which meters and statistics are summed.
+            # Meters and statistics are summed in float64, which Apple's GPUs do not have.
             cpu=not torch.cuda.is_available(),
-            mixed_precision="no",  # the config's, not the launcher's: see `autocast`
+            mixed_precision="no",  # the config decides, not the launcher: see `autocast`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
         )
-        # Made equal once, buffers stay equal, because every rank computes them from the same
-        # numbers: broadcasting them at each forward would only cost.
+        # Buffers start equal and stay equal, since every rank computes them from the same numbers:
+        # broadcasting them at each forward would be a waste.
         accelerator.ddp_handler = DDPSettings(  # type: ignore[assignment]
             gradient_as_bucket_view=True, forward_sync_buffers=False
         )
@@ -125,13 +126,13 @@ class Runtime:
 
     @property
     def node_share(self) -> float:
-        """The share of all ranks that this machine has."""
+        """The share of all ranks that run on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / self.world_size
 
     def prepare(self, module: nn.Module, compression: str = "none") -> nn.Module:
         """Moves `module` to the device and, on several ranks, wraps it in DDP.
 
-        compression: "bfloat16" has gradients travel in it
+        compression: "bfloat16" reduces gradients in bfloat16
         """
         prepared = self._accelerator.prepare_model(module)
         if compression == "bfloat16" and self.world_size > 1:
@@ -142,14 +143,14 @@ class Runtime:
         return prepared
 
     def watch_averaging(self, wrapped: nn.Module, watched: bool) -> None:
-        """Whether DDP notes the times of its next backward passes, which by itself it does at every
-        hundredth, waiting for the device."""
+        """Turns DDP's timing of backward passes on or off. By default DDP times every hundredth
+        one, which waits for the device."""
         if isinstance(wrapped, DistributedDataParallel):
             wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)
 
-    def seconds_of_averaging(self, wrapped: nn.Module) -> float:
+    def averaging_seconds(self, wrapped: nn.Module) -> float:
         """From the end of this rank's own gradients to the end of their averaging over the ranks,
-        in the last backward, if it was watched. Waits for the device."""
+        in the last backward, if that was timed. Waits for the device."""
         if self.world_size == 1:
             return 0.0
         wrapped.logger.set_runtime_stats_and_log()  # type: ignore[union-attr, operator]
@@ -158,7 +159,7 @@ class Runtime:
         return max(nanoseconds, 0) / 1e9
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """Inside, backward leaves this rank's gradients unsynchronized (accumulation)."""
+        """A context in which backward does not synchronize gradients (for accumulation)."""
         return self._accelerator.no_sync(wrapped)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Runtime:
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The largest of each element of a small tensor over all ranks."""
+        """The elementwise maximum of a small tensor over all ranks."""
         if self.world_size > 1:
             dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
         return tensor
@@ -177,32 +178,31 @@ class Runtime:
         """Whether all ranks hold the same int64 `numbers`."""
         if self.world_size == 1:
             return True
-        # The smallest of x and of ~x over the ranks are the smallest and the largest x.
+        # min(x) and min(~x) over the ranks give the smallest and the largest x.
         bounds = torch.stack([numbers, ~numbers])
         dist.all_reduce(bounds, op=dist.ReduceOp.MIN)
         return bool((bounds[0] == ~bounds[1]).all())
 
     def start_max(self, flag: int) -> Callable[[], int]:
-        """Begins to agree on the largest `flag` of any rank; the returned function waits for it.
-
-        It runs on the host beside the step, so it neither waits for the device nor holds it up.
-        """
+        """Starts an asynchronous maximum of `flag` over the ranks; the returned function waits for
+        it. It runs on the host, so neither it nor the device waits for the other."""
         if self.world_size == 1:
             return lambda: flag
-        vote = torch.tensor([flag])
-        work = dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self._control_group, async_op=True)
-
+        largest = torch.tensor([flag])
+        work = dist.all_reduce(
+            largest, op=dist.ReduceOp.MAX, group=self._control_group, async_op=True
+        )
         assert work is not None
 
         def result() -> int:
             work.wait()
-            return int(vote)
+            return int(largest)
 
         return result
 
     def run_on_main(self, make: Callable[[], T]) -> T:
-        """What `make()` returns on rank 0, on every rank; its UserError or
-        UnavailableError is raised on every rank."""
+        """Calls `make` on rank 0 and returns its result on every rank, or raises its UserError or
+        UnavailableError on every rank."""
         if self.world_size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -218,7 +218,7 @@ class Runtime:
         return outcome[0]
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Every rank's small `value`, in rank order, on every rank."""
+        """The small picklable `value` of every rank, in rank order."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -226,8 +226,8 @@ class Runtime:
         return values
 
     def barrier(self) -> None:
-        """Until every rank is here: a launcher ends the others once one of them has left with a
-        code that is not 0, and rank 0 has most to write at the end."""
+        """Waits until every rank is here. At the end of a run, a rank that exits early with a code
+        other than 0 makes the launcher kill rank 0, which is still writing."""
         if self.world_size > 1:
             dist.barrier(group=self._control_group)
 
@@ -238,7 +238,7 @@ class Runtime:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Whether `error` is what a collective raises when another rank is gone or late."""
+    """Whether a collective raised `error` because another rank is gone or late."""
     # For gloo, torch raises plain RuntimeErrors: without a type or code, only the words are left.
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
     return isinstance(error, dist.DistError) or (
@@ -247,15 +247,16 @@ def is_communication_error(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether a GPU, and not the program, seems to be at fault; out of memory is the program's."""
+    """Whether a GPU failed rather than the program. Out of memory is the program's fault."""
     return isinstance(error, torch.AcceleratorError)
 
 
 def _settle_buckets(wrapped: nn.Module) -> None:
-    """Has DDP arrange its buckets now, by a backward of zeros, and not after the first real one.
+    """Makes DDP arrange its buckets now, by a backward of zeros, not after the first real one.
 
-    In which order a gradient is summed over more than two ranks depends on its place in a bucket:
-    the first step of a resumed run would differ in its last bits from that of the undisturbed one.
+    With more than two ranks, the order in which a gradient is summed depends on its place in a
+    bucket: the first step of a resumed run would differ in its last bits from that of an
+    uninterrupted one.
     """
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     wrapped.reducer.prepare_for_backward([])  # type: ignore[union-attr, operator]
@@ -265,7 +266,7 @@ def _settle_buckets(wrapped: nn.Module) -> None:
 
 
 def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A DDP hook. Ours, because torch's takes no gloo."""
+    """A DDP communication hook; torch's bf16_compress_hook does not support gloo."""
     gradients = bucket.buffer()
     compressed = (gradients / dist.get_world_size()).to(torch.bfloat16)
     work = dist.all_reduce(compressed, async_op=True)
@@ -274,10 +275,10 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 def keep_freed_memory() -> None:
-    """Has the C library reuse large blocks instead of returning each to the system.
+    """Makes the C library reuse large blocks instead of returning each to the system.
 
-    Else every large tensor is made of fresh pages, whose faults were a tenth of a float32 step on a
-    CPU, and of decoding a batch.
+    Otherwise every large tensor gets fresh pages. Their page faults took a tenth of a float32 step
+    on a CPU, and a tenth of decoding a batch.
     """
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         library = ctypes.CDLL(None)
@@ -286,7 +287,7 @@ def keep_freed_memory() -> None:
 
 
 def _refuse_other_parallelism() -> None:
-    """Raises UserError for what the launcher's environment asks for beside data parallelism."""
+    """Raises UserError if the launcher asks for anything but data parallelism."""
     asked = [
         name
         for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
@@ -300,24 +301,24 @@ def _refuse_other_parallelism() -> None:
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise UserError(
             "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
-            "launch with --dynamo_backend no and set training.compile=true, which leaves it out"
+            "launch with --dynamo_backend no and set training.compile=true, which compiles the rest"
         )
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The mixed precision of the config for the enclosed forward.
+    """The config's mixed precision for the enclosed forward.
 
-    Ours rather than Accelerate's, because it patches `forward` from outside: the penalty, inside,
-    has to stay in float32, and the unwrapped networks have to run in the same precision.
+    Accelerate's patches `forward` from outside, which does not fit: the penalty inside has to stay
+    in float32, and the unwrapped networks have to run in the same precision as the wrapped ones.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def weights_dtype(precision: str) -> torch.dtype:
-    """What weights and images are stored in under a precision of the config."""
+    """The dtype of weights and images under a precision of the config."""
     return torch.float64 if precision == "float64" else torch.float32
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or in float64 where it is that already."""
+    """`tensor` in float32, or as it is if it is float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

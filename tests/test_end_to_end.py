@@ -182,9 +182,9 @@ from ganscale.objectives.losses import Loss
 def quadratic_potential(scale: float = 1.0) -> Loss:
     def critic(real_logits, fake_logits):
         gap = real_logits - fake_logits
-        return scale * (gap.square() / 2 - gap).mean()
+        return {"pair": scale * (gap.square() / 2 - gap).mean()}
 
-    return Loss(critic, lambda fake_logits, real_logits: -fake_logits.mean())
+    return Loss(critic, lambda fake_logits: {"fake": -fake_logits.mean()})
 """
 
 

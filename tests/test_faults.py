@@ -14,7 +14,7 @@ from benchmarks.faults.__main__ import measure
 from benchmarks.faults.campaign import WORLDS
 from benchmarks.faults.judging import Judgement, judged
 from benchmarks.faults.plan import CHECKPOINT, KEPT, KINDS, ROW, planned
-from ganscale.checkpoints.checkpoint import save_checkpoint
+from tests.checkpoints.helpers import save_checkpoint
 
 TOTAL = KEPT + 3 * CHECKPOINT
 STAYING = (KEPT, KEPT + CHECKPOINT, KEPT + 2 * CHECKPOINT, TOTAL)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.config import load_stored, resolve
 from ganscale.errors import UserError
 from ganscale.run_folder import RunFolder, write_text
+from tests.checkpoints.helpers import save_checkpoint
 
 CONFIG = """
 data: {path: data/x, resolution: 8}

@@ -12,7 +12,7 @@ import psutil
 from benchmarks.faults.disk import Disk
 from benchmarks.faults.plan import CHECKPOINT, FULL_FROM_THE_START, Fault
 from benchmarks.faults.session import HOST, NotSurvived, Session, wait_until
-from ganscale.checkpoints.checkpoint import damage, images_of, oldest_first
+from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE
 
 TIMEOUT_SECONDS = 8.0  # `runtime.timeout_seconds` where that is waited for
@@ -50,8 +50,8 @@ def inflict(fault: Fault, session: Session, scene: Scene) -> None:
 
 def newest_whole(run_folder: Path) -> int:
     """The images seen of the checkpoint from which the run would go on; 0 without one."""
-    folders = reversed(oldest_first(run_folder / "checkpoints"))
-    return next((images_of(folder) for folder in folders if damage(folder) is None), 0)
+    folders = reversed(checkpoint_folders(run_folder / "checkpoints"))
+    return next((images_seen_of(folder) for folder in folders if find_damage(folder) is None), 0)
 
 
 def wait_to_begin(session: Session, run_folder: Path, began: int, fault: Fault) -> None:
@@ -155,7 +155,9 @@ def _full_disk(fault: Fault, session: Session, scene: Scene) -> None:
 
 def _damaged_checkpoint(fault: Fault, session: Session, scene: Scene) -> None:
     session.kill()
-    whole = [f for f in oldest_first(scene.run_folder / "checkpoints") if damage(f) is None]
+    whole = [
+        f for f in checkpoint_folders(scene.run_folder / "checkpoints") if find_damage(f) is None
+    ]
     if not whole:
         raise NotSurvived("there is no whole checkpoint")
     files = sorted(whole[-1].iterdir())
@@ -169,7 +171,7 @@ def _damaged_checkpoint(fault: Fault, session: Session, scene: Scene) -> None:
         file.write_bytes(content)
     else:
         file.unlink()
-    expected = images_of(whole[-2]) if len(whole) > 1 else 0
+    expected = images_seen_of(whole[-2]) if len(whole) > 1 else 0
     if newest_whole(scene.run_folder) != expected:
         raise NotSurvived(f"{file} is damaged, and nobody sees it")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.faults.inflicting import newest_whole
 from benchmarks.faults.plan import CHECKPOINT, KEEP_LAST, KEPT
-from ganscale.checkpoints.checkpoint import damage, images_of, oldest_first
+from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
 
 # What tells about the machine and the moment; an audit is made at every stop, too.
 _OF_THE_MOMENT = ("perf/", "audit/passed")
@@ -64,9 +64,9 @@ def judged(
         is_last = images > last_images - KEEP_LAST * CHECKPOINT
         if is_excused(images) and not is_last and not folder.exists():
             continue
-        if reason := damage(folder):
+        if reason := find_damage(folder):
             judgement.checkpoints.append(f"checkpoint at {images:,} images: {reason}")
-    extra = {*map(images_of, oldest_first(run / "checkpoints"))} - {
+    extra = {*map(images_seen_of, checkpoint_folders(run / "checkpoints"))} - {
         *checkpoints_expected(last_images)
     }
     judgement.checkpoints += [f"checkpoint at {images:,} images is kept" for images in extra]

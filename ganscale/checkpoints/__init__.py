@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, verified before they are loaded, kept as configured."""
+"""Checkpoints: written completely or not at all, verified before loading, pruned as configured."""

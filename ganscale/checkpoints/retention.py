@@ -1,7 +1,6 @@
-"""Which checkpoints stay: the last k, every m-th, the best; and always one that is whole."""
+"""Which checkpoints are kept: the last k, every m-th, the best; and always an undamaged one."""
 
 import json
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,24 +9,22 @@ from typing import Any
 
 from ganscale.checkpoints.checkpoint import (
     CHECKSUMS,
-    damage,
+    checkpoint_folders,
     delete_checkpoint,
-    images_of,
+    find_damage,
+    images_seen_of,
     load_state,
-    oldest_first,
 )
 from ganscale.schema import CheckpointConfig
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint as it looks without reading its tensors.
+class CheckpointInfo:
+    """What can be known of a checkpoint without reading its tensors.
 
     score: (name of the logged value, value) if the run scored it
     written_at: seconds since 1970
-    fault: what is seen to be wrong with it, None for nothing
+    damage: what is wrong with its files, or None
     """
 
     folder: Path
@@ -35,82 +32,85 @@ class Saved:
     bytes: int
     written_at: float
     score: tuple[str, float] | None
-    fault: str | None
+    damage: str | None
 
 
-def survey(root: Path) -> list[Saved]:
+def inspect_checkpoints(root: Path) -> list[CheckpointInfo]:
     """All checkpoints, oldest first."""
-    return [_looked_at(folder) for folder in oldest_first(root)]
+    return [_inspect(folder) for folder in checkpoint_folders(root)]
 
 
-def scored(name: str, value: object) -> dict[str, Any]:
-    """What stands in `state.json` of a checkpoint's score; nothing for what is no finite number."""
+def score_entry(name: str, value: object) -> dict[str, Any]:
+    """The entry of `state.json` for a checkpoint's score; empty unless it is a finite number."""
     if not name or not isinstance(value, (int, float)) or not math.isfinite(value):
         return {}
     return {"score": {"name": name, "value": value}}
 
 
-def best_of(saved: Sequence[Saved], keep: CheckpointConfig) -> Saved | None:
-    """The best of those that have a score of `keep.best`; of equal ones the oldest, since a later
-    one may carry the score of the same evaluation."""
-    sign = 1 if keep.best_is == "lowest" else -1
+def best_checkpoint(
+    checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
+) -> CheckpointInfo | None:
+    """The best of those with a score named `config.best`.
+
+    The oldest of equal ones: a later one may carry the score of the same evaluation.
+    """
+    sign = 1 if config.best_is == "lowest" else -1
     candidates = [
         (sign * checkpoint.score[1], checkpoint.images_seen, checkpoint)
-        for checkpoint in saved
-        if checkpoint.fault is None and checkpoint.score and checkpoint.score[0] == keep.best
+        for checkpoint in checkpoints
+        if checkpoint.damage is None and checkpoint.score and checkpoint.score[0] == config.best
     ]
-    return min(candidates, key=lambda each: each[:2])[2] if candidates else None
-
-
-def superfluous(saved: Sequence[Saved], keep: CheckpointConfig) -> list[Saved]:
-    """Those that may go. Damaged ones count for nothing and are left to be looked at."""
-    whole = [checkpoint for checkpoint in saved if checkpoint.fault is None]
-    every, best = keep.keep_every_images, best_of(saved, keep)
-    return [
-        checkpoint
-        for checkpoint in whole[: -keep.keep_last]
-        if checkpoint is not best and (every == 0 or checkpoint.images_seen % every)
-    ]
+    return min(candidates, key=lambda candidate: candidate[:2])[2] if candidates else None
 
 
 def prune(
-    root: Path,
-    keep: CheckpointConfig,
-    *,
-    verified: Path | None = None,
-    is_dry_run: bool = False,
-) -> list[Saved]:
-    """Deletes what `keep` does not keep; returns what goes, or would.
+    root: Path, config: CheckpointConfig, *, verified: Path | None = None, dry_run: bool = False
+) -> list[CheckpointInfo]:
+    """Deletes the checkpoints that `config` does not keep; returns them.
 
-    verified: a checkpoint that was just written; it stays. Without one, those that stay are read
-    until one is found whole, and if none is, the newest whole one among the others stays.
+    verified: a checkpoint that was just written, which is kept. Without it, prune reads
+    checkpoints, first those to keep, until it finds an undamaged one, and keeps that one.
+    dry_run: delete nothing
     """
-    saved = survey(root)
-    going = [checkpoint for checkpoint in superfluous(saved, keep) if checkpoint.folder != verified]
-    if verified is None and going:
-        staying = [checkpoint for checkpoint in saved if checkpoint not in going]
-        for checkpoint in (*reversed(staying), *reversed(going)):
-            if checkpoint.fault is None and damage(checkpoint.folder) is None:
-                going = [other for other in going if other is not checkpoint]
+    checkpoints = inspect_checkpoints(root)
+    expired = [info for info in _expired(checkpoints, config) if info.folder != verified]
+    if verified is None and expired:
+        kept = [info for info in checkpoints if info not in expired]
+        for info in (*reversed(kept), *reversed(expired)):
+            if info.damage is None and find_damage(info.folder) is None:
+                expired = [other for other in expired if other is not info]
                 break
         else:
-            return []  # not one is whole: nothing is known to be superfluous
-    if not is_dry_run:
-        for checkpoint in going:
-            delete_checkpoint(checkpoint.folder)
-    return going
+            return []  # all are damaged: keep them for inspection
+    if not dry_run:
+        for info in expired:
+            delete_checkpoint(info.folder)
+    return expired
 
 
-def _looked_at(folder: Path) -> Saved:
-    size, written_at, score, fault = 0, 0.0, None, None
+def _expired(
+    checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
+) -> list[CheckpointInfo]:
+    """Those to delete. Damaged ones stay for inspection, and do not count towards `keep_last`."""
+    undamaged = [info for info in checkpoints if info.damage is None]
+    every, best = config.keep_every_images, best_checkpoint(checkpoints, config)
+    return [
+        info
+        for info in undamaged[: -config.keep_last]
+        if info is not best and (every == 0 or info.images_seen % every)
+    ]
+
+
+def _inspect(folder: Path) -> CheckpointInfo:
+    total_bytes, written_at, score, damage = 0, 0.0, None, None
     try:
         written_at = (folder / CHECKSUMS).stat().st_mtime
-        for name, described in json.loads((folder / CHECKSUMS).read_text()).items():
-            size += (found := (folder / name).stat().st_size)
-            if found != described["bytes"]:
-                fault = f"{name} has {found:,} bytes instead of {described['bytes']:,}"
-        if given := load_state(folder).get("score"):
-            score = str(given["name"]), float(given["value"])
+        for name, expected in json.loads((folder / CHECKSUMS).read_text()).items():
+            total_bytes += (size := (folder / name).stat().st_size)
+            if size != expected["bytes"]:
+                damage = f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+        if entry := load_state(folder).get("score"):
+            score = str(entry["name"]), float(entry["value"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fault = f"{type(error).__name__}: {error}"
-    return Saved(folder, images_of(folder), size, written_at, score, fault)
+        damage = f"{type(error).__name__}: {error}"
+    return CheckpointInfo(folder, images_seen_of(folder), total_bytes, written_at, score, damage)

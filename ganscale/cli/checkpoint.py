@@ -67,18 +67,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> int:
-    from ganscale.checkpoints.retention import best_of, survey
+    from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE
 
     run = _run(arguments)
-    saved = survey(run.checkpoints)
-    best = best_of(saved, load_stored(run.config).checkpoint)
+    saved = inspect_checkpoints(run.checkpoints)
+    best = best_checkpoint(saved, load_stored(run.config).checkpoint)
     rows = [("checkpoint", "images", "MB", "age", "score", "")]
     for checkpoint in saved:
         score = "{} {:.6g}".format(*checkpoint.score) if checkpoint.score else ""
         note = "best" if checkpoint is best else ""
-        note = f"damaged: {checkpoint.fault}" if checkpoint.fault else note
+        note = f"damaged: {checkpoint.damage}" if checkpoint.damage else note
         age = _age(time.time() - checkpoint.written_at) if checkpoint.written_at else ""
         size, images = f"{checkpoint.bytes / 1e6:,.1f}", f"{checkpoint.images_seen:,}"
         rows.append((checkpoint.folder.name, images, size, age, score, note))
@@ -93,16 +93,16 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def verify_checkpoints(arguments: argparse.Namespace) -> int:
-    from ganscale.checkpoints.checkpoint import damage, oldest_first
+    from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage
     from ganscale.errors import EXIT_DONE, EXIT_FAILED, UserError
 
     run = _run(arguments)
-    folders = oldest_first(run.checkpoints)
+    folders = checkpoint_folders(run.checkpoints)
     if not folders:
         raise UserError(f"{run.path} has no checkpoint yet")
     exit_code = EXIT_DONE
     for folder in folders:
-        reason = damage(folder)
+        reason = find_damage(folder)
         if reason is None:
             print(f"{folder.name}: whole")
         elif folder.exists():
@@ -114,17 +114,17 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def prune_checkpoints(arguments: argparse.Namespace) -> int:
-    from ganscale.checkpoints.checkpoint import oldest_first
+    from ganscale.checkpoints.checkpoint import checkpoint_folders
     from ganscale.checkpoints.retention import prune
     from ganscale.config import resolve
     from ganscale.errors import EXIT_DONE
 
     run = _run(arguments)
-    count = len(oldest_first(run.checkpoints))
+    count = len(checkpoint_folders(run.checkpoints))
     options = {"keep_last": arguments.keep_last, "keep_every_images": arguments.keep_every}
     settings = [f"checkpoint.{key}={value}" for key, value in options.items() if value is not None]
     keep = resolve([str(run.config.absolute()), *settings]).config.checkpoint
-    pruned = prune(run.checkpoints, keep, is_dry_run=arguments.dry_run)
+    pruned = prune(run.checkpoints, keep, dry_run=arguments.dry_run)
     would = "would be " if arguments.dry_run else ""
     for checkpoint in pruned:
         print(f"{checkpoint.folder.name}: {would}deleted")
@@ -135,12 +135,12 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
 
 def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale import __version__
-    from ganscale.checkpoints.checkpoint import images_of
+    from ganscale.checkpoints.checkpoint import images_seen_of
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import exported_generator
+    from ganscale.training.load_generator import load_run_generator
     from ganscale.training.network_setup import sample_shape
-    from ganscale.training.state import load_run_generator
 
     run = _run(arguments)
     checkpoint = _select(run, arguments.checkpoint)
@@ -148,7 +148,7 @@ def export_generator(arguments: argparse.Namespace) -> int:
     config = load_stored(run.config)
     about = {
         "run": config.run.name,
-        "images_seen": images_of(checkpoint),
+        "images_seen": images_seen_of(checkpoint),
         "weights": arguments.weights,
         "ganscale": __version__,
     }
@@ -180,18 +180,18 @@ def _run(arguments: argparse.Namespace) -> "RunFolder":
 
 
 def _select(run: "RunFolder", name: str | None) -> Path:
-    from ganscale.checkpoints.checkpoint import damage, newest_checkpoint, oldest_first
+    from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, newest_checkpoint
     from ganscale.errors import UserError
 
     if name is None:
-        newest = newest_checkpoint(run.checkpoints, sets_aside=False)
+        newest = newest_checkpoint(run.checkpoints, set_damaged_aside=False)
         if newest is None:
             raise UserError(f"{run.path} has no whole checkpoint yet")
         return newest
-    folders = {folder.name: folder for folder in oldest_first(run.checkpoints)}
+    folders = {folder.name: folder for folder in checkpoint_folders(run.checkpoints)}
     if name not in folders:
         raise UserError(f"{run.path} has no checkpoint {name}; choose from {', '.join(folders)}")
-    if (reason := damage(folders[name])) is not None:
+    if (reason := find_damage(folders[name])) is not None:
         raise UserError(f"{folders[name]} is damaged ({reason})")
     return folders[name]
 

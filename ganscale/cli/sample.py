@@ -46,12 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import sample_files
     from ganscale.evaluation.sampling import (
-        generate,
-        interpolated_latents,
+        generate_uint8,
+        interpolate_latents,
         sample_labels,
         sample_latents,
     )
-    from ganscale.training.state import load_run_generator
+    from ganscale.training.load_generator import load_run_generator
 
     count = arguments.count
     if count < 1:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.interpolate:
         rows = -(-count // columns)
-        latents = interpolated_latents(arguments.seed, rows, columns, latent_dim)[:count]
+        latents = interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
         labels = sample_labels(0, rows, num_classes)
         labels = None if labels is None else labels.repeat_interleave(columns)[:count]
     else:
@@ -81,13 +81,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         if path := arguments.grid:
-            sample_files.write_grid(generate(generator, latents, labels), path, columns)
+            sample_files.write_grid(generate_uint8(generator, latents, labels), path, columns)
             print(f"{count} images in {path}")
         if path := arguments.folder:
-            sample_files.write_folder(generate(generator, latents, labels), path)
+            sample_files.write_folder(generate_uint8(generator, latents, labels), path)
             print(f"{count} images in {path}")
         if path := arguments.shards:
-            sample_files.write_shards(generate(generator, latents, labels), path, labels)
+            sample_files.write_shards(generate_uint8(generator, latents, labels), path, labels)
             print(f"{count} images in shards in {path}")
     except (OSError, ValueError) as error:  # ValueError: Pillow does not know the file extension
         raise UserError(f"the images cannot be written: {error}") from error

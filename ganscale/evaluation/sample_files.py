@@ -1,4 +1,4 @@
-"""Where generated images go: one picture, a folder, or WebDataset shards."""
+"""Writes generated images as one picture, a folder of PNGs or WebDataset shards."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,6 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from ganscale.data.images.grid import image_grid, to_picture
-from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.shards.indexing import build_manifest
 
@@ -19,49 +18,45 @@ Chunks = Iterable[UInt8[Tensor, "chunk height width channels"]]
 
 
 def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
-    """All images as one picture, row by row, in the format that the name's ending says."""
-    grid = image_grid(np.stack(list(_each(chunks))), columns)
+    """All images in one picture, row by row; the file name's extension selects the format."""
+    grid = image_grid(np.stack(list(_images(chunks))), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     to_picture(grid).save(path)
 
 
-def write_folder(chunks: Chunks, folder: Path) -> int:
-    """One `000000123.png` an image; returns how many.
-
-    Raises UserError for a folder that holds images already.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.png")):
-        raise UserError(f"{folder} holds images already; write into another folder")
-    count = 0
-    for image in _each(chunks):
-        to_picture(image).save(folder / f"{count:09d}.png")
-        count += 1
-    return count
+def write_folder(chunks: Chunks, folder: Path) -> None:
+    """A file `000000123.png` for each image. Raises UserError if the folder contains PNGs."""
+    _make_folder(folder, ".png")
+    for index, image in enumerate(_images(chunks)):
+        to_picture(image).save(folder / f"{index:09d}.png")
 
 
-def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> Manifest:
+def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
     """Shards of PNGs (and classes) with their manifest, as `ganscale shards write` makes them.
 
-    Raises UserError for a folder that holds shards already.
+    Raises UserError if the folder contains shards.
     """
     from webdataset.writer import ShardWriter
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise UserError(f"{folder} holds shards already; write into another folder")
+    _make_folder(folder, ".tar")
     pattern = str(folder / "shard-%06d.tar")
     with ShardWriter(pattern, maxcount=SHARD_SAMPLES, encoder=False, verbose=0, mtime=0) as shards:
-        for index, image in enumerate(_each(chunks)):
+        for index, image in enumerate(_images(chunks)):
             stream = io.BytesIO()
             to_picture(image).save(stream, "PNG")
             sample = {"__key__": f"{index:09d}", "png": stream.getvalue()}
             if labels is not None:
                 sample["cls"] = str(int(labels[index])).encode()
             shards.write(sample)
-    return build_manifest(folder)
+    build_manifest(folder)
 
 
-def _each(chunks: Chunks) -> Iterator[np.ndarray]:
+def _make_folder(folder: Path, extension: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.glob(f"*{extension}")):
+        raise UserError(f"{folder} already contains {extension} files; write into another folder")
+
+
+def _images(chunks: Chunks) -> Iterator[np.ndarray]:
     for chunk in chunks:
         yield from chunk.numpy()

@@ -1,15 +1,15 @@
-"""Does the generator still make different images? Two ratios, taken at a step that is logged.
+"""Does the generator still make different images? Two ratios, measured in logged steps.
 
-Both compare distances among fakes with distances among the real images of the same global batch, of
-which every k-th is taken so that no more than `_IMAGES` remain, reduced to `_PIXELS` pixels a side:
-what is the same picture but for noise counts as the same.
+Both compare distances among fakes with distances among the real images of the same global batch.
+Every k-th image is used, so that at most `_IMAGES` remain, downsampled to `_PIXELS` pixels a side:
+images that differ only in noise count as the same.
 
     diversity   E |x - x'|^2 among fakes / the same among real images
     nearest     E min_x' |x - x'|^2 among fakes / the same among real images
 
 for x, x' different images of a batch. A generator with one image has 0 in both. One with a few
-images has a diversity near 1, but each of its images has a near twin: `nearest` sees that. A
-healthy one comes near 1 in both.
+images has a diversity near 1, but each image has a near twin, so its `nearest` is near 0. A healthy
+one comes near 1 in both.
 """
 
 import torch
@@ -26,24 +26,24 @@ _IMAGES, _PIXELS = 256, 16
 def collapse_meters(
     real_images: Float[Tensor, "batch *sample"],
     fake_images: Float[Tensor, "batch *sample"],
-    places: Int64[Tensor, " batch"],
+    positions: Int64[Tensor, " batch"],
     global_batch_size: int,
     runtime: Runtime,
 ) -> dict[str, Tensor]:
     """`collapse/`, the same on every rank; one collective of at most a few megabytes.
 
-    places: of this rank's images within the global batch
+    positions: of this rank's images in the global batch
     """
     if global_batch_size == 1:
         return {}
     stride = -(-global_batch_size // _IMAGES)
     count = -(-global_batch_size // stride)
-    both = torch.stack([_reduced(real_images), _reduced(fake_images)], dim=1).double()
-    # One row more than there are images, for those that are left out: no waiting for the device.
+    both = torch.stack([_downsample(real_images), _downsample(fake_images)], dim=1).double()
+    # Unused images go to an extra row: selecting the others would wait for the device.
     rows = both.new_zeros(count + 1, *both.shape[1:])
-    rows[torch.where(places % stride == 0, places // stride, count)] = both
+    rows[torch.where(positions % stride == 0, positions // stride, count)] = both
     images = runtime.all_reduce_sum(rows[:count]).transpose(0, 1)
-    images = images - images.mean(1, keepdim=True)  # distances stay; less is lost to rounding
+    images = images - images.mean(1, keepdim=True)  # same distances, less rounding error
     squares = images.square().sum(2)
     distances = squares[:, :, None] + squares[:, None, :] - 2 * images @ images.mT
     distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
@@ -56,7 +56,7 @@ def collapse_meters(
     }
 
 
-def _reduced(images: Tensor) -> Tensor:
+def _downsample(images: Tensor) -> Tensor:
     """(batch, values)"""
     if images.ndim == 4:
         height, width = images.shape[2:]

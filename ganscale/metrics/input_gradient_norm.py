@@ -1,4 +1,4 @@
-"""How steep the critic is at real images, for objectives without a penalty that looks at it."""
+"""The norm of the critic's gradient at real images, for objectives without a penalty on it."""
 
 from functools import partial
 
@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.networks.buffers import buffers_restored
+from ganscale.networks.forward import run_critic
 from ganscale.objectives.penalties import input_gradients, norms
-from ganscale.training.steps import Meters, score
+
+Meters = dict[str, Tensor]
 
 
 def input_gradient_norm_meters(
@@ -15,29 +18,27 @@ def input_gradient_norm_meters(
     real_images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
     precision: str,
-    parts: int,
+    micro_batches: int,
 ) -> tuple[Meters, Meters]:
     """(means, maxima) of the norm of the critic's gradient at each of this rank's real images.
 
-    One forward and one backward, in micro-batches as those of training. Gradients of weights are
-    not touched, traces in buffers (running means) are undone.
+    One forward and one backward, in micro-batches as in training. The gradients of weights are not
+    touched, and changes to buffers (running means) are undone.
     """
-    buffers = list(critic.buffers())
-    before = [buffer.clone() for buffer in buffers]
-    found = []
-    for part in range(parts):
-        of_part = None if labels is None else labels[part::parts]
-        images = real_images[part::parts]
-        slopes = input_gradients(
-            partial(score, critic), images, of_part, precision, is_differentiable=False
-        )
-        found.append(norms(slopes).double())
-    with torch.no_grad():
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-    lengths = torch.cat(found)
+    lengths = []
+    with buffers_restored(critic):
+        for index in range(micro_batches):
+            gradients = input_gradients(
+                partial(run_critic, critic),
+                real_images[index::micro_batches],
+                None if labels is None else labels[index::micro_batches],
+                precision,
+                is_differentiable=False,
+            )
+            lengths.append(norms(gradients).double())
+    length = torch.cat(lengths)
     means = {
-        "input_gradient_norm/real_mean": lengths.mean(),
-        "input_gradient_norm/real_square": lengths.square().mean(),
+        "input_gradient_norm/real_mean": length.mean(),
+        "input_gradient_norm/real_square": length.square().mean(),
     }
-    return means, {"input_gradient_norm/real_max": lengths.amax()}
+    return means, {"input_gradient_norm/real_max": length.amax()}

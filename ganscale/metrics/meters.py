@@ -1,8 +1,11 @@
-"""Running means of a step's figures, kept on the device until somebody reads them."""
+"""Means and maxima of detached scalars, kept on the device until a row is due."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,70 +13,66 @@ from ganscale.runtime import Runtime
 
 
 class MeterAccumulator:
-    """Sums and maxima of meters since the last reading; figures that come together are added
-    together.
+    """Sums and maxima of meters since the last `read`.
 
-    Attribute `logits`: this rank's `real` and `fake` ones of the last step that was logged.
+    Meters of one `add` are kept as one tensor: adding them is one stack and one sum.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._counts: dict[tuple[str, ...], int] = {}
+        self._counts: Counter[tuple[str, ...]] = Counter()
         self._maxima: dict[tuple[str, ...], Tensor] = {}
-        self.logits: dict[str, Tensor] = {}
 
     def add(self, meters: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
-        """Adds detached scalars; never waits for the device.
+        """Adds detached scalars without waiting for the device.
 
-        `meters` are averaged over steps and ranks, of `maxima` the largest counts.
+        `read` returns means of `meters` and the largest of `maxima`, over steps and ranks.
         """
         names, values = tuple(meters), torch.stack([*meters.values()]).double()
-        known = self._sums.get(names)
-        self._sums[names] = values if known is None else known + values
-        self._counts[names] = self._counts.get(names, 0) + 1
+        sums = self._sums.get(names)
+        self._sums[names] = values if sums is None else sums + values
+        self._counts[names] += 1
         if maxima:
             names, values = tuple(maxima), torch.stack([*maxima.values()]).double()
-            known = self._maxima.get(names)
-            self._maxima[names] = values if known is None else torch.maximum(known, values)
+            largest = self._maxima.get(names)
+            self._maxima[names] = values if largest is None else torch.maximum(largest, values)
 
     def read(self) -> dict[str, float]:
-        """The means over steps and ranks since the last call, and the maxima."""
-        saved = self.state()
-        self._sums, self._counts, self._maxima = {}, {}, {}
-        totals: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        """The means and maxima over steps and ranks since the last call."""
+        groups = self.state()
+        self._sums, self._counts, self._maxima = {}, Counter(), {}
+        totals: defaultdict[str, float] = defaultdict(float)
+        counts: Counter[str] = Counter()
         maxima: dict[str, float] = {}
-        for group in saved:
+        for group in groups:
             if "maxima" in group:
-                for name, largest in zip(group["names"], group["maxima"], strict=True):
-                    known = maxima.get(name, -math.inf)
-                    is_kept = known > largest or math.isnan(known)
-                    maxima[name] = known if is_kept else largest
-                continue
-            for name, total in zip(group["names"], group["sums"], strict=True):
-                totals[name] = totals.get(name, 0.0) + total
-                counts[name] = counts.get(name, 0) + group["count"]
+                for name, value in zip(group["names"], group["maxima"], strict=True):
+                    # Unlike max, np.maximum keeps a NaN.
+                    maxima[name] = float(np.maximum(maxima.get(name, -math.inf), value))
+            else:
+                for name, value in zip(group["names"], group["sums"], strict=True):
+                    totals[name] += value
+                    counts[name] += group["count"]
         return {name: total / counts[name] for name, total in totals.items()} | maxima
 
-    def state(self) -> list[dict]:
+    def state(self) -> list[dict[str, Any]]:
         """The sums, averaged over the ranks, and the maxima, as plain numbers for a checkpoint."""
         groups = []
         if self._sums:
             values = torch.cat(list(self._sums.values()))
-            averaged = (self._runtime.all_reduce_sum(values) / self._runtime.world_size).tolist()
+            sums = iter((self._runtime.all_reduce_sum(values) / self._runtime.world_size).tolist())
             for names, count in self._counts.items():
-                sums, averaged = averaged[: len(names)], averaged[len(names) :]
-                groups.append({"names": list(names), "count": count, "sums": sums})
+                of_names = [next(sums) for _ in names]
+                groups.append({"names": list(names), "count": count, "sums": of_names})
         if self._maxima:
             values = torch.cat(list(self._maxima.values()))
-            largest = self._runtime.all_reduce_max(values).tolist()
+            maxima = iter(self._runtime.all_reduce_max(values).tolist())
             for names in self._maxima:
-                maxima, largest = largest[: len(names)], largest[len(names) :]
-                groups.append({"names": list(names), "maxima": maxima})
+                groups.append({"names": list(names), "maxima": [next(maxima) for _ in names]})
         return groups
 
-    def load_state(self, groups: list[dict]) -> None:
+    def load_state(self, groups: list[dict[str, Any]]) -> None:
         def tensor(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
 

@@ -1,21 +1,19 @@
-"""How fast a run goes and where its time goes: the `perf/` of a row, which differs by machine."""
+"""How fast a run goes and where its time goes: the `perf/` metrics, which differ by machine."""
 
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from ganscale.metrics.profiling import HOST_SECTIONS, stopwatch
-from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime, all_gather_batch
 from ganscale.schema import Config
-from ganscale.training.flops import flops_of_a_cycle
-from ganscale.training.state import TrainingState
 
-_DEVICE_PARTS = ("fake_images", "critic", "penalty", "generator", "ema", "communication")
-_HOST_PARTS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
+_DEVICE_SECTIONS = ("fake_images", "critic", "penalty", "generator", "ema", "communication")
+_HOST_SECTIONS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
 
 # Dense TFLOP/s of one GPU as its maker states them: (bfloat16, float32). The latter with the
 # tensor cores' TF32, which is what torch's convolutions take in float32.
@@ -38,119 +36,119 @@ class Interval(NamedTuple):
 
     images: int
     seconds: float
-    waited_seconds: float  # by this rank, for data
+    data_wait_seconds: float  # of this rank
 
 
 class PerformanceMeter:
-    """Makes the `perf/` of every row; on every rank, for it gathers."""
+    """Makes the `perf/` metrics of every row. On every rank: it gathers."""
 
-    def __init__(self, config: Config, runtime: Runtime, state: TrainingState) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, runtime: Runtime, images_seen: int, cycle_flops: float | None
+    ) -> None:
+        """cycle_flops: floating point operations of a cycle on all ranks; None if unknown"""
+        self._n_critic = config.objective.n_critic
+        self._cycle_images = config.objective.n_critic * config.training.global_batch_size
         self._runtime = runtime
-        self._state = state
-        self._cycle_flops: float | None = None
-        if runtime.is_main:
-            objective = build_objective(config.objective)
-            networks = state.generator, state.critic
-            self._cycle_flops = flops_of_a_cycle(config, objective, *networks, state.num_classes)
+        self._cycle_flops = cycle_flops
         self._peak_tflops = config.log.peak_tflops
         if not self._peak_tflops and runtime.device.type == "cuda":
             name = torch.cuda.get_device_name(runtime.device)
             self._peak_tflops = known_peak(name, config.training.precision)
-        self._since = (time.perf_counter(), state.images_seen)
+        self._last = (time.perf_counter(), images_seen)
         stopwatch.read_host()
 
-    def interval(self, waited_seconds: float) -> Interval:
+    def interval(self, images_seen: int, data_wait_seconds: float) -> Interval:
         """Since the last call."""
-        now, (then, images_then) = time.perf_counter(), self._since
-        self._since = now, self._state.images_seen
-        return Interval(self._state.images_seen - images_then, now - then, waited_seconds)
+        now, (before, images_before) = time.perf_counter(), self._last
+        self._last = now, images_seen
+        return Interval(images_seen - images_before, now - before, data_wait_seconds)
 
-    def row(self, interval: Interval) -> dict[str, float]:
-        """Waits for the device."""
-        n_critic, ranks = self._config.objective.n_critic, self._runtime.world_size
-        cycle_images = n_critic * self._config.training.global_batch_size
-        cycles = interval.images / cycle_images
-        of_device, of_host = self._device_seconds(), stopwatch.read_host()
-        of_host = {name.replace(" ", "_"): s / cycles for name, s in of_host.items()}
-        own = sum(of_device[part] for part in _DEVICE_PARTS if part != "communication")
-        own += interval.waited_seconds / cycles
-        figures = {
-            "own_seconds": own,
-            "waited_share": interval.waited_seconds / interval.seconds,
-            "device_gib": self._device_gib(),
-            "host_gib": _host_gib(),
-            **{f"{part}_ms": 1000 * of_device[part] for part in _DEVICE_PARTS},
-            **{f"{part}_ms": 1000 * of_host.get(part, 0.0) for part in _HOST_PARTS},
-        }
-        of_ranks = self._of_ranks(figures)
-        rates = [cycle_images / ranks / max(seconds, 1e-9) for seconds in of_ranks["own_seconds"]]
+    def row(self, interval: Interval, averaging_seconds: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of an interval that ends with a logged cycle. Waits for the device.
+
+        averaging_seconds: of the cycle's last critic and generator update (see NetworkUpdater)
+        """
+        ranks, cycles = self._runtime.world_size, interval.images / self._cycle_images
+        device = self._device_seconds(averaging_seconds)
+        host = {name.replace(" ", "_"): s / cycles for name, s in stopwatch.read_host().items()}
+        own_seconds = sum(s for name, s in device.items() if name != "communication")
+        own_seconds += interval.data_wait_seconds / cycles
+        by_rank = self._gathered(
+            {
+                "own_seconds": own_seconds,
+                "data_wait_share": interval.data_wait_seconds / interval.seconds,
+                "device_gib": self._device_gib(),
+                "host_gib": _host_gib(),
+                **{f"{name}_ms": 1000 * device[name] for name in _DEVICE_SECTIONS},
+                **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
+            }
+        )
+        rank_images = self._cycle_images / ranks
+        rates = [rank_images / max(seconds, 1e-9) for seconds in by_rank["own_seconds"]]
         row = {
             "perf/images_per_second": interval.images / interval.seconds,
             "perf/cycle_ms": 1000 * interval.seconds / cycles,
-            "perf/data_wait_share": sum(of_ranks["waited_share"]) / ranks,
-            "perf/data_wait_share_max": max(of_ranks["waited_share"]),
+            "perf/data_wait_share": sum(by_rank["data_wait_share"]) / ranks,
+            "perf/data_wait_share_max": max(by_rank["data_wait_share"]),
             "perf/rank_images_per_second_min": min(rates),
             "perf/rank_images_per_second_mean": sum(rates) / ranks,
             "perf/rank_images_per_second_max": max(rates),
             "perf/slowest_rank": float(rates.index(min(rates))),
-            "perf/host_memory_gib": max(of_ranks["host_gib"]),
-            **{f"perf/{p}_ms": sum(of_ranks[f"{p}_ms"]) / ranks for p in _DEVICE_PARTS},
-            # Pictures and files are rank 0's; the others wait for it elsewhere.
-            **{f"perf/{p}_ms": max(of_ranks[f"{p}_ms"]) for p in _HOST_PARTS},
+            "perf/host_memory_gib": max(by_rank["host_gib"]),
+            **{f"perf/{n}_ms": sum(by_rank[f"{n}_ms"]) / ranks for n in _DEVICE_SECTIONS},
+            # Rank 0 makes sample grids and files; the others wait for it in other sections.
+            **{f"perf/{n}_ms": max(by_rank[f"{n}_ms"]) for n in _HOST_SECTIONS},
         }
         if self._runtime.device.type == "cuda":
-            row["perf/device_memory_gib"] = max(of_ranks["device_gib"])
+            row["perf/device_memory_gib"] = max(by_rank["device_gib"])
         if self._cycle_flops is not None:
             row["perf/tflops"] = self._cycle_flops * cycles / interval.seconds / 1e12
             if self._peak_tflops:
                 row["perf/peak_share"] = row["perf/tflops"] / (ranks * self._peak_tflops)
         return row
 
-    def _device_seconds(self) -> dict[str, float]:
-        """Of the logged cycle, its last critic step standing for all of them."""
-        seconds, n_critic = stopwatch.read(), self._config.objective.n_critic
-        critic, generator = self._state.critic_updater, self._state.generator_updater
-        waited = {each.name: each.seconds_of_averaging() for each in (critic, generator)}
+    def _device_seconds(self, averaging_seconds: Mapping[str, float]) -> dict[str, float]:
+        """Of the logged cycle; its last critic step stands for all of them."""
+        seconds = stopwatch.read_device()
 
-        def update(updater: str) -> float:
-            parts = (seconds.get(f"{updater} {p}", 0.0) for p in ("forward", "backward", "update"))
-            return sum(parts) - waited[updater]
+        def update(network: str) -> float:
+            names = (f"{network} {part}" for part in ("forward", "backward", "update"))
+            return sum(seconds.get(name, 0.0) for name in names) - averaging_seconds[network]
 
         penalty = seconds.get("penalty", 0.0)
-        together, in_step = (seconds.get(each, 0.0) for each in ("fakes together", "fake images"))
+        together, in_step = seconds.get("fakes together", 0.0), seconds.get("fake images", 0.0)
         return {
-            "fake_images": together + in_step if together else n_critic * in_step,
-            "critic": n_critic * (update("critic") - penalty),
-            "penalty": n_critic * penalty,
+            "fake_images": together + in_step if together else self._n_critic * in_step,
+            "critic": self._n_critic * (update("critic") - penalty),
+            "penalty": self._n_critic * penalty,
             "generator": update("generator"),
             "ema": seconds.get("ema", 0.0),
-            "communication": n_critic * waited["critic"] + waited["generator"],
+            "communication": self._n_critic * averaging_seconds["critic"]
+            + averaging_seconds["generator"],
         }
 
-    def _of_ranks(self, figures: dict[str, float]) -> dict[str, list[float]]:
-        """Each figure of every rank, in rank order; one collective."""
-        own = torch.tensor([[*figures.values()]], dtype=torch.float64, device=self._runtime.device)
-        columns = all_gather_batch(own).T.tolist()
-        return dict(zip(figures, columns, strict=True))
+    def _gathered(self, values: dict[str, float]) -> dict[str, list[float]]:
+        """Each value of every rank, in rank order; one collective."""
+        local = torch.tensor([[*values.values()]], dtype=torch.float64, device=self._runtime.device)
+        return dict(zip(values, all_gather_batch(local).T.tolist(), strict=True))
 
     def _device_gib(self) -> float:
-        """The most that was allocated at once since the last row."""
+        """The peak of allocated memory since the last row."""
         if self._runtime.device.type != "cuda":
             return 0.0
-        most = torch.cuda.max_memory_allocated(self._runtime.device) / 2**30
+        peak = torch.cuda.max_memory_allocated(self._runtime.device) / 2**30
         torch.cuda.reset_peak_memory_stats(self._runtime.device)
-        return most
+        return peak
 
 
 def _host_gib() -> float:
-    """The most that this process has had resident."""
+    """The peak of this process's resident memory."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def known_peak(device_name: str, precision: str) -> float:
-    """Of one GPU by its full name, in TFLOP/s; 0 where it is not known."""
+    """Of a GPU by its full name, in TFLOP/s; 0 if unknown."""
     words = set(device_name.replace("-", " ").split())
     for known, (bfloat16, float32) in _PEAKS.items():
         if words.issuperset(known.split()):

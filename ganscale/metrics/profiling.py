@@ -1,7 +1,8 @@
-"""Where the time of a cycle goes: torch's profiler over a few of them, once a run is warm."""
+"""How long the sections of a cycle take: a stopwatch for every row, torch's profiler on request."""
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,108 +17,14 @@ logger = logging.getLogger(__name__)
 _WARM_UP_CYCLES = 5
 _OPERATORS_LISTED = 25
 
-
-class Stopwatch:
-    """Seconds of the parts of a cycle; it waits for the device only when it is read.
-
-    What the host does between steps (`HOST_SECTIONS`) is always timed. What the device does is
-    timed while the watch runs: in a cycle that is logged, what comes before its critic steps, the
-    last of these, and what follows.
-    On CUDA that is by events in the stream of the computation, on the CPU by the clock.
-    """
-
-    def __init__(self) -> None:
-        self.is_running = False
-        self._is_cuda = False
-        self._opened: dict[str, Any] = {}
-        self._laps: list[tuple[str, Any, Any]] = []
-        self._host_opened: dict[str, float] = {}
-        self._host_seconds: dict[str, float] = {}
-
-    def reset(self, device: torch.device) -> None:
-        """Before a run."""
-        self.__init__()
-        self._is_cuda = device.type == "cuda"
-
-    def run(self, runs: bool) -> None:
-        """Starts anew, or stops."""
-        self.is_running = runs
-        self._laps.clear()
-
-    def begin(self, name: str) -> None:
-        if name in HOST_SECTIONS:
-            self._host_opened[name] = time.perf_counter()
-        elif self.is_running:
-            self._opened[name] = self._now()
-
-    def end(self, name: str) -> None:
-        if name in HOST_SECTIONS:
-            passed = time.perf_counter() - self._host_opened[name]
-            self._host_seconds[name] = self._host_seconds.get(name, 0.0) + passed
-        elif self.is_running and name in self._opened:
-            self._laps.append((name, self._opened.pop(name), self._now()))
-
-    def split_backward(self, loss: Tensor, name: str) -> None:
-        """Adds to `name` the coming backward's time before it comes to `loss`.
-
-        Backward takes what the forward did last first: so what is added to a loss and was computed
-        after it is differentiated wholly before it.
-        """
-        if self.is_running:
-            loss.register_hook(lambda _: self._lap(name, "critic backward"))
-
-    def read_host(self) -> dict[str, float]:
-        """By section, since the last call."""
-        seconds, self._host_seconds = self._host_seconds, {}
-        return seconds
-
-    def read(self) -> dict[str, float]:
-        """By section, since the watch was started, and stops it."""
-        seconds: dict[str, float] = {}
-        for name, start, end in self._laps:
-            passed = start.elapsed_time(end) / 1000 if self._is_cuda else end - start
-            seconds[name] = seconds.get(name, 0.0) + passed
-        self.run(False)
-        return seconds
-
-    def _lap(self, name: str, since: str) -> None:
-        if self.is_running and since in self._opened:
-            self._laps.append((name, self._opened[since], self._now()))
-
-    def _now(self) -> Any:
-        if not self._is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-stopwatch = Stopwatch()
-"""Of this process, as the profiler is."""
-
-
-class section(record_function):
-    """Names a part of a cycle for the profiler and the stopwatch: a context manager, and a
-    decorator."""
-
-    def __enter__(self) -> "section":
-        super().__enter__()
-        stopwatch.begin(self.name)
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        stopwatch.end(self.name)
-        super().__exit__(*raised)
-
-
 HOST_SECTIONS = frozenset({"data wait", "logging", "samples", "audit", "checkpoint"})
 SECTIONS = (
     "data wait",
     "to the device",
     "fakes together",  # for all critic steps, on several ranks
     "fake images",
-    "critic forward",  # with its penalties' forward
-    "critic backward",  # with the averaging over ranks
+    "critic forward",  # with the forward of its penalties
+    "critic backward",  # with the all-reduce
     "critic update",
     "generator forward",
     "generator backward",
@@ -130,38 +37,126 @@ SECTIONS = (
 )
 
 
-@contextmanager
-def profiled(folder: Path, cycles: int) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called after every cycle; records `cycles` of them after a few others.
+class Stopwatch:
+    """Seconds by section; waits for the device only when it is read.
 
-    Writes `trace.json` (for chrome://tracing or ui.perfetto.dev) and `table.txt` into `folder` as
-    soon as they are recorded; a run that ends before that says so.
+    `HOST_SECTIONS`, what the host does between steps, are always timed, by the clock. The others
+    are timed only while `is_running`: in a logged cycle, before its critic steps, in the last of
+    them, and from then on. On CUDA they are timed by events in the current stream.
+    """
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self._is_cuda = False
+        self._starts: dict[str, Any] = {}  # of open sections
+        self._intervals: list[tuple[str, Any, Any]] = []  # (section, start, end)
+        self._host_seconds: defaultdict[str, float] = defaultdict(float)
+
+    def restart(self, is_running: bool, device: torch.device) -> None:
+        """Forgets the sections on the device, and times the next ones if `is_running`."""
+        self.is_running = is_running
+        self._is_cuda = device.type == "cuda"
+        self._intervals.clear()
+
+    def start_section(self, name: str) -> None:
+        if name in HOST_SECTIONS:
+            self._starts[name] = time.perf_counter()
+        elif self.is_running:
+            self._starts[name] = self._now()
+
+    def end_section(self, name: str) -> None:
+        if name in HOST_SECTIONS:
+            self._host_seconds[name] += time.perf_counter() - self._starts[name]
+        elif self.is_running and name in self._starts:
+            self._intervals.append((name, self._starts.pop(name), self._now()))
+
+    def time_backward_until(self, loss: Tensor, name: str) -> None:
+        """Adds to section `name` what the next critic backward takes until it reaches `loss`.
+
+        Autograd goes backwards: terms that were computed after `loss` and added to it are
+        differentiated completely before it.
+        """
+
+        def record(_: Tensor) -> None:
+            if self.is_running and (start := self._starts.get("critic backward")) is not None:
+                self._intervals.append((name, start, self._now()))
+
+        if self.is_running:
+            loss.register_hook(record)
+
+    def read_host(self) -> dict[str, float]:
+        """Seconds by host section since the last call."""
+        seconds, self._host_seconds = self._host_seconds, defaultdict(float)
+        return seconds
+
+    def read_device(self) -> dict[str, float]:
+        """Seconds by every other section since the restart; stops the watch."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for name, start, end in self._intervals:
+            seconds[name] += start.elapsed_time(end) / 1000 if self._is_cuda else end - start
+        self.is_running = False
+        self._intervals.clear()
+        return seconds
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+stopwatch = Stopwatch()
+"""One for the process, like torch's profiler: sections are marked all over the training loop."""
+
+
+class section(record_function):
+    """Marks a section for the profiler and the stopwatch: a context manager and a decorator."""
+
+    def __enter__(self) -> "section":
+        super().__enter__()
+        stopwatch.start_section(self.name)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        stopwatch.end_section(self.name)
+        super().__exit__(*exception)
+
+
+@contextmanager
+def profile_cycles(folder: Path, cycles: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after every cycle; profiles `cycles` of them after a warm-up.
+
+    Then writes `trace.json` (for chrome://tracing or ui.perfetto.dev) and `table.txt` into
+    `folder`; warns if the run ends before that.
     """
     if cycles == 0:
         yield lambda: None
         return
 
-    def write(finished: profile) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        finished.export_chrome_trace(str(folder / "trace.json"))
-        (folder / "table.txt").write_text(table(finished, cycles))
-        logger.info("profile of %d cycles: %s", cycles, folder / "table.txt")
-        written.append(folder)
+    is_written = False
 
-    written: list[Path] = []
+    def write(profiler: profile) -> None:
+        nonlocal is_written
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        (folder / "table.txt").write_text(_table(profiler, cycles))
+        logger.info("profile of %d cycles: %s", cycles, folder / "table.txt")
+        is_written = True
+
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    waits = schedule(skip_first=_WARM_UP_CYCLES - 1, wait=0, warmup=1, active=cycles, repeat=1)
-    with profile(activities=activities, schedule=waits, on_trace_ready=write) as recorder:
-        yield recorder.step
-    if not written:
+    phases = schedule(skip_first=_WARM_UP_CYCLES - 1, wait=0, warmup=1, active=cycles, repeat=1)
+    with profile(activities=activities, schedule=phases, on_trace_ready=write) as profiler:
+        yield profiler.step
+    if not is_written:
         logger.warning("the run ended before %d cycles could be profiled", cycles)
 
 
-def table(finished: profile, cycles: int) -> str:
-    """The sections of a cycle by their time, and the operators within them."""
-    averages = finished.key_averages()
+def _table(profiler: profile, cycles: int) -> str:
+    """The time of each section, and the operators that take the most."""
+    averages = profiler.key_averages()
     by_name = {event.key: event for event in averages}
     cycle_us = sum(by_name[name].cpu_time_total for name in SECTIONS if name in by_name)
     lines = [f"{'ms a cycle, on the host':<36}{'ms':>10}{'share':>8}{'on the device, ms':>20}"]

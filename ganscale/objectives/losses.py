@@ -1,16 +1,17 @@
 """Adversarial losses as published, each a pair of pure functions of the critic's raw logits.
 
-A logits tensor has any shape (one score an image, or a map of patch scores); every loss is the
-mean over its elements, a float scalar. D below is the sigmoid of the logit where a paper speaks
-of probabilities, and the logit itself where it does not. Everything is written with softplus,
-so that no logarithm ever meets a zero.
+A logits tensor has any shape (one score per image, or a map of patch scores); every term is a mean
+over its elements, a scalar. D below is the sigmoid of the logit where a paper speaks of
+probabilities, and the logit itself where it does not. Everything is written with softplus, so that
+no logarithm ever meets a zero.
 
-A loss of the user's own is a function that returns a `Loss`, named `package.module:function`.
+A loss of your own is a function that returns a `Loss`, named as `package.module:function`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,77 +20,110 @@ from torch.nn.functional import relu, softplus
 from ganscale.errors import UserError
 from ganscale.importing import call, find
 
-Parts = tuple[Tensor, Tensor]
+Terms = dict[str, Tensor]
+"""The terms of a loss by the images that they score: "real" and "fake", or "pair" for terms of a
+real and a fake image together. Scalars; their sum is the loss."""
+
+TERM_NAMES = ("real", "fake", "pair")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """An adversarial loss: what the critic and what the generator minimises.
+    """An adversarial loss: what the critic and what the generator minimizes.
 
-    generator_needs_real: otherwise the generator's second argument may be None
-    needs_global_batch: the loss is not a mean of one term per image or pair, so it is taken on the
-        logits of the global batch rather than averaged over ranks and micro-batches
-    critic_parts, generator_parts: (the part for real images, the part for fakes), of the same
-        arguments, with the loss for their sum; to be looked at. A loss of pairs has none. A
-        generator's loss that does not look at real images is its own part for fakes
+    critic: (real_logits, fake_logits) -> terms
+    generator: (fake_logits) -> terms; or (fake_logits, real_logits) -> terms, for which the critic
+        also scores real images in the generator's step
     """
 
-    critic: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) -> scalar
-    generator: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits) -> scalar
-    generator_needs_real: bool = False
-    needs_global_batch: bool = False
-    critic_parts: Callable[[Tensor, Tensor], Parts] | None = None
-    generator_parts: Callable[[Tensor, Tensor | None], Parts] | None = None
+    critic: Callable[[Tensor, Tensor], Terms]
+    generator: Callable[..., Terms]
+
+    @cached_property
+    def generator_needs_real(self) -> bool:
+        """Whether the generator's loss takes the logits of real images, too."""
+        return len(inspect.signature(self.generator).parameters) > 1
+
+    @cached_property
+    def needs_global_batch(self) -> bool:
+        """Whether the loss is more than a mean over (real, fake) pairs, as relativistic averages
+        are. It is then taken on the logits of the global batch, not averaged over ranks and
+        micro-batches. Found by trial, so a loss cannot forget to declare it.
+        """
+        real_logits = torch.tensor([0.5, -1.5, 3.0, -0.25], dtype=torch.float64)
+        fake_logits = torch.tensor([2.0, -0.75, -3.5, 1.25], dtype=torch.float64)
+        halves = [*zip(real_logits.split(2), fake_logits.split(2), strict=True)]
+        for loss in (
+            lambda real, fake: total(self.critic(real, fake)),
+            lambda real, fake: total(self.generator_terms(fake, real)),
+        ):
+            mean = torch.stack([loss(*half) for half in halves]).mean()
+            if not torch.isclose(loss(real_logits, fake_logits), mean, rtol=1e-9, atol=1e-12):
+                return True
+        return False
+
+    def generator_terms(self, fake_logits: Tensor, real_logits: Tensor | None) -> Terms:
+        """The generator's terms; `real_logits` may be None unless it needs them."""
+        if not self.generator_needs_real:
+            return self.generator(fake_logits)
+        if real_logits is None:
+            raise ValueError("this generator loss needs the logits of real images")
+        return self.generator(fake_logits, real_logits)
+
+
+def total(terms: Terms) -> Tensor:
+    """The loss: the sum of its terms."""
+    first, *others = terms.values()
+    for term in others:
+        first = first + term
+    return first
 
 
 def minimax(smoothing: float = 0.0) -> Loss:
     """Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv:1406.2661), equation 1.
 
-    The generator minimises E[log(1 - D(G(z)))] = -E[softplus(logit)].
+    The generator minimizes E[log(1 - D(G(z)))] = -E[softplus(logit)].
     """
-    return _split(_cross_entropy(smoothing), lambda fake_logits, _: -softplus(fake_logits).mean())
+    return Loss(_cross_entropy(smoothing), lambda fake: {"fake": -softplus(fake).mean()})
 
 
 def non_saturating(smoothing: float = 0.0) -> Loss:
-    """Goodfellow et al. 2014 (arXiv:1406.2661), section 3: the generator maximises log D(G(z))."""
-    return _split(_cross_entropy(smoothing), lambda fake_logits, _: softplus(-fake_logits).mean())
+    """Goodfellow et al. 2014 (arXiv:1406.2661), section 3: the generator maximizes log D(G(z))."""
+    return Loss(_cross_entropy(smoothing), lambda fake: {"fake": softplus(-fake).mean()})
 
 
 def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     """Mao et al. 2017, "Least Squares GANs" (arXiv:1611.04076), equation 2.
 
-    `a` is the critic's label for fake, `b` for real, `c` what the generator wants to read:
-    (0, 1, 1) is equation 9 of the paper, (-1, 1, 0) equation 8.
+    `a` is the critic's label for fakes, `b` its label for real images, `c` the label that the
+    generator aims at: (0, 1, 1) is equation 9 of the paper, (-1, 1, 0) equation 8.
     """
-    return _split(
-        lambda real_logits, fake_logits: (
-            0.5 * (real_logits - b).square().mean(),
-            0.5 * (fake_logits - a).square().mean(),
-        ),
-        lambda fake_logits, _: 0.5 * (fake_logits - c).square().mean(),
+    return Loss(
+        lambda real, fake: {
+            "real": 0.5 * (real - b).square().mean(),
+            "fake": 0.5 * (fake - a).square().mean(),
+        },
+        lambda fake: {"fake": 0.5 * (fake - c).square().mean()},
     )
 
 
 def wgan() -> Loss:
     """Arjovsky, Chintala, Bottou 2017, "Wasserstein GAN" (arXiv:1701.07875), equations 2 and 3.
 
-    Needs a Lipschitz critic: `clip`, or a penalty.
+    Needs a Lipschitz critic: weight clipping or a penalty.
     """
-    return _split(
-        lambda real_logits, fake_logits: (-real_logits.mean(), fake_logits.mean()),
-        lambda fake_logits, _: -fake_logits.mean(),
+    return Loss(
+        lambda real, fake: {"real": -real.mean(), "fake": fake.mean()},
+        lambda fake: {"fake": -fake.mean()},
     )
 
 
 def hinge() -> Loss:
     """Lim, Ye 2017, "Geometric GAN" (arXiv:1705.02894), equations 12 and 13; Miyato et al. 2018
     (arXiv:1802.05957), equations 16 and 17."""
-    return _split(
-        lambda real_logits, fake_logits: (
-            relu(1 - real_logits).mean(),
-            relu(1 + fake_logits).mean(),
-        ),
-        lambda fake_logits, _: -fake_logits.mean(),
+    return Loss(
+        lambda real, fake: {"real": relu(1 - real).mean(), "fake": relu(1 + fake).mean()},
+        lambda fake: {"fake": -fake.mean()},
     )
 
 
@@ -97,55 +131,28 @@ def relativistic() -> Loss:
     """Relativistic pairing, RpGAN: Jolicoeur-Martineau 2018 (arXiv:1807.00734), section 4.1, with
     the logistic function of its RSGAN; Huang et al. 2024, R3GAN (arXiv:2501.05441), equation 2.
 
-    Real and fake are paired by their slot in the global batch.
+    Real and fake images are paired by their slot in the global batch.
     """
     return Loss(
-        lambda real_logits, fake_logits: softplus(fake_logits - real_logits).mean(),
-        lambda fake_logits, real_logits: softplus(_given(real_logits) - fake_logits).mean(),
-        generator_needs_real=True,
+        lambda real, fake: {"pair": softplus(fake - real).mean()},
+        lambda fake, real: {"pair": softplus(real - fake).mean()},
     )
 
 
 def relativistic_average() -> Loss:
     """RaSGAN: Jolicoeur-Martineau 2018, "The relativistic discriminator" (arXiv:1807.00734),
-    equations 9 to 11: each image is compared with the mean of the other kind, over the whole batch.
+    equations 9 to 11: each image is compared with the mean of the other kind over the global batch.
     """
-
-    def parts(better: Tensor, worse: Tensor) -> Parts:
-        return (
-            softplus(worse.mean() - better).mean(),
-            softplus(worse - better.mean()).mean(),
-        )  # fmt: skip
-
-    def generator_parts(fake_logits: Tensor, real_logits: Tensor | None) -> Parts:
-        fake, real = parts(fake_logits, _given(real_logits))
-        return real, fake
-
-    def generator(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
-        real, fake = generator_parts(fake_logits, real_logits)
-        return fake + real
-
-    return _split(
-        parts,
-        generator,
-        generator_needs_real=True,
-        needs_global_batch=True,
-        generator_parts=generator_parts,
+    return Loss(
+        lambda real, fake: {
+            "real": softplus(fake.mean() - real).mean(),
+            "fake": softplus(fake - real.mean()).mean(),
+        },
+        lambda fake, real: {
+            "real": softplus(real - fake.mean()).mean(),
+            "fake": softplus(real.mean() - fake).mean(),
+        },
     )
-
-
-def _split(
-    parts: Callable[[Tensor, Tensor], Parts],
-    generator: Callable[[Tensor, Tensor | None], Tensor],
-    **settings: Any,
-) -> Loss:
-    """A loss whose critic minimises the sum of `parts`: one for real images, one for fakes."""
-
-    def critic(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        of_real, of_fake = parts(real_logits, fake_logits)
-        return of_real + of_fake
-
-    return Loss(critic, generator, critic_parts=parts, **settings)
 
 
 LOSSES: dict[str, Callable[..., Loss]] = {
@@ -160,58 +167,51 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 
 def build_loss(name: str, options: Mapping[str, float]) -> Loss:
-    """The loss called `name`, ours or `package.module:function`.
+    """The loss called `name`, built in or `package.module:function`.
 
-    Raises UserError, with the nearest known name, for a loss or an option that is not there.
+    Raises UserError, with the nearest known name, for a loss or an option that does not exist, and
+    for a function that does not return a loss.
     """
     loss = call(find(name, LOSSES, "loss"), options, f"loss {name}")
     if not isinstance(loss, Loss):
         raise UserError(f"loss {name} returns a {type(loss).__name__}, not a Loss")
     if name not in LOSSES:
-        _try(name, loss)
+        _check(name, loss)
     return loss
 
 
-def _try(name: str, loss: Loss) -> None:
-    """Raises UserError for a loss of the user's that does not do what it declares."""
+def _check(name: str, loss: Loss) -> None:
+    """Raises UserError for a user's loss that fails or does not return terms."""
     logits = torch.zeros(2)
     try:
-        values = (
-            loss.critic(logits, logits),
-            loss.generator(logits, logits if loss.generator_needs_real else None),
-        )
+        results = loss.critic(logits, logits), loss.generator_terms(logits, logits)
     except Exception as error:
-        hint = "" if loss.generator_needs_real else "; does it need generator_needs_real=True?"
-        raise UserError(f"loss {name} fails: {type(error).__name__}: {error}{hint}") from error
-    if any(not isinstance(value, Tensor) or value.ndim for value in values):
-        raise UserError(f"loss {name} must give one number a batch, a tensor without dimensions")
-    real_logits, fake_logits = torch.tensor([0.5, -1.5]), torch.tensor([2.0, -0.25])
-    for player, part_of, loss_of, logits in (
-        ("critic", loss.critic_parts, loss.critic, (real_logits, fake_logits)),
-        ("generator", loss.generator_parts, loss.generator, (fake_logits, real_logits)),
-    ):
-        if part_of is not None:
-            of_real, of_fake = part_of(*logits)
-            if not (of_real + of_fake).isclose(loss_of(*logits)):
-                raise UserError(f"loss {name}: {player}_parts must add up to what {player} gives")
+        raise UserError(f"loss {name} fails: {type(error).__name__}: {error}") from error
+    for terms in results:
+        if (
+            not isinstance(terms, dict)
+            or not terms
+            or not set(terms) <= set(TERM_NAMES)
+            or not all(isinstance(term, Tensor) and term.ndim == 0 for term in terms.values())
+        ):
+            raise UserError(
+                f"loss {name} must return its terms, a dict of scalar tensors under "
+                f"{', '.join(map(repr, TERM_NAMES))}, not {terms!r}"
+            )
 
 
-def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Parts]:
+def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Terms]:
     """-E[log D(x)] and -E[log(1 - D(G(z)))]: Goodfellow et al. 2014, equation 1, negated.
 
     With one-sided label smoothing the label of real images is 1 - smoothing (Salimans et al. 2016,
     arXiv:1606.03498, section 3.4).
     """
 
-    def parts(real_logits: Tensor, fake_logits: Tensor) -> Parts:
+    def critic(real: Tensor, fake: Tensor) -> Terms:
         # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
-        real = softplus(-real_logits) + smoothing * real_logits
-        return real.mean(), softplus(fake_logits).mean()
+        return {
+            "real": (softplus(-real) + smoothing * real).mean(),
+            "fake": softplus(fake).mean(),
+        }
 
-    return parts
-
-
-def _given(real_logits: Tensor | None) -> Tensor:
-    if real_logits is None:
-        raise ValueError("a relativistic generator needs the logits of real images")
-    return real_logits
+    return critic

@@ -1,4 +1,4 @@
-"""The objective of a run: one loss, any penalties, perhaps clipping, as the config names them."""
+"""The objective of a run, from its config: one loss, any penalties, optional weight clipping."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ganscale.schema import ClipConfig, ObjectiveConfig
 class WeightedPenalty:
     penalty: Penalty
     weight: float
-    interval: int  # taken at every so many critic updates, with the weight times that
+    interval: int  # taken every `interval` critic updates, at `interval` times the weight
 
     def is_due(self, update: int) -> bool:
         return update % self.interval == 0
@@ -23,7 +23,7 @@ class WeightedPenalty:
 
 @dataclass(frozen=True)
 class Objective:
-    """loss: what is trained; panel: losses by name, which are only looked at."""
+    """loss: the trained one; panel: losses by name that are evaluated but not trained."""
 
     loss: Loss
     penalties: dict[str, WeightedPenalty]
@@ -33,7 +33,8 @@ class Objective:
     def penalty_points(
         self, real_images: Tensor, fake_images: Tensor, draws: Draws, update: int
     ) -> dict[str, Tensor]:
-        """For each penalty that is due at this critic update, where its gradient is taken."""
+        """For each penalty that is due at this critic update, the images at which its gradient is
+        taken."""
         return {
             name: weighted.penalty.points(real_images, fake_images, draws)
             for name, weighted in self.penalties.items()
@@ -52,7 +53,7 @@ class Objective:
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """Raises UserError, with the nearest known name, for what does not exist."""
+    """Raises UserError, with the nearest known name, for a loss or penalty that does not exist."""
     penalties = {
         name: WeightedPenalty(
             call(find(name, PENALTIES, "penalty"), {}, f"penalty {name}"),
@@ -72,7 +73,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
 
 
 def _add_to_panel(panel: dict[str, Loss], target: str, loss: Loss) -> None:
-    """Adds a loss of the user's by its function's name."""
+    """Adds a user's loss under the name of its function."""
     name = target.rpartition(":")[2]
     if name in panel:
         raise UserError(f"loss {target}: the panel has a {name} already; rename the function")

@@ -1,9 +1,9 @@
-"""Gradient penalties as published: where the critic's input gradient is taken, and what it costs.
+"""Gradient penalties as published: where the critic's input gradient is taken, and its penalty.
 
-The gradient is that of each sample's own logit, its norm is over all dimensions of the sample and
-coefficients are drawn per sample, as in the papers. Everything is in float32, also within autocast,
-unless it is asked for otherwise: in bfloat16 the penalty's gradient errs by several per cent, most
-where the norm nears 1.
+The gradient is that of each sample's own logit, its norm is over all dimensions of the sample, and
+coefficients are drawn per sample, as in the papers. Everything is in float32, also under autocast,
+unless the config says otherwise: in bfloat16 the penalty's gradient errs by several per cent, most
+of all when the norm is near 1.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ Critic = Callable[[Tensor, "Tensor | None"], Tensor]
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of a batch: functions of the seed, the purpose and the slot."""
+    """The random numbers of a batch, as functions of seed, purpose and slot."""
 
     seed: int
     slots: Int64[Tensor, " batch"]
     first_slot: int  # of the global batch
 
     def per_sample(self, purpose: str, like: Tensor) -> Tensor:
-        """One uniform number in [0, 1) for each sample, in a shape that broadcasts to `like`."""
+        """One uniform number in [0, 1) per sample, in a shape that broadcasts to `like`."""
         drawn = uniform(self.seed, purpose, self.slots)
         return drawn.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def per_batch(self, purpose: str, like: Tensor) -> Tensor:
-        """One uniform number in [0, 1), the same for all samples of the global batch."""
+        """One uniform number in [0, 1) for the whole global batch."""
         first = torch.full_like(self.slots[:1], self.first_slot)
         return uniform(self.seed, purpose, first).to(like.dtype)
 
     def per_element(self, purpose: str, like: Tensor) -> Tensor:
-        """A uniform number in [0, 1) for each element of each sample."""
+        """One uniform number in [0, 1) per element of each sample."""
         drawn = uniform(self.seed, purpose, self.slots, like[0].numel())
         return drawn.to(like.dtype).view(like.shape)
 
@@ -64,13 +64,13 @@ def input_gradients(
     """d critic(x_i) / d x_i for each sample i; a patch map is averaged.
 
     precision: of the critic's layers, as in the config; the gradients are in float32 or better
-    is_differentiable: whether the gradients can be differentiated in their turn
+    is_differentiable: whether the gradients can be differentiated again
     """
     with autocast(images.device, precision):
         images = at_least_float32(images.detach()).requires_grad_()
         with FastDerivatives(order=2 if is_differentiable else 1):
             logits = at_least_float32(critic(images, labels))
-        # Samples do not see each other, so the gradient of the sum holds each one's own.
+        # Samples do not affect each other, so the gradient of the sum holds each one's own.
         scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
         (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=is_differentiable)
         return gradients
@@ -79,7 +79,7 @@ def input_gradients(
 def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:
     """The 2-norm of each sample's gradient, whose own gradient at zero is zero.
 
-    A bare square root of a sum of squares would give NaN for a dead critic.
+    The gradient of a bare square root of a sum of squares is NaN for a dead critic.
     """
     return gradients.flatten(1).norm(dim=1)
 

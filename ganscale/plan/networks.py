@@ -18,8 +18,7 @@ from ganscale.schema import Config, OptimizerConfig
 from ganscale.training.cycle import makes_fakes_together
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_unchecked_networks, sample_shape
-from ganscale.training.network_updater import optimizer_tensors
-from ganscale.training.optimizers import build_optimizer
+from ganscale.training.optimizers import build_optimizer, optimizer_tensors
 
 # DistributedDataParallel's own: averaging starts as soon as a bucket is full.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ganscale.checkpoints.retention import best_of, survey
+from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
@@ -36,10 +36,12 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
 def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
     """The checkpoints that `log.artifacts` asks for, with their aliases there."""
     wanted = config.log.artifacts
-    saved = [each for each in survey(root) if each.fault is None] if wanted != "none" else []
+    saved = [] if wanted == "none" else inspect_checkpoints(root)
+    saved = [checkpoint for checkpoint in saved if checkpoint.damage is None]
     aliases: dict[Path, list[str]] = {}
     if saved and wanted in ("last", "both"):
         aliases.setdefault(saved[-1].folder, []).append("last")
-    if wanted in ("best", "both") and (best := best_of(saved, config.checkpoint)) is not None:
+    best = best_checkpoint(saved, config.checkpoint) if wanted in ("best", "both") else None
+    if best is not None:
         aliases.setdefault(best.folder, []).append("best")
     return [Checkpoint(str(folder), names) for folder, names in aliases.items()]

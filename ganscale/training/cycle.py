@@ -1,10 +1,6 @@
-"""One cycle of training on batches that are given: critic steps, a generator step, the average.
+"""One training cycle: `n_critic` critic steps, a generator step, and the update of the EMA."""
 
-What the loop does between data and reports, and what benchmarks measure.
-"""
-
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +14,7 @@ from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
+from ganscale.networks.forward import run_generator
 from ganscale.networks.normalization import batches_together, normalizes_together
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
@@ -27,14 +24,16 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
-from ganscale.training.ema import decay, update_ema
+from ganscale.training.ema import ema_decay, update_ema
+from ganscale.training.fast_forward import fast_forward
 from ganscale.training.state import TrainingState
-from ganscale.training.steps import make, once
+
+Logits = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """This rank's share of a global batch, as the networks take it."""
+    """This rank's share of a global batch, ready for the networks."""
 
     images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
     labels: Int64[Tensor, " batch"] | None  # None in unconditional training
@@ -42,13 +41,14 @@ class DeviceBatch:
 
 
 def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
-    """Whether the fakes of several critic steps are made in one forward. Not with micro-batches:
-    who needs them has no memory for that."""
+    """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
+    each other's batch norm statistics once. Not with micro-batches, which are used when memory is
+    short."""
     return world_size > 1 and config.training.accumulate == 1 and normalizes_together(generator)
 
 
 class Cycle:
-    """The steps of a run, as functions of its state and a batch; counts images and steps."""
+    """The steps of a run as functions of its state and batches; counts images and steps."""
 
     def __init__(
         self, config: Config, objective: Objective, runtime: Runtime, state: TrainingState
@@ -57,17 +57,16 @@ class Cycle:
         self.objective = objective
         self.runtime = runtime
         self.state = state
-        self._make = once(partial(make, state.generator), config.training.compile)
+        self._run_generator = fast_forward(
+            partial(run_generator, state.generator), config.training.compile
+        )
         self._makes_fakes_together = makes_fakes_together(
             config, state.generator, runtime.world_size
         )
-        self._fakes_ahead: deque[Tensor] = deque()
-        self._kept_fakes: Tensor | None = None
-        stopwatch.reset(runtime.device)
-        self.clipped = []
+        self._clipped = []
         if objective.clip is not None:
-            self.clipped = clipped_parameters(state.critic, objective.clip.scope)
-            if not self.clipped:
+            self._clipped = clipped_parameters(state.critic, objective.clip.scope)
+            if not self._clipped:
                 raise UserError("`objective.clip`: the critic has no weights to clip in that scope")
 
     @property
@@ -75,109 +74,48 @@ class Cycle:
         """Images that the critic sees in a cycle."""
         return self.config.objective.n_critic * self.config.training.global_batch_size
 
-    def begin(self, batches: Sequence[Batch], with_panel: bool) -> None:
-        """Before the critic's steps, on these batches in this order.
+    def run(
+        self,
+        batches: Sequence[Batch | DeviceBatch],
+        *,
+        is_logged: bool,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        before_ema: Callable[[Logits], None] = lambda logits: None,
+    ) -> Logits:
+        """Trains on one batch per critic step; the generator sees the last one's slots and labels.
 
-        The generator stays as it is until they are done, so their fakes may be made together; they
-        are where ranks then wait for each other once instead of in every step.
+        is_logged: adds the meters that are taken only in the last steps before a row
+        on_phase: called with the name of each part of the cycle as it begins
+        before_ema: called between the generator's update and the EMA's with what `run` returns
+
+        Returns this rank's logits in the last critic step of a logged cycle, else {}.
         """
-        stopwatch.run(with_panel)
-        self._fakes_ahead.clear()
-        ahead = batches[: len(batches) - self.config.training.reuse_fakes]
-        if self._makes_fakes_together and len(ahead) > 1:
-            slots = torch.cat([batch.slots for batch in ahead]).to(self.runtime.device)
-            labels = torch.cat([batch.labels for batch in ahead]).to(self.runtime.device)
-            if with_panel:  # what ranks wait for each other is not theirs
-                self.runtime.barrier()
-            with section("fakes together"), batches_together(len(ahead)):
-                fakes = self._fakes(slots, labels if self.state.num_classes else None)
-            self._fakes_ahead.extend(fakes.chunk(len(ahead)))
-
-    def critic_step(self, batch: DeviceBatch, with_panel: bool, keeps_fakes: bool = False) -> None:
-        """One update of the critic; afterwards the batch has been seen.
-
-        keeps_fakes: for the generator's step, with their graph
-        """
-        state, seed = self.state, self.config.seed
-        stopwatch.is_running = with_panel
-        advance_power_iterations(state.critic)
-        if keeps_fakes:
-            advance_power_iterations(state.generator)
-        if self._fakes_ahead:
-            fake_images = self._fakes_ahead.popleft()
-        else:
-            with section("fake images"), torch.set_grad_enabled(keeps_fakes):
-                fake_images = self._fakes(batch.slots, batch.labels)
-        self._kept_fakes = fake_images if keeps_fakes else None
-        fake_images = fake_images.detach().to(batch.images.dtype)
-        draws = Draws(seed, batch.slots, first_slot=state.images_seen)
-        update = state.images_seen // self.config.training.global_batch_size
-        inputs = {
-            "real_images": batch.images,
-            "fake_images": fake_images,
-            "labels": batch.labels,
-            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
-        }
-        meters, maxima, logits = state.critic_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
-        if self.objective.clip is not None:
-            clip_weights(self.clipped, self.objective.clip.value)
-        if with_panel:
-            self._look_closely(batch, fake_images, logits)
-        state.images_seen += self.config.training.global_batch_size
-
-    @section("logging")
-    def _look_closely(
-        self, batch: DeviceBatch, fake_images: Tensor, logits: dict[str, Tensor]
-    ) -> None:
-        """What is looked at only in a step that is logged; it waits for no device."""
-        state, global_batch_size = self.state, self.config.training.global_batch_size
-        state.meters.logits = logits
-        state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
-        if self.objective.clip is not None:
-            share = clipped_fraction(self.clipped, self.objective.clip.value)
-            state.meters.add({"clip/fraction": share})
-        if not self.objective.penalties:
-            training = self.config.training
-            how = training.precision, training.accumulate
-            state.meters.add(
-                *input_gradient_norm_meters(state.critic, batch.images, batch.labels, *how)
-            )
-        if global_batch_size > 1:
-            places = batch.slots - state.images_seen
-            images = batch.images, fake_images
-            state.meters.add(collapse_meters(*images, places, global_batch_size, self.runtime))
-
-    def generator_step(self, batch: DeviceBatch, with_panel: bool) -> None:
-        """One update of the generator, for the classes that the critic has just seen."""
-        state = self.state
-        kept, self._kept_fakes = self._kept_fakes, None
-        latents = None
-        if kept is None:
-            advance_power_iterations(state.generator)
-            latents = self._latents("latents/generator", batch.slots)
-        inputs = {
-            "latents": latents,
-            "fake_images": kept,
-            "real_images": batch.images,
-            "labels": batch.labels,
-            "with_real_logits": with_panel,
-        }
-        meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
-        if with_panel:
-            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
-        state.steps += 1
-
-    @section("ema")
-    def update_ema(self) -> None:
-        """Moves the averaged generator over the images of a cycle."""
-        ema, state = self.config.ema, self.state
-        kept = decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
-        update_ema(state.ema, state.generator, kept)
+        stopwatch.restart(is_logged, self.runtime.device)
+        on_phase("critic")
+        reuses_fakes = self.config.training.reuse_fakes
+        fakes = self.fakes_together(batches[: len(batches) - reuses_fakes], is_logged)
+        batch, fake_images, logits = None, None, {}
+        for step, host_batch in enumerate(batches):
+            on_phase("critic")
+            batch = self.to_device(host_batch)
+            is_last = step == len(batches) - 1
+            stopwatch.is_running = is_logged and is_last
+            with_graph = is_last and reuses_fakes
+            fake_images = fakes[step] if step < len(fakes) else self.fakes(batch, with_graph)
+            logits = self.critic_step(batch, fake_images, is_logged and is_last)
+        assert batch is not None
+        on_phase("generator")
+        self.generator_step(batch, fake_images if reuses_fakes else None, is_logged)
+        logits = logits if is_logged else {}
+        before_ema(logits)
+        self._update_ema()
+        return logits
 
     @section("to the device")
-    def on_device(self, batch: Batch) -> DeviceBatch:
+    def to_device(self, batch: Batch | DeviceBatch) -> DeviceBatch:
+        """The batch as the networks take it; one that is on the device already stays as it is."""
+        if isinstance(batch, DeviceBatch):
+            return batch
         device = self.runtime.device
         slots = batch.slots.to(device, non_blocking=True)
         images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
@@ -188,10 +126,112 @@ class Cycle:
         labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
         return DeviceBatch(images, labels, slots)
 
+    def fakes_together(
+        self, batches: Sequence[Batch | DeviceBatch], is_logged: bool
+    ) -> Sequence[Tensor]:
+        """The fakes of these batches from one forward, where that saves collectives; else none.
+
+        The generator does not change during the critic steps, so their fakes can be made at once.
+        """
+        if not self._makes_fakes_together or len(batches) < 2:
+            return ()
+        device = self.runtime.device
+        slots = torch.cat([batch.slots.to(device) for batch in batches])
+        labels = None
+        if self.state.num_classes:
+            labels = torch.cat([batch.labels.to(device) for batch in batches])  # type: ignore[union-attr]
+        if is_logged:  # time spent waiting for other ranks is not the fakes'
+            self.runtime.barrier()
+        with section("fakes together"), batches_together(len(batches)):
+            return self._fakes(slots, labels).chunk(len(batches))
+
+    def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
+        """The fakes of one critic step.
+
+        with_graph: they also serve the generator's step, with its graph
+        """
+        if with_graph:
+            advance_power_iterations(self.state.generator)
+        with section("fake images"), torch.set_grad_enabled(with_graph):
+            return self._fakes(batch.slots, batch.labels)
+
+    def critic_step(self, batch: DeviceBatch, fake_images: Tensor, is_logged: bool) -> Logits:
+        """One update of the critic; afterwards its images count as seen."""
+        state, global_batch_size = self.state, self.config.training.global_batch_size
+        advance_power_iterations(state.critic)
+        fake_images = fake_images.detach().to(batch.images.dtype)
+        draws = Draws(self.config.seed, batch.slots, first_slot=state.images_seen)
+        update = state.images_seen // global_batch_size
+        inputs = {
+            "real_images": batch.images,
+            "fake_images": fake_images,
+            "labels": batch.labels,
+            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
+        }
+        meters, maxima, logits = state.critic_updater.update(inputs, state.images_seen)
+        state.meters.add(meters, maxima)
+        if self.objective.clip is not None:
+            clip_weights(self._clipped, self.objective.clip.value)
+        if is_logged:
+            self._add_logged_meters(batch, fake_images, logits)
+        state.images_seen += global_batch_size
+        return logits
+
+    def generator_step(
+        self, batch: DeviceBatch, fake_images: Tensor | None, is_logged: bool
+    ) -> None:
+        """One update of the generator, for the slots and labels of the last critic step.
+
+        fake_images: that step's fakes with their graph, to be used again; None makes new ones
+        """
+        state, latents = self.state, None
+        if fake_images is None:
+            advance_power_iterations(state.generator)
+            latents = self._latents("latents/generator", batch.slots)
+        inputs = {
+            "latents": latents,
+            "fake_images": fake_images,
+            "real_images": batch.images,
+            "labels": batch.labels,
+            "with_real_logits": is_logged,
+        }
+        meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
+        state.meters.add(meters, maxima)
+        if is_logged:
+            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
+        state.steps += 1
+
+    @section("ema")
+    def _update_ema(self) -> None:
+        ema, state = self.config.ema, self.state
+        decay = ema_decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
+        update_ema(state.ema, state.generator, decay)
+
+    @section("logging")
+    def _add_logged_meters(self, batch: DeviceBatch, fake_images: Tensor, logits: Logits) -> None:
+        """Meters of logged steps only; does not wait for the device."""
+        state, training = self.state, self.config.training
+        state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+        if self.objective.clip is not None:
+            fraction = clipped_fraction(self._clipped, self.objective.clip.value)
+            state.meters.add({"clip/fraction": fraction})
+        if not self.objective.penalties:
+            meters, maxima = input_gradient_norm_meters(
+                state.critic, batch.images, batch.labels, training.precision, training.accumulate
+            )
+            state.meters.add(meters, maxima)
+        if training.global_batch_size > 1:
+            offsets = batch.slots - state.images_seen
+            state.meters.add(
+                collapse_meters(
+                    batch.images, fake_images, offsets, training.global_batch_size, self.runtime
+                )
+            )
+
     def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
         latents = self._latents("latents/critic", slots)
         with autocast(self.runtime.device, self.config.training.precision):
-            return self._make(latents, labels)
+            return self._run_generator(latents, labels)
 
     def _latents(self, purpose: str, slots: Tensor) -> Tensor:
         latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)

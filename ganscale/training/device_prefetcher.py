@@ -1,8 +1,7 @@
-"""The batches of a run, a cycle ahead of its training; those of the cycle after that lie ready.
+"""The batches of the next cycle, fetched and sent to the device while the current one trains.
 
-Ahead, so that the ranks can agree that every one of them has its batches before any of them enters
-a collective: a rank whose data fails would leave the others waiting there. So the device is still
-busy with one cycle when the batches of the next are copied to it, in a stream of their own.
+They are fetched a cycle ahead so that the ranks can agree that all of them have their batches
+before any of them enters a collective, where the others would wait for a rank whose data failed.
 """
 
 import time
@@ -18,91 +17,92 @@ from ganscale.errors import GanscaleError
 from ganscale.metrics.profiling import section
 from ganscale.runtime import Runtime
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 class DevicePrefetcher:
-    """This rank's batches, cycle by cycle; counts what the data lacked.
+    """This rank's batches, cycle by cycle; counts bad samples and the time spent waiting."""
 
-    Attribute `waited_seconds`: the loop has stood still for data since someone set it to 0.
-    """
-
-    def __init__(self, loader: LoaderThread | LoaderProcess, runtime: Runtime, steps: int) -> None:
-        """steps: batches in a cycle"""
-        self.waited_seconds = 0.0
+    def __init__(
+        self, loader: LoaderThread | LoaderProcess, runtime: Runtime, batches: int
+    ) -> None:
+        """batches: of a cycle"""
         self._loader = loader
         self._runtime = runtime
-        self._steps = steps
+        self._batches = batches
         is_cuda = runtime.device.type == "cuda"
-        self._copies = torch.cuda.Stream(runtime.device) if is_cuda else None
-        self._fetched: list[Batch] = []
+        self._copy_stream = torch.cuda.Stream(runtime.device) if is_cuda else None
+        self._prefetched: list[Batch] = []
         self._failure: GanscaleError | None = None
-        self._broken: Counter[tuple[str, str]] = Counter()  # since `count_bad_samples`
+        self._wait_seconds = 0.0
+        self._bad_samples: Counter[tuple[str, str]] = Counter()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the batches that were fetched last cannot be had on this rank."""
+        """Whether this rank could not get the batches of the next cycle."""
         return self._failure is not None
 
-    def fetch(self, is_stopped: Callable[[], bool]) -> None:
-        """Gets the next cycle's batches; a failure is kept for all ranks to agree on.
+    def prefetch(self, is_stopped: Callable[[], bool]) -> None:
+        """Gets the next cycle's batches; keeps a failure until all ranks agree on it.
 
         Returns without them within a second of a stop: data may be slow to come, or never come.
         """
         started = time.perf_counter()
         with section("data wait"):
             try:
-                while len(self._fetched) < self._steps and not self._waits_in_vain(is_stopped):
-                    self._fetched.append(self._sent(next(self._loader)))
+                while len(self._prefetched) < self._batches and self._wait(is_stopped):
+                    self._prefetched.append(self._to_device(next(self._loader)))
             except GanscaleError as error:
                 self._failure = error
-        self.waited_seconds += time.perf_counter() - started
-
-    def _waits_in_vain(self, is_stopped: Callable[[], bool]) -> bool:
-        """Waits for the next batch, and returns whether a stop came first."""
-        stopped = is_stopped()
-        while not self._loader.wait(0.0 if stopped else _LOOK_SECONDS):
-            if stopped:
-                return True
-            stopped = is_stopped()
-        return False
+        self._wait_seconds += time.perf_counter() - started
 
     def take(self) -> list[Batch]:
-        """What was fetched, to be trained on now: on a GPU if there is one."""
-        batches, self._fetched = self._fetched, []
-        if self._copies is not None:
-            computes = torch.cuda.current_stream(self._runtime.device)
-            computes.wait_stream(self._copies)
+        """The prefetched batches, to be trained on now; on the GPU if there is one."""
+        batches, self._prefetched = self._prefetched, []
+        if self._copy_stream is not None:
+            compute_stream = torch.cuda.current_stream(self._runtime.device)
+            compute_stream.wait_stream(self._copy_stream)
             for batch in batches:
                 for tensor in (batch.images, batch.labels, batch.slots):
-                    tensor.record_stream(computes)  # its memory is not the copies' any more
+                    tensor.record_stream(compute_stream)  # keeps its memory until it was used
         for batch in batches:
-            self._broken.update(
-                (bad_samples.shard, bad_samples.reason) for bad_samples in batch.bad_samples
-            )
+            self._bad_samples.update((bad.shard, bad.reason) for bad in batch.bad_samples)
         return batches
 
-    def _sent(self, batch: Batch) -> Batch:
-        """On the way to the GPU, beside what that computes."""
-        if self._copies is None:
+    def failure(self) -> GanscaleError:
+        """The error of the first rank that has one. Collective."""
+        failures = self._runtime.all_gather_object(self._failure)
+        return next(failure for failure in failures if failure is not None)
+
+    def pop_wait_seconds(self) -> float:
+        """How long this rank has waited for data since the last call."""
+        seconds, self._wait_seconds = self._wait_seconds, 0.0
+        return seconds
+
+    def pop_bad_samples(self) -> Counter[tuple[str, str]]:
+        """Bad samples by (shard, reason) in what all ranks took since the last call. Collective."""
+        own, self._bad_samples = self._bad_samples, Counter()
+        count = torch.tensor([own.total()], device=self._runtime.device)
+        if not self._runtime.all_reduce_sum(count).item():
+            return Counter()
+        return sum(self._runtime.all_gather_object(own), Counter())
+
+    def _wait(self, is_stopped: Callable[[], bool]) -> bool:
+        """Waits for the next batch or a stop; returns whether the batch is there."""
+        stopped = is_stopped()
+        while not self._loader.wait(0.0 if stopped else _POLL_SECONDS):
+            if stopped:
+                return False
+            stopped = is_stopped()
+        return True
+
+    def _to_device(self, batch: Batch) -> Batch:
+        """Starts the copy to the GPU, in a stream of its own."""
+        if self._copy_stream is None:
             return batch
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._copy_stream):
             images, labels, slots = (
                 tensor.pin_memory().to(self._runtime.device, non_blocking=True)
                 for tensor in (batch.images, batch.labels, batch.slots)
             )
         return replace(batch, images=images, labels=labels, slots=slots)
-
-    def failure(self) -> GanscaleError:
-        """What ended the data of the first rank for which it did. On every rank: it gathers."""
-        failures = self._runtime.all_gather_object(self._failure)
-        return next(failure for failure in failures if failure is not None)
-
-    def count_bad_samples(self, counts: Counter[tuple[str, str]]) -> None:
-        """Adds to `counts`, by (shard, reason), the samples that any rank found unreadable in what
-        it took since the last time. On every rank: it sums."""
-        new = torch.tensor([self._broken.total()], device=self._runtime.device)
-        if self._runtime.all_reduce_sum(new).item():
-            for found in self._runtime.all_gather_object(self._broken):
-                counts.update(found)
-            self._broken = Counter()

@@ -1,4 +1,4 @@
-"""How many floating point operations a cycle takes: counted once, on copies of the networks."""
+"""Counts the floating point operations of a cycle, once, on copies of the networks."""
 
 import copy
 import dataclasses
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ganscale.networks.forward import run_generator
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
 from ganscale.schema import Config
 from ganscale.training.network_setup import sample_shape
-from ganscale.training.steps import CriticStep, GeneratorStep, make
+from ganscale.training.steps import CriticStep, GeneratorStep
 
 _BATCH = 2
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
@@ -23,20 +24,20 @@ _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 logger = logging.getLogger(__name__)
 
 
-def flops_of_a_cycle(
+def count_cycle_flops(
     config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
 ) -> float | None:
-    """Of all ranks together: the matrix products and convolutions of forwards, backwards and
-    penalties, a multiplication and an addition counted apart; lazy penalties by their share.
+    """Operations of a cycle, on all ranks together: matrix products and convolutions in forwards,
+    backwards and penalties. A multiply-add counts as two, a lazy penalty by how often it is taken.
 
-    What this code does is counted, which is less than what autograd alone would do. None for
-    networks that cannot be copied, that do not take two images, or whose forward or backward has a
-    collective: one rank may ask alone, and nothing that it does waits for the others.
+    It counts what this code does, which is less than autograd alone would do. None for networks
+    that cannot be copied or cannot take two images, and those with a collective in their forward or
+    backward: counting must not wait for other ranks.
     """
     try:
         copies = copy.deepcopy(generator), copy.deepcopy(critic)
-        critic_step, generator_step = _flops_of_steps(config, objective, *copies, num_classes)
-    except Exception as error:  # of networks of the user's own
+        critic_step, generator_step = _count_step_flops(config, objective, *copies, num_classes)
+    except Exception as error:  # user-defined networks may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         logger.info("operations are not counted: %s", reason)
         return None
@@ -44,12 +45,12 @@ def flops_of_a_cycle(
     return images * (config.objective.n_critic * critic_step + generator_step)
 
 
-def _flops_of_steps(
+def _count_step_flops(
     config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
 ) -> tuple[float, float]:
     """(of a critic step, of a generator step), for `_BATCH` images; changes the networks."""
-    for module in (module for each in (generator, critic) for module in each.modules()):
-        module._forward_pre_hooks.clear()  # somebody's, who did not ask about copies
+    for module in (*generator.modules(), *critic.modules()):
+        module._forward_pre_hooks.clear()  # meant for the original networks, not for copies
         module._forward_hooks.clear()
         if isinstance(module, GlobalBatchNorm):
             module.eval()
@@ -57,35 +58,35 @@ def _flops_of_steps(
     latents = like.new_zeros(_BATCH, config.generator.latent_dim)
     images = like.new_zeros(_BATCH, *sample_shape(config))
     labels = torch.zeros(_BATCH, dtype=torch.int64, device=like.device) if num_classes else None
-    # The loss itself is a few operations an image, and may want the other ranks.
+    # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
     critic_step = CriticStep(critic, plain, "float32")
 
     def critic_flops(*penalties: str) -> int:
         points: dict[str, Tensor] = dict.fromkeys(penalties, images)
-        with _Counter() as counter:
+        with _FlopCounter() as counter:
             critic_step(images, images, labels, points).loss.backward()
         return counter.flops
 
-    without = critic_flops()
-    of_critic = float(without)
+    without_penalties = critic_flops()
+    of_critic = float(without_penalties)
     for name, weighted in objective.penalties.items():
-        of_critic += (critic_flops(name) - without) / weighted.interval
-    with _Counter() as fakes, torch.no_grad():
-        make(generator, latents, labels)
+        of_critic += (critic_flops(name) - without_penalties) / weighted.interval
+    with _FlopCounter() as fakes, torch.no_grad():
+        run_generator(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32")
-    with _Counter() as of_generator:
+    with _FlopCounter() as of_generator:
         needs_real = objective.loss.generator_needs_real
         loss = step(latents, images, labels, with_real_logits=needs_real).loss
         loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
-    reused = fakes.flops if config.training.reuse_fakes else 0  # the generator's step makes none
+    reused = fakes.flops if config.training.reuse_fakes else 0  # the generator step makes none
     return of_critic + fakes.flops, of_generator.flops - reused
 
 
-class _Counter(TorchDispatchMode):
-    """torch's own figures for each operator. Its FlopCounterMode refuses a gradient penalty.
+class _FlopCounter(TorchDispatchMode):
+    """Sums torch's formulas for each operator; its FlopCounterMode fails on gradient penalties.
 
-    Raises RuntimeError for a collective, before it waits for ranks that take no part.
+    Raises RuntimeError for a collective: the other ranks do not take part.
     """
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace in _COLLECTIVES:
-            raise RuntimeError(f"a network's own {func.overloadpacket} would wait for other ranks")
+            raise RuntimeError(f"{func.overloadpacket} in a network would wait for other ranks")
         output = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=output)

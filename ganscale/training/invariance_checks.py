@@ -1,4 +1,4 @@
-"""What cannot be made exact on several ranks is refused at the start, with what to use instead."""
+"""Refuses networks at the start with which a run would depend on its cluster."""
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,18 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBat
 
 def check_batch_divides(config: TrainingConfig, world_size: int) -> None:
     """Raises UserError for a global batch that ranks and micro-batches do not divide."""
-    batch, parts = config.global_batch_size, world_size * config.accumulate
-    if batch % parts:
-        below, above = batch // parts * parts, -(-batch // parts) * parts
+    batch, divisor = config.global_batch_size, world_size * config.accumulate
+    if batch % divisor:
+        below, above = batch // divisor * divisor, -(-batch // divisor) * divisor
         nearest = f"{below} or {above}" if below else f"{above}"
         raise UserError(
-            f"`training.global_batch_size` of {batch} cannot be dealt evenly to "
+            f"`training.global_batch_size` of {batch} cannot be divided evenly among "
             f"{world_size} ranks of {config.accumulate} micro-batches: choose {nearest}"
         )
 
 
 def check_layers(generator: nn.Module, critic: nn.Module) -> None:
-    """Raises UserError for kinds of layers with which a run depends on its cluster."""
+    """Raises UserError for layers that make a run depend on its cluster."""
     for name, module in critic.named_modules():
         if isinstance(module, _BATCH_NORMS):
             raise UserError(

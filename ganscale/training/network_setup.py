@@ -1,4 +1,4 @@
-"""The two networks of a config: built from the seed, tried once, and refused if they cannot do."""
+"""The two networks of a config: built from the seed, tried once, refused if they do not work."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ganscale.data.dataset import DataSet
 from ganscale.errors import UserError
+from ganscale.networks.buffers import buffers_restored
 from ganscale.networks.build import build_critic, build_generator
 from ganscale.networks.normalization import GlobalBatchNorm, with_global_batch_norm
 from ganscale.randomness import derived_seed
@@ -56,7 +57,7 @@ def build_generator_of(config: Config, num_classes: int) -> nn.Module:
 
 
 def class_count(config: Config, data: DataSet) -> int:
-    """The classes that the networks see, 0 in unconditional training.
+    """The number of classes that the networks see, 0 in unconditional training.
 
     Raises UserError for conditional training on data without labels.
     """
@@ -72,7 +73,7 @@ def class_count(config: Config, data: DataSet) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """torch's own generator as a function of (seed, purpose), put back afterwards."""
+    """Seeds torch's default generator with (seed, purpose), and restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, purpose))
         yield
@@ -80,36 +81,33 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _try(generator: nn.Module, critic: nn.Module, config: Config, num_classes: int) -> None:
-    """Forwards of four samples: a network of the user's own may fit neither data nor partner."""
+    """Forwards of four samples; raises UserError for networks that fail or do not fit."""
     labels = (torch.arange(4) % num_classes,) if num_classes else ()
     latents = torch.randn(4, config.generator.latent_dim)
     # In training mode but for batch norms, whose statistics need the other ranks' devices.
     norms = [module for module in generator.modules() if isinstance(module, GlobalBatchNorm)]
     for norm in norms:
         norm.eval()
-    buffers = [*generator.buffers(), *critic.buffers()]
-    before = [buffer.clone() for buffer in buffers]
     try:
-        images = generator(latents, *labels)
-        if tuple(images.shape) != (4, *sample_shape(config)):
-            raise UserError(
-                f"generator {config.generator.target} makes samples of shape "
-                f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
-            )
-        logits = critic(images, *labels)
-        if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != 4:
-            shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(
-                f"critic {config.critic.target} returns {shape} for a batch of 4: "
-                "it must be a tensor whose first dimension is the batch"
-            )
-        check_forwards(generator, critic, latents, images, labels)
+        with buffers_restored(generator, critic):
+            images = generator(latents, *labels)
+            if tuple(images.shape) != (4, *sample_shape(config)):
+                raise UserError(
+                    f"generator {config.generator.target} makes samples of shape "
+                    f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
+                )
+            logits = critic(images, *labels)
+            if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != 4:
+                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise UserError(
+                    f"critic {config.critic.target} returns {shape} for a batch of 4: "
+                    "it must be a tensor whose first dimension is the batch"
+                )
+            check_forwards(generator, critic, latents, images, labels)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"generator {config.generator.target} and critic {config.critic.target} do not run "
             f"together on {sample_shape(config)}: {' '.join(str(error).split())}"
         ) from error
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
     for norm in norms:
         norm.train()

@@ -1,4 +1,4 @@
-"""A updater of the two-updater game: a network, its wrapped step and its optimizer."""
+"""A network with its optimizer and its wrapped step."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,9 +10,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ganscale.errors import UserError
 from ganscale.metrics.profiling import section, stopwatch
+from ganscale.networks.buffers import buffers_restored
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
-from ganscale.training.optimizers import build_optimizer, rate_factor
+from ganscale.training.optimizers import build_optimizer, learning_rate_factor
 from ganscale.training.steps import (
     CriticStep,
     GeneratorStep,
@@ -23,9 +24,10 @@ from ganscale.training.steps import (
 
 
 class NonFiniteGuard:
-    """Holds back every update from the first non-finite gradient on, without asking the host.
+    """Skips every update from the first non-finite gradient on, without waiting for the device.
 
-    Gradients are averaged over the ranks before they are looked at, so all ranks trip together.
+    Gradients are averaged over the ranks before they are checked, so the guard of every rank trips
+    at the same update.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,35 +43,9 @@ class NonFiniteGuard:
         return bool(self.tripped.item())
 
 
-def micro_batch(inputs: dict[str, Any], part: int, parts: int) -> dict[str, Any]:
-    """Every `parts`-th row from row `part` on of all tensors within `inputs`; the rest as it is."""
-
-    def rows(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[part::parts]
-        if isinstance(value, LogitGradients):
-            return LogitGradients(*map(rows, value))
-        if isinstance(value, dict):
-            return {name: rows(each) for name, each in value.items()}
-        return value
-
-    return inputs if parts == 1 else {name: rows(value) for name, value in inputs.items()}
-
-
-def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The inverse of `micro_batch` for the logits of all parts."""
-    if len(logits) == 1:
-        return logits[0]
-    return {name: torch.stack([o[name] for o in logits], dim=1).flatten(0, 1) for name in logits[0]}
-
-
-def _over_parts(parts: list[Meters], reduce: Callable[[Tensor], Tensor]) -> Meters:
-    return {name: reduce(torch.stack([part[name] for part in parts])) for name in parts[0]}
-
-
 class Update(NamedTuple):
-    """What is seen of an optimizer step on this rank: means and maxima over its images, detached,
-    and its logits in the order of its batch."""
+    """What an optimizer step reports of this rank's batch, detached: means, maxima, and the logits
+    in the order of the batch."""
 
     meters: Meters
     maxima: Meters
@@ -92,11 +68,11 @@ class NetworkUpdater:
         self.name = name
         self._step = step
         self._network = network
-        self._is_checked = False
+        self._has_checked_gradients = False
         self._wrapped = runtime.prepare(step, training.gradient_compression)
         self._runtime = runtime
         self._training = training
-        self._tripwire = non_finite_guard
+        self._non_finite_guard = non_finite_guard
         self._learning_rate = optimizer.learning_rate
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, optimizer)
@@ -106,62 +82,58 @@ class NetworkUpdater:
             self.optimizer.found_inf = non_finite_guard.tripped  # type: ignore[attr-defined]
 
     def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
-        """One optimizer step on `inputs`, whose tensors have this rank's batch first.
+        """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension.
 
         Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
         the same images for every world size.
         """
-        parts = self._training.accumulate
+        count = self._training.accumulate
         self._runtime.watch_averaging(self._wrapped, stopwatch.is_running)
         self.optimizer.zero_grad(set_to_none=True)
-        if parts > 1 and self._step.needs_global_batch:
-            inputs = {**inputs, "gradients": self._logit_gradients(inputs, parts)}
+        if count > 1 and self._step.needs_global_batch:
+            inputs = {**inputs, "gradients": self._logit_gradients(inputs, count)}
         outputs: list[StepOutput] = []
-        for part in range(parts):
-            is_last = part == parts - 1
-            # Forward and backward both inside: with only one of them there, DDP skips the
-            # averaging silently.
+        for index in range(count):
+            # Forward and backward both inside `no_sync`: with only one of them inside, DDP skips
+            # the averaging silently.
+            is_last = index == count - 1
             with nullcontext() if is_last else self._runtime.no_sync(self._wrapped):
                 with section(f"{self.name} forward"):
-                    given = micro_batch(inputs, part, parts)
-                    output: StepOutput = self._wrapped(**given, parts=parts)
+                    micro_batch = _micro_batch(inputs, index, count)
+                    output: StepOutput = self._wrapped(**micro_batch, micro_batches=count)
                 with section(f"{self.name} backward"):
-                    (output.loss / parts).backward(inputs=self.parameters)
+                    (output.loss / count).backward(inputs=self.parameters)
             outputs.append(output)
-        if not self._is_checked:
+        if not self._has_checked_gradients:
             self._check_gradients()
         meters, maxima = outputs[0].meters, outputs[0].maxima
-        if parts > 1:
-            meters = _over_parts([output.meters for output in outputs], Tensor.mean)
-            maxima = _over_parts([output.maxima for output in outputs], Tensor.amax)
+        if count > 1:
+            meters = _reduced([output.meters for output in outputs], Tensor.mean)
+            maxima = _reduced([output.maxima for output in outputs], Tensor.amax)
         with section(f"{self.name} update"):
             norm = self._apply(images_seen)
         meters[f"optim/{self.name}_gradient_norm"] = norm
         maxima[f"optim/{self.name}_gradient_norm_max"] = norm
         return Update(meters, maxima, _in_batch_order([output.logits for output in outputs]))
 
-    def _logit_gradients(self, inputs: dict[str, Any], parts: int) -> LogitGradients:
-        """What a loss that spans the batch has to know before its first micro-batch: a forward
-        without graph, whose traces in buffers (running means) are undone."""
-        buffers = list(self._step.buffers())
-        before = [buffer.clone() for buffer in buffers]
-        with torch.no_grad():
-            logits = [self._step.logits(**micro_batch(inputs, k, parts)) for k in range(parts)]
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-        return self._step.logit_gradients(_in_batch_order(logits))
-
-    def seconds_of_averaging(self) -> float:
-        """Of the last timed update: what its backward took after its own gradients were there,
-        for the averaging over the ranks and for the slowest of them. Waits for the device."""
-        return self._runtime.seconds_of_averaging(self._wrapped)
+    def averaging_seconds(self) -> float:
+        """How long the last timed backward took after its own gradients were ready: averaging over
+        the ranks, and waiting for the slowest of them. Waits for the device."""
+        return self._runtime.averaging_seconds(self._wrapped)
 
     def learning_rate(self, images_seen: int) -> float:
-        return self._learning_rate * rate_factor(self._training, images_seen)
+        return self._learning_rate * learning_rate_factor(self._training, images_seen)
+
+    def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
+        """For a loss of the global batch, before its first micro-batch: needs a forward of them
+        all, without a graph."""
+        with torch.no_grad(), buffers_restored(self._step):
+            logits = [self._step.logits(**_micro_batch(inputs, k, count)) for k in range(count)]
+        return self._step.logit_gradients(_in_batch_order(logits))
 
     def _check_gradients(self) -> None:
-        """Raises UserError for a parameter that the loss does not reach: on one rank it would idle,
-        on several DDP would wait for its gradient and fail at the next step."""
+        """Raises UserError for a parameter that the loss does not reach: on one rank it would never
+        change, on several DDP would wait for its gradient and fail at the next step."""
         names = {id(p): name for name, p in self._network.named_parameters()}
         idle = [names[id(p)] for p in self.parameters if p.grad is None]
         if idle:
@@ -169,53 +141,46 @@ class NetworkUpdater:
                 f"the {self.name}'s parameters {', '.join(idle)} get no gradient from its loss: "
                 "use them in forward, remove them, or set requires_grad=False"
             )
-        self._is_checked = True
+        self._has_checked_gradients = True
 
     @torch.no_grad()
     def _apply(self, images_seen: int) -> Tensor:
-        """The optimizer's step, unless a gradient was not finite; the norm before clipping."""
+        """Clips gradients and takes the optimizer's step, unless a gradient was not finite; returns
+        the gradient norm before clipping."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = get_total_norm(gradients)
-        self._tripwire.watch(norm)
-        self.skipped_updates += self._tripwire.tripped
+        self._non_finite_guard.watch(norm)
+        self.skipped_updates += self._non_finite_guard.tripped
         if self._training.gradient_clip > 0:
             clip_grads_with_norm_(self.parameters, self._training.gradient_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(images_seen)
-        if self._skips_on_device or not self._tripwire.has_tripped():
+        if self._skips_on_device or not self._non_finite_guard.has_tripped():
             self.optimizer.step()
         return norm
 
 
-_STATE_NAMES = {
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.RMSprop: {"step", "square_avg", "momentum_buffer"},
-    torch.optim.SGD: {"momentum_buffer"},
-}
+def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, Any]:
+    """Every `count`-th row from row `index` on of all tensors within `inputs`."""
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value[index::count]
+        if isinstance(value, LogitGradients):
+            return LogitGradients(*map(rows, value))
+        if isinstance(value, dict):
+            return {name: rows(each) for name, each in value.items()}
+        return value
+
+    return inputs if count == 1 else rows(inputs)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments and step counts as `<parameter index>.<name>`."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{index}.{k}": torch.as_tensor(v) for index, s in state.items() for k, v in s.items()}
+def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of `_micro_batch` for the logits of all micro-batches."""
+    if len(logits) == 1:
+        return logits[0]
+    return {name: torch.stack([o[name] for o in logits], dim=1).flatten(0, 1) for name in logits[0]}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse; the optimizer keeps its own hyper-parameters.
-
-    Moments take their parameter's strides: fused optimizers walk both through memory side by side,
-    and a channels-last parameter beside contiguous moments is updated wrongly without a word.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    expected = _STATE_NAMES[type(optimizer)]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        if key not in expected:
-            raise ValueError(f"{key} is no state of {type(optimizer).__name__}")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
-            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-        state.setdefault(int(index), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _reduced(outputs: list[Meters], reduce: Callable[[Tensor], Tensor]) -> Meters:
+    return {name: reduce(torch.stack([meters[name] for meters in outputs])) for name in outputs[0]}

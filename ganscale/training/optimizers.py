@@ -1,11 +1,12 @@
-"""Optimizers by name, and the learning rate as a function of the images seen."""
+"""Optimizers by name, their state, and the learning rate as a function of the images seen."""
 
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ganscale.schema import OptimizerConfig, TrainingConfig
 
@@ -13,37 +14,19 @@ from ganscale.schema import OptimizerConfig, TrainingConfig
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Adam and SGD are fused: one kernel for all parameters, which can also skip itself on the
-    device (see Tripwire). torch has no fused RMSprop."""
+    """Adam and SGD are fused: one kernel for all parameters, which can also skip its update on the
+    device (see NonFiniteGuard). torch has no fused RMSprop."""
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name == "adam":
-        return torch.optim.Adam(
-            parameters,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        options |= {"betas": (config.betas[0], config.betas[1]), "eps": config.eps}
+        return torch.optim.Adam(parameters, fused=True, **options)
+    options["momentum"] = config.momentum
     if config.name == "rmsprop":
-        return torch.optim.RMSprop(
-            parameters,
-            lr=config.learning_rate,
-            alpha=config.alpha,
-            eps=config.eps,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            foreach=True,
-        )
-    sgd = torch.optim.SGD(
-        parameters,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        options |= {"alpha": config.alpha, "eps": config.eps}
+        return torch.optim.RMSprop(parameters, foreach=True, **options)
+    sgd = torch.optim.SGD(parameters, fused=True, **options)
     if config.momentum > 0:
-        # Else fused SGD allocates these in its first step, and leaves them uninitialized if that
-        # step is skipped.
+        # Fused SGD would allocate these in its first step, uninitialized if that one is skipped.
         for parameter in sgd.param_groups[0]["params"]:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
@@ -52,20 +35,54 @@ def build_optimizer(
 def lazy_optimizer(config: OptimizerConfig, ratio: float) -> OptimizerConfig:
     """The optimizer for lazy penalties: learning rate times `ratio`, Adam's betas to its power.
 
-    See Objective.lazy_ratio. A ratio of 1 changes nothing.
+    See Objective.lazy_ratio.
     """
     rate, betas = config.learning_rate * ratio, [beta**ratio for beta in config.betas]
     return dataclasses.replace(config, learning_rate=rate, betas=betas)
 
 
-def rate_factor(config: TrainingConfig, images_seen: int) -> float:
-    """What both learning rates are multiplied with: warm-up, then the schedule to the end."""
+def learning_rate_factor(config: TrainingConfig, images_seen: int) -> float:
+    """The factor of both learning rates: linear warm-up, then the schedule to the end."""
     if images_seen < config.warmup_images:
         return images_seen / config.warmup_images
     span = config.total_images - config.warmup_images
-    done = min(1.0, (images_seen - config.warmup_images) / span) if span > 0 else 1.0
+    fraction = min(1.0, (images_seen - config.warmup_images) / span) if span > 0 else 1.0
     if config.schedule == "linear":
-        return 1 - done
+        return 1 - fraction
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.5 * (1 + math.cos(math.pi * fraction))
     return 1.0
+
+
+_STATE_NAMES = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.RMSprop: {"step", "square_avg", "momentum_buffer"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments and step counts as `<parameter index>.<name>`."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"{index}.{k}": torch.as_tensor(v) for index, s in state.items() for k, v in s.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse; the optimizer keeps its own hyper-parameters.
+
+    Moments take their parameter's strides: fused optimizers walk both through memory side by side,
+    and a channels-last parameter beside contiguous moments is updated wrongly without a word.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = _STATE_NAMES[type(optimizer)]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        if key not in expected:
+            raise ValueError(f"{key} is no state of {type(optimizer).__name__}")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(int(index), {})[key] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,6 +1,7 @@
-"""Are the replicas of all ranks the same bits? They must be: every rank applies the same averaged
-gradients to the same weights. A difference is a bug or a broken device, and training on would only
-hide it; broadcasting one rank's weights would, too."""
+"""Checks that the replicas of all ranks are bitwise equal.
+
+They must be: every rank applies the same averaged gradients to the same weights. A difference is a
+bug or a broken device, which further training, or a broadcast of one rank's weights, would hide."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,28 +14,28 @@ from ganscale.runtime import Runtime
 
 
 def audit_replicas(tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
-    """Compares a fingerprint of every tensor over the ranks; one small collective.
+    """Compares a fingerprint of every tensor across ranks; one small collective.
 
-    The fingerprint is the XOR and the sum of a tensor's elements as bit patterns: a change of one
-    unit in the last place of one element shows, and a sign turned everywhere; an exchange of two
-    elements does not. Raises ReplicaError, on every rank, with the first tensor that
-    differs and the ranks that differ from most.
+    The fingerprint combines the XOR and the sum of a tensor's elements as bit patterns: it detects
+    a change of one unit in the last place of one element, and all signs flipped, but not two
+    elements swapped. Raises ReplicaError, on every rank, with the first tensor that differs and the
+    ranks that differ from the majority.
     """
     if runtime.world_size == 1:
         return
-    hashes = torch.stack([_fingerprint(tensor) for tensor in tensors.values()])
-    if runtime.is_equal_everywhere(hashes):
+    fingerprints = torch.stack([_fingerprint(tensor) for tensor in tensors.values()])
+    if runtime.is_equal_everywhere(fingerprints):
         return
-    of_ranks = torch.tensor(runtime.all_gather_object(hashes.tolist()))
-    differs = (of_ranks != of_ranks[0]).any(dim=0)
+    by_rank = torch.tensor(runtime.all_gather_object(fingerprints.tolist()))
+    differs = (by_rank != by_rank[0]).any(dim=0)
     first, count = int(differs.nonzero()[0]), int(differs.sum())
-    column = of_ranks[:, first].tolist()
-    usual, _ = Counter(column).most_common(1)[0]  # rank 0's, where no side has the majority
-    ranks = [rank for rank, value in enumerate(column) if value != usual]
+    values = by_rank[:, first].tolist()
+    majority, _ = Counter(values).most_common(1)[0]  # rank 0's in a tie
+    ranks = [str(rank) for rank, value in enumerate(values) if value != majority]
     raise ReplicaError(
-        f"replicas differ: `{list(tensors)[first]}` on rank {', '.join(map(str, ranks))} of "
+        f"replicas differ: `{list(tensors)[first]}` on rank {', '.join(ranks)} of "
         f"{runtime.world_size} ({count} of {len(tensors)} tensors differ in all); "
-        "nothing was saved, the checkpoints before are untouched"
+        "nothing was saved, older checkpoints are untouched"
     )
 
 
@@ -45,6 +46,5 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     as_integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[plain.itemsize]
     total = plain.view(as_integers).sum(dtype=torch.int64)
-    return torch.hash_tensor(plain).view(torch.int64) ^ (
-        total * 0x9E3779B97F4A7C1
-    )  # spread over all bits
+    spread = total * 0x9E3779B97F4A7C1  # over all bits
+    return torch.hash_tensor(plain).view(torch.int64) ^ spread

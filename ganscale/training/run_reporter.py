@@ -1,20 +1,23 @@
-"""What rank 0 tells about a run: rows, sample grids, the summary, and where everything lies."""
+"""What rank 0 reports of a run: rows, sample grids, the summary, and where to find them."""
 
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ganscale.checkpoints.checkpoint import newest_name
+from torch import Tensor
+
+from ganscale.checkpoints.checkpoint import checkpoint_folders
 from ganscale.data.bad_samples import bad_sample_rows, check_bad_sample_limit
 from ganscale.data.batch import Batch
 from ganscale.errors import EXIT_DONE, NonFiniteError
 from ganscale.evaluation.sample_grids import SampleGrids
 from ganscale.metrics.performance import Interval, PerformanceMeter
 from ganscale.metrics.profiling import section
-from ganscale.metrics.rows import metrics_row
+from ganscale.objectives.objective import Objective
 from ganscale.run_folder import RunFolder, write_summary
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
@@ -22,42 +25,47 @@ from ganscale.tracking.console import Console
 from ganscale.tracking.provenance import append_session, session_facts
 from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
-from ganscale.training.device_prefetcher import DevicePrefetcher
+from ganscale.training.flops import count_cycle_flops
+from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
 
 
 class RunReporter:
-    """What rank 0 tells the world about the run; the other ranks only take part in the sums."""
+    """Reports a run on rank 0; the other ranks take part in the sums."""
 
     def __init__(
         self,
         config: Config,
+        objective: Objective,
         folder: RunFolder,
         resumed_at: int | None,
         runtime: Runtime,
         state: TrainingState,
-        prefetcher: DevicePrefetcher,
     ) -> None:
         self._config = config
         self._folder = folder
         self._runtime = runtime
         self._state = state
-        self._feed = prefetcher
-        self.newest_row: dict[str, Any] = {}
+        self._newest_row: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
-        self._pictures: SampleGrids | None = None
+        self._grids: SampleGrids | None = None
         runtime.run_on_main(lambda: self._open(resumed_at))
-        self._speed = PerformanceMeter(config, runtime, state)
+        flops = None
+        if runtime.is_main:
+            networks = state.generator, state.critic
+            flops = count_cycle_flops(config, objective, *networks, state.num_classes)
+        self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
     def _open(self, resumed_at: int | None) -> None:
-        """On rank 0, whose UserError (online without a key) ends every rank."""
-        config, folder = self._config, self._folder
+        """On rank 0; its UserError (online without a key) ends every rank."""
+        config, folder, state = self._config, self._folder, self._state
         fingerprint = json.loads(folder.identity.read_text())["fingerprint"]
-        facts = session_facts(self._runtime, self._state.images_seen, fingerprint)
-        append_session(folder.sessions, facts)
+        append_session(
+            folder.sessions, session_facts(self._runtime, state.images_seen, fingerprint)
+        )
         self._tracker = Tracker(
             folder.path,
             wandb_identity(config, folder),
@@ -66,49 +74,62 @@ class RunReporter:
             changes=folder.changes,
             alerts=config.log.alerts,
         )
-        self._pictures = SampleGrids(config, folder, self._state)
+        networks = state.generator, state.ema
+        self._grids = SampleGrids(config, folder, *networks, state.num_classes, state.images_seen)
         self._console = Console(config.training.total_images, folder.log)
         if resumed_at is not None:
             self._console.message(f"continues at {resumed_at:,} images")
 
     @section("logging")
-    def metrics(self) -> None:
-        """One row of everything since the last one. On every rank: it sums over the ranks.
+    def log_metrics(
+        self,
+        logits: dict[str, Tensor],
+        data_wait_seconds: float,
+        bad_samples: Counter[tuple[str, str]],
+    ) -> dict[str, Any]:
+        """Logs one row of everything since the last one, and returns it. Collective.
 
-        Raises NonFiniteError, after logging the row, where a loss is not finite.
+        logits: this rank's in the last critic step
+        data_wait_seconds: of this rank; bad_samples: of all ranks; both since the last row
+
+        Raises NonFiniteError where a loss is not finite, and UserError for too many bad samples,
+        after logging the row.
         """
-        state, prefetcher = self._state, self._feed
-        prefetcher.count_bad_samples(state.bad_samples)
-        row = metrics_row(state, self._runtime, self._config.training.total_images)
-        interval = self._speed.interval(prefetcher.waited_seconds)
-        row |= self._speed.row(interval)
-        prefetcher.waited_seconds = 0.0
+        state = self._state
+        state.bad_samples.update(bad_samples)
+        row = metrics_row(state, self._runtime, self._config.training.total_images, logits)
+        interval = self._performance.interval(state.images_seen, data_wait_seconds)
+        row |= self._performance.row(interval, state.averaging_seconds())
         losses = {name: value for name, value in row.items() if name.startswith("loss/")}
-        bad_samples = [name for name, value in losses.items() if not math.isfinite(value)]
-        if bad_samples:
+        non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
+        if non_finite:
             state.health.non_finite_events += 1
             row["audit/non_finite"] += 1
-        self.newest_row = row
+        self._newest_row = row
         self._log(row, interval)
-        limit = self._config.data.bad_sample_limit
-        worst = state.bad_samples.most_common(3)
-        check_bad_sample_limit(state.bad_samples.total(), state.images_seen, limit, worst)
-        for name in bad_samples:
+        check_bad_sample_limit(
+            state.bad_samples.total(),
+            state.images_seen,
+            self._config.data.bad_sample_limit,
+            state.bad_samples.most_common(3),
+        )
+        for name in non_finite:
             raise NonFiniteError(
                 f"{name} became {row[name]} within the {interval.images:,} images "
                 f"before {state.images_seen:,}, with finite gradients: the newest checkpoint "
                 "is the last good state"
             )
+        return row
 
     @section("logging")
-    def last_row(self, why: str) -> None:
-        """Of a run that `why` ends, at the images it will continue from: the updates that were
-        held back are in the figures. Without `perf/`, since no cycle ends here. On every rank.
+    def log_last_row(self, reason: str, logits: dict[str, Tensor]) -> None:
+        """The row of a run that ends for `reason`, at the images it will continue from. It includes
+        the skipped updates, but no `perf/`, since no cycle ends here. Collective.
         """
-        row = metrics_row(self._state, self._runtime, self._config.training.total_images)
+        row = metrics_row(self._state, self._runtime, self._config.training.total_images, logits)
         if self._tracker is not None:
-            self._tracker.alert("nan", "not finite", why, self._state.images_seen)
-        self._log(row, self._speed.interval(0.0))
+            self._tracker.alert("nan", "not finite", reason, self._state.images_seen)
+        self._log(row, self._performance.interval(self._state.images_seen, 0.0))
 
     def _log(self, row: dict[str, Any], interval: Interval) -> None:
         state = self._state
@@ -119,42 +140,42 @@ class RunReporter:
             self._console.update(state.images_seen, images_per_second, row)
 
     @section("samples")
-    def samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
-        """The run's pictures for its fixed latents; given up when stopped, and made at resuming."""
-        if self._tracker is None or self._pictures is None:
+    def make_samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Makes and logs the sample grids; given up when stopped, and made after the resume."""
+        if self._grids is None:
             return
         try:
-            files = self._pictures.make(is_stopped)
+            files = self._grids.make(self._state.images_seen, is_stopped)
         except OSError as error:
             logger.error("no samples could be written: %s", error)
             return
         if files:
-            self._log_pictures(files)
+            self._log_images(files)
 
     def lacks_samples(self) -> bool:
-        """Whether the pictures for the images seen so far are still to be made. On rank 0."""
-        return self._pictures is not None and self._pictures.are_missing()
+        """Whether the sample grids of this point of the run are missing. On rank 0."""
+        return self._grids is not None and self._grids.are_missing(self._state.images_seen)
 
-    def real_images(self, batches: Sequence[Batch]) -> None:
-        """Keeps the first images that rank 0 trains on as a picture; later it does nothing."""
-        if self._pictures is None:
+    def add_real_images(self, batches: Sequence[Batch]) -> None:
+        """Makes a grid of the first real images that rank 0 trains on; later it does nothing."""
+        if self._grids is None:
             return
         try:
-            path = self._pictures.real(batches)
+            path = self._grids.add_real_images(batches)
         except OSError as error:
-            logger.error("no picture of real images could be written: %s", error)
+            logger.error("no grid of real images could be written: %s", error)
             return
         if path is not None:
-            self._log_pictures({"samples/real": path})
+            self._log_images({"samples/real": path})
 
-    def _log_pictures(self, files: dict[str, Path]) -> None:
+    def _log_images(self, files: dict[str, Path]) -> None:
         assert self._tracker is not None
         self._tracker.log_images(files, step=self._state.steps, images_seen=self._state.images_seen)
 
     def close(self, exit_code: int, cause: BaseException | None = None) -> None:
-        """Writes the summary and ends W&B's part; says where everything lies.
+        """Writes the summary, closes the W&B run, and prints where everything is.
 
-        cause: what ended the session, if something did
+        cause: the error that ended the session, if any
         """
         if self._tracker is None or self._console is None:
             return
@@ -168,7 +189,7 @@ class RunReporter:
             "bad_samples": state.bad_samples.total(),
             "bad_samples_by_shard": bad_sample_rows(state.bad_samples),
             "sessions": state.sessions,
-            "last": {k: v for k, v in self.newest_row.items() if not isinstance(v, dict)},
+            "last": {k: v for k, v in self._newest_row.items() if not isinstance(v, dict)},
         }
         try:
             write_summary(folder.summary, summary)
@@ -182,13 +203,13 @@ class RunReporter:
             self._tracker.alert("finish", "done", done, state.images_seen)
             checkpoints = artifacts_to_upload(folder.checkpoints, self._config)
         self._tracker.finish(summary, exit_code, checkpoints)
-        checkpoint = newest_name(folder.checkpoints)
         self._console.close()
         if state.bad_samples:
             self._console.message(
-                f"bad data:   {state.bad_samples.total():,} samples, replaced by others; which: "
-                f"{folder.summary}"
+                f"bad data:   {state.bad_samples.total():,} bad samples were replaced by others; "
+                f"see {folder.summary}"
             )
         self._console.message(f"samples:    {folder.samples(state.images_seen)}")
-        self._console.message(f"checkpoint: {checkpoint}")
+        saved = checkpoint_folders(folder.checkpoints)
+        self._console.message(f"checkpoint: {saved[-1] if saved else None}")
         self._console.message(f"W&B record: {self._tracker.location}")

@@ -1,4 +1,4 @@
-"""What a run is at one moment: networks, optimizers, average and counters; no random state."""
+"""The state of a run: networks, optimizers, EMA and counters. There is no random state."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -6,27 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
-from ganscale.config import load_stored
+from ganscale.checkpoints.checkpoint import load_state, load_tensors
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.networks.spectral import advance_power_iterations
 from ganscale.objectives.objective import Objective
-from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
-from ganscale.training.network_setup import build_generator_of, build_networks
-from ganscale.training.network_updater import (
-    NetworkUpdater,
-    NonFiniteGuard,
+from ganscale.training.network_setup import build_networks
+from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
+from ganscale.training.optimizers import (
+    lazy_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 
@@ -131,6 +127,11 @@ class TrainingState:
         self.health = Health(**numbers.get("health", {}))
         self.meters.load_state(numbers["meters"])
 
+    def averaging_seconds(self) -> dict[str, float]:
+        """Of the last logged updates by network (see NetworkUpdater). Waits for the device."""
+        updaters = self.critic_updater, self.generator_updater
+        return {updater.name: updater.averaging_seconds() for updater in updaters}
+
     def audited(self) -> dict[str, torch.Tensor]:
         """What has to be the same bits on all ranks, by name."""
         return {
@@ -143,25 +144,3 @@ class TrainingState:
             t for f in ("generator", "critic") for t in getattr(self, f).state_dict().values()
         ]
         return all(bool(t.isfinite().all()) for t in tensors)
-
-
-def load_run_generator(
-    run_folder: Path, weights: str, checkpoint: Path | None = None
-) -> tuple[nn.Module, int, int]:
-    """(generator, latent_dim, number of classes) of a run's newest checkpoint, on the CPU.
-
-    `weights`: "ema" or "generator"; `checkpoint`: one that was verified, in place of the
-    newest. Raises UserError for a folder that is no run, or one without a whole checkpoint.
-    """
-    folder = RunFolder(run_folder)
-    if not folder.config.exists():
-        raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
-    if checkpoint is None:
-        checkpoint = newest_checkpoint(folder.checkpoints, sets_aside=False)
-    if checkpoint is None:
-        raise UserError(f"{run_folder} has no whole checkpoint yet")
-    config = load_stored(folder.config)
-    num_classes = load_state(checkpoint)["num_classes"]
-    generator = build_generator_of(config, num_classes)
-    generator.load_state_dict(load_tensors(checkpoint, weights))
-    return generator.eval(), config.generator.latent_dim, num_classes

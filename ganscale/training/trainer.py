@@ -1,10 +1,12 @@
-"""The training loop, section by section: data and critic, generator, average, meters, samples,
-checkpoint, stop. Time is counted in images that the critic has seen."""
+"""The training loop, section by section. Time is counted in images that the critic has seen."""
 
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
@@ -20,7 +22,7 @@ from ganscale.errors import (
     UnavailableError,
     UserError,
 )
-from ganscale.metrics.profiling import profiled, section
+from ganscale.metrics.profiling import profile_cycles, section
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
@@ -40,9 +42,9 @@ from ganscale.training.state import TrainingState
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 2 * CHECKPOINT_SECONDS + 30
-"""What rank 0 may take to close its records, while the others wait for it."""
+"""How long rank 0 may take to close its records while the other ranks wait for it."""
 
-_GOES_ON, _STOP_REQUESTED, _CHECKPOINT_FAILED, _DATA_FAILED = range(4)
+_CONTINUE, _STOP_REQUESTED, _CHECKPOINT_FAILED, _DATA_FAILED = range(4)
 
 
 class Trainer:
@@ -55,13 +57,13 @@ class Trainer:
         stop: StopRequest | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Raises UserError for whatever can be known to be wrong before the first step."""
+        """Raises UserError for every mistake that can be found before the first step."""
         self.config = config = resolved.config
         self.runtime = runtime
         self.stop = stop or StopRequest()
         self.progress = progress or Progress()
-        mark, patience = self.progress.mark, config.data.retry_seconds
-        mark("looking at the data", patience)
+        mark, retry_seconds = self.progress.mark, config.data.retry_seconds
+        mark("looking at the data", retry_seconds)
         check_batch_divides(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         self.data = open_data(config.data)
@@ -73,7 +75,7 @@ class Trainer:
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
         self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
-        mark("opening the run folder", patience)
+        mark("opening the run folder", retry_seconds)
         self.run_id, checkpoint = runtime.run_on_main(
             lambda: self.folder.open(resolved, self.data.fingerprint)
         )
@@ -90,15 +92,15 @@ class Trainer:
         self.writer = CheckpointWriter(  # used on rank 0
             self.folder.checkpoints,
             config.checkpoint,
-            companions=[self.folder.record],
-            still_writes=lambda: self.progress.mark("checkpoint"),
+            flush_first=[self.folder.record],
+            on_progress=lambda: self.progress.mark("checkpoint"),
         )
         self.progress.before_abort = self.writer.wait
-        self.newest: dict[str, float] = {}  # of every value that was logged
+        self.newest_metrics: dict[str, float] = {}  # the newest value of every name
 
     def run(self) -> int:
         """Trains to the end or to a request to stop; the exit code says which."""
-        # The folder's lock goes last: nobody else may train here while a write is in flight.
+        # The folder's lock is released last: nobody else may train here during a write.
         with contextlib.closing(self.folder), contextlib.closing(self.writer):
             if self.state.images_seen >= self.config.training.total_images:
                 logger.info("the run in %s is finished already", self.folder.path)
@@ -124,93 +126,79 @@ class Trainer:
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            reports = RunReporter(
-                config, self.folder, self.resumed_at, self.runtime, state, prefetcher
+            reporter = RunReporter(
+                config, self.objective, self.folder, self.resumed_at, self.runtime, state
             )
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                profile = profiled(self.folder.path / "profile", cycles)
-                with profile as after_cycle:
-                    exit_code = self._train(prefetcher, reports, after_cycle)
+                with profile_cycles(self.folder.path / "profile", cycles) as after_cycle:
+                    exit_code = self._train(prefetcher, reporter, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
-                known = isinstance(error, GanscaleError)
-                reports.close(error.exit_code if known else EXIT_FAILED, error)
+                is_ours = isinstance(error, GanscaleError)
+                reporter.close(error.exit_code if is_ours else EXIT_FAILED, error)
                 raise
             self.progress.mark("end", CLOSING_SECONDS)
-            reports.close(exit_code)
+            reporter.close(exit_code)
         return exit_code
 
     def _train(
-        self, prefetcher: DevicePrefetcher, reports: RunReporter, after_cycle: Callable[[], None]
+        self, prefetcher: DevicePrefetcher, reporter: RunReporter, after_cycle: Callable[[], None]
     ) -> int:
-        state, cycle, config, stop = self.state, self.cycle, self.config, self.stop
-        mark, data_patience = self.progress.mark, config.data.retry_seconds
-        if self.runtime.is_main:
-            note_started(state.images_seen)
-        seen = state.images_seen
-        is_due = seen == 0 or _crosses(seen - cycle.images, seen, config.samples.every_images)
-        if is_due and reports.lacks_samples():
-            reports.samples(self._is_stopped)
-        mark("data", data_patience)
-        prefetcher.fetch(stop.is_requested)
-        ending = self.runtime.start_max(_ending(stop, prefetcher, self.writer))()
-        if ending != _GOES_ON:
+        """The loop. One function of more than sixty lines, so that it reads in order."""
+        state, cycle, config = self.state, self.cycle, self.config
+        mark, retry_seconds = self.progress.mark, config.data.retry_seconds
+        ending = self._begin(prefetcher, reporter)
+        if ending != _CONTINUE:
             return self._stopped(ending, prefetcher)
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
-            logs = is_last or _crosses(before, after, config.log.every_images)
+            is_logged = is_last or _crosses(before, after, config.log.every_images)
+            is_sampled = is_last or _crosses(before, after, config.samples.every_images)
+
+            # Data: this cycle's batches, and those of the next
             batches = prefetcher.take()
-            reports.real_images(batches)
-            mark("data", data_patience)
+            reporter.add_real_images(batches)
+            mark("data", retry_seconds)
             if not is_last:
-                prefetcher.fetch(stop.is_requested)
-            votes = [self.runtime.start_max(_ending(stop, prefetcher, self.writer))]
+                prefetcher.prefetch(self.stop.is_requested)
+            votes = [self._start_vote(prefetcher)]
 
-            # Data and critic
-            mark("critic")
-            cycle.begin(batches, with_panel=logs)
-            for step, host_batch in enumerate(batches, 1):
-                mark("critic")
-                batch = cycle.on_device(host_batch)
-                is_last_step = step == len(batches)
-                keeps_fakes = is_last_step and config.training.reuse_fakes
-                cycle.critic_step(batch, logs and is_last_step, keeps_fakes)
+            # Critic, generator and EMA. Rows and samples must not count skipped updates as
+            # training; on a CPU, checking for them waits for nothing
+            checks = is_logged or is_sampled or self.runtime.device.type == "cpu"
+            logits = cycle.run(
+                batches,
+                is_logged=is_logged,
+                on_phase=mark,
+                before_ema=partial(self._check_finite, reporter, is_due=checks),
+            )
 
-            # Generator and its average; on the CPU, looking at the tripwire waits for nothing. No
-            # row of the record may be of images whose updates were held back
-            mark("generator")
-            cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-            draws = is_last or _crosses(before, after, config.samples.every_images)
-            if logs or draws or self.runtime.device.type == "cpu":
-                self._stop_if_not_finite(reports)
-            cycle.update_ema()
+            # Metrics
+            if is_logged:
+                mark("metrics")
+                bad_samples = prefetcher.pop_bad_samples()
+                wait_seconds = prefetcher.pop_wait_seconds()
+                self.newest_metrics |= reporter.log_metrics(logits, wait_seconds, bad_samples)
 
-            # Meters
-            if logs:
-                mark("meters")
-                reports.metrics()
-                self.newest |= reports.newest_row
+            # Samples: the last grid of a run is made even when stopped, for nobody would make it
+            # later; a stop that gives the others up takes effect in this cycle
+            if is_sampled:
+                reporter.make_samples(self._mark_samples if is_last else self._is_stopped)
+                votes.append(self._start_vote(prefetcher))
 
-            # Samples
-            if draws:
-                # The run's last grid is made whatever comes: nobody would make it afterwards
-                reports.samples(self._marked if is_last else self._is_stopped)
-                # A stop that had them given up has to be this one: they are made at resuming
-                votes.append(self.runtime.start_max(_ending(stop, prefetcher, self.writer)))
-
-            # Audit and checkpoint: what is not the same on all ranks is never saved
-            mark("vote", data_patience)  # ranks may wait for data
+            # Audit and checkpoint: only what is the same on all ranks is saved
+            mark("vote", retry_seconds)  # ranks may wait for data
             ending = max(vote() for vote in votes)
-            stops = ending != _GOES_ON and not is_last
+            stops = ending != _CONTINUE and not is_last
             saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
             if saves or _crosses(before, after, config.audit.every_images):
                 mark("audit")
-                self._audit(reports)
+                self._audit(reporter)
             if saves:
                 mark("checkpoint")
-                prefetcher.count_bad_samples(state.bad_samples)
+                state.bad_samples.update(prefetcher.pop_bad_samples())
                 self._save(must_succeed=is_last or stops)
             after_cycle()
 
@@ -219,40 +207,69 @@ class Trainer:
                 return self._stopped(ending, prefetcher)
         return EXIT_DONE
 
+    def _begin(self, prefetcher: DevicePrefetcher, reporter: RunReporter) -> int:
+        """Makes samples that an interrupted session left out, and fetches the first batches."""
+        if self.runtime.is_main:
+            note_started(self.state.images_seen)
+        seen, every = self.state.images_seen, self.config.samples.every_images
+        had_samples = seen == 0 or _crosses(seen - self.cycle.images, seen, every)
+        if had_samples and reporter.lacks_samples():
+            reporter.make_samples(self._is_stopped)
+        self.progress.mark("data", self.config.data.retry_seconds)
+        prefetcher.prefetch(self.stop.is_requested)
+        return self._start_vote(prefetcher)()
+
+    def _start_vote(self, prefetcher: DevicePrefetcher) -> Callable[[], int]:
+        """Begins to agree on whether and why to stop; the largest vote of any rank counts."""
+        vote = _CONTINUE
+        if prefetcher.has_failed:
+            vote = _DATA_FAILED
+        elif self.writer.should_stop:
+            vote = _CHECKPOINT_FAILED
+        elif self.stop.is_requested():
+            vote = _STOP_REQUESTED
+        return self.runtime.start_max(vote)
+
     def _is_stopped(self) -> bool:
         """Asked between chunks of sampled images."""
-        return self._marked() or self.stop.is_requested()
+        return self._mark_samples() or self.stop.is_requested()
 
-    def _marked(self) -> bool:
+    def _mark_samples(self) -> bool:
         self.progress.mark("samples")
         return False
 
     def _stopped(self, ending: int, prefetcher: DevicePrefetcher) -> int:
-        """Ends the session on all ranks. Raises what ended the data, if that is why."""
+        """Ends the session on all ranks. Raises the error that ended the data, if one did."""
         if ending == _DATA_FAILED:
             raise prefetcher.failure()
-        images_seen, failed = self.state.images_seen, ending == _CHECKPOINT_FAILED
-        why = "since a checkpoint could not be written" if failed else "on request"
+        reason = "on request"
+        if ending == _CHECKPOINT_FAILED:
+            reason = "since a checkpoint could not be written"
         if self.runtime.is_main:
             logger.warning(
-                "stopped %s at %s images; the same command continues", why, f"{images_seen:,}"
+                "stopped %s at %s images; the same command continues",
+                reason,
+                f"{self.state.images_seen:,}",
             )
         return EXIT_REQUEUE
 
     @section("audit")
-    def _audit(self, reports: RunReporter) -> None:
-        self._stop_if_not_finite(reports)  # held back updates must not count as images seen
+    def _audit(self, reporter: RunReporter) -> None:
+        self._check_finite(reporter, {})  # skipped updates must not count as images seen
         audit_replicas(self.state.audited(), self.runtime)
         self.state.health.audits_passed += 1
 
-    def _stop_if_not_finite(self, reports: RunReporter) -> None:
-        """Raises NonFiniteError after saving the state that the tripwire has held, and a row that
-        shows what came to it: at the images of that state, so that the resumed run keeps it."""
+    def _check_finite(
+        self, reporter: RunReporter, logits: dict[str, Tensor], is_due: bool = True
+    ) -> None:
+        """Raises NonFiniteError once a gradient was not finite: after saving the state of before,
+        which the guard has preserved, and a row that shows what led to it, at the images of that
+        state, so that the resumed run keeps it."""
         state = self.state
-        if not state.non_finite_guard.has_tripped():
+        if not is_due or not state.non_finite_guard.has_tripped():
             return
-        held_back = int(state.critic_updater.skipped_updates.item())
-        failed_at = state.images_seen - held_back * self.config.training.global_batch_size
+        skipped = int(state.critic_updater.skipped_updates.item())
+        failed_at = state.images_seen - skipped * self.config.training.global_batch_size
         state.images_seen = failed_at
         state.steps -= int(state.generator_updater.skipped_updates.item())
         state.health.non_finite_events += 1
@@ -261,23 +278,23 @@ class Trainer:
             kept = "the last good state is saved; continue"
         else:
             kept = "the weights before it were not finite either; continue from an older checkpoint"
-        why = (
+        reason = (
             f"a gradient became NaN or infinite after {failed_at:,} images: {kept} with a lower "
             "learning rate, say, and resume.allow=[optimizer]"
         )
         # It empties the meters: sums that are not finite would end the resumed run.
-        reports.last_row(why)
+        reporter.log_last_row(reason, logits)
         if is_good:
             self._save(must_succeed=True)
-        raise NonFiniteError(why)
+        raise NonFiniteError(reason)
 
     @section("checkpoint")
     def _save(self, *, must_succeed: bool) -> None:
-        """Waits for a copy only, unless it must succeed: then for the disk, too."""
+        """Waits for a copy in memory only; for the disk, too, if it must succeed."""
         numbers, images_seen = self.state.numbers(), self.state.images_seen
 
         def save() -> None:
-            score = self.newest.get(self.config.checkpoint.best)
+            score = self.newest_metrics.get(self.config.checkpoint.best)
             self.writer.save(images_seen, self.state.files(), numbers, score)
             if must_succeed:
                 try:
@@ -288,15 +305,6 @@ class Trainer:
                     raise kind(message) from error
 
         self.runtime.run_on_main(save)
-
-
-def _ending(stop: StopRequest, prefetcher: DevicePrefetcher, writer: CheckpointWriter) -> int:
-    """This rank's vote; the largest of all ranks counts."""
-    if prefetcher.has_failed:
-        return _DATA_FAILED
-    if writer.has_failed:
-        return _CHECKPOINT_FAILED
-    return _STOP_REQUESTED if stop.is_requested() else _GOES_ON
 
 
 def _crosses(before: int, after: int, every: int) -> bool:

@@ -2,9 +2,10 @@
 
     checkpoint_process.py FOLDER next|again|anywhere
 
-next, again: process n dies at its n-th file operation, while it saves the next checkpoint, or one
-in the place of the newest; until one lives to its end. anywhere: processes save on and on, and die
-after a random time. Each line is JSON: what was found after a kill, and in the end.
+next, again: process n dies at its n-th file operation while it saves the next checkpoint, or
+replaces the newest; until a process survives. anywhere: processes save again and again, and die
+after a random time. Each printed line is JSON: what is found after a kill, or after the save that
+follows it.
 """
 
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ganscale.checkpoints.checkpoint import damage, load_state, load_tensors, newest_checkpoint
+from ganscale.checkpoints.checkpoint import find_damage, load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
 
@@ -49,7 +50,7 @@ def die_at(operation: int) -> None:
 
 
 def in_a_child(work: object, *arguments: object, seconds: float | None = None) -> bool:
-    """Whether the child was killed; after `seconds`, if any are given, by this process."""
+    """Whether the child was killed, by itself or after `seconds`."""
     child = os.fork()
     if child == 0:
         work(*arguments)  # type: ignore[operator]
@@ -61,17 +62,17 @@ def in_a_child(work: object, *arguments: object, seconds: float | None = None) -
     return os.WIFSIGNALED(status)
 
 
-def say(root: Path, **more: object) -> None:
-    """What a resumed run would find, and whether its content is of one piece."""
-    left = sorted(path.name for path in root.iterdir())
+def report(root: Path, **more: object) -> None:
+    """Prints what a resumed run would find, and all values in it."""
+    remaining = sorted(path.name for path in root.iterdir())
     newest = newest_checkpoint(root)
     assert newest is not None
     state = load_state(newest)
     files = [load_tensors(newest, name) for name in ("generator", "critic")]
     values = {state["value"]} | {v for f in files for v in f["first"].unique().tolist()}
     values |= {-v for f in files for v in f["second"].unique().tolist()}
-    whole = [path.name for path in sorted(root.glob("images-*")) if damage(path) is None]
-    found = {"newest": newest.name, "values": sorted(values), "whole": whole, "left": left}
+    whole = [path.name for path in sorted(root.glob("images-*")) if find_damage(path) is None]
+    found = {"newest": newest.name, "values": sorted(values), "whole": whole, "left": remaining}
     print(json.dumps({**more, **found}), flush=True)
 
 
@@ -88,9 +89,9 @@ def at_every_operation(root: Path, images_seen: int) -> None:
             save(root, images_seen, 7.0, ELEMENTS["next"])
 
         was_killed = in_a_child(dying)
-        say(root, was_killed=was_killed)
+        report(root, was_killed=was_killed)
         in_a_child(save, root, 256, 256.0, ELEMENTS["next"])
-        say(root)
+        report(root)
         operation += 1
 
 
@@ -99,7 +100,7 @@ def anywhere(root: Path) -> None:
     save(root, 1, 1.0, ELEMENTS["anywhere"])
     draws = random.Random(0)
 
-    def on_and_on(images_seen: int) -> None:
+    def save_forever(images_seen: int) -> None:
         while True:
             images_seen += 1
             save(root, images_seen, float(images_seen), ELEMENTS["anywhere"])
@@ -108,13 +109,13 @@ def anywhere(root: Path) -> None:
         newest = newest_checkpoint(root)
         assert newest is not None
         before = load_state(newest)["images_seen"]
-        in_a_child(on_and_on, before, seconds=draws.uniform(0, 0.15))
-        say(root, before=before)
+        in_a_child(save_forever, before, seconds=draws.uniform(0, 0.15))
+        report(root, before=before)
 
 
 if __name__ == "__main__":
-    folder, what = Path(sys.argv[1]), sys.argv[2]
-    if what == "anywhere":
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    if mode == "anywhere":
         anywhere(folder)
     else:
-        at_every_operation(folder, {"next": 192, "again": 128}[what])
+        at_every_operation(folder, {"next": 192, "again": 128}[mode])

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there: cut, damaged and full disks included."""
+"""A checkpoint is complete or absent, also with cut or damaged files and full disks."""
 
 import json
 import logging
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from ganscale.checkpoints.checkpoint import (
-    damage,
+    find_damage,
     load_state,
     load_tensors,
     newest_checkpoint,
-    save_checkpoint,
 )
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
+from tests.checkpoints.helpers import bytes_of, names, save_checkpoint
 from tests.helpers.disks import small_disk
 
 
@@ -30,15 +30,7 @@ def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tenso
     }
 
 
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_tensors_of_every_kind_come_back_to_the_bit(tmp_path):
+def test_tensors_of_every_kind_are_loaded_bit_by_bit(tmp_path):
     tensors = {
         "float32": torch.tensor([0.1, -0.0, float("nan"), float("inf"), 1e-45]),
         "float64": torch.randn(3, dtype=torch.float64),
@@ -64,7 +56,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 
 
-def test_a_module_with_tied_weights_and_channels_last_comes_back(tmp_path):
+def test_a_module_with_tied_and_channels_last_weights_is_restored(tmp_path):
     def network() -> nn.Sequential:
         made = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
         made[1].weight = made[0].weight
@@ -79,7 +71,7 @@ def test_a_module_with_tied_weights_and_channels_last_comes_back(tmp_path):
     assert loaded[1].weight is loaded[0].weight
 
 
-def test_the_state_comes_back_as_plain_numbers(tmp_path):
+def test_the_state_is_loaded_as_plain_numbers(tmp_path):
     state = {
         "images_seen": 10**12,
         "seconds": 0.1 + 0.2,
@@ -89,7 +81,7 @@ def test_the_state_comes_back_as_plain_numbers(tmp_path):
     assert load_state(save_checkpoint(tmp_path, 5, weights(), state)) == state
 
 
-def test_a_checkpoint_is_found_by_its_images_and_saved_again_in_its_place(tmp_path):
+def test_a_checkpoint_is_named_by_its_images_and_replaced_by_another_save(tmp_path):
     save_checkpoint(tmp_path, 123_456, weights(seed=1), {"images_seen": 123_456})
     assert names(tmp_path) == ["images-000123456"]
     folder = save_checkpoint(tmp_path, 123_456, weights(seed=2), {"images_seen": 123_456})
@@ -100,7 +92,7 @@ def test_a_checkpoint_is_found_by_its_images_and_saved_again_in_its_place(tmp_pa
     )
 
 
-def test_the_newest_is_the_one_with_the_most_images_whatever_their_digits(tmp_path):
+def test_the_newest_has_the_most_images_however_many_digits(tmp_path):
     for images_seen in (999_999_999, 1_000_000_000, 25_000_000_000, 64):
         save_checkpoint(tmp_path, images_seen, weights(), {})
     assert newest_checkpoint(tmp_path) == tmp_path / "images-25000000000"
@@ -108,7 +100,7 @@ def test_the_newest_is_the_one_with_the_most_images_whatever_their_digits(tmp_pa
     assert names(tmp_path) == ["images-1000000000", "images-25000000000"]
 
 
-def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path):
+def test_without_checkpoints_there_is_no_newest_one(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "not there") is None
     (tmp_path / "images-of-cats").mkdir()
@@ -119,43 +111,41 @@ def test_there_is_no_newest_checkpoint_where_there_is_none(tmp_path):
     assert len(names(tmp_path)) == 3
 
 
-def test_a_flipped_bit_in_any_byte_is_noticed(tmp_path):
+def test_a_flipped_bit_in_any_byte_is_detected(tmp_path):
     folder = save_checkpoint(tmp_path, 5, weights(elements=1), {"images_seen": 5})
-    assert damage(folder) is None
-    unnoticed = []
+    assert find_damage(folder) is None
+    undetected = []
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
-        for place in range(len(whole)):
+        for position in range(len(whole)):
             flipped = bytearray(whole)
-            flipped[place] ^= 1 << (place % 8)
+            flipped[position] ^= 1 << (position % 8)
             path.write_bytes(flipped)
-            if damage(folder) is None:
-                unnoticed.append((path.name, place))
+            if find_damage(folder) is None:
+                undetected.append((path.name, position))
         path.write_bytes(whole)
-    assert unnoticed == []
-    assert damage(folder) is None
+    assert undetected == []
+    assert find_damage(folder) is None
 
 
-def test_every_cut_and_every_missing_file_is_noticed(tmp_path):
+def test_truncated_longer_and_missing_files_are_detected(tmp_path):
     folder = save_checkpoint(tmp_path, 5, weights(elements=1), {"images_seen": 5})
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
         for length in range(0, len(whole), 3):
             path.write_bytes(whole[:length])
-            assert damage(folder) is not None, (path.name, length)
+            assert find_damage(folder) is not None, (path.name, length)
         path.write_bytes(whole + b"\0")
-        assert damage(folder) is not None, path.name
+        assert find_damage(folder) is not None, path.name
         path.unlink()
-        assert damage(folder) is not None, path.name
+        assert find_damage(folder) is not None, path.name
         path.write_bytes(whole)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
 
 
 @pytest.mark.parametrize("file", ["generator.safetensors", "state.json", "checksums.json"])
 @pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_chosen(
-    tmp_path, caplog, file, how
-):
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_chosen(tmp_path, caplog, file, how):
     for images_seen in (64, 128, 192):
         save_checkpoint(
             tmp_path, images_seen, weights(seed=images_seen), {"images_seen": images_seen}
@@ -181,7 +171,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_chosen(
     assert len(caplog.records) == 1
 
 
-def test_when_all_are_damaged_none_is_chosen_and_all_are_kept_for_a_look(tmp_path):
+def test_when_all_are_damaged_none_is_chosen_and_all_are_kept(tmp_path):
     for images_seen in (64, 128):
         folder = save_checkpoint(tmp_path, images_seen, weights(), {})
         (folder / "critic.safetensors").write_bytes(b"")
@@ -189,16 +179,16 @@ def test_when_all_are_damaged_none_is_chosen_and_all_are_kept_for_a_look(tmp_pat
     assert names(tmp_path) == ["damaged-images-000000064", "damaged-images-000000128"]
 
 
-def test_what_a_killed_process_left_half_written_is_never_chosen_and_swept_up(tmp_path):
+def test_leftovers_of_a_killed_process_are_never_chosen_and_are_removed(tmp_path):
     good = save_checkpoint(tmp_path, 64, weights(), {})
-    left_behind = tmp_path / ".unfinished-images-000000128"
-    shutil.copytree(good, left_behind)
+    leftover = tmp_path / ".unfinished-images-000000128"
+    shutil.copytree(good, leftover)
     assert newest_checkpoint(tmp_path) == good
     save_checkpoint(tmp_path, 192, weights(), {})
     assert names(tmp_path) == ["images-000000064", "images-000000192"]
 
 
-def test_a_replacement_that_was_killed_half_way_is_undone_by_the_next_save_too(tmp_path):
+def test_an_interrupted_replacement_is_also_undone_by_the_next_save(tmp_path):
     old = save_checkpoint(tmp_path, 64, weights(seed=1), {})
     content = bytes_of(old)
     old.rename(tmp_path / ".replaced-images-000000064")
@@ -207,8 +197,8 @@ def test_a_replacement_that_was_killed_half_way_is_undone_by_the_next_save_too(t
     assert bytes_of(old) == content
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
-    """A stand-in: root may read everything."""
+def test_an_unreadable_checkpoint_is_not_treated_as_damaged(tmp_path, monkeypatch):
+    """Uses a stand-in, since root may read everything."""
     folder = save_checkpoint(tmp_path, 64, weights(), {})
 
     def refused(*_: object, **__: object) -> None:
@@ -221,7 +211,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_pa
     assert newest_checkpoint(tmp_path) == folder
 
 
-def assert_the_old_one_stands(root: Path, old: Path, content: dict[str, bytes]) -> None:
+def assert_old_one_is_unchanged(root: Path, old: Path, content: dict[str, bytes]) -> None:
     assert names(root) == [old.name]
     assert bytes_of(old) == content
     assert newest_checkpoint(root) == old
@@ -233,18 +223,18 @@ def disk(tmp_path):
         yield folder
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_the_older_checkpoint_as_it_was(disk):
+def test_a_full_disk_raises_os_error_and_leaves_the_older_checkpoint_unchanged(disk):
     old = save_checkpoint(disk, 64, weights(), {"images_seen": 64})
     content = bytes_of(old)
-    for images_seen in (64, 128):  # also where the old one was to be replaced
+    for images_seen in (64, 128):  # 64 would replace the old one
         with pytest.raises(OSError, match="No space left on device"):
             save_checkpoint(disk, images_seen, weights(elements=100_000), {})
-        assert_the_old_one_stands(disk, old, content)
+        assert_old_one_is_unchanged(disk, old, content)
     save_checkpoint(disk, 192, weights(), {})  # and there is room for another small one
 
 
-def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_as_it_was(tmp_path):
-    """The kernel refuses to let a file grow over 4 KiB; each time another file is the large one."""
+def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_unchanged(tmp_path):
+    """The kernel limits files to 4 KiB; each time, another file is larger."""
     old = save_checkpoint(tmp_path, 64, weights(), {"images_seen": 64})
     content = bytes_of(old)
     large = torch.zeros(10_000)
@@ -262,10 +252,10 @@ def test_a_refused_write_of_any_file_leaves_the_older_checkpoint_as_it_was(tmp_p
                 save_checkpoint(tmp_path, 128, files, state)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert_the_old_one_stands(tmp_path, old, content)
+        assert_old_one_is_unchanged(tmp_path, old, content)
 
 
-def test_checkpoints_hold_nothing_but_safetensors_and_json(tmp_path):
+def test_checkpoints_contain_only_safetensors_and_json(tmp_path):
     folder = save_checkpoint(tmp_path, 5, weights(), {"images_seen": 5})
     assert names(folder) == [
         "checksums.json",

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
-from ganscale.checkpoints.retention import scored
+from ganscale.checkpoints.retention import score_entry
 from ganscale.cli.main import main
+from tests.checkpoints.helpers import save_checkpoint
 
 CONFIG = """
 data: {path: data/x, resolution: 8}
@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Path:
     for images_seen, score in enumerate((None, 40.0, 8.25, 30.0, 20.0, 9.0, 10.0)):
         files = {"generator": {"weight": torch.zeros(250_000)}}
         if images_seen:
-            numbers = scored("eval/fid", score)
+            numbers = score_entry("eval/fid", score)
             save_checkpoint(folder / "checkpoints", 100 * images_seen, files, numbers)
     return folder
 
@@ -39,11 +39,11 @@ def images(run: Path) -> list[int]:
     return sorted(int(path.name[-9:]) for path in (run / "checkpoints").glob("images-*"))
 
 
-def said(capsys: pytest.CaptureFixture) -> list[list[str]]:
+def printed(capsys: pytest.CaptureFixture) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_list_shows_size_score_best_and_what_is_cut_short(run: Path, capsys) -> None:
+def test_list_shows_size_score_best_and_truncated_files(run: Path, capsys) -> None:
     os.truncate(run / "checkpoints" / "images-000000400" / "generator.safetensors", 12)
     shutil.copytree(
         run / "checkpoints" / "images-000000100", run / "checkpoints" / "damaged-images-000000050"
@@ -52,7 +52,7 @@ def test_list_shows_size_score_best_and_what_is_cut_short(run: Path, capsys) -> 
     path = run / "checkpoints" / "images-000000100" / "checksums.json"
     os.utime(path, (two_hours_ago, two_hours_ago))
     assert main(["checkpoint", "list", str(run)]) == 0
-    lines = said(capsys)
+    lines = printed(capsys)
     assert lines[1] == ["images-000000100", "100", "1.0", "2", "h", "eval/fid", "40"]
     assert lines[2][-3:] == ["eval/fid", "8.25", "best"]
     assert (
@@ -65,28 +65,28 @@ def test_list_shows_size_score_best_and_what_is_cut_short(run: Path, capsys) -> 
 def test_list_of_a_run_without_checkpoints_is_empty(run: Path, capsys) -> None:
     shutil.rmtree(run / "checkpoints")
     assert main(["checkpoint", "list", str(run)]) == 0
-    assert len(said(capsys)) == 1
+    assert len(printed(capsys)) == 1
     assert main(["checkpoint", "verify", str(run)]) == 2
     assert "has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_verify_reads_every_byte_and_names_the_file(run: Path, capsys) -> None:
     assert main(["checkpoint", "verify", str(run)]) == 0
-    assert {line[1] for line in said(capsys)} == {"whole"}
+    assert {line[1] for line in printed(capsys)} == {"whole"}
     path = run / "checkpoints" / "images-000000300" / "generator.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:500_000] + b"\1" + whole[500_001:])
     assert main(["checkpoint", "verify", str(run)]) == 1
-    damaged = [line for line in said(capsys) if line[1] != "whole"]
+    damaged = [line for line in printed(capsys) if line[1] != "whole"]
     assert [" ".join(line) for line in damaged] == [
         "images-000000300: damaged: generator.safetensors is not as it was written"
     ]
-    assert images(run) == [100, 200, 300, 400, 500, 600]  # it only looks
+    assert images(run) == [100, 200, 300, 400, 500, 600]  # it changes nothing
 
 
-def test_prune_goes_by_the_runs_settings_and_those_given(run: Path, capsys) -> None:
+def test_prune_uses_the_runs_settings_and_those_of_the_command_line(run: Path, capsys) -> None:
     assert main(["checkpoint", "prune", str(run), "--dry-run"]) == 0
-    lines = said(capsys)
+    lines = printed(capsys)
     assert [line[0] for line in lines[:-1]] == ["images-000000100:", "images-000000400:"]
     assert lines[-1] == ["2", "of", "6", "checkpoints", "would", "be", "deleted:", "2.0", "MB"]
     assert len(images(run)) == 6
@@ -101,7 +101,7 @@ def test_prune_goes_by_the_runs_settings_and_those_given(run: Path, capsys) -> N
     assert images(run) == [200, 600]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
+def test_a_folder_other_than_a_run_folder_is_refused(tmp_path: Path, capsys) -> None:
     for action in (["list"], ["verify"], ["prune"]):
         assert main(["checkpoint", *action, str(tmp_path)]) == 2
         assert f"{tmp_path} is not a run folder" in capsys.readouterr().err

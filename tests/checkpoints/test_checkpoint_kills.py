@@ -1,5 +1,5 @@
-"""A process killed (-9) at any operation of a save costs that checkpoint at most, never an older
-one, and leaves nothing that stays."""
+"""A process killed (-9) at any operation of a save costs at most that checkpoint, and its leftovers
+are removed."""
 
 import json
 import subprocess
@@ -12,10 +12,10 @@ import pytest
 from tests.helpers.processes import REPOSITORY
 
 
-def killed(folder: Path, what: str) -> list[dict[str, Any]]:
+def run_and_kill(folder: Path, mode: str) -> list[dict[str, Any]]:
     program = [sys.executable, str(Path(__file__).with_name("checkpoint_process.py"))]
     done = subprocess.run(
-        [*program, str(folder), what],
+        [*program, str(folder), mode],
         env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
@@ -26,30 +26,30 @@ def killed(folder: Path, what: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("what", ["next", "again"])
-def test_death_at_any_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, what):
-    found = killed(tmp_path / "checkpoints", what)
-    kills, repaired = found[0::2], found[1::2]
+@pytest.mark.parametrize("mode", ["next", "again"])
+def test_death_at_any_operation_leaves_the_old_or_the_new_checkpoint(tmp_path, mode):
+    reports = run_and_kill(tmp_path / "checkpoints", mode)
+    kills, repaired = reports[0::2], reports[1::2]
     assert len(kills) > 20
     assert [kill["was_killed"] for kill in kills] == [True] * (len(kills) - 1) + [False]
-    new = "images-000000192" if what == "next" else "images-000000128"
+    new = "images-000000192" if mode == "next" else "images-000000128"
     seen = [(kill["newest"], kill["values"]) for kill in kills]
-    assert all(each in (("images-000000128", [128.0]), (new, [7.0])) for each in seen)
+    assert all(newest in (("images-000000128", [128.0]), (new, [7.0])) for newest in seen)
     assert seen[0] == ("images-000000128", [128.0])
     assert seen[-1] == (new, [7.0])
-    # As many as are kept are whole at any time, and the next save clears up.
+    # `keep_last` undamaged ones exist at any time, and the next save removes the leftovers.
     assert all(len(kill["whole"]) >= 2 for kill in kills)
     for kill, after in zip(kills, repaired, strict=True):
         assert after["left"] == after["whole"] == [kill["newest"], "images-000000256"]
 
 
-def test_death_at_any_time_leaves_a_whole_checkpoint_no_older_than_before(tmp_path):
-    found = killed(tmp_path / "checkpoints", "anywhere")
+def test_death_at_any_time_leaves_an_undamaged_checkpoint_no_older_than_before(tmp_path):
+    reports = run_and_kill(tmp_path / "checkpoints", "anywhere")
     images = 1
-    for kill in found:
+    for kill in reports:
         assert kill["before"] == images
         images = int(kill["newest"].removeprefix("images-"))
         assert images >= kill["before"]
         assert kill["values"] == [images]
     assert images > 1
-    assert any("unfinished" in name for kill in found for name in kill["left"])
+    assert any("unfinished" in name for kill in reports for name in kill["left"])

@@ -1,4 +1,4 @@
-"""The training waits for a copy; what becomes of the write is told, and harms nothing."""
+"""Training waits only for a copy; a failed write is reported and harms no older checkpoint."""
 
 import errno
 import json
@@ -19,6 +19,7 @@ from ganscale.checkpoints import checkpoint
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
+from tests.checkpoints.helpers import bytes_of, names
 from tests.helpers.disks import remount, small_disk
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -26,14 +27,6 @@ Files = dict[str, dict[str, torch.Tensor]]
 
 def files_of(value: float, elements: int = 6) -> Files:
     return {"generator": {"weight": torch.full((elements,), value)}}
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
@@ -46,7 +39,7 @@ class Disk(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_asked = threading.Event()
+        self.has_been_asked = threading.Event()
 
 
 @pytest.fixture
@@ -54,7 +47,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     is_free, flush = Disk(), os.fsync
 
     def slow(descriptor: int) -> None:
-        is_free.is_asked.set()
+        is_free.has_been_asked.set()
         assert is_free.wait(60)
         flush(descriptor)
 
@@ -63,7 +56,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     is_free.set()
 
 
-def test_what_is_saved_is_what_was_given_however_it_changes_meanwhile(root, disk):
+def test_changes_after_the_call_do_not_reach_the_checkpoint(root, disk):
     root.mkdir()
     conv = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     tensors = {"conv": conv, "step": torch.tensor(3.0), "tied": conv, "parameter": conv.clone()}
@@ -86,7 +79,7 @@ def test_what_is_saved_is_what_was_given_however_it_changes_meanwhile(root, disk
     assert load_state(root / "images-000000005") == {"sessions": [{"world_size": 1}]}
 
 
-def test_one_write_is_in_flight_and_the_next_waits_for_it(root, disk):
+def test_the_next_save_waits_for_the_write_in_flight(root, disk):
     root.mkdir()
     writer = CheckpointWriter(root, CheckpointConfig())
     writer.save(1, files_of(1.0), {})
@@ -99,12 +92,12 @@ def test_one_write_is_in_flight_and_the_next_waits_for_it(root, disk):
     second.join(60)
     writer.finish()
     assert names(root) == ["images-000000001", "images-000000002"]
-    for images_seen in (1, 2):  # the memory that both were copied to was not shared in time
+    for images_seen in (1, 2):  # both were copied into the same memory, one after the other
         saved = load_tensors(root / f"images-00000000{images_seen}", "generator")["weight"]
         assert torch.equal(saved, torch.full((6,), float(images_seen)))
 
 
-def test_tensors_that_come_go_and_change_their_shape_are_saved_as_they_are(root):
+def test_tensors_may_appear_disappear_and_change_their_shape(root):
     writer = CheckpointWriter(root, CheckpointConfig())
     states: list[Files] = [
         {"critic": {}, "generator": {"weight": torch.randn(2, 3)}},
@@ -125,7 +118,7 @@ def test_tensors_that_come_go_and_change_their_shape_are_saved_as_they_are(root)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_copy_from_a_gpu_is_of_the_moment_of_the_save(root, disk):
+def test_a_copy_from_a_gpu_has_the_values_at_the_call(root, disk):
     root.mkdir()
     weight = torch.zeros(1 << 24, device="cuda")
     writer = CheckpointWriter(root, CheckpointConfig())
@@ -140,7 +133,7 @@ def test_a_copy_from_a_gpu_is_of_the_moment_of_the_save(root, disk):
 
 @contextmanager
 def full(root: Path) -> Iterator[None]:
-    """Not a block is left."""
+    """No free block."""
     filler = root / "filler"
     with filler.open("wb", buffering=0) as file:
         with suppress(OSError):
@@ -163,7 +156,7 @@ def read_only(root: Path) -> Iterator[None]:
 
 @contextmanager
 def not_permitted(root: Path) -> Iterator[None]:
-    """As another user than the one that the folder belongs to."""
+    """As a user that does not own the folder."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     os.seteuid(65534)
@@ -175,7 +168,7 @@ def not_permitted(root: Path) -> Iterator[None]:
 
 @contextmanager
 def limited(root: Path) -> Iterator[None]:
-    """Files may not grow beyond a kibibyte."""
+    """Files are limited to one KiB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
     try:
@@ -200,9 +193,9 @@ def small() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-@pytest.mark.parametrize("images_seen", [64, 128])  # 64: in the place of the one that is there
+@pytest.mark.parametrize("images_seen", [64, 128])  # 64 replaces the existing one
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
-def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
+def test_a_failed_write_is_logged_at_once_and_harms_no_older_checkpoint(
     small, caplog, obstacle, images_seen, on_failure
 ):
     prevented, code = OBSTACLES[obstacle]
@@ -219,26 +212,25 @@ def test_a_disk_that_does_not_take_it_is_told_at_once_and_harms_no_older_one(
         assert newest_checkpoint(small) == old
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
-    said = record.getMessage()
-    assert f"no checkpoint could be written at {images_seen} images" in said
-    assert os.strerror(code) in said
-    assert writer.has_failed is (on_failure == "stop")
-    assert writer.failed_writes == 1
+    message = record.getMessage()
+    assert f"no checkpoint could be written at {images_seen} images" in message
+    assert os.strerror(code) in message
+    assert writer.should_stop is (on_failure == "stop")
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
         writer.finish()
     assert raised.value.errno == code
 
-    writer.save(192, files_of(3.0), {})  # the disk is well again, and so is the run
+    writer.save(192, files_of(3.0), {})  # the disk works again
     writer.finish()
-    assert not writer.has_failed
+    assert not writer.should_stop
     assert names(small) == [old.name, "images-000000192"]
 
 
-def test_a_folder_that_vanishes_meanwhile_is_a_failed_write_and_made_again(root, disk, caplog):
+def test_a_folder_deleted_during_a_write_fails_it_and_is_created_again(root, disk, caplog):
     root.mkdir()
     writer = CheckpointWriter(root, CheckpointConfig())
     writer.save(64, files_of(1.0), {})
-    assert disk.is_asked.wait(60)  # nothing writes meanwhile
+    assert disk.has_been_asked.wait(60)  # the writer is blocked
     shutil.rmtree(root)
     disk.set()
     with pytest.raises(FileNotFoundError):
@@ -249,7 +241,7 @@ def test_a_folder_that_vanishes_meanwhile_is_a_failed_write_and_made_again(root,
     assert names(root) == ["images-000000128"]
 
 
-def test_where_the_run_folder_is_gone_none_is_made_for_a_checkpoint_alone(root):
+def test_a_deleted_run_folder_is_not_created_for_a_checkpoint(root):
     shutil.rmtree(root.parent)
     writer = CheckpointWriter(root, CheckpointConfig())
     writer.save(64, files_of(1.0), {})
@@ -258,8 +250,8 @@ def test_where_the_run_folder_is_gone_none_is_made_for_a_checkpoint_alone(root):
     assert not root.parent.exists()
 
 
-@pytest.mark.parametrize("images_seen", [128, 192])  # 128: in the place of the newest
-def test_an_error_of_any_operation_leaves_all_as_it_was(root, monkeypatch, caplog, images_seen):
+@pytest.mark.parametrize("images_seen", [128, 192])  # 128 replaces the newest
+def test_an_error_in_any_operation_changes_nothing(root, monkeypatch, caplog, images_seen):
     """A stand-in for a disk that fails once, at the n-th operation, for every n."""
     operations = {(os, "fsync"), (os, "open"), (Path, "mkdir"), (Path, "rename"), (Path, "open")}
     left, failed_at = 0, 0
@@ -289,7 +281,7 @@ def test_an_error_of_any_operation_leaves_all_as_it_was(root, monkeypatch, caplo
             writer.save(images_seen, files_of(7.0), {})
             writer.close()
         if left > 0:
-            break  # so many operations there are not
+            break  # fewer operations than that
         after = {path.name: bytes_of(path) for path in root.iterdir()}
         newest = newest_checkpoint(root)
         assert newest is not None
@@ -298,33 +290,34 @@ def test_an_error_of_any_operation_leaves_all_as_it_was(root, monkeypatch, caplo
             ("images-000000128", 128.0),
             (f"images-{images_seen:09d}", 7.0),
         ], failed_at
-        if value == 128.0:  # not in place
-            assert writer.failed_writes == 1
+        if value == 128.0:  # the new one is not in place
+            with pytest.raises(OSError, match="Input/output error"):
+                writer.finish()
             assert after == before, failed_at
     assert failed_at > 12
     assert "Input/output error" in caplog.text
 
 
-def test_bits_that_read_back_otherwise_are_no_checkpoint(root, monkeypatch):
-    """Memory or a disk that turns one bit, once the file is written."""
+def test_a_file_that_reads_back_differently_fails_the_write(root, monkeypatch):
+    """Memory or a disk that flips one bit after the file is written."""
     writer = CheckpointWriter(root, CheckpointConfig())
     writer.save(64, files_of(1.0), {})
     writer.finish()
     save_tensors = checkpoint.save_tensors
 
-    def turning(path, tensors):
+    def flip_a_bit(path, tensors):
         save_tensors(path, tensors)
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
-    monkeypatch.setattr(checkpoint, "save_tensors", turning)
+    monkeypatch.setattr(checkpoint, "save_tensors", flip_a_bit)
     writer.save(128, files_of(2.0), {})
     with pytest.raises(OSError, match="other bits of weight"):
         writer.finish()
     assert names(root) == ["images-000000064"]
 
 
-def test_what_is_no_fault_of_the_disk_is_raised_also_by_the_next_save(root):
+def test_an_error_other_than_the_disks_is_raised_by_the_next_save(root):
     writer = CheckpointWriter(root, CheckpointConfig())
     with pytest.raises(TypeError):
         writer.save(1, files_of(1.0), {"not JSON": object()})
@@ -334,7 +327,7 @@ def test_what_is_no_fault_of_the_disk_is_raised_also_by_the_next_save(root):
         writer.save(2, files_of(1.0), {})
 
 
-def test_whoever_may_read_other_files_may_read_a_checkpoint(root):
+def test_checkpoint_files_have_the_permissions_of_the_umask(root):
     writer = CheckpointWriter(root, CheckpointConfig())
     before = os.umask(0o027)
     try:
@@ -346,13 +339,13 @@ def test_whoever_may_read_other_files_may_read_a_checkpoint(root):
     assert modes == {0o640}
 
 
-def test_the_score_is_kept_and_the_best_stays(root, caplog):
+def test_scores_are_stored_and_the_best_checkpoint_is_kept(root, caplog):
     writer = CheckpointWriter(root, CheckpointConfig(keep_last=1, best="eval/fid"))
     scores = [None, 30.0, 10.0, 20.0, float("nan"), [1.0], 10.0, 11.0]
     for images_seen, score in enumerate(scores):
         writer.save(images_seen, files_of(1.0), {"steps": 3}, score)
     writer.finish()
-    # Of equal scores, the older: the later one may be the same evaluation's.
+    # The older of equal scores: the later one may be from the same evaluation.
     assert names(root) == ["images-000000002", "images-000000007"]
     state = json.loads((root / "images-000000002" / "state.json").read_text())
     assert state == {"steps": 3, "score": {"name": "eval/fid", "value": 10.0}}
@@ -362,17 +355,17 @@ def test_the_score_is_kept_and_the_best_stays(root, caplog):
     )
 
 
-def test_rows_reach_the_disk_before_the_checkpoint_that_they_led_to(root, monkeypatch):
+def test_rows_are_flushed_before_the_checkpoint_they_led_to(root, monkeypatch):
     root.mkdir()
     record, flushed, flush = root.parent / "metrics.jsonl", [], os.fsync
     record.write_text("{}\n")
 
-    def noted(descriptor: int) -> None:
+    def record_flush(descriptor: int) -> None:
         flushed.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), bool(names(root))))
         flush(descriptor)
 
-    monkeypatch.setattr(os, "fsync", noted)
-    writer = CheckpointWriter(root, CheckpointConfig(), companions=[record, root / "absent"])
+    monkeypatch.setattr(os, "fsync", record_flush)
+    writer = CheckpointWriter(root, CheckpointConfig(), flush_first=[record, root / "absent"])
     writer.save(64, files_of(1.0), {})
     writer.finish()
-    assert (str(record), False) in flushed  # and no checkpoint was there yet
+    assert (str(record), False) in flushed  # before there was a checkpoint

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and that a whole one always does."""
+"""Which checkpoints are kept; an undamaged one always is."""
 
 import json
 import os
@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
-from ganscale.checkpoints.retention import prune, scored, survey
+from ganscale.checkpoints.retention import inspect_checkpoints, prune, score_entry
 from ganscale.schema import CheckpointConfig
+from tests.checkpoints.helpers import save_checkpoint
 
 
 def names(root) -> list[int]:
@@ -17,11 +17,11 @@ def names(root) -> list[int]:
 
 def save(root, images_seen, score=None, name="eval/fid"):
     files = {"generator": {"weight": torch.full((4,), float(images_seen))}}
-    return save_checkpoint(root, images_seen, files, scored(name, score))
+    return save_checkpoint(root, images_seen, files, score_entry(name, score))
 
 
-def damage_quietly(folder):
-    """One bit, which no size shows."""
+def flip_a_bit(folder):
+    """Damage that does not change the file's size."""
     path = folder / "generator.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -38,13 +38,13 @@ def damage_quietly(folder):
         (1, 1000, [600]),
     ],
 )
-def test_the_last_ones_and_the_multiples_stay(tmp_path, keep_last, keep_every, kept):
+def test_the_newest_and_the_multiples_are_kept(tmp_path, keep_last, keep_every, kept):
     for images_seen in range(100, 700, 100):
         save(tmp_path, images_seen)
     keep = CheckpointConfig(keep_last=keep_last, keep_every_images=keep_every)
-    gone = prune(tmp_path, keep)
+    deleted = prune(tmp_path, keep)
     assert names(tmp_path) == kept
-    assert {each.images_seen for each in gone} == {*range(100, 700, 100)} - {*kept}
+    assert {info.images_seen for info in deleted} == {*range(100, 700, 100)} - {*kept}
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def test_the_last_ones_and_the_multiples_stay(tmp_path, keep_last, keep_every, k
     [
         ([5.0, 3.0, 4.0, 9.0], "lowest", 1),
         ([5.0, 3.0, 4.0, 9.0], "highest", 3),
-        ([5.0, 3.0, 3.0, 9.0], "lowest", 1),  # of equal ones the oldest
+        ([5.0, 3.0, 3.0, 9.0], "lowest", 1),  # the oldest of equal ones
         ([None, -3.0, float("nan"), float("-inf")], "lowest", 1),
         ([None, None, None, None], "lowest", None),
     ],
 )
-def test_the_best_by_its_score_stays(tmp_path, scores, best_is, best):
+def test_the_checkpoint_with_the_best_score_is_kept(tmp_path, scores, best_is, best):
     for images_seen, score in enumerate(scores):
         save(tmp_path, images_seen, score)
     save(tmp_path, 9)
@@ -65,7 +65,7 @@ def test_the_best_by_its_score_stays(tmp_path, scores, best_is, best):
     assert names(tmp_path) == ([9] if best is None else [best, 9])
 
 
-def test_a_score_of_another_name_is_none(tmp_path):
+def test_a_score_with_another_name_does_not_count(tmp_path):
     save(tmp_path, 1, 1.0, "loss/critic")
     save(tmp_path, 2, 7.0)
     save(tmp_path, 3)
@@ -73,61 +73,61 @@ def test_a_score_of_another_name_is_none(tmp_path):
     assert names(tmp_path) == [2, 3]
 
 
-def test_the_best_that_is_cut_short_does_not_count(tmp_path):
+def test_a_truncated_best_checkpoint_does_not_count(tmp_path):
     for images_seen, score in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 4.0)):
         save(tmp_path, images_seen, score)
     cut = tmp_path / "images-000000002" / "generator.safetensors"
     os.truncate(cut, 10)
     prune(tmp_path, CheckpointConfig(keep_last=1, best="eval/fid"))
-    assert names(tmp_path) == [1, 2, 4]  # the damaged one is left to be looked at
+    assert names(tmp_path) == [1, 2, 4]  # the damaged one is left for inspection
 
 
-def test_what_is_seen_without_reading_the_tensors(tmp_path):
+def test_inspection_does_not_read_the_tensors(tmp_path):
     save(tmp_path, 7, 1.5)
     cut, empty = save(tmp_path, 8), tmp_path / "images-000000009"
     os.truncate(cut / "generator.safetensors", 10)
     empty.mkdir()
-    damage_quietly(save(tmp_path, 10))
-    whole, damaged, nothing, quietly = survey(tmp_path)
+    flip_a_bit(save(tmp_path, 10))
+    whole, truncated, empty_folder, flipped = inspect_checkpoints(tmp_path)
     files = [*whole.folder.glob("*.safetensors"), whole.folder / "state.json"]
     assert whole.bytes == sum(path.stat().st_size for path in files)
     assert whole.score == ("eval/fid", 1.5)
-    assert whole.fault is None
+    assert whole.damage is None
     assert abs(whole.written_at - whole.folder.stat().st_mtime) < 1
-    assert damaged.fault is not None
-    assert "generator.safetensors has 10 bytes instead of" in damaged.fault
-    assert nothing.fault is not None
-    assert quietly.fault is None  # `verify` is for that
+    assert truncated.damage is not None
+    assert "generator.safetensors has 10 bytes instead of" in truncated.damage
+    assert empty_folder.damage is not None
+    assert flipped.damage is None  # only `verify` detects that
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"score": 3}', '{"score": {"name": 1}}'])
-def test_a_state_that_is_none_is_a_fault_and_no_crash(tmp_path, content):
+def test_an_invalid_state_counts_as_damage(tmp_path, content):
     folder = save(tmp_path, 7, 1.5)
     sums = json.loads((folder / "checksums.json").read_text())
     sums["state.json"]["bytes"] = len(content)
     (folder / "state.json").write_text(content)
     (folder / "checksums.json").write_text(json.dumps(sums))
-    (saved,) = survey(tmp_path)
+    (saved,) = inspect_checkpoints(tmp_path)
     assert saved.score is None
-    assert (saved.fault is None) is (content == "{}")
+    assert (saved.damage is None) is (content == "{}")
 
 
-def test_the_only_one_that_verifies_stays_whatever_the_settings_say(tmp_path):
+def test_the_only_undamaged_checkpoint_is_kept_whatever_the_settings(tmp_path):
     for images_seen in (1, 2, 3, 4):
         save(tmp_path, images_seen)
-    damage_quietly(tmp_path / "images-000000003")
-    damage_quietly(tmp_path / "images-000000004")
+    flip_a_bit(tmp_path / "images-000000003")
+    flip_a_bit(tmp_path / "images-000000004")
     keep = CheckpointConfig(keep_last=2)
-    assert [each.images_seen for each in prune(tmp_path, keep, is_dry_run=True)] == [1]
+    assert [info.images_seen for info in prune(tmp_path, keep, dry_run=True)] == [1]
     assert names(tmp_path) == [1, 2, 3, 4]
     prune(tmp_path, keep)
     assert names(tmp_path) == [2, 3, 4]
-    damage_quietly(tmp_path / "images-000000002")
+    flip_a_bit(tmp_path / "images-000000002")
     assert prune(tmp_path, CheckpointConfig(keep_last=1)) == []
     assert names(tmp_path) == [2, 3, 4]
 
 
-def test_the_one_just_written_stays_even_where_newer_names_lie(tmp_path):
+def test_the_one_just_written_is_kept_even_beside_newer_names(tmp_path):
     for images_seen in (8, 9, 2):
         written = save(tmp_path, images_seen)
     prune(tmp_path, CheckpointConfig(keep_last=1), verified=written)

@@ -160,12 +160,13 @@ def after_two_cycles(combination: Combination, accumulate: int, runtime: Runtime
 
 def critic_step(cycle: Cycle) -> None:
     batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
-    cycle.critic_step(cycle.on_device(batch), with_panel=False)
+    device_batch = cycle.to_device(batch)
+    cycle.critic_step(device_batch, cycle.fakes(device_batch), is_logged=False)
 
 
 def generator_step(cycle: Cycle) -> None:
     batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
-    cycle.generator_step(cycle.on_device(batch), with_panel=False)
+    cycle.generator_step(cycle.to_device(batch), fake_images=None, is_logged=False)
 
 
 def audits(runtime: Runtime) -> dict[str, str]:
@@ -211,9 +212,9 @@ def reductions(combination: Combination, accumulate: int, runtime: Runtime) -> d
     """
     cycle = after_two_cycles(combination, accumulate, runtime)
     events: list[str] = []
-    players = {"critic": cycle.state.critic_updater, "generator": cycle.state.generator_updater}
-    for name, player in players.items():
-        listen(name, player, events)
+    updaters = {"critic": cycle.state.critic_updater, "generator": cycle.state.generator_updater}
+    for name, updater in updaters.items():
+        listen(name, updater, events)
     found: dict[str, Any] = {}
     for name, step in (("critic", critic_step), ("generator", generator_step)):
         events.clear()
@@ -225,15 +226,15 @@ def reductions(combination: Combination, accumulate: int, runtime: Runtime) -> d
         found[f"{name} collectives"] = {
             event.key: event.count for event in profiler.key_averages() if "c10d::" in event.key
         }
-    found["parameters"] = {n: len(player.parameters) for n, player in players.items()}
+    found["parameters"] = {n: len(updater.parameters) for n, updater in updaters.items()}
     found["critic gradients after the generator's update"] = [
         name for name, p in cycle.state.critic.named_parameters() if p.grad is not None
     ]
     return found
 
 
-def listen(name: str, player: NetworkUpdater, events: list[str]) -> None:
-    wrapped = player._wrapped
+def listen(name: str, updater: NetworkUpdater, events: list[str]) -> None:
+    wrapped = updater._wrapped
     assert isinstance(wrapped, DistributedDataParallel)
 
     def hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -249,17 +250,18 @@ def disturbed_run(folder: Path, runtime: Runtime) -> dict[str, Any]:
     arguments = (folder / "arguments.txt").read_text().splitlines()
     trainer = Trainer(resolve(arguments), runtime)
     checkpoints = trainer.folder.checkpoints
-    update_ema, found = trainer.cycle.update_ema, {}
+    run_cycle, found = trainer.cycle.run, {}
 
-    def disturb() -> None:
-        update_ema()
+    def disturb(*arguments: Any, **settings: Any) -> dict[str, Tensor]:
+        logits = run_cycle(*arguments, **settings)
         if trainer.state.images_seen == 96:
             found["checkpoints before"] = digests(checkpoints)
             if runtime.rank == 1:
                 with torch.no_grad():
                     trainer.state.critic_updater.parameters[0][0].mul_(1 + 1e-6)
+        return logits
 
-    trainer.cycle.update_ema = disturb  # type: ignore[method-assign]
+    trainer.cycle.run = disturb  # type: ignore[method-assign]
     try:
         trainer.run()
     except ReplicaError as error:

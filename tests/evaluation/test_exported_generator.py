@@ -1,4 +1,4 @@
-"""A generator leaves its run: three lines load it, and it makes the same images."""
+"""An exported generator is loaded by three lines and makes the same images as its run."""
 
 import json
 import subprocess
@@ -32,9 +32,9 @@ def exported(folder: Path, **changes: object) -> Path:
     recipe = {**RECIPE, **changes}
     torch.manual_seed(0)
     target, options = recipe["target"], recipe["options"]
-    given = {name: recipe[name] for name in ("latent_dim", "sample_shape", "num_classes")}
-    network = build_generator(target, options, **given)
-    for parameter in network.parameters():  # classes differ only once they are trained
+    arguments = {name: recipe[name] for name in ("latent_dim", "sample_shape", "num_classes")}
+    network = build_generator(target, options, **arguments)
+    for parameter in network.parameters():  # untrained classes do not differ
         torch.nn.init.normal_(parameter, std=0.3)
     export_generator(folder, network, about={"run": "test"}, **recipe)
     return folder
@@ -103,14 +103,14 @@ def test_a_checkpoint_is_chosen_by_name_and_nothing_is_overwritten(
     assert all(torch.equal(saved[name], weights[name]) for name in saved)
     capsys.readouterr()
     assert main([*export, str(out)]) == 2
-    assert f"{out} is there already" in capsys.readouterr().err
+    assert f"{out} already exists" in capsys.readouterr().err
     assert (out / "generator.safetensors").read_bytes() == content
     assert main([*export, str(tmp_path / "x"), "--checkpoint", "images-000000065"]) == 2
     assert "there are images-000000064, images-000000128" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
-def test_images_do_not_depend_on_how_many_are_asked_for(tmp_path: Path) -> None:
+def test_images_do_not_depend_on_the_count(tmp_path: Path) -> None:
     generator = load_generator(exported(tmp_path / "out"))
     many = generator.sample(40, seed=7)
     assert many.shape == (40, 3, 16, 16)
@@ -120,7 +120,7 @@ def test_images_do_not_depend_on_how_many_are_asked_for(tmp_path: Path) -> None:
     assert not torch.equal(generator.sample(3, seed=8), many[:3])
 
 
-def test_classes_come_in_turn_or_as_asked(tmp_path: Path) -> None:
+def test_classes_come_in_turn_or_as_requested(tmp_path: Path) -> None:
     generator = load_generator(exported(tmp_path / "out"))
     in_turn = generator.sample(6)
     for labels in ([0, 1, 2, 0, 1, 2], torch.arange(6) % 3, torch.arange(6, dtype=torch.int32) % 3):
@@ -174,7 +174,7 @@ def make(latent_dim, sample_shape):
 """
 
 
-def test_a_network_of_the_users_own_is_found_by_its_import_path(
+def test_a_user_defined_network_is_found_by_its_import_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "nets_of_my_own.py").write_text(_OWN_NETS)
@@ -189,7 +189,7 @@ def test_a_network_of_the_users_own_is_found_by_its_import_path(
 
 
 @pytest.mark.parametrize("target", ["os:system", "subprocess:Popen", "nets_with_more:make"])
-def test_nothing_but_a_network_is_called_from_a_folder_of_somebody_elses(
+def test_a_folder_from_elsewhere_can_only_call_a_network_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     (tmp_path / "nets_with_more.py").write_text(_OWN_NETS)
@@ -198,32 +198,32 @@ def test_nothing_but_a_network_is_called_from_a_folder_of_somebody_elses(
     recipe = json.loads(path.read_text())
     recipe |= {"target": target, "options": {"args": ["touch", str(tmp_path / "called")]}}
     path.write_text(json.dumps(recipe))
-    with pytest.raises(UserError, match=f"{target} is no class of torch.nn.Module"):
+    with pytest.raises(UserError, match=f"{target} is not a subclass of torch.nn.Module"):
         load_generator(path.parent)
     assert not (tmp_path / "called").exists()
 
 
-def test_a_damaged_folder_is_a_sentence_wherever_it_is_damaged(tmp_path: Path) -> None:
+def test_any_damage_is_reported_in_one_sentence(tmp_path: Path) -> None:
     folder = exported(tmp_path / "out")
     weights, recipe = folder / "generator.safetensors", folder / "generator.json"
     whole = weights.read_bytes()
-    for place in (0, 9, len(whole) // 2, len(whole) - 1):
-        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in (0, 9, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with pytest.raises(UserError, match=r"generator\.safetensors is damaged"):
             load_generator(folder)
     weights.write_bytes(whole)
     text = recipe.read_text()
-    given = json.loads(text)
+    description = json.loads(text)
     for wrong in (
         "",
         "[]",
         text[:-20],
-        *(json.dumps({k: v for k, v in given.items() if k != name}) for name in given),
-        json.dumps({**given, "format": 2}),
-        json.dumps({**given, "sample_shape": [3, 16]}),
-        json.dumps({**given, "latent_dim": "8"}),
-        json.dumps({**given, "latent_dim": 9}),
-        json.dumps({**given, "options": {"widht": 8}}),
+        *(json.dumps({k: v for k, v in description.items() if k != name}) for name in description),
+        json.dumps({**description, "format": 2}),
+        json.dumps({**description, "sample_shape": [3, 16]}),
+        json.dumps({**description, "latent_dim": "8"}),
+        json.dumps({**description, "latent_dim": 9}),
+        json.dumps({**description, "options": {"widht": 8}}),
     ):
         recipe.write_text(wrong)
         with pytest.raises(UserError, match=r"out|widht"):
@@ -231,14 +231,14 @@ def test_a_damaged_folder_is_a_sentence_wherever_it_is_damaged(tmp_path: Path) -
     recipe.write_text(text)
     assert load_generator(folder).sample(1).shape == (1, 3, 16, 16)
     for other in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="holds no exported generator"):
+        with pytest.raises(UserError, match="does not contain an exported generator"):
             load_generator(other)
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
     wrong = build_generator(
         "resnet", {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=0
     )
-    with pytest.raises(UserError, match="the weights are not those of resnet"):
+    with pytest.raises(UserError, match="the weights do not fit resnet"):
         export_generator(tmp_path / "deep" / "out", wrong, about={}, **RECIPE)
     assert list((tmp_path / "deep").iterdir()) == []

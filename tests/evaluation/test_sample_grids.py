@@ -1,4 +1,4 @@
-"""The pictures of a run, made by networks of a few weights."""
+"""The grids of a run, made by networks of a few weights."""
 
 from pathlib import Path
 
@@ -38,16 +38,17 @@ def state(tmp_path: Path, runtime: Runtime) -> TrainingState:
     (tmp_path / "run.yaml").write_text(CONFIG)
     config = resolve([str(tmp_path / "run.yaml")]).config
     state = TrainingState(config, build_objective(config.objective), runtime, num_classes=0)
-    with torch.no_grad():  # else the average is the generator
+    with torch.no_grad():  # else the EMA is the generator
         for parameter in state.ema.parameters():
             parameter.mul_(3)
     state.images_seen = 64
     return state
 
 
-def pictures_of(state: TrainingState, folder: Path, *settings: str) -> SampleGrids:
+def grids_of(state: TrainingState, folder: Path, *settings: str) -> SampleGrids:
     config = resolve([str(folder / "run.yaml"), *settings]).config
-    return SampleGrids(config, RunFolder(folder), state)
+    networks = state.generator, state.ema
+    return SampleGrids(config, RunFolder(folder), *networks, state.num_classes, state.images_seen)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -61,7 +62,7 @@ def batch_of(*values: int) -> Batch:
 
 
 def test_ema_and_non_ema_weights_show_the_same_latents(state, tmp_path):
-    files = pictures_of(state, tmp_path).make(never)
+    files = grids_of(state, tmp_path).make(64, never)
     assert {name: path.name for name, path in files.items()} == {
         "samples/ema": "images-000000064.png",
         "samples/non_ema": "non_ema-000000064.jpg",
@@ -80,11 +81,11 @@ def test_ema_and_non_ema_weights_show_the_same_latents(state, tmp_path):
 
 
 def test_only_what_is_wanted_is_made(state, tmp_path):
-    pictures = pictures_of(
+    grids = grids_of(
         state, tmp_path, "samples.non_ema=false", "samples.interpolations=0", "samples.real=false"
     )
-    assert [*pictures.make(never)] == ["samples/ema"]
-    assert pictures.real([batch_of(*range(20))]) is None
+    assert [*grids.make(64, never)] == ["samples/ema"]
+    assert grids.add_real_images([batch_of(*range(20))]) is None
 
 
 def test_a_stop_gives_all_of_them_up_and_they_are_missing_then(state, tmp_path):
@@ -96,34 +97,34 @@ def test_a_stop_gives_all_of_them_up_and_they_are_missing_then(state, tmp_path):
         asked += 1
         return asked == 4
 
-    pictures = pictures_of(state, tmp_path)
+    grids = grids_of(state, tmp_path)
     state.generator.train()
-    assert pictures.make(is_stopped) == {}
+    assert grids.make(64, is_stopped) == {}
     assert asked == 4
-    assert pictures.are_missing()
+    assert grids.are_missing(64)
     assert not (tmp_path / "samples").exists()
     assert state.generator.training
-    pictures.make(never)
-    assert not pictures.are_missing()
+    grids.make(64, never)
+    assert not grids.are_missing(64)
 
 
 def test_real_images_are_the_first_that_were_trained_on(state, tmp_path):
     state.images_seen = 0
-    pictures = pictures_of(state, tmp_path, "samples.count=4")
-    assert pictures.real([batch_of(10, 60)]) is None
-    path = pictures.real([batch_of(110), batch_of(160, 210)])
+    grids = grids_of(state, tmp_path, "samples.count=4")
+    assert grids.add_real_images([batch_of(10, 60)]) is None
+    path = grids.add_real_images([batch_of(110), batch_of(160, 210)])
     assert path == tmp_path / "samples" / "real.jpg"
     quarters = pixels(tmp_path / "samples" / "real.jpg").reshape(2, 8, 2, 8).mean(axis=(1, 3))
     assert np.abs(quarters - [[10, 60], [110, 160]]).max() < 2
-    assert pictures.real([batch_of(1, 2, 3, 4)]) is None
+    assert grids.add_real_images([batch_of(1, 2, 3, 4)]) is None
 
 
 def test_a_resumed_run_keeps_its_real_images(state, tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "real.jpg").write_bytes(b"of before")
-    assert pictures_of(state, tmp_path).real([batch_of(*range(20))]) is None
+    assert grids_of(state, tmp_path).add_real_images([batch_of(*range(20))]) is None
     state.images_seen = 0  # it starts again
-    assert pictures_of(state, tmp_path).real([batch_of(*range(20))]) is not None
+    assert grids_of(state, tmp_path).add_real_images([batch_of(*range(20))]) is not None
 
 
 def test_the_walk_of_a_row_stays_in_one_class(state, tmp_path):
@@ -139,8 +140,8 @@ def test_the_walk_of_a_row_stays_in_one_class(state, tmp_path):
             return grey.view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
     state.ema, state.num_classes = ShowsItsLabel(), 10
-    pictures = pictures_of(state, tmp_path, "samples.interpolations=3", "samples.non_ema=false")
-    rows = pixels(pictures.make(never)["samples/interpolation"])
+    grids = grids_of(state, tmp_path, "samples.interpolations=3", "samples.non_ema=false")
+    rows = pixels(grids.make(64, never)["samples/interpolation"])
     greys = rows.reshape(3, 8, 64).mean(axis=(1, 2))
     assert np.abs(rows.reshape(3, 8, 64) - greys[:, None, None]).max() < 4
     assert np.abs(greys - [0, 25.5, 51]).max() < 2

@@ -52,6 +52,13 @@ def wait_until(
     """Polls `condition`; fails after `seconds`, or when `process` has ended first."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process is None or process.poll() is None, "the process ended too early"
+        assert process is None or process.poll() is None, f"it ended too early: {_output(process)}"
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(interval)
+
+
+def _output(process: Process) -> str:
+    if isinstance(process, subprocess.Popen):
+        return process.stdout.read() if process.stdout else ""
+    printed = getattr(process, "printed", str)
+    return printed()

@@ -1,4 +1,4 @@
-"""What tells a generator with one or few images from one with many, and when it is said."""
+"""Meters distinguish a generator of few images from a diverse one; when the alarm is raised."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def by_pairs(images: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 16, 4), (2,)])
-def test_the_ratios_are_those_of_distances_pair_by_pair(runtime, shape):
+def test_the_ratios_equal_those_computed_pair_by_pair(runtime, shape):
     real, fake = 2 * draw(9, *shape, seed=1) + 5, draw(9, *shape, seed=2)
     found = meters_of(real, fake, runtime)
     of_real, of_fake = by_pairs(real), by_pairs(fake)
@@ -38,13 +38,13 @@ def test_the_ratios_are_those_of_distances_pair_by_pair(runtime, shape):
     assert found["nearest"] == pytest.approx(of_fake[1] / of_real[1], rel=1e-10)
 
 
-def test_large_images_are_reduced_and_of_large_batches_every_other_image_is_taken(runtime):
+def test_large_images_are_downsampled_and_large_batches_subsampled(runtime):
     real, fake = draw(500, 1, 32, 32, seed=1), draw(500, 1, 32, 32, seed=2)
     smaller = (e[::2].view(-1, 1, 16, 2, 16, 2).mean(dim=(3, 5)) for e in (real, fake))
     small_real, small_fake = smaller  # 500 -> 250 <= 256
     whole = meters_of(real, fake, runtime)
     assert whole == pytest.approx(meters_of(small_real, small_fake, runtime), rel=1e-10)
-    # In whatever order a rank has them: the places tell.
+    # A rank's images may be in any order: their positions count.
     order = torch.randperm(500, generator=torch.Generator().manual_seed(3))
     found = collapse_meters(real[order], fake[order], order, 500, runtime)
     assert found["collapse/nearest"].item() == pytest.approx(whole["nearest"], rel=1e-10)
@@ -63,7 +63,7 @@ def test_one_image_has_no_diversity_and_three_images_have_near_twins(runtime):
     assert min(healthy.values()) > 0.8
 
 
-def test_a_single_image_a_batch_and_equal_real_images_are_no_numbers_to_divide_by(runtime):
+def test_one_image_or_equal_real_images_are_not_divided_by(runtime):
     assert meters_of(torch.ones(1, 2), torch.ones(1, 2), runtime) == {}
     found = meters_of(torch.ones(4, 2), torch.ones(4, 2), runtime)
     assert found == {"diversity": 0, "nearest": 0}
@@ -71,10 +71,10 @@ def test_a_single_image_a_batch_and_equal_real_images_are_no_numbers_to_divide_b
 
 def alarms(values: list[float], every: int, total: int) -> list[bool]:
     health = Health()
-    return [health.is_collapsed(value, (i + 1) * every, total) for i, value in enumerate(values)]
+    return [health.update_collapse(value, (i + 1) * every, total) for i, value in enumerate(values)]
 
 
-def test_the_third_low_row_is_an_alarm_once_the_generator_had_been_diverse():
+def test_the_third_low_row_raises_the_alarm_if_the_generator_was_diverse_before():
     assert alarms([0.01, 0.1, 0.3, 0.05, 0.05, 0.05, 0.05, 0.5], 1000, 10**6) == [
         *[False] * 5,
         *[True] * 2,
@@ -83,16 +83,16 @@ def test_the_third_low_row_is_an_alarm_once_the_generator_had_been_diverse():
     assert not any(alarms([0.3, 0.05, 0.05, 0.11, 0.05, 0.05], 1000, 10**6))
 
 
-def test_before_a_quarter_of_the_run_images_that_are_still_alike_are_no_alarm():
+def test_similar_images_in_the_first_quarter_of_a_run_raise_no_alarm():
     low = [0.01] * 40
     assert alarms(low, 10_000, 400_000).index(True) == 9  # at 100,000 images
     assert not any(alarms(low, 1_000, 40_000))  # nor in a run that ends so early
     assert alarms(low, 10_000, 100_000).index(True) == 4
 
 
-def test_an_alarm_outlives_a_restart():
+def test_the_alarm_survives_a_restart():
     health = Health()
     for nearest in (0.3, 0.05, 0.05):
-        assert not health.is_collapsed(nearest, 1000, 10**6)
+        assert not health.update_collapse(nearest, 1000, 10**6)
     restarted = Health(**json.loads(json.dumps(asdict(health))))
-    assert restarted.is_collapsed(0.05, 1000, 10**6)
+    assert restarted.update_collapse(0.05, 1000, 10**6)

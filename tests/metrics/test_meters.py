@@ -1,4 +1,4 @@
-"""Meters are means over the steps that had them, read once, and survive a restart."""
+"""Meters are averaged over the steps that had them, are read once, and survive a restart."""
 
 import json
 
@@ -11,16 +11,16 @@ def add(meters: MeterAccumulator, **values: float) -> None:
     meters.add({name: torch.tensor(value) for name, value in values.items()})
 
 
-def test_a_figure_is_averaged_over_the_steps_that_had_it(runtime):
+def test_a_meter_is_averaged_over_the_steps_that_had_it(runtime):
     meters = MeterAccumulator(runtime)
     for critic, real in ((1.0, 10.0), (2.0, 20.0), (6.0, 60.0)):
         add(meters, critic=critic, real=real)
     add(meters, generator=5.0)
-    add(meters, critic=3.0, real=30.0, panel=7.0)  # the last step of a cycle has more figures
+    add(meters, critic=3.0, real=30.0, panel=7.0)  # the last step of a cycle has more meters
     assert meters.read() == {"critic": 3.0, "real": 30.0, "generator": 5.0, "panel": 7.0}
 
 
-def test_of_maxima_the_largest_counts_and_reading_starts_anew(runtime):
+def test_the_largest_of_maxima_is_read_and_reset(runtime):
     meters = MeterAccumulator(runtime)
     for largest in (-3.0, -1.0, -2.0):
         meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(largest)})
@@ -30,7 +30,7 @@ def test_of_maxima_the_largest_counts_and_reading_starts_anew(runtime):
     assert meters.read() == {"loss": 1.0, "norm": -5.0}
 
 
-def test_reading_starts_anew(runtime):
+def test_reading_resets(runtime):
     meters = MeterAccumulator(runtime)
     add(meters, loss=1.0)
     assert meters.read() == {"loss": 1.0}
@@ -39,14 +39,14 @@ def test_reading_starts_anew(runtime):
     assert meters.read() == {"loss": 3.0}
 
 
-def test_the_order_of_figures_does_not_mix_them_up(runtime):
+def test_the_order_of_meters_does_not_matter(runtime):
     meters = MeterAccumulator(runtime)
     add(meters, a=1.0, b=2.0)
     add(meters, b=4.0, a=3.0)
     assert meters.read() == {"a": 2.0, "b": 3.0}
 
 
-def test_sums_of_many_small_float32_figures_lose_nothing(runtime):
+def test_sums_of_many_float32_values_are_exact(runtime):
     meters = MeterAccumulator(runtime)
     add(meters, loss=2.0**24)
     for _ in range(9):
@@ -65,8 +65,8 @@ def test_adding_keeps_no_graph_and_no_reference_to_the_steps_tensors(runtime):
 def test_meters_continue_from_a_checkpoint_as_if_never_stopped(runtime):
     whole, first, second = (MeterAccumulator(runtime) for _ in range(3))
     values = [0.1, 0.7, -3.3, 1e-9, 5.5]
-    for meters, part in ((whole, values), (first, values[:2])):
-        for value in part:
+    for meters, steps in ((whole, values), (first, values[:2])):
+        for value in steps:
             add(meters, loss=value, norm=2 * value)
             meters.add({"b": torch.tensor(value)}, {"largest": torch.tensor(value)})
         add(meters, other=1.0)

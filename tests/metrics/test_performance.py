@@ -19,7 +19,7 @@ from ganscale.objectives.penalties import PENALTIES, Penalty
 from ganscale.runtime import Runtime
 from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig
 from ganscale.training.cycle import Cycle
-from ganscale.training.flops import flops_of_a_cycle
+from ganscale.training.flops import count_cycle_flops
 from ganscale.training.state import TrainingState
 
 PAUSE = 0.05
@@ -46,16 +46,20 @@ def run(cycle: Cycle, logs: bool) -> None:
     config, seen = cycle.config, cycle.state.images_seen
     steps = range(config.objective.n_critic)
     batches = [synthetic_batch(config, cycle.runtime, seen + 8 * step) for step in steps]
-    cycle.begin(batches, logs)
-    for step, given in enumerate(batches, 1):
-        batch = cycle.on_device(given)
-        cycle.critic_step(batch, logs and step == len(steps))
-    cycle.generator_step(batch, with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-    cycle.update_ema()
+    cycle.run(batches, is_logged=logs)
+
+
+def meter_of(cycle: Cycle) -> PerformanceMeter:
+    state, objective = cycle.state, cycle.objective
+    networks, flops = (state.generator, state.critic), None
+    if cycle.runtime.is_main:
+        flops = count_cycle_flops(cycle.config, objective, *networks, state.num_classes)
+    return PerformanceMeter(cycle.config, cycle.runtime, state.images_seen, flops)
 
 
 def row_of(cycle: Cycle, speed: PerformanceMeter, waited_seconds: float = 0.0) -> dict[str, float]:
-    return speed.row(speed.interval(waited_seconds))
+    interval = speed.interval(cycle.state.images_seen, waited_seconds)
+    return speed.row(interval, cycle.state.averaging_seconds())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -78,7 +82,7 @@ def test_a_penaltys_time_is_that_of_its_own_forward_and_backward(runtime, monkey
         return found | {"fake": SlowBackward.apply(found["fake"], 3 * PAUSE)}
 
     monkeypatch.setattr(cycle.state.critic_updater._step, "logits", slow_logits)
-    speed = PerformanceMeter(config, runtime, cycle.state)
+    speed = meter_of(cycle)
     run(cycle, logs=True)
     row = row_of(cycle, speed)
     steps = accumulate * config.objective.n_critic
@@ -90,7 +94,7 @@ def test_a_penaltys_time_is_that_of_its_own_forward_and_backward(runtime, monkey
 def test_the_parts_of_a_cycle_do_not_exceed_it_and_host_parts_are_of_the_whole_interval(runtime):
     config = config_of(Combination("wgan", "wgan_gp"), 1, "float32")
     cycle = cycle_of(config, runtime)
-    speed = PerformanceMeter(config, runtime, cycle.state)
+    speed = meter_of(cycle)
     for number in range(4):
         run(cycle, logs=number == 3)
         if number == 1:
@@ -118,7 +122,7 @@ def test_steps_that_are_not_logged_are_not_timed(runtime):
     assert stopwatch.is_running
     run(cycle, logs=False)
     assert not stopwatch.is_running
-    assert stopwatch.read() == {}
+    assert stopwatch.read_device() == {}
 
 
 def mlp_config(**objective: Any) -> Config:
@@ -133,7 +137,7 @@ def mlp_config(**objective: Any) -> Config:
 def flops(config: Config) -> float:
     state = TrainingState(config, build_objective(config.objective), Runtime.start(), 0)
     objective = build_objective(config.objective)
-    found = flops_of_a_cycle(config, objective, state.generator, state.critic, 0)
+    found = count_cycle_flops(config, objective, state.generator, state.critic, 0)
     assert found is not None
     return found
 
@@ -167,7 +171,7 @@ def test_counting_operations_leaves_the_networks_alone(runtime):
     before = {name: tensor.clone() for name, tensor in cycle.state.audited().items()}
     forwards: list[nn.Module] = []
     cycle.state.critic.register_forward_hook(lambda module, *_: forwards.append(module))
-    PerformanceMeter(config, runtime, cycle.state)
+    meter_of(cycle)
     assert not forwards
     for name, tensor in cycle.state.audited().items():
         assert torch.equal(tensor, before[name]), name
@@ -184,7 +188,7 @@ def test_operations_of_a_network_that_takes_no_two_images_are_not_counted(runtim
     objective = build_objective(config.objective)
     state = TrainingState(config, objective, runtime, 0)
     with caplog.at_level("INFO"):
-        assert flops_of_a_cycle(config, objective, state.generator, Refusing(), 0) is None
+        assert count_cycle_flops(config, objective, state.generator, Refusing(), 0) is None
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +239,7 @@ def flops_with_collectives(runtime: Runtime) -> list[float | None]:
     if runtime.is_main:
         for in_forward in (True, False):
             critic = Summing(in_forward)
-            found.append(flops_of_a_cycle(config, objective, generator, critic, 0))
+            found.append(count_cycle_flops(config, objective, generator, critic, 0))
     runtime.barrier()
     return found
 
@@ -295,7 +299,7 @@ def row_with_a_late_rank(runtime: Runtime) -> dict[str, float]:
 
 def settled_cycle(runtime: Runtime, variant: str) -> tuple[Cycle, PerformanceMeter]:
     cycle = cycle_of(config_of(Combination("wgan", "wgan_gp", variant), 1, "float32"), runtime)
-    meter = PerformanceMeter(cycle.config, runtime, cycle.state)
+    meter = meter_of(cycle)
     for _ in range(11):  # the first ten times of DDP are noted anyway
         run(cycle, logs=False)
     return cycle, meter

@@ -13,11 +13,12 @@ from benchmarks.invariance import Combination, config_of, synthetic_batch
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.metrics.performance import PerformanceMeter
-from ganscale.metrics.rows import derived, logit_histograms, metrics_row, weight_meters
+from ganscale.metrics.rows import derived_metrics, logit_histograms, weight_meters
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
+from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
 from tests.helpers.processes import REPOSITORY
 
@@ -28,17 +29,19 @@ def cycle_of(runtime: Runtime, combination: Combination, accumulate: int = 1) ->
     return Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
 
 
-def run(cycle: Cycle, cycles: int, sees: Any = lambda: None) -> None:
-    """Cycles of which the last is logged; `sees` is called after each critic step."""
-    n_critic = cycle.config.objective.n_critic
+def run(cycle: Cycle, cycles: int, after_critic_step: Any = lambda: None) -> dict[str, Any]:
+    """The row after some cycles of which the last is logged."""
+    logits: dict[str, Tensor] = {}
     for number in range(cycles):
-        logs = number == cycles - 1
-        for step in range(n_critic):
-            batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
-            cycle.critic_step(cycle.on_device(batch), logs and step == n_critic - 1)
-            sees()
-        cycle.generator_step(cycle.on_device(batch), with_panel=logs)  # pyright: ignore[reportPossiblyUnboundVariable]
-        cycle.update_ema()
+        steps, seen = range(cycle.config.objective.n_critic), cycle.state.images_seen
+        batches = [synthetic_batch(cycle.config, cycle.runtime, seen + 8 * step) for step in steps]
+
+        def on_phase(phase: str, start: int = seen) -> None:
+            if cycle.state.images_seen > start:
+                after_critic_step()
+
+        logits = cycle.run(batches, is_logged=number == cycles - 1, on_phase=on_phase)
+    return metrics_row(cycle.state, cycle.runtime, 1000, logits)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -55,8 +58,7 @@ def test_a_row_has_mean_deviation_and_signs_of_all_logits_since_the_last_one(
         return found
 
     monkeypatch.setattr(cycle.state.critic_updater, "update", noting)
-    run(cycle, 3)
-    row = metrics_row(cycle.state, runtime, total_images=1000)
+    row = run(cycle, 3)
     for kind in ("real", "fake"):
         values = np.concatenate([logits[kind].numpy().ravel() for logits in seen])
         assert len(values) == 3 * 2 * 8 * seen[0][kind][0].numel() > 48
@@ -89,8 +91,7 @@ def test_a_penaltys_gradient_norms_have_mean_deviation_and_maximum(runtime, monk
         return found
 
     monkeypatch.setattr(type(cycle.objective), "penalty_points", lambda _, *rest: noting(*rest))
-    run(cycle, 2)
-    row = metrics_row(cycle.state, runtime, total_images=1000)
+    row = run(cycle, 2)
     assert len(norms) == 2 * 2 * 8
     assert row["penalty/wgan_gp_gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-9)
     assert row["penalty/wgan_gp_gradient_norm_std"] == pytest.approx(np.std(norms), rel=1e-6)
@@ -101,30 +102,29 @@ def test_a_penaltys_gradient_norms_have_mean_deviation_and_maximum(runtime, monk
 
 
 @pytest.mark.parametrize("variant", ["plain", "spectral_norm", "patches"])
-def test_without_a_penalty_the_critics_slope_at_real_images_is_looked_at(runtime, variant):
+def test_without_a_penalty_the_critics_input_gradient_norm_is_measured(runtime, variant):
     cycle = cycle_of(runtime, Combination("hinge", "none", variant), accumulate=2)
     critic, images = cycle.state.critic, []
-    run(cycle, 2, lambda: images.append(cycle.state.images_seen - 8))
-    seen = cycle.on_device(synthetic_batch(cycle.config, runtime, images[-1])).images
+    row = run(cycle, 2, lambda: images.append(cycle.state.images_seen - 8))
+    seen = cycle.to_device(synthetic_batch(cycle.config, runtime, images[-1])).images
     norms = []
     for image in seen:
         image = image[None].clone().requires_grad_()
         (slope,) = torch.autograd.grad(critic(image).mean(), image)
         norms.append(slope.norm().item())
-    row = metrics_row(cycle.state, runtime, total_images=1000)
     assert len(norms) == 8
     assert row["input_gradient_norm/real_mean"] == pytest.approx(np.mean(norms), rel=1e-9)
     assert row["input_gradient_norm/real_std"] == pytest.approx(np.std(norms), rel=1e-6)
     assert row["input_gradient_norm/real_max"] == pytest.approx(max(norms), rel=1e-9)
 
 
-def test_looking_at_the_slope_leaves_gradients_and_buffers_alone():
+def test_measuring_the_input_gradient_norm_leaves_gradients_and_buffers_alone():
     critic = nn.Sequential(
         nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
     )
     before = {name: tensor.clone() for name, tensor in critic.state_dict().items()}
     images = torch.randn(4, 3, 2, 2)
-    means, maxima = input_gradient_norm_meters(critic, images, None, "float32", parts=2)
+    means, maxima = input_gradient_norm_meters(critic, images, None, "float32", micro_batches=2)
     assert not any(each.requires_grad for each in (*means.values(), *maxima.values()))
     assert all(torch.equal(before[name], each) for name, each in critic.state_dict().items())
     assert all(parameter.grad is None for parameter in critic.parameters())
@@ -148,24 +148,28 @@ def test_gradient_norms_are_averaged_and_their_largest_is_kept(runtime):
         gradients = [p.grad.flatten() for p in critic.parameters if p.grad is not None]
         norms.append(torch.cat(gradients).norm().item())
 
-    run(cycle, 3, note)
-    row = metrics_row(cycle.state, runtime, total_images=1000)
+    row = run(cycle, 3, note)
     assert row["optim/critic_gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-9)
     assert row["optim/critic_gradient_norm_max"] == pytest.approx(max(norms), rel=1e-9)
 
 
-def test_weight_norms_and_the_distance_of_the_average(runtime):
+def weights_of(state: TrainingState) -> dict[str, Tensor]:
+    trained = {"generator": state.generator_updater.parameters}
+    return weight_meters(trained, state.generator, state.ema)
+
+
+def test_weight_norms_and_the_distance_of_the_ema(runtime):
     state = cycle_of(runtime, Combination("wgan", "wgan_gp", "batch_norm")).state
-    assert weight_meters(state)["optim/ema_distance"] == 0
+    assert weights_of(state)["optim/ema_distance"] == 0
     weights = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
     with torch.no_grad():
         for parameter in state.generator.parameters():
             parameter *= 3
-    meters = weight_meters(state)
+    meters = weights_of(state)
     assert meters["optim/generator_weight_norm"] == pytest.approx(3 * weights.norm().item())
     assert meters["optim/ema_distance"] == pytest.approx(2 / 3, rel=1e-12)
-    update_ema(state.ema, state.generator, kept=0.25)
-    assert weight_meters(state)["optim/ema_distance"] == pytest.approx(1 / 6, rel=1e-12)
+    update_ema(state.ema, state.generator, decay=0.25)
+    assert weights_of(state)["optim/ema_distance"] == pytest.approx(1 / 6, rel=1e-12)
 
 
 def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(runtime):
@@ -178,11 +182,9 @@ def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(ru
         Combination("wgan", "none", "clip_weights"),
     ):
         cycle = cycle_of(runtime, combination)
-        speed = PerformanceMeter(cycle.config, runtime, cycle.state)
-        run(cycle, 1)
         cycle.state.bad_samples["shard-0.tar", "cannot be decoded"] += 1
-        row = metrics_row(cycle.state, runtime, total_images=1000)
-        logged |= row.keys() | speed.row(speed.interval(0.0)).keys()
+        meter = PerformanceMeter(cycle.config, runtime, 0, cycle_flops=1e9)
+        logged |= run(cycle, 1).keys() | performance(cycle, meter).keys()
     patterns = {name: re.sub("NAME|LOSS|REASON", "[a-z0-9_]+", name) for name in explained}
     unexplained = {
         name for name in logged if not any(re.fullmatch(p, name) for p in patterns.values())
@@ -194,18 +196,23 @@ def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(ru
     assert not_logged == {"perf/device_memory_gib", "perf/peak_share"}  # of GPUs
 
 
+def performance(cycle: Cycle, meter: PerformanceMeter) -> dict[str, float]:
+    interval = meter.interval(cycle.state.images_seen, 0.0)
+    return meter.row(interval, cycle.state.averaging_seconds())
+
+
 def test_the_share_of_a_peak_that_is_given(runtime):
     cycle = cycle_of(runtime, Combination("wgan", "wgan_gp"))
     cycle.config.log.peak_tflops = 0.5
-    speed = PerformanceMeter(cycle.config, runtime, cycle.state)
+    meter = PerformanceMeter(cycle.config, runtime, 0, cycle_flops=1e9)
     run(cycle, 1)
-    row = speed.row(speed.interval(0.0))
+    row = performance(cycle, meter)
     assert row["perf/peak_share"] == pytest.approx(2 * row["perf/tflops"])
 
 
 def test_a_deviation_of_equal_figures_is_zero_and_no_nan():
     mean = 0.1 + 0.2
-    row = derived({"a/x_mean": mean, "a/x_square": mean**2 * (1 - 1e-16), **WITH_LOGITS})
+    row = derived_metrics({"a/x_mean": mean, "a/x_square": mean**2 * (1 - 1e-16), **WITH_LOGITS})
     assert row["a/x_std"] == 0
     assert "a/x_square" not in row
 

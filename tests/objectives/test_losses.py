@@ -1,17 +1,19 @@
 """The losses are those of their papers."""
 
+import sys
 from statistics import fmean
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.rivals import formulas
 from benchmarks.rivals.formulas import cross_entropy, squared_error
 from ganscale.errors import UserError
-from ganscale.objectives.losses import LOSSES, build_loss
+from ganscale.objectives.losses import LOSSES, Loss, build_loss, total
 
 
 def smoothed(real: torch.Tensor, fake: torch.Tensor) -> list[torch.Tensor]:
@@ -46,15 +48,25 @@ def float64(*logits) -> list[torch.Tensor]:
     return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in logits]
 
 
+def critic_loss(loss: Loss, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    return total(loss.critic(real_logits, fake_logits))
+
+
+def generator_loss(loss: Loss, fake_logits: Tensor, real_logits: Tensor | None = None) -> Tensor:
+    return total(loss.generator_terms(fake_logits, real_logits))
+
+
 @each_paper
 @settings(deadline=None, max_examples=60)
 @given(pairs=st.lists(st.tuples(logit, logit), min_size=1, max_size=8))
 def test_a_loss_is_its_papers_equation(name, options, paper, pairs):
     loss = build_loss(name, options)
     real, fake = float64(*zip(*pairs, strict=True))
-    assert_close(loss.critic(real, fake), sum(paper.critic(real, fake)), rtol=1e-9, atol=1e-12)
+    assert_close(
+        critic_loss(loss, real, fake), sum(paper.critic(real, fake)), rtol=1e-9, atol=1e-12
+    )
     for optional in [real] if loss.generator_needs_real else [real, None]:
-        found = loss.generator(fake, optional)
+        found = generator_loss(loss, fake, optional)
         assert_close(found, paper.generator(fake, real), rtol=1e-9, atol=1e-12)
 
 
@@ -65,10 +77,10 @@ def test_every_registered_loss_is_held_against_its_paper():
 @each_paper
 def test_gradients_are_those_of_the_papers_equation(name, options, paper):
     loss, (real, fake) = build_loss(name, options), float64([-2.0, 0.3, 4.0], [1.5, -0.7, 0.0])
-    of_critic = torch.autograd.grad(loss.critic(real, fake), (real, fake))
+    of_critic = torch.autograd.grad(critic_loss(loss, real, fake), (real, fake))
     expected = torch.autograd.grad(paper.critic(real, fake), (real, fake))
     assert_close(of_critic, expected, rtol=1e-9, atol=1e-12)
-    (of_generator,) = torch.autograd.grad(loss.generator(fake, real), fake)
+    (of_generator,) = torch.autograd.grad(generator_loss(loss, fake, real), fake)
     (expected,) = torch.autograd.grad(paper.generator(fake, real), fake)
     assert_close(of_generator, expected, rtol=1e-9, atol=1e-12)
 
@@ -79,9 +91,10 @@ def test_extreme_logits_give_finite_losses_and_gradients(name, dtype):
     values = torch.tensor([-1e4, 1e4, -1e4, 1e4], dtype=dtype)
     real_logits, fake_logits = values.clone().requires_grad_(), values.flip(0).requires_grad_()
     loss = build_loss(name, {})
-    total = loss.critic(real_logits, fake_logits) + loss.generator(fake_logits, real_logits)
-    total.backward()
-    for tensor in (total, real_logits.grad, fake_logits.grad):
+    both = critic_loss(loss, real_logits, fake_logits)
+    both = both + generator_loss(loss, fake_logits, real_logits)
+    both.backward()
+    for tensor in (both, real_logits.grad, fake_logits.grad):
         assert tensor is not None
         assert tensor.isfinite().all()
 
@@ -89,18 +102,19 @@ def test_extreme_logits_give_finite_losses_and_gradients(name, dtype):
 @pytest.mark.parametrize(
     "name", ["minimax", "non_saturating", "relativistic", "relativistic_average"]
 )
-def test_a_sure_and_wrong_critic_is_told_by_how_many_logits(name):
+def test_a_sure_and_wrong_critic_loses_as_many_nats_as_logits(name):
     """-log D of a logit of -1e4 is 1e4, where log(sigmoid) would be infinite."""
-    wrong = build_loss(name, {}).critic(torch.tensor([-1e4]), torch.tensor([1e4]))
+    loss = build_loss(name, {})
+    wrong = critic_loss(loss, torch.tensor([-1e4]), torch.tensor([1e4]))
     assert wrong.item() == 4e4 if name == "relativistic_average" else 2e4
-    right = build_loss(name, {}).critic(torch.tensor([1e4]), torch.tensor([-1e4]))
+    right = critic_loss(loss, torch.tensor([1e4]), torch.tensor([-1e4]))
     assert right.item() == 0
 
 
 def test_only_the_minimax_generator_starves_while_the_critic_wins():
     def gradient(name: str) -> float:
         logits = torch.tensor([-20.0], requires_grad=True)
-        build_loss(name, {}).generator(logits, None).backward()
+        generator_loss(build_loss(name, {}), logits).backward()
         assert logits.grad is not None
         return abs(logits.grad.item())
 
@@ -114,24 +128,41 @@ def test_a_map_of_patch_scores_counts_element_by_element(name):
     real, fake = (torch.randn(2, 1, 3, 3, generator=draws).double() for _ in range(2))
     loss = build_loss(name, {})
     flat_real, flat_fake = real.flatten(), fake.flatten()
-    of_critic, of_generator = loss.critic(real, fake).item(), loss.generator(fake, real).item()
-    assert of_critic == pytest.approx(loss.critic(flat_real, flat_fake).item(), rel=1e-12)
-    assert of_generator == pytest.approx(loss.generator(flat_fake, flat_real).item(), rel=1e-12)
+    of_critic, of_generator = critic_loss(loss, real, fake), generator_loss(loss, fake, real)
+    torch.testing.assert_close(of_critic, critic_loss(loss, flat_real, flat_fake))
+    torch.testing.assert_close(of_generator, generator_loss(loss, flat_fake, flat_real))
     if loss.needs_global_batch:
         return
     pairs = list(zip(flat_real.split(1), flat_fake.split(1), strict=True))
-    assert of_critic == pytest.approx(fmean(loss.critic(r, f).item() for r, f in pairs))
-    assert of_generator == pytest.approx(fmean(loss.generator(f, r).item() for r, f in pairs))
+    critic_mean = fmean(critic_loss(loss, r, f).item() for r, f in pairs)
+    assert of_critic.item() == pytest.approx(critic_mean)
+    generator_mean = fmean(generator_loss(loss, f, r).item() for r, f in pairs)
+    assert of_generator.item() == pytest.approx(generator_mean)
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_only_a_loss_that_says_so_needs_real_logits_for_its_generator(name):
+def test_a_loss_takes_real_logits_for_its_generator_only_if_it_compares(name):
     loss, fake_logits = build_loss(name, {}), torch.tensor([0.5])
+    assert loss.generator_needs_real == name.startswith("relativistic")
     if loss.generator_needs_real:
         with pytest.raises(ValueError, match="needs the logits of real images"):
-            loss.generator(fake_logits, None)
-    else:
-        assert loss.generator(fake_logits, None) == loss.generator(fake_logits, torch.tensor([9.0]))
+            generator_loss(loss, fake_logits)
+
+
+def test_a_loss_that_compares_images_with_the_whole_batch_is_found_by_trial():
+    found = {name for name in LOSSES if build_loss(name, {}).needs_global_batch}
+    assert found == {"relativistic_average"}
+
+    def variance(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        return {"real": real.var(), "fake": fake.mean()}
+
+    def centred(fake: Tensor) -> dict[str, Tensor]:
+        return {"fake": (fake - fake.mean()).square().mean()}
+
+    wgan = build_loss("wgan", {})
+    assert Loss(variance, wgan.generator).needs_global_batch
+    assert Loss(wgan.critic, centred).needs_global_batch
+    assert not Loss(wgan.critic, wgan.generator).needs_global_batch
 
 
 @pytest.mark.parametrize(
@@ -156,25 +187,34 @@ def test_a_loss_of_ones_own_is_found_by_its_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
         "from ganscale.objectives.losses import Loss\n"
         "def scaled(factor=1.0):\n"
-        "    return Loss(lambda r, f: factor * (f - r).mean(), lambda f, _: -factor * f.mean())\n"
+        "    return Loss(lambda r, f: {'pair': factor * (f - r).mean()},\n"
+        "                lambda f: {'fake': -factor * f.mean()})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     loss = build_loss("my_losses:scaled", {"factor": 3.0})
-    assert loss.critic(torch.tensor([1.0]), torch.tensor([2.0])).item() == 3
+    assert critic_loss(loss, torch.tensor([1.0]), torch.tensor([2.0])).item() == 3
     with pytest.raises(UserError, match=r"has no option 'faktor' \(did you mean 'factor'\?\)"):
         build_loss("my_losses:scaled", {"faktor": 3.0})
 
 
-def test_parts_of_a_loss_of_ones_own_must_add_up_to_it(tmp_path, monkeypatch):
-    (tmp_path / "split_losses.py").write_text(
+@pytest.mark.parametrize(
+    ("critic", "sentence"),
+    [
+        ("f.mean() - r.mean()", "must return its terms, a dict of scalar tensors under 'real'"),
+        ("{'real': r, 'fake': f}", "must return its terms"),
+        ("{'reel': r.mean(), 'fake': f.mean()}", "must return its terms"),
+        ("{}", "must return its terms"),
+        ("{'real': r.no_such_method()}", "fails: AttributeError"),
+    ],
+)
+def test_a_loss_of_ones_own_that_returns_no_terms_is_refused(
+    tmp_path, monkeypatch, critic, sentence
+):
+    (tmp_path / "bad_losses.py").write_text(
         "from ganscale.objectives.losses import Loss\n"
-        "def of(factor=1.0):\n"
-        "    return Loss(lambda r, f: (f - r).mean(), lambda f, _: -f.mean(),\n"
-        "                critic_parts=lambda r, f: (-factor * r.mean(), f.mean()))\n"
+        f"def of():\n    return Loss(lambda r, f: {critic}, lambda f: {{'fake': -f.mean()}})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    parts = build_loss("split_losses:of", {}).critic_parts
-    assert parts is not None
-    assert [part.item() for part in parts(torch.tensor([1.0]), torch.tensor([2.0]))] == [-1, 2]
-    with pytest.raises(UserError, match="critic_parts must add up to what critic gives"):
-        build_loss("split_losses:of", {"factor": 2.0})
+    monkeypatch.delitem(sys.modules, "bad_losses", raising=False)
+    with pytest.raises(UserError, match=sentence):
+        build_loss("bad_losses:of", {})

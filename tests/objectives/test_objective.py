@@ -66,8 +66,10 @@ def test_an_unknown_penalty_is_named_with_the_nearest(name, sentence):
 def test_the_panel_watches_all_known_losses_and_those_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "watched_losses.py").write_text(
         "from ganscale.objectives.losses import Loss\n"
-        "def zero(): return Loss(lambda r, f: 0 * r.mean(), lambda f, _: 0 * f.mean())\n"
-        "def one(): return Loss(lambda r, f: 1 + 0 * r.mean(), lambda f, _: 1 + 0 * f.mean())\n"
+        "def zero():\n    return Loss(lambda r, f: {'real': 0 * r.mean()},\n"
+        "                lambda f: {'fake': 0 * f.mean()})\n"
+        "def one():\n    return Loss(lambda r, f: {'real': 1 + 0 * r.mean()},\n"
+        "                lambda f: {'fake': 1 + 0 * f.mean()})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     loss = LossConfig("watched_losses:one")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +46,37 @@ def steps(settings: list[str], runtime: Runtime) -> dict[str, list[tuple[str, li
     share = config.training.global_batch_size // runtime.world_size
     images = torch.zeros(share, config.data.resolution, config.data.resolution, 1).byte()
     slots = torch.arange(share) + runtime.rank * share
-    given = Batch(images, slots, slots)
-    batch, n_critic = cycle.on_device(given), config.objective.n_critic
+    n_critic = config.objective.n_critic
+    batches = [Batch(images, slots, slots)] * n_critic
+    names = ["fakes", *(f"critic {step}" for step in range(1, n_critic + 1)), "generator"]
     found = {}
     for _ in range(2):
-        found["fakes"] = operands(lambda: cycle.begin([given] * n_critic, with_panel=False))
-        for step in range(1, n_critic + 1):
-            keeps_fakes = config.training.reuse_fakes and step == n_critic
-            critic_step = partial(cycle.critic_step, batch, False, keeps_fakes)
-            found[f"critic {step}"] = operands(critic_step)
-        found["generator"] = operands(lambda: cycle.generator_step(batch, with_panel=False))
+        profilers: list[profile] = []
+
+        def next_profiler(phase: str, profilers: list[profile] = profilers) -> None:
+            if profilers:
+                profilers[-1].stop()
+            profilers.append(new_profiler())
+            profilers[-1].start()
+
+        cycle.run(batches, is_logged=False, on_phase=next_profiler)
+        profilers[-1].stop()
+        found = dict(zip(names, map(operands_in, profilers), strict=True))
     return found
 
 
 def operands(step: Callable[[], Any]) -> list[tuple[str, list[int]]]:
-    """(collective, shape of this rank's operand) of each."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with new_profiler() as profiler:
         step()
+    return operands_in(profiler)
+
+
+def new_profiler() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+
+
+def operands_in(profiler: profile) -> list[tuple[str, list[int]]]:
+    """(collective, shape of this rank's operand) of each collective."""
     return [
         (event.name, event.input_shapes[0])
         for event in profiler.events() or []

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from ganscale.checkpoints.checkpoint import save_checkpoint
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import allocate_batch
@@ -26,6 +25,7 @@ from ganscale.schema import Config
 from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
+from tests.checkpoints.helpers import save_checkpoint
 from tests.plan.conftest import config_of
 
 NETWORKS = {
@@ -55,10 +55,7 @@ def trained(config: Config, num_classes: int) -> tuple[TrainingState, Cycle]:
     batch = config.training.global_batch_size
     images = torch.zeros(batch, config.data.resolution, config.data.resolution, 1).byte()
     labels = torch.arange(batch) % max(1, num_classes)
-    given = Batch(images=images, labels=labels, slots=torch.arange(batch))
-    cycle.critic_step(cycle.on_device(given), with_panel=True)
-    cycle.generator_step(cycle.on_device(given), with_panel=True)
-    cycle.update_ema()
+    cycle.run([Batch(images, labels, slots=torch.arange(batch))], is_logged=True)
     return state, cycle
 
 
@@ -116,12 +113,12 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         world_size=1,
         images_seen=0,
     )
-    feed = DevicePrefetcher(loader, Runtime.start(), 3)
+    prefetcher = DevicePrefetcher(loader, Runtime.start(), 3)
     try:
-        feed.fetch(lambda: False)
+        prefetcher.prefetch(lambda: False)
         for _ in range(3):
-            batches = feed.take()  # kept while the next ones are fetched, as the loop does
-            feed.fetch(lambda: False)
+            batches = prefetcher.take()  # kept while the next ones are fetched, as the loop does
+            prefetcher.prefetch(lambda: False)
             assert len(batches) == 3
         if isinstance(loader, LoaderThread):
             loader._ahead[-1].result(timeout=300)

@@ -40,9 +40,7 @@ def after_a_cycle(*settings: str, runtime: Runtime | None = None) -> dict[str, T
     cycle = Cycle(config, objective, runtime, state)
     images = torch.arange(4 * 16 * 16 * 3).view(4, 16, 16, 3).remainder(251).byte()
     share = torch.arange(4).chunk(runtime.world_size)[runtime.rank]
-    batch = cycle.on_device(Batch(images[share], torch.zeros_like(share), share))
-    cycle.critic_step(batch, with_panel=False)
-    cycle.generator_step(batch, with_panel=False)
+    cycle.run([Batch(images[share], torch.zeros_like(share), share)], is_logged=False)
     return {**state.critic.state_dict(), **state.generator.state_dict(prefix="generator.")}
 
 

@@ -16,10 +16,13 @@ from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, Traini
 from ganscale.training.network_updater import (
     NetworkUpdater,
     NonFiniteGuard,
+)
+from ganscale.training.optimizers import (
+    build_optimizer,
+    learning_rate_factor,
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from ganscale.training.optimizers import build_optimizer, rate_factor
 from ganscale.training.steps import CriticStep
 
 LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
@@ -230,18 +233,18 @@ def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):
 def test_schedules_run_from_one_at_the_end_of_the_warm_up_to_their_end(schedule, factors):
     for warmup in (0, 200):
         config = TrainingConfig(total_images=warmup + 800, schedule=schedule, warmup_images=warmup)
-        found = [rate_factor(config, warmup + seen) for seen in (0, 200, 400, 800)]
+        found = [learning_rate_factor(config, warmup + seen) for seen in (0, 200, 400, 800)]
         assert found == pytest.approx(factors, abs=1e-12)
-        assert rate_factor(config, warmup + 900) == pytest.approx(factors[-1], abs=1e-12)
+        assert learning_rate_factor(config, warmup + 900) == pytest.approx(factors[-1], abs=1e-12)
         if warmup:
-            rising = [rate_factor(config, seen) for seen in (0, 50, 100, 199)]
+            rising = [learning_rate_factor(config, seen) for seen in (0, 50, 100, 199)]
             assert rising == pytest.approx([0, 0.25, 0.5, 0.995])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_warm_up_longer_than_the_run_only_rises(schedule):
     config = TrainingConfig(total_images=100, schedule=schedule, warmup_images=200)
-    assert [rate_factor(config, seen) for seen in (0, 50, 99)] == [0, 0.25, 99 / 200]
+    assert [learning_rate_factor(config, seen) for seen in (0, 50, 99)] == [0, 0.25, 99 / 200]
 
 
 @each_optimizer

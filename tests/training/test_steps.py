@@ -280,7 +280,7 @@ def test_a_first_look_at_the_logits_leaves_no_trace_in_buffers(runtime):
     for name in ("wgan", "relativistic_average"):
         critic = Counting()
         built = objective(name)
-        trained = updater(CriticStep(critic, built, "float64"), critic, runtime, parts=2)
+        trained = updater(CriticStep(critic, built, "float64"), critic, runtime, 2)
         trained.update(critic_inputs(built), 0)
         counts.append(critic.forwards.item())
     assert counts == [2, 2]
