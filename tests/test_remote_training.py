@@ -1,13 +1,12 @@
 """A run from shards on a server is the run from the same shards on disk, bit for bit."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.fault_server import Fault, FaultServer
-from tests.helpers.processes import end_tree
+from tests.helpers.processes import end_tree, wait_until
 from tests.helpers.runs import Runs
 
 SETTINGS = (
@@ -87,11 +86,9 @@ def test_a_request_to_stop_is_heard_while_the_data_does_not_come(
         server.faults[path].extend([Fault(status=503)] * 10_000)
     elsewhere = (f"data.path={server.url}/digits", f"data.cache={tmp_path}/cache")
     process = runs.start("waiting", *SETTINGS, *elsewhere)
-    log, deadline = runs.folder / "waiting" / "log.txt", time.monotonic() + 60
+    log = runs.folder / "waiting" / "log.txt"
     try:
-        while not (log.exists() and "tried again for up to" in log.read_text()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: log.exists() and "tried again for up to" in log.read_text())
         process.terminate()
         output, _ = process.communicate(timeout=300)
     finally:

@@ -12,15 +12,8 @@ from ganscale.config import load_stored, resolve
 from ganscale.errors import UserError
 from ganscale.run_folder import RunFolder, write_text
 from tests.checkpoints.helpers import save_checkpoint
+from tests.helpers.runs import MINIMAL
 
-CONFIG = """
-data: {path: data/x, resolution: 8}
-generator: {target: mlp}
-critic: {target: mlp}
-objective: {loss: {name: wgan}}
-optimizer: {critic: {learning_rate: 1e-4}, generator: {learning_rate: 1e-4}}
-training: {total_images: 50k}
-"""
 FOLDERS = 8
 
 
@@ -30,7 +23,7 @@ class Sessions:
 
     def __init__(self, root: Path) -> None:
         self.config = root / "config.yaml"
-        self.config.write_text(CONFIG)
+        self.config.write_text(MINIMAL)
         self._unused = [root / f"run-{number}" for number in range(FOLDERS)]
         self._process = self.start(*self._unused)
         said = self._process.stdout

@@ -1,4 +1,4 @@
-"""Saves and inspects checkpoint folders; mounts file systems to save them on."""
+"""Saves checkpoints as a run does."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,3 @@ def save_checkpoint(root: Path, images_seen: int, files: Files, state: Mapping[s
     """Copies and writes `files` and `state` as `CheckpointWriter` does; returns the folder."""
     copies, _ = HostMemory().copy(files)
     return write_checkpoint(root, images_seen, copies, json.dumps(state, indent=1))
-
-
-def names(root: Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir())
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}

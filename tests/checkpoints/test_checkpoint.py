@@ -18,8 +18,9 @@ from ganscale.checkpoints.checkpoint import (
 )
 from ganscale.checkpoints.retention import prune
 from ganscale.schema import CheckpointConfig
-from tests.checkpoints.helpers import bytes_of, names, save_checkpoint
+from tests.checkpoints.helpers import save_checkpoint
 from tests.helpers.disks import small_disk
+from tests.helpers.files import bytes_of, names
 
 
 def weights(seed: int = 0, elements: int = 6) -> dict[str, dict[str, torch.Tensor]]:

@@ -10,23 +10,16 @@ import torch
 from ganscale.checkpoints.retention import score_entry
 from ganscale.cli.main import main
 from tests.checkpoints.helpers import save_checkpoint
+from tests.helpers.runs import MINIMAL
 
-CONFIG = """
-data: {path: data/x, resolution: 8}
-generator: {target: mlp}
-critic: {target: mlp}
-objective: {loss: {name: wgan}}
-optimizer: {critic: {learning_rate: 1e-4}, generator: {learning_rate: 1e-4}}
-training: {total_images: 50k}
-checkpoint: {keep_last: 2, keep_every_images: 300, best: eval/fid}
-"""
+KEPT = "checkpoint: {keep_last: 2, keep_every_images: 300, best: eval/fid}\n"
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "config.yaml").write_text(MINIMAL + KEPT)
     for images_seen, score in enumerate((None, 40.0, 8.25, 30.0, 20.0, 9.0, 10.0)):
         files = {"generator": {"weight": torch.zeros(250_000)}}
         if images_seen:

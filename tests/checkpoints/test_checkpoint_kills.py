@@ -2,27 +2,18 @@
 are removed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import REPOSITORY, run_python
 
 
 def run_and_kill(folder: Path, mode: str) -> list[dict[str, Any]]:
-    program = [sys.executable, str(Path(__file__).with_name("checkpoint_process.py"))]
-    done = subprocess.run(
-        [*program, str(folder), mode],
-        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    program = str(Path(__file__).with_name("checkpoint_process.py"))
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = run_python(program, str(folder), mode, seconds=120, env=env)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -19,8 +19,8 @@ from ganscale.checkpoints import checkpoint
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
-from tests.checkpoints.helpers import bytes_of, names
 from tests.helpers.disks import remount, small_disk
+from tests.helpers.files import bytes_of, names
 
 Files = dict[str, dict[str, torch.Tensor]]
 

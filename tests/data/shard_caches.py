@@ -59,13 +59,6 @@ def bytes_in(staged: CachedShard) -> bytes:
     return os.pread(staged.descriptor, 10 * SHARD_BYTES, 0)
 
 
-def until(happened, seconds: float = 300.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
 @contextlib.contextmanager
 def process(
     caches: Caches, shards: list[Shard], *, room: float = 100, hold: bool = False

@@ -36,6 +36,7 @@ from ganscale.shards.indexing import build_manifest
 from tests.helpers.images import encoded
 from tests.helpers.tars import overwrite, write_tar
 from tests.helpers.fault_server import FaultServer
+from tests.helpers.processes import wait_until
 
 SHARDS = (11, 5, 14)  # samples each
 TOTAL = sum(SHARDS)
@@ -450,11 +451,9 @@ def test_close_does_not_wait_for_a_read_that_hangs(loaders, monkeypatch):
 
     waiting = threading.Thread(target=wait_for_a_batch, daemon=True)
     waiting.start()
-    deadline = time.monotonic() + 300
     submitted = loader._depth * loader._parts
-    while len(loader._ahead) < loader._depth or loader._crew._tasks.qsize() > submitted - 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(loader._ahead) >= loader._depth)
+    wait_until(lambda: loader._crew._tasks.qsize() <= submitted - 2)
     time.sleep(0.1)  # what a thread has taken, it has begun
     started = time.monotonic()
     loader.close()
@@ -573,7 +572,4 @@ def test_the_shards_of_the_next_window_are_fetched_before_they_are_read(loaders,
     assert len(announced) == 3
     with contextlib.closing(remote_loader(address, tmp_path / "cache", batch=1)) as loader:
         next(loader)
-        deadline = time.monotonic() + 300
-        while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3)

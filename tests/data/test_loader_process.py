@@ -24,6 +24,7 @@ from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_load
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
+from tests.helpers.processes import wait_until
 
 Start = Callable[..., LoaderProcess]
 
@@ -209,10 +210,8 @@ def test_a_read_that_hangs_holds_up_no_end(digits: Path, start: Start) -> None:
     config = config_of("pipe:sleep 1000", workers=1)
     loader = start(config)
     process = psutil.Process(loader._process.pid)
-    deadline = time.monotonic() + 300
-    while not (children := process.children(recursive=True)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: process.children(recursive=True))
+    children = process.children(recursive=True)
     assert not loader.wait(0.1)
     started = time.monotonic()
     loader.close()
@@ -237,7 +236,7 @@ def test_it_ends_with_the_process_that_started_it(digits: Path) -> None:
     """Which is killed, and can do nothing about it."""
     program = (
         "import sys, time\n"
-        "from tests.data.test_ahead import *\n"
+        "from tests.data.test_loader_process import *\n"
         f"config = config_of({str(digits)!r}, workers=1)\n"
         "loader = start_loader(open_data(config), config, allocate_batch, 3, **PLACE)\n"
         "next(loader)\n"

@@ -7,17 +7,7 @@ import numpy as np
 import pytest
 
 from ganscale.data.order import Order, batch_positions
-
-
-def make_order(shards, seed=0, fingerprint="digits", lanes=4, block_samples=4, window_blocks=2):
-    return Order(
-        shards,
-        seed=seed,
-        fingerprint=fingerprint,
-        lanes=lanes,
-        block_samples=block_samples,
-        window_blocks=window_blocks,
-    )
+from tests.data.test_order import make_order
 
 
 def test_ranks_that_own_lanes_read_few_blocks_that_others_do_not_read():

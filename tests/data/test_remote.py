@@ -18,6 +18,7 @@ from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.fault_server import Fault, FaultServer
+from tests.helpers.processes import run_python
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
 PATH = "/set/a.tar"
@@ -246,16 +247,12 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 def test_a_process_that_read_ends_without_a_word_of_open_sessions(server, s3):
     s3.put("a.tar", CONTENT)
     program = (
-        "import sys; from ganscale.data.remote.objects import objects\n"
+        "import sys; from ganscale.data.remote import objects\n"
         "for url in sys.argv[1:]: print(len(objects.read_bytes(url, 5)))\n"
         "with objects.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c",
-         program, server.url + PATH, "s3://bucket/a.tar"],
-        capture_output=True, text=True, timeout=300, cwd=REPOSITORY, env=os.environ,
-    )  # fmt: skip
-    assert (ended.returncode, ended.stderr) == (0, "")
+    ended = run_python("-W", "error", "-c", program, server.url + PATH, "s3://bucket/a.tar")
+    assert ended.stderr == ""
     assert ended.stdout == f"{len(CONTENT)}\n" * 2
 
 
@@ -297,11 +294,11 @@ def test_what_s3_refuses_is_said_at_once_and_what_lasts_asks_for_a_requeue(s3):
 def test_a_missing_package_is_named_with_the_extra_that_brings_it():
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from ganscale.data.remote.objects import objects; from ganscale.errors import UserError\n"
+        "from ganscale.data.remote import objects; from ganscale.errors import UserError\n"
         "try: objects.read_bytes('s3://bucket/a.tar', 60)\n"
         "except UserError as error: print(error)"
     )
-    said = subprocess.check_output([sys.executable, "-c", program], text=True, cwd=REPOSITORY)
+    said = run_python("-c", program).stdout
     assert "s3:// needs a package that is not installed" in said
     assert "pip install 'ganscale[remote]'" in said
 

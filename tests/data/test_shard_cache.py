@@ -12,8 +12,9 @@ import pytest
 from ganscale.data.remote.shard_cache import ShardCache, working_set
 from ganscale.errors import UnavailableError, UserError
 from tests.helpers.fault_server import Fault
-from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of, until
+from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of
 import os
+from tests.helpers.processes import wait_until
 
 
 def test_a_shard_is_fetched_once_and_named_by_its_contents(caches, shard_server):
@@ -150,7 +151,7 @@ def test_what_is_being_fetched_counts_as_a_whole(caches, shard_server):
     slow = ShardCache(caches.folder, round(1.5 * SHARD_BYTES), 20, stall_seconds=2)
     caches.made.append(slow)
     slow.prefetch([(caches.address(SHARDS[0]), SHARDS[0])])
-    until(lambda: caches.partials() and caches.partials()[0].stat().st_size)
+    wait_until(lambda: caches.partials() and caches.partials()[0].stat().st_size)
     # There is room for the 1,000 bytes that came and this one, but not for both in the end.
     assert bytes_in(caches(1.5).open(caches.address(SHARDS[1]), SHARDS[1])) == content_of(1)
     assert shard_server.gets[f"/{SHARDS[0].name}"] == 2  # begun first, done first
@@ -174,7 +175,7 @@ def test_prefetching_stages_in_order_and_leaves_mistakes_to_the_reader(caches, s
     wanted = [gone, *SHARDS]
     cache.prefetch((caches.address(shard), shard) for shard in wanted)
     cache.prefetch((caches.address(shard), shard) for shard in wanted)
-    until(lambda: len(caches.copies()) == len(SHARDS))
+    wait_until(lambda: len(caches.copies()) == len(SHARDS))
     assert set(shard_server.gets.values()) == {1}
     for number, shard in enumerate(SHARDS):
         assert bytes_in(cache.open(caches.address(shard), shard)) == content_of(number)
@@ -189,7 +190,7 @@ def test_who_needs_a_shard_does_not_queue_behind_those_fetched_ahead(caches, sha
     cache = ShardCache(caches.folder, 10**9, 600, stall_seconds=600)
     caches.made.append(cache)
     cache.prefetch((caches.address(shard), shard) for shard in SHARDS)  # all threads hang
-    until(lambda: sum(shard_server.gets.values()) == 4)
+    wait_until(lambda: sum(shard_server.gets.values()) == 4)
     assert bytes_in(cache.open(caches.address(SHARDS[7]), SHARDS[7])) == content_of(7)
     start = time.monotonic()
     cache.close(0.1)

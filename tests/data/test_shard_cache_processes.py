@@ -17,7 +17,8 @@ import pytest
 from ganscale.errors import UnavailableError
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.fault_server import Fault
-from tests.data.shard_caches import SHARD_BYTES, SHARDS, age, bytes_in, content_of, process, until
+from tests.data.shard_caches import SHARD_BYTES, SHARDS, age, bytes_in, content_of, process
+from tests.helpers.processes import wait_until
 
 
 def test_processes_that_share_a_cache_fetch_each_shard_once(caches, shard_server):
@@ -40,7 +41,7 @@ def test_what_a_killed_process_fetched_in_part_is_taken_up_if_it_can_be_verified
     path = f"/{shard.name}"
     shard_server.faults[path].append(Fault(seconds_a_piece=0.02))
     with process(caches, [shard]) as victim:
-        until(lambda: any(each.stat().st_size > 20_000 for each in caches.partials()))
+        wait_until(lambda: any(each.stat().st_size > 20_000 for each in caches.partials()))
         victim.kill()
         victim.wait(10)
     (partial,) = caches.partials()
@@ -107,7 +108,7 @@ def test_who_waits_in_vain_gives_up(caches, shard_server):
     del held
     shard_server.faults[f"/{SHARDS[2].name}"].append(Fault(seconds_a_piece=0.05))
     with process(caches, [SHARDS[2]]) as sleeper:
-        until(caches.partials)
+        wait_until(caches.partials)
         sleeper.send_signal(signal.SIGSTOP)
         with pytest.raises(UnavailableError, match="another process holds it"):
             caches(retry_seconds=0).open(caches.address(SHARDS[2]), SHARDS[2])

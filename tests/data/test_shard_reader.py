@@ -17,6 +17,7 @@ from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.helpers.fault_server import Fault, FaultServer
 from tests.helpers.images import png
+from tests.helpers.processes import wait_until
 
 
 @pytest.fixture
@@ -73,10 +74,7 @@ def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
     store = stores(f"{server.url}/set")
     assert store.is_remote
     store.prefetch([2, 0])
-    deadline = time.monotonic() + 300
-    while len(list((tmp_path / "cache" / "shards").glob("*.tar"))) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 2)
     server.faults["/set/2.tar"].append(Fault(status=404))
     assert store.read(11) == png(11)
     assert server.gets["/set/1.tar"] == 0

@@ -23,6 +23,7 @@ from ganscale.training.network_updater import NetworkUpdater
 from ganscale.training.replica_audit import audit_replicas
 from ganscale.training.state import TrainingState
 from ganscale.training.trainer import Trainer
+from tests.helpers.networks import draw
 
 COUNTED = ("wgan", "wgan_gp"), ("relativistic", "r1+r2"), ("relativistic_average", "r1+r2")
 GLOBAL_BATCH = 8
@@ -53,10 +54,6 @@ def run(folder: Path) -> None:
 def share(tensor: Tensor, runtime: Runtime) -> Tensor:
     """This rank's part of a batch that every rank can make."""
     return tensor.chunk(runtime.world_size)[runtime.rank]
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def collectives(runtime: Runtime) -> dict[str, Any]:

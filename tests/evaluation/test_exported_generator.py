@@ -1,7 +1,6 @@
 """An exported generator is loaded by three lines and makes the same images as its run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from ganscale.cli.main import main
 from ganscale.errors import UserError
 from ganscale.evaluation.exported_generator import export_generator
 from ganscale.networks.build import build_generator
-from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import TINY
+from tests.helpers.processes import run_python
+from tests.helpers.runs import Runs
 
 RECIPE = {
     "target": "resnet",
@@ -48,11 +47,10 @@ def as_bytes(images: torch.Tensor) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    where = [f"run.folder={folder}", "run.name=run", f"data.path={digits}"]
+    runs = Runs(tmp_path_factory.mktemp("runs"), digits)
     short = ["training.total_images=128", "checkpoint.every_images=64"]
-    assert main(["train", *TINY, *where, *short]) == 0
-    return folder / "run"
+    assert main(["train", *runs.settings("run", *short)]) == 0
+    return runs.folder / "run"
 
 
 _THREE_LINES = """
@@ -76,8 +74,7 @@ def test_three_lines_make_the_images_of_ganscale_sample_without_a_trainer(
     png = str(tmp_path / "png")
     sampled = ["--count", "20", "--seed", "3", "--folder", png]
     assert main(["sample", str(trained), *sampled, *asked]) == 0
-    program = [sys.executable, "-W", "error", "-c", _THREE_LINES]
-    subprocess.run(program, cwd=tmp_path, check=True, timeout=300)
+    run_python("-W", "error", "-c", _THREE_LINES, cwd=tmp_path)
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.float32
     pictures = [np.asarray(Image.open(path)) for path in sorted(Path(png).iterdir())]
@@ -154,7 +151,7 @@ def test_importing_ganscale_alone_is_quick() -> None:
         "from ganscale import load_generator; assert 'torch' in sys.modules; "
         "assert not hasattr(ganscale, 'load_generators')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300, cwd=REPOSITORY)
+    run_python("-c", program)
 
 
 _OWN_NETS = """
@@ -184,7 +181,7 @@ def test_a_user_defined_network_is_found_by_its_import_path(
     assert load_generator(folder).sample(2).shape == (2, 3, 16, 16)
     monkeypatch.delitem(sys.modules, "nets_of_my_own")
     (tmp_path / "nets_of_my_own.py").unlink()
-    with pytest.raises(UserError, match="no module nets_of_my_own"):
+    with pytest.raises(UserError, match="there is no module nets_of_my_own"):
         load_generator(folder)
 
 

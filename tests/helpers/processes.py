@@ -62,3 +62,13 @@ def _output(process: Process) -> str:
         return process.stdout.read() if process.stdout else ""
     printed = getattr(process, "printed", str)
     return printed()
+
+
+def run_python(
+    *arguments: str, seconds: float = HANG_SECONDS, **options
+) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in the repository, with its output; fails unless it exits with 0."""
+    options = {"cwd": REPOSITORY, "timeout": HANG_SECONDS, **options}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done

@@ -23,6 +23,16 @@ TINY = [
     "samples.count=4",
 ]
 
+# The least that a config must say.
+MINIMAL = """
+data: {path: data/x, resolution: 8}
+generator: {target: mlp}
+critic: {target: mlp}
+objective: {loss: {name: wgan}}
+optimizer: {critic: {learning_rate: 1e-4}, generator: {learning_rate: 1e-4}}
+training: {total_images: 50k}
+"""
+
 
 class Runs:
     """Runs in one folder, and the processes that train them."""

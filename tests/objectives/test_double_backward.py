@@ -1,8 +1,6 @@
 """The fast double backward against autograd's own, in float64, for all kinds of critics."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -23,13 +21,10 @@ from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.objectives.double_backward import FastDerivatives
 from ganscale.objectives.penalties import PENALTIES, input_gradients
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.networks import draw
+from tests.helpers.processes import run_python
 
 BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def autograds_input_gradients(critic: Callable, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -422,13 +417,5 @@ def test_blocks_whose_activations_are_computed_again_are_left_to_torch() -> None
 
 def test_blocks_that_their_author_compiles_are_left_to_torch() -> None:
     """In a process without the type checks of tests, which keep torch from tracing."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-m", "tests.objectives.compiled_block"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-12
+    options = ("-W", "error::UserWarning", "-m", "tests.objectives.compiled_block")
+    assert float(run_python(*options).stdout) < 1e-12

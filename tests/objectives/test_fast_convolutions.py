@@ -20,13 +20,10 @@ from ganscale.objectives.fast_convolutions import (
     gradients,
     unpool,
 )
+from tests.helpers.networks import draw
 
 aten = torch.ops.aten
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def strided(*, is_transposed: bool) -> Iterator[tuple[Settings, tuple[int, int]]]:

@@ -1,6 +1,7 @@
 """The losses are those of their papers."""
 
 import sys
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.testing import assert_close
 
 from benchmarks.rivals import formulas
 from benchmarks.rivals.formulas import cross_entropy, squared_error
@@ -16,7 +16,7 @@ from ganscale.errors import UserError
 from ganscale.objectives.losses import LOSSES, Loss, build_loss, total
 
 
-def smoothed(real: torch.Tensor, fake: torch.Tensor) -> list[torch.Tensor]:
+def smoothed(real: Tensor, fake: Tensor) -> list[Tensor]:
     """Label 0.9 for real images, 0 for fakes: Salimans et al. 2016 (arXiv:1606.03498), 3.4."""
     return [cross_entropy(0.9, real), cross_entropy(0, fake)]
 
@@ -42,9 +42,10 @@ each_paper = pytest.mark.parametrize(
     [pytest.param(name.split(",")[0], *case, id=name) for name, case in PAPERS.items()],
 )
 logit = st.floats(-10, 10)
+close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 
 
-def float64(*logits) -> list[torch.Tensor]:
+def float64(*logits) -> list[Tensor]:
     return [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in logits]
 
 
@@ -62,12 +63,9 @@ def generator_loss(loss: Loss, fake_logits: Tensor, real_logits: Tensor | None =
 def test_a_loss_is_its_papers_equation(name, options, paper, pairs):
     loss = build_loss(name, options)
     real, fake = float64(*zip(*pairs, strict=True))
-    assert_close(
-        critic_loss(loss, real, fake), sum(paper.critic(real, fake)), rtol=1e-9, atol=1e-12
-    )
+    close(critic_loss(loss, real, fake), sum(paper.critic(real, fake)))
     for optional in [real] if loss.generator_needs_real else [real, None]:
-        found = generator_loss(loss, fake, optional)
-        assert_close(found, paper.generator(fake, real), rtol=1e-9, atol=1e-12)
+        close(generator_loss(loss, fake, optional), paper.generator(fake, real))
 
 
 def test_every_registered_loss_is_held_against_its_paper():
@@ -78,11 +76,9 @@ def test_every_registered_loss_is_held_against_its_paper():
 def test_gradients_are_those_of_the_papers_equation(name, options, paper):
     loss, (real, fake) = build_loss(name, options), float64([-2.0, 0.3, 4.0], [1.5, -0.7, 0.0])
     of_critic = torch.autograd.grad(critic_loss(loss, real, fake), (real, fake))
-    expected = torch.autograd.grad(paper.critic(real, fake), (real, fake))
-    assert_close(of_critic, expected, rtol=1e-9, atol=1e-12)
-    (of_generator,) = torch.autograd.grad(generator_loss(loss, fake, real), fake)
-    (expected,) = torch.autograd.grad(paper.generator(fake, real), fake)
-    assert_close(of_generator, expected, rtol=1e-9, atol=1e-12)
+    close(of_critic, torch.autograd.grad(paper.critic(real, fake), (real, fake)))
+    of_generator = torch.autograd.grad(generator_loss(loss, fake, real), fake)
+    close(of_generator, torch.autograd.grad(paper.generator(fake, real), fake))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -168,12 +164,12 @@ def test_a_loss_that_compares_images_with_the_whole_batch_is_found_by_trial():
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("wgam", {}, r"unknown loss 'wgam' \(did you mean 'wgan'\?\)"),
+        ("wgam", {}, r"no loss called 'wgam' \(did you mean 'wgan'\?\)"),
         ("non-saturating", {}, "did you mean 'non_saturating'"),
-        ("xyz", {}, "unknown loss 'xyz'; choose from minimax, non_saturating, lsgan, wgan"),
-        ("lsgan", {"d": 1.0}, "loss lsgan has no option 'd'; choose from a, b, c"),
-        ("wgan", {"a": 1.0}, "loss wgan has no option 'a'; it has no options"),
-        ("no.such.module:loss", {}, "no module no "),
+        ("xyz", {}, "no loss called 'xyz'; there are minimax, non_saturating, lsgan, wgan"),
+        ("lsgan", {"d": 1.0}, "loss lsgan has no option 'd'; there are a, b, c"),
+        ("wgan", {"a": 1.0}, "loss wgan has no option 'a'; it has none"),
+        ("no.such.module:loss", {}, "there is no module no "),
         ("math:sqrt", {"x": 4.0}, r"(loss math:sqrt (returns|has no option|cannot be built))"),
         ("collections:Counter", {}, "loss collections:Counter returns a Counter, not a Loss"),
     ],

@@ -7,24 +7,9 @@ from torch import Tensor, nn
 
 from ganscale.objectives.penalties import PENALTIES, Draws, input_gradients, norms
 from ganscale.randomness import uniform
+from tests.helpers.networks import SmoothCritic
 
 BATCH, SHAPE = 4, (3, 2, 2)
-
-
-class SmoothCritic(nn.Module):
-    """D(x) = v . tanh(W x + b) + c, whose input gradient is W^T (v * (1 - tanh^2))."""
-
-    def __init__(self, inputs: int = 12, width: int = 5) -> None:
-        super().__init__()
-        draws = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(width, inputs, generator=draws).double() / 2)
-        self.bias = nn.Parameter(torch.randn(width, generator=draws).double())
-        self.last = nn.Parameter(torch.randn(width, generator=draws).double())
-        self.last_bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
-        return hidden @ self.last + self.last_bias
 
 
 def gradients_by_hand(images: np.ndarray, weight, bias, last) -> np.ndarray:

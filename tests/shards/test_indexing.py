@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,9 @@ from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, parallel
 from ganscale.shards.exclusions import Exclusion, Exclusions, read_list
 from ganscale.shards.indexing import Report, build_manifest, index_shards
+from tests.helpers.files import names
 from tests.helpers.images import png
+from tests.helpers.processes import end_tree, run_python, wait_until
 from tests.helpers.tars import labelled, write_tar
 
 
@@ -31,10 +32,6 @@ def shards(tmp_path) -> Path:
 
 def index(source: Path, output: Path | None = None, **options) -> Report:
     return index_shards([str(source)], output, **options)
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 def same(first: Manifest | None, second: Manifest | None) -> bool:
@@ -64,7 +61,7 @@ def test_a_second_index_reads_only_what_is_new_or_has_changed(shards, tmp_path):
     assert [shard.name for shard in fresh.shards] == [f"{i}.tar" for i in (0, 1, 10, 2, 3, 5)]
     assert fresh.resolution is None
     assert fresh.class_count == 9
-    assert "indexing" not in files(shards)
+    assert "indexing" not in names(shards)
     assert index(shards, again=True)[2:4] == (6, 0)
 
 
@@ -102,17 +99,12 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
         "from ganscale.shards.indexing import build_manifest\n"
         f"build_manifest({str(folder)!r}, workers=1)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ})
+    finished = folder / "indexing"
+    process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        deadline = time.monotonic() + 300
-        finished = folder / "indexing"
-        while not finished.exists() or len(list(finished.iterdir())) < 3:
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-        process.send_signal(signal.SIGKILL)
+        wait_until(lambda: len(list(finished.glob("*"))) >= 3, 60, process=process, interval=0)
     finally:
-        process.kill()
-        process.wait(60)
+        end_tree(process)
     assert not (folder / "manifest.json").exists()
     # The machine may also stop while a file is written: a short one is not believed.
     torn = sorted(path for path in finished.iterdir() if not path.name.startswith("."))[0]
@@ -120,7 +112,7 @@ def test_a_killed_index_goes_on_and_gives_the_same_manifest(tmp_path):
     report = index(folder, workers=2)
     assert 1 <= report.kept < 60
     assert same(report.manifest, index(folder, tmp_path / "fresh").manifest)
-    assert "indexing" not in files(folder)
+    assert "indexing" not in names(folder)
 
 
 def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
@@ -141,7 +133,7 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
             process.kill()
         assert process.returncode == 0
         assert said == "indexed 2 shards; the call without --part is still due\n"
-    assert files(output) == {"indexing"}
+    assert {*names(output)} == {"indexing"}
     report = index(shards, output)
     assert (report.read, report.kept) == (0, 6)
     assert same(report.manifest, build_manifest(shards))
@@ -283,8 +275,7 @@ def test_memory_is_that_of_one_shard_not_of_all(tmp_path):
         folder.mkdir()
         for number in range(count):
             (folder / f"{number}.tar").write_bytes(whole)
-        run = [sys.executable, "-c", program, str(folder)]
-        peaks.append(int(subprocess.run(run, capture_output=True, timeout=300, check=True).stdout))
+        peaks.append(int(run_python("-c", program, str(folder)).stdout))
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 

@@ -1,8 +1,6 @@
 """`ganscale shards` as a user meets it."""
 
 import argparse
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ from PIL import Image
 
 from ganscale.cli import shards
 from ganscale.errors import UserError
+from tests.helpers.processes import run_python
 
 
 def run(*arguments: str) -> int:
@@ -80,7 +79,4 @@ def test_the_parser_imports_nothing_heavy():
         "shards.add_parser(argparse.ArgumentParser().add_subparsers());"
         "print([m for m in ('numpy', 'PIL', 'torch', 'webdataset') if m in sys.modules])"
     )
-    answer = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=True
-    )
-    assert answer.stdout == "[]\n"
+    assert run_python("-c", program).stdout == "[]\n"

@@ -3,11 +3,9 @@
 import gc
 import json
 import os
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +22,7 @@ from ganscale.shards import bundled, sources
 from ganscale.shards.writing import write_shards
 from tests.helpers.disks import remount, small_disk
 from tests.helpers.images import png
+from tests.helpers.processes import end_tree, wait_until
 
 photo = partial(png, height=12, width=16)
 
@@ -246,18 +245,12 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path):
     script = tmp_path / "write.py"
     script.write_text(program)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen(
-        [sys.executable, str(script)], start_new_session=True, env=environment
-    )
+    process = subprocess.Popen([sys.executable, str(script)], env=environment)
+    killed = tmp_path / "killed"
     try:
-        deadline = time.monotonic() + 300
-        while len(list((tmp_path / "killed").glob("*.tar"))) < 3:
-            assert process.poll() is None, "ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: len(list(killed.glob("*.tar"))) >= 3, 60, process=process)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        end_tree(process)
     assert not (tmp_path / "killed" / "manifest.json").exists()
     options["workers"] = 1
     report = write_shards("bundled:mnist", tmp_path / "killed", **options)

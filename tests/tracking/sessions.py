@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from ganscale.tracking import read_rows
+from tests.helpers.processes import REPOSITORY, run_python
 
 IMAGES_PER_STEP = 64
 DEADLINE_SECONDS = 300
-REPOSITORY = Path(__file__).parents[2]
 API_KEY = "0" * 40
 RUN_ID = "same-run"
 
@@ -70,10 +70,7 @@ def offline_records(run_folder: Path, kind: str) -> list[dict]:
     """All records of a kind in the offline fragments of a run, as the client itself reads them."""
     records = []
     for fragment in sorted(run_folder.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
-        output = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=DEADLINE_SECONDS
-        ).stdout
+        output = run_python("-m", "wandb", "leet", "inspect", "--json", str(fragment)).stdout
         parsed = [json.loads(line) for line in output.splitlines()]
         records += [record[kind] for record in parsed if record["type"] == kind]
     return records
@@ -106,12 +103,5 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 def synchronize(environment: dict[str, str], run_folder: Path, **arguments: Any) -> dict:
     """Runs `synchronize` in a process of its own: what it returns, or {"error"} and its name."""
     script = REPOSITORY / "tests/tracking/sync_process.py"
-    done = subprocess.run(
-        [sys.executable, str(script), str(run_folder), json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_SECONDS,
-        check=True,
-    )
-    return json.loads(done.stdout)
+    arguments_of_script = (str(script), str(run_folder), json.dumps(arguments))
+    return json.loads(run_python(*arguments_of_script, env=environment).stdout)

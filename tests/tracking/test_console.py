@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ganscale.tracking import Console, setup_logging
+from tests.helpers.processes import run_python
 
 REPOSITORY = Path(__file__).parents[2]
 DATED = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
@@ -77,14 +78,7 @@ LINES = [
 
 
 def test_without_a_terminal_each_interval_is_one_plain_line(log_path):
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINING, str(log_path)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    done = run_python("-c", TRAINING, str(log_path))
     assert done.stdout.splitlines() == LINES
     assert done.stderr == ""
     assert [re.sub(DATED, "", line) for line in log_path.read_text().splitlines()] == LINES

@@ -10,6 +10,7 @@ import pytest
 import ganscale.tracking.record as record_module
 from ganscale.tracking.record import Record, read_rows
 from ganscale.tracking.record_tail import RecordTail
+from tests.helpers.processes import run_python
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -227,14 +228,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 record.append({{"progress/images_seen": 101}})
 print(record.pending_rows)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    done = run_python("-c", script)
     pending_when_full, pending_after = map(int, done.stdout.split())
     assert pending_when_full > 50
     assert pending_after == 0

@@ -2,15 +2,13 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.ranks import run_ranks
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import run_python
 from tests.training.compiled_process import after_a_cycle
 
 
@@ -25,14 +23,7 @@ def test_two_compiled_ranks_end_with_the_weights_of_one_as_it_is(tmp_path: Path)
 
 
 def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
-    said = subprocess.run(
-        [sys.executable, "-m", "tests.training.compiled_process"],
-        cwd=REPOSITORY,
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-compiler-here"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    ).stdout
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "no-compiler-here"}
+    said = run_python("-m", "tests.training.compiled_process", seconds=240, env=env).stdout
     assert said.startswith("`training.compile`: a network cannot be compiled: ")
     assert said.count("\n") == 1

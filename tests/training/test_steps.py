@@ -22,25 +22,9 @@ from ganscale.schema import (
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.steps import CriticStep, GeneratorStep
+from tests.helpers.networks import SmoothCritic, draw
 
 BATCH, WEIGHT = 4, 10.0
-
-
-class SmoothCritic(nn.Module):
-    """D(x) = v . tanh(W x + b) + c, whose input gradient is known in closed form."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(draw(6, 12, seed=1)), nn.Parameter(draw(6, seed=2))
-        self.last, self.last_bias = nn.Parameter(draw(6, seed=3)), nn.Parameter(draw(1, seed=4))
-
-    def forward(self, images: Tensor) -> Tensor:
-        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
-        return hidden @ self.last + self.last_bias
-
-    def gradient_norms(self, images: Tensor) -> Tensor:
-        hidden = torch.tanh(images.flatten(1) @ self.weight.T + self.bias)
-        return (((1 - hidden**2) * self.last) @ self.weight).square().sum(1).sqrt()
 
 
 class SmallGenerator(nn.Module):
@@ -51,10 +35,6 @@ class SmallGenerator(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         return torch.tanh(self.layer(latents)).view(-1, 3, 2, 2)
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def objective(loss: str, **penalties: PenaltyConfig) -> Objective:
@@ -272,9 +252,9 @@ def test_a_first_look_at_the_logits_leaves_no_trace_in_buffers(runtime):
             self.register_buffer("forwards", torch.zeros(()))
             self.forwards: Tensor
 
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
             self.forwards += 1
-            return super().forward(images)
+            return super().forward(images, labels)
 
     counts = []
     for name in ("wgan", "relativistic_average"):
