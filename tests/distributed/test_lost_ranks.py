@@ -118,7 +118,7 @@ def test_a_mistake_is_reported_once_for_all_ranks(runs: Runs, started: list[Rank
     ranks = Ranks(runs, 2, "training.global_batch_size=15")
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [2, 2]
-    assert ranks.printed(0).startswith("error: `training.global_batch_size` of 15 cannot be dealt")
+    assert ranks.printed(0).startswith("error: `training.global_batch_size` of 15 cannot be divided")
     assert ranks.printed(1) == ""
 
 
