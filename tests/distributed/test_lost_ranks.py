@@ -29,6 +29,11 @@ def short_limit() -> tuple[str, str]:
     return f"runtime.timeout_seconds={4 * seconds_to_import_torch():.1f}", "data.retry_seconds=1"
 
 
+def last_error(ranks: Ranks, rank: int) -> str:
+    """The end of what a rank printed: its main thread may have been in the middle of a line."""
+    return "error: " + ranks.printed(rank).splitlines()[-1].rpartition("error: ")[2]
+
+
 @pytest.fixture
 def started() -> Iterator[list[Ranks]]:
     """Whatever is appended here is ended after the test."""
@@ -48,7 +53,7 @@ def test_the_others_leave_when_a_rank_is_killed_and_say_which(
     wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
     ranks.processes[2].kill()
     assert ranks.exit_codes(0, 1) == [76, 76]
-    last = ranks.printed(0).splitlines()[-1]
+    last = last_error(ranks, 0)
     assert last.startswith(f"error: rank 2 on {HOST} was lost: the process died in `")
     assert "Traceback" not in ranks.printed(0) + ranks.printed(1)
     assert history.read_text().splitlines()[0] == "started 0"
@@ -62,7 +67,7 @@ def test_the_others_leave_when_rank_0_is_killed(runs: Runs, started: list[Ranks]
     wait_for_checkpoints(runs, "run", 2, ranks.processes[0])
     ranks.processes[0].kill()
     assert ranks.exit_codes(1) == [76]
-    last = ranks.printed(1).splitlines()[-1]
+    last = last_error(ranks, 1)
     assert last.startswith(f"error: rank 0 on {HOST} was lost: the process died in `")
     runs.finish("run", "checkpoint.every_images=320", "training.total_images=1280")  # on one
 
@@ -77,7 +82,7 @@ def test_a_rank_whose_process_is_stopped_ends_the_run(
     ranks.processes[stopped].send_signal(signal.SIGSTOP)
     other = 1 - stopped
     assert ranks.exit_codes(other) == [76]
-    last = ranks.printed(other).splitlines()[-1]
+    last = last_error(ranks, other)
     assert last.startswith(f"error: rank {stopped} on {HOST} was lost: no sign of life for ")
     stacks = (ranks.folder / "stacks" / f"rank-{other:04d}.txt").read_text()
     assert "trainer.py" in stacks  # what its main thread was waiting in
@@ -90,7 +95,7 @@ def test_a_rank_that_hangs_is_distinguished_from_those_that_wait_for_it(
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [76, 76]
     stacks = (ranks.folder / "stacks" / "rank-0000.txt").read_text()
-    said = ranks.printed(0).splitlines()[-1]
+    said = last_error(ranks, 0)
     assert said.startswith(f"error: rank 1 on {HOST} hangs: in `"), stacks
     assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0001.txt").read_text()
     assert "Traceback" not in ranks.printed(0) + ranks.printed(1)
@@ -100,7 +105,7 @@ def test_a_run_on_one_rank_does_not_hang_for_ever(runs: Runs, started: list[Rank
     ranks = Ranks(runs, 1, *MISBEHAVES, *short_limit(), MISBEHAVE="0:hang")
     started.append(ranks)
     assert ranks.exit_codes(0) == [76]
-    assert "hangs: in `" in ranks.printed(0).splitlines()[-1]
+    assert "hangs: in `" in last_error(ranks, 0)
     assert "misbehaving.py" in (ranks.folder / "stacks" / "rank-0000.txt").read_text()
 
 
@@ -109,7 +114,7 @@ def test_an_error_on_one_rank_ends_all_with_its_message(runs: Runs, started: lis
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [1, 1]
     sentence = f"rank 1 on {HOST}: RuntimeError: the weights of this rank are tired"
-    assert ranks.printed(0).splitlines()[-1] == f"error: {sentence}"
+    assert last_error(ranks, 0) == f"error: {sentence}"
     assert "Traceback" not in ranks.printed(0)
     assert ranks.printed(1).count("Traceback") == 1
 
@@ -118,7 +123,9 @@ def test_a_mistake_is_reported_once_for_all_ranks(runs: Runs, started: list[Rank
     ranks = Ranks(runs, 2, "training.global_batch_size=15")
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [2, 2]
-    assert ranks.printed(0).startswith("error: `training.global_batch_size` of 15 cannot be divided")
+    assert ranks.printed(0).startswith(
+        "error: `training.global_batch_size` of 15 cannot be divided"
+    )
     assert ranks.printed(1) == ""
 
 
