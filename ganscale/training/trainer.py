@@ -27,8 +27,8 @@ from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
 from ganscale.supervision.job_history import note_started
+from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import StopRequest
-from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle
@@ -98,7 +98,7 @@ class Trainer:
             flush_first=[self.folder.record],
             on_progress=lambda: self.progress.mark("checkpoint"),
         )
-        self.progress.last_act = self.writer.wait
+        self.progress.before_abort = self.writer.wait
         self.newest_metrics: dict[str, float] = {}  # the newest value of every name
 
     def run(self) -> int:

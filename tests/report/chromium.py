@@ -30,7 +30,7 @@ _COMMAND = (
     "--proxy-server=127.0.0.1:9",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-_DEADLINE_SECONDS = 30.0
+_DEADLINE_SECONDS = 300
 
 
 def is_missing() -> str:

@@ -15,7 +15,7 @@ from ganscale.tracking import read_rows
 from tests.helpers.processes import REPOSITORY, run_python
 
 IMAGES_PER_STEP = 64
-DEADLINE_SECONDS = 40
+DEADLINE_SECONDS = 300
 API_KEY = "0" * 40
 RUN_ID = "same-run"
 

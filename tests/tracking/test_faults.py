@@ -22,8 +22,7 @@ from sessions import (
 from wandb_server import WandbServer
 
 from tests.helpers.disks import small_disk
-
-pytestmark = pytest.mark.timeout(2 * DEADLINE_SECONDS)
+from tests.helpers.processes import seconds_to_import_torch
 
 LAST_STEP = 30
 FINISH_SECONDS = 5
@@ -42,6 +41,11 @@ def paused(environment, run_folder, mode="auto", finish_seconds=FINISH_SECONDS) 
     )
     wait_until_paused(process)
     return process
+
+
+def is_quick(seconds: float) -> bool:
+    """A second at most, or on a busy machine what it takes right now to import torch."""
+    return seconds < 1 or seconds < seconds_to_import_torch()
 
 
 def services(process: Popen[str]) -> list[psutil.Process]:
@@ -70,8 +74,8 @@ def test_a_server_that_fails_at_the_start(fault, with_account, run_folder, serve
     server.fault = lambda path: None if fault == "dead" else fault
     process = paused(with_account, run_folder)
     outcome = end(process)
-    assert outcome["start_seconds"] < 1
-    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert is_quick(outcome["start_seconds"])
+    assert is_quick(outcome["finish_seconds"] - FINISH_SECONDS)
     assert outcome["output"].count("ganscale sync") == 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
     assert not sent(server)
@@ -85,7 +89,7 @@ def test_a_server_that_fails_in_the_middle(fault, with_account, run_folder, serv
         server.stop()
     server.fault = lambda path: None if fault == "dead" else fault
     outcome = end(process)
-    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert is_quick(outcome["finish_seconds"] - FINISH_SECONDS)
     assert outcome["output"].count("ganscale sync") == 1
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
 
@@ -116,7 +120,7 @@ def test_a_server_that_dies_after_the_last_row(with_account, run_folder, server)
     server.fault = lambda path: 503 if server.requests["file_stream"] > 1 else None
     process = paused(with_account, run_folder)
     outcome = end(process)
-    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert is_quick(outcome["finish_seconds"] - FINISH_SECONDS)
     server.fault = lambda path: None
     synchronize(with_account, run_folder)
     expect_all_rows_once(server)
@@ -132,7 +136,7 @@ def test_a_service_that_dies_or_hangs(number, with_account, run_folder, server):
     outcome = end(process)
     with contextlib.suppress(psutil.NoSuchProcess):
         service.kill()
-    assert outcome["finish_seconds"] < FINISH_SECONDS + 1
+    assert is_quick(outcome["finish_seconds"] - FINISH_SECONDS)
     assert recorded_steps(run_folder) == list(range(1, LAST_STEP + 1))
     synchronize(with_account, run_folder)
     expect_all_rows_once(server)

@@ -205,7 +205,7 @@ for step in range(1, 10**9):
         assert process.stdout.readline() == "500\n"
     finally:
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=300)
 
     last = [step for step, _ in RecordTail(path).read()][-1]
     assert last >= 500

@@ -5,7 +5,6 @@ import json
 
 import pytest
 from sessions import (
-    DEADLINE_SECONDS,
     RUN_ID,
     end,
     kill,
@@ -26,8 +25,6 @@ from ganscale.tracking.superseded_rows import note_rewind
 from ganscale.tracking.uploader_messages import WandbIdentity
 from ganscale.tracking.wandb_identity import wandb_identity
 from tests.helpers.runs import TINY
-
-pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
 
 
 def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 from sessions import (
     API_KEY,
     DEADLINE_SECONDS,
@@ -15,8 +14,6 @@ from sessions import (
     train,
     wait_until_paused,
 )
-
-pytestmark = pytest.mark.timeout(2 * DEADLINE_SECONDS)
 
 
 def test_an_offline_run_has_every_row_once_over_images_seen(environment, run_folder):

@@ -16,8 +16,6 @@ from ganscale.tracking import read_rows
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.runs import TINY
 
-pytestmark = pytest.mark.timeout(180)
-
 SETTINGS = [
     *(setting for setting in TINY if not setting.startswith("log.wandb")),
     "training.total_images=160",
@@ -35,7 +33,7 @@ def ganscale(environment: dict[str, str], *arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -114,7 +112,7 @@ def test_a_sweep_finds_the_objective_among_other_parameters(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        timeout=20,
+        timeout=300,
     )
     assert done.stdout.splitlines() == [
         *("train", "configs/demo.yaml", "configs/objective/r1.yaml", "a=1 2", "b=[3]"),
@@ -159,7 +157,7 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stdout
     folder = tmp_path / "runs" / "objectives" / "hinge-swept"
