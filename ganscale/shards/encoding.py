@@ -11,8 +11,6 @@ from ganscale.errors import UserError
 
 IMAGE_FORMATS = ("png", "webp", "jpeg", "npy", "keep")
 
-_JPEG_QUALITY = 95
-
 
 @dataclass(frozen=True)
 class Encoding:
@@ -49,12 +47,10 @@ class Encoding:
             np.save(stream, pixels)
             return "npy", stream.getvalue()
         image = Image.fromarray(pixels.squeeze(2) if self.channels == 1 else pixels)
-        if self.image_format == "png":
-            image.save(stream, "PNG")
-        elif self.image_format == "webp":
-            image.save(stream, "WEBP", lossless=self.quality is None, quality=self.quality or 80)
-        else:
+        if self.image_format == "jpeg":
             # Full-resolution colour: a generator would learn to imitate the blur of 4:2:0.
-            image.save(stream, "JPEG", quality=self.quality or _JPEG_QUALITY, subsampling=0)
+            image.save(stream, "JPEG", quality=self.quality or 95, subsampling=0)
             return "jpg", stream.getvalue()
+        webp = {"lossless": self.quality is None, "quality": self.quality or 80}
+        image.save(stream, self.image_format, **(webp if self.image_format == "webp" else {}))
         return self.image_format, stream.getvalue()

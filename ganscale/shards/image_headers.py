@@ -5,6 +5,7 @@ Results are the same as from `decoding.image_size`, which uses Pillow and takes 
 
 import struct
 import zlib
+from contextlib import suppress
 from functools import lru_cache
 
 from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size
@@ -35,11 +36,9 @@ def pixel_size(data: bytes) -> tuple[int, int] | None:
     elif data.startswith(_NPY) and data[6:8] == b"\x01\0":
         return _cached_size(data[: 10 + int.from_bytes(data[8:10], "little")])
     elif data.startswith(_JPEG) and simplejpeg is not None and b"Exif\0" not in data[:65_536]:
-        try:
+        with suppress(ValueError):
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
             size = (int(height), int(width))
-        except ValueError:
-            size = None
     if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS:
         return size
     return _decoder_size(data)

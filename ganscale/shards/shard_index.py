@@ -6,10 +6,9 @@ key of its sample, and the rest is its extension: `key.png` is the image of the 
 an image apart from its label), indexing raises.
 """
 
-import hashlib
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UserError
 from ganscale.shards.image_headers import MAGIC_BYTES, is_image, pixel_size
 from ganscale.shards.interop import IdxReader
-from ganscale.shards.tar_reader import Member, Reader, TarReader
+from ganscale.shards.tar_reader import Member, TarReader
 
 _MAX_LABEL_BYTES = 16 << 20
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # skipped by WebDataset too, such as __MACOSX/
@@ -58,36 +57,26 @@ class _Sample:
     """By extension; only labels have their contents here."""
 
 
-def read_index(
-    file: Reader, name: str, label: str, excluded_keys: Collection[str] = ()
-) -> ShardIndex:
-    """The contents of a tar, read once from the position of `file` to its end.
-
-    name, label: the shard's name in the manifest, and in messages
+def read_index(reader: MemberReader, name: str, excluded_keys: Collection[str] = ()) -> ShardIndex:
+    """The contents of the shard `name`, read once.
 
     Raises UserError for a tar whose samples cannot be told apart; bad samples are listed instead.
     """
-    digest = hashlib.sha256()
-    reader = TarReader(file, label, digest)
-    index = index_members(reader, excluded_keys)
-    return replace(index, shard=Shard(name, reader.bytes, digest.hexdigest(), len(index.rows)))
-
-
-def index_members(
-    reader: MemberReader, excluded_keys: Collection[str] = (), with_image_sizes: bool = True
-) -> ShardIndex:
-    """The samples that the members form; the index's shard does not have its name and size yet.
-
-    `with_image_sizes` reads images whole until two sizes are known. Raises as `read_index`.
-    """
     samples: list[_Sample] = []
     bad: list[tuple[str, str]] = []
-    sizes: set[tuple[int, int]] = set()
+    # With an .idx, images are not read whole, as their sizes would need.
+    sizes: set[tuple[int, int]] | None = set() if isinstance(reader, TarReader) else None
     excluded = 0
-    for sample in _samples(reader, sizes if with_image_sizes else None):
+    for sample in _samples(reader, sizes):
         if sample.key in excluded_keys:
             excluded += 1
-        elif problem := sample.problem or _missing_image(sample):
+        elif sample.problem:
+            bad.append((sample.key, sample.problem))
+        elif sample.offset < 0:
+            problem = (
+                f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
+                f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
+            )
             bad.append((sample.key, problem))
         else:
             samples.append(sample)
@@ -99,21 +88,12 @@ def index_members(
     rows["size"] = [sample.size for sample in samples]
     rows["label"] = labels
     return ShardIndex(
-        Shard("", 0, "", len(rows)),
+        Shard(name, reader.bytes, reader.sha256, len(rows)),
         rows,
         tuple(sorted({sample.extension for sample in samples})),
-        tuple(sorted(sizes)) if with_image_sizes else None,
+        None if sizes is None else tuple(sorted(sizes)),
         excluded,
         (*bad, *unlabelled),
-    )
-
-
-def _missing_image(sample: _Sample) -> str:
-    if sample.offset >= 0:
-        return ""
-    return (
-        f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
-        f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
     )
 
 
@@ -147,7 +127,12 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
             continue
         sample.members[extension] = b""
         if extension in IMAGE_EXTENSIONS:
-            _add_image(sample, extension, member, reader, sizes)
+            if sample.offset >= 0:
+                sample.problem = (
+                    f"sample '{key}' has two images, .{sample.extension} and .{extension}"
+                )
+            sample.extension, sample.offset, sample.size = extension, *member[1:]
+            sample.problem = sample.problem or _read_image(member, reader, sizes)
         elif extension in LABEL_EXTENSIONS:
             if member[2] > _MAX_LABEL_BYTES:
                 sample.problem = f"member '{name}' has {member[2]:,} bytes, too many for a label"
@@ -157,33 +142,19 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
         yield sample
 
 
-def _add_image(
-    sample: _Sample,
-    extension: str,
-    member: Member,
-    reader: MemberReader,
-    sizes: set[tuple[int, int]] | None,
-) -> None:
-    name, offset, size = member
-    if sample.offset >= 0:
-        sample.problem = (
-            f"sample '{sample.key}' has two images, .{sample.extension} and .{extension}"
-        )
-    sample.offset, sample.size, sample.extension = offset, size, extension
+def _read_image(member: Member, reader: MemberReader, sizes: set[tuple[int, int]] | None) -> str:
+    """Adds the current member's pixel size to `sizes`; returns what is wrong with it, or ""."""
+    name, _, size = member
     if size > LARGEST_IMAGE_BYTES:
-        sample.problem = (
-            f"member '{name}' has {size:,} bytes, more than the limit of {LARGEST_IMAGE_BYTES:,}"
-        )
-        return
-    needs_size = sizes is not None and len(sizes) < 2
-    data = reader.data(None if needs_size else MAGIC_BYTES)
+        return f"member '{name}' has {size:,} bytes, more than the limit of {LARGEST_IMAGE_BYTES:,}"
+    is_whole = sizes is not None and len(sizes) < 2
+    data = reader.data(None if is_whole else MAGIC_BYTES)
     if not is_image(data):
-        sample.problem = sample.problem or (
-            f"member '{name}' is not a JPEG, PNG, WebP or .npy: it begins with "
-            f"{data[:MAGIC_BYTES]!r}"
-        )
-    elif sizes is not None and needs_size and (pixels := pixel_size(data)) is not None:
+        begin = data[:MAGIC_BYTES]
+        return f"member '{name}' is not a JPEG, PNG, WebP or .npy: it begins with {begin!r}"
+    if sizes is not None and is_whole and (pixels := pixel_size(data)) is not None:
         sizes.add(pixels)
+    return ""
 
 
 def _labels(samples: list[_Sample]) -> tuple[list[int], list[tuple[str, str]]]:

@@ -2,10 +2,10 @@
 
 It is five times as fast as the standard library's tarfile, and stricter: tarfile takes a damaged
 header or a missing end for the end of the archive; this raises. Formats: V7, ustar, GNU (long
-names, sizes in base 256) and pax (path and size), as described in POSIX.1-2017 (pax) and the GNU
-tar manual.
+names, sizes in base 256) and pax (path, size), see POSIX.1-2017 (pax) and the GNU tar manual.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -33,13 +33,6 @@ Member = tuple[str, int, int]
 
 
 @runtime_checkable
-class Digest(Protocol):
-    """A hash object, as in hashlib."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-@runtime_checkable
 class Reader(Protocol):
     """A file or stream of bytes. A short read is not the end; an empty one is."""
 
@@ -55,18 +48,24 @@ class TarReader:
 
     file: positioned at the tar's first byte; it need not be seekable
     name: the tar's name in messages
-    digest: updated with every byte in order; without one, a seekable file is not read between
-        headers
+    with_sha256: reads every byte; otherwise a seekable file is not read between headers
+
+    Attributes, known after the last member: `bytes`, the tar's size, and `sha256`.
     """
 
-    def __init__(self, file: Reader, name: str, digest: Digest | None = None):
+    def __init__(self, file: Reader, name: str, with_sha256: bool = False):
         self.name = name
         self.bytes = 0
-        """The tar's size, set after the last member."""
-        self._file, self._digest = file, digest
-        self._may_seek = digest is None and getattr(file, "seekable", bool)()
+        self._file = file
+        self._digest = hashlib.sha256() if with_sha256 else None
+        self._may_seek = not with_sha256 and getattr(file, "seekable", bool)()
         self._buffer, self._start = b"", 0  # the tar's bytes from _start on
         self._member: Member = ("", 0, 0)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 in hexadecimal; "" without `with_sha256`."""
+        return self._digest.hexdigest() if self._digest else ""
 
     def __iter__(self) -> Iterator[Member]:
         """Every plain file in order. Raises UserError, and what the file's `read` raises."""
@@ -86,7 +85,9 @@ class TarReader:
                     raise _BadHeader
                 size, kind = _number(header[124:136]), header[156:157]
                 if kind in _EXTENSION_TYPES:
-                    content = self._extension(offset + BLOCK_BYTES, size)
+                    content = self._at(offset + BLOCK_BYTES, min(size, _MAX_EXTENSION_BYTES))
+                    if len(content) < size:
+                        raise _BadHeader
                     _add_extension(kind, content, extensions, defaults)
                     offset += BLOCK_BYTES + _whole_blocks(size)
                     continue
@@ -157,12 +158,6 @@ class TarReader:
             self._digest.update(data)
         return data
 
-    def _extension(self, offset: int, size: int) -> bytes:
-        content = self._at(offset, min(size, _MAX_EXTENSION_BYTES))
-        if len(content) < size:
-            raise _BadHeader
-        return content
-
     def _check_end(self, offset: int) -> None:
         end = self._at(offset, 2 * BLOCK_BYTES)
         if len(end) < 2 * BLOCK_BYTES or end.strip(b"\0"):
@@ -226,17 +221,18 @@ def _member(
     if not records:
         return name, size, kind
     if "size" in records:
-        size = _decimal(records["size"])
+        digits = records["size"]
+        if not (digits.isascii() and digits.isdigit()) or len(digits) > 19:
+            raise _BadHeader
+        size = int(digits)
     if any(key.startswith("GNU.sparse.") for key in records):
         kind = b"S"
     return records.get("path", name), size, kind
 
 
 def header_size(block: bytes) -> int | None:
-    """The size in a member's 512-byte header; None if it is not a header.
-
-    A pax header before it could state another size.
-    """
+    """The size in a member's 512-byte header, which a pax header may override; None if it is not a
+    header."""
     try:
         checksum = sum(block)
         return _number(block[124:136]) if checksum and _is_checksum(block, checksum) else None
@@ -248,11 +244,8 @@ def _is_checksum(header: bytes, byte_sum: int) -> bool:
     """Whether the checksum fits: all bytes summed, its own field as spaces. Some old writers
     summed signed bytes."""
     field = header[148:156]
-    stored = _number(field)
-    unsigned = byte_sum - sum(field) + 8 * 32
-    if unsigned == stored:
-        return True
-    return unsigned - 256 * sum(byte >= 128 for byte in header[:148] + header[156:]) == stored
+    excess = byte_sum - sum(field) + 8 * 32 - _number(field)
+    return not excess or excess == 256 * sum(byte >= 128 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:
@@ -266,12 +259,6 @@ def _number(field: bytes) -> int:
     if number < 0:
         raise _BadHeader
     return number
-
-
-def _decimal(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 19:
-        raise _BadHeader
-    return int(text)
 
 
 def _text(field: bytes) -> str:

@@ -1,6 +1,5 @@
 """Checks that shards still match their manifest, and that all their images can be decoded."""
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
-from ganscale.shards.listing import DEFAULT_RETRY_SECONDS, open_shard
+from ganscale.shards.listing import open_shard
 from ganscale.shards.parallel import run_all
 from ganscale.shards.tar_reader import Reader, TarReader
 
@@ -74,7 +73,7 @@ def _verify_shard(task: _Task) -> VerifyResult:
     manifest = _load_manifest(task.manifest, task.fingerprint)
     shard = manifest.shards[task.position]
     try:
-        with open_shard(task.address, DEFAULT_RETRY_SECONDS) as file:
+        with open_shard(task.address) as file:
             problem, bad = _verify(file, manifest, task.position)
     except FileNotFoundError:
         return VerifyResult(shard.name, shard.samples, "is missing")
@@ -92,8 +91,7 @@ def _verify(
     rows = manifest.samples[first:last]
     expected = dict(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True))
     bad: list[tuple[str, str]] = []
-    digest = hashlib.sha256()
-    reader = TarReader(file, "the tar", digest)
+    reader = TarReader(file, "the tar", with_sha256=True)
     changed = "has changed since it was indexed"
     try:
         for name, offset, size in reader:
@@ -109,8 +107,8 @@ def _verify(
         return f"{changed}: {error}", ()
     if reader.bytes != shard.bytes:
         return f"{changed}: it has {reader.bytes:,} bytes, not {shard.bytes:,}", ()
-    if shard.sha256 and digest.hexdigest() != shard.sha256:
-        return f"{changed}: its SHA-256 is {digest.hexdigest()}, not {shard.sha256}", ()
+    if shard.sha256 not in ("", reader.sha256):
+        return f"{changed}: its SHA-256 is {reader.sha256}, not {shard.sha256}", ()
     if expected:
         return f"has no image at byte {min(expected):,}, where the manifest lists one", ()
     return "", tuple(bad)

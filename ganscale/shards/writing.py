@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -22,10 +22,10 @@ from ganscale.shards.encoding import Encoding
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import explain_full_disk, run_all
 from ganscale.shards.sources import Source, SourceImage, image_reader, list_images
-from ganscale.shards.write_journal import WriteJournal, WrittenShard
 
 DEFAULT_SHARD_BYTES = 128 << 20
 
+_JOURNAL_NAME = "writing.jsonl"
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of a few kilobytes can contain a "file" of many gigabytes
 _TAR_BLOCK_BYTES = 512  # a member is a header of one block, and whole blocks of data
@@ -46,6 +46,18 @@ class WriteResult(NamedTuple):
     ignored: dict[str, int]
 
 
+class _WrittenShard(NamedTuple):
+    """A complete shard.
+
+    bytes: 0 for a shard without any good image, which has no file
+    bad_images: (name, reason) of the images that were left out
+    """
+
+    shard: str
+    bytes: int
+    bad_images: list[tuple[str, str]]
+
+
 class _ShardTask(NamedTuple):
     path: Path
     kind: str
@@ -53,6 +65,64 @@ class _ShardTask(NamedTuple):
     first_key: int
     images: list[SourceImage]
     encoding: Encoding
+
+
+class _Journal:
+    """The settings of a command, then a line for each complete shard in the folder `root`.
+
+    Continues the journal of an earlier run with the same `settings`. Raises UserError if the folder
+    holds other shards, and as soon as more than a share of `max_bad` of the images are bad.
+    Attributes: `shards`, the complete ones by name; `bad_count`, the number of their bad images.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any], max_bad: float):
+        self.shards: dict[str, _WrittenShard] = {}
+        self.bad_count = 0
+        self._path = root / _JOURNAL_NAME
+        self._image_count, self._max_bad = settings["images"], max_bad
+        if not self._path.exists():
+            if any(root.glob("*.tar")):
+                raise UserError(f"{root} already contains shards; write into another folder")
+            write_text(self._path, json.dumps(settings) + "\n")
+            return
+        first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        earlier = json.loads(first)
+        changed = [name for name in settings if settings[name] != earlier.get(name)]
+        if changed:
+            raise UserError(
+                f"{root} contains the shards of another `ganscale shards write`, with a different "
+                f"{', '.join(changed)}; write into another folder, or delete it first"
+            )
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the machine stopped while writing it; the shard is written again
+            write_text(self._path, "".join([first, *lines]))
+        latest = {line[0]: line for line in map(json.loads, lines)}
+        for name, size, bad_images in latest.values():
+            path = root / name
+            if size == 0 or (path.exists() and path.stat().st_size == size):
+                bad = [(image, reason) for image, reason in bad_images]
+                self.shards[name] = _WrittenShard(name, size, bad)
+                self.bad_count += len(bad)
+        self._refuse_too_many_bad()
+
+    def add(self, shard: _WrittenShard) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(shard) + "\n")
+        self.shards[shard.shard] = shard
+        self.bad_count += len(shard.bad_images)
+        self._refuse_too_many_bad()
+
+    @property
+    def bad_images(self) -> list[tuple[str, str]]:
+        """(name, reason) of all bad images, sorted."""
+        return sorted(image for shard in self.shards.values() for image in shard.bad_images)
+
+    def _refuse_too_many_bad(self) -> None:
+        if self.bad_count > self._max_bad * self._image_count:
+            raise UserError(
+                f"{self.bad_count} of {self._image_count} images are bad, more than the allowed "
+                f"share of {self._max_bad:g} (--max-bad): {describe_bad_images(self.bad_images)}"
+            )
 
 
 def write_shards(
@@ -75,15 +145,11 @@ def write_shards(
     resolution, channels, image_format, quality: see Encoding. By default, files are kept as they
         are if no resolution is given, else stored as PNG; channels are 3, or those of a bundled set
     classes: "folder" or "none", see `sources.list_images`
-    shard_samples: images per shard; by default as many as fit about `shard_bytes` bytes, estimated
-        by encoding 64 of them
-    seed: of the order of the images. They are shuffled before they are split into shards, since a
-        training run shuffles only within windows of neighbours: with one class per shard, a batch
-        would contain few classes
+    shard_samples: images per shard; by default about `shard_bytes` bytes, estimated from 64 images
+    seed: of the order of the images. A training run shuffles only within windows of neighbours:
+        with one class per shard, a batch would contain few classes
     workers: processes, each with one shard at a time; they do not change the result
-    max_bad: share of bad images above which an error is raised
-
-    Raises UserError.
+    max_bad: share of bad images above which UserError is raised
     """
     listing = list_images(source, classes)
     encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
@@ -103,16 +169,16 @@ def write_shards(
         "source": listing.digest(),
     }
     with explain_full_disk(root):
-        journal = WriteJournal(root, settings)
+        journal = _Journal(root, settings, max_bad)
         tasks = _plan_shards(root, listing, order, encoding, shard_samples)
         todo = [task for task in tasks if task.path.name not in journal.shards]
         if todo or not (root / JSON_NAME).exists():
-            _write_all(root, todo, journal, workers, len(order), max_bad)
+            (root / JSON_NAME).unlink(missing_ok=True)  # an incomplete data set has no manifest
+            _write_all(todo, journal, workers, len(order))
             if listing.class_names:
                 write_text(root / CLASSES_NAME, json.dumps(listing.class_names) + "\n")
             manifest = build_manifest(root, workers)
         else:
-            _refuse_too_many_bad(journal, len(order), max_bad)
             manifest = Manifest.load(root)
     return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
 
@@ -132,10 +198,10 @@ def _choose_encoding(
     quality: int | None,
 ) -> Encoding:
     is_bundled = source.kind == "bundled"
+    is_unchanged = resolution is None and channels is None
     if image_format is None:
-        is_kept = resolution is None and channels is None and not is_bundled
-        image_format = "keep" if is_kept else "png"
-    if image_format == "keep" and (resolution is not None or channels is not None):
+        image_format = "keep" if is_unchanged and not is_bundled else "png"
+    if image_format == "keep" and not is_unchanged:
         raise UserError("the format keep stores files as they are: drop resolution and channels")
     if channels is None:
         channels = 1 if is_bundled and source.path == "mnist" else 3
@@ -152,17 +218,17 @@ def _estimate_shard_samples(
     source: Source, order: list[SourceImage], encoding: Encoding, shard_bytes: int
 ) -> int:
     read = image_reader(source.kind, source.path)
+    probed = order[:_PROBED_IMAGES]
     sizes = []
     reason = ""
-    for image in order[:_PROBED_IMAGES]:
+    for image in probed:
         try:
             blocks = 1 - (-len(_encode(read, image, encoding)[1]) // _TAR_BLOCK_BYTES)
             sizes.append((blocks + 2 * (image.label >= 0)) * _TAR_BLOCK_BYTES)
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
-        count = len(order[:_PROBED_IMAGES])
-        raise UserError(f"the first {count} images cannot be decoded; the last: {reason}")
+        raise UserError(f"the first {len(probed)} images cannot be decoded; the last: {reason}")
     return max(1, shard_bytes * len(sizes) // sum(sizes))
 
 
@@ -182,37 +248,19 @@ def _plan_shards(
     ]
 
 
-def _write_all(
-    root: Path,
-    todo: list[_ShardTask],
-    journal: WriteJournal,
-    workers: int,
-    image_count: int,
-    max_bad: float,
-) -> None:
+def _write_all(todo: list[_ShardTask], journal: _Journal, workers: int, image_count: int) -> None:
     """Writes the shards `todo`, and adds each to the journal as it is complete."""
-    _refuse_too_many_bad(journal, image_count, max_bad)
-    (root / JSON_NAME).unlink(missing_ok=True)  # an incomplete data set has no manifest
     # disable=None: only on a terminal
     with tqdm(total=image_count, unit=" images", disable=None) as progress:
         progress.update(image_count - sum(len(task.images) for task in todo))
         for task, shard in run_all(_write_shard, todo, workers):
             journal.add(shard)
             progress.update(len(task.images))
-            _refuse_too_many_bad(journal, image_count, max_bad)
     if journal.bad_count == image_count:
         raise UserError(f"no image can be decoded: {describe_bad_images(journal.bad_images)}")
 
 
-def _refuse_too_many_bad(journal: WriteJournal, image_count: int, max_bad: float) -> None:
-    if journal.bad_count > max_bad * image_count:
-        raise UserError(
-            f"{journal.bad_count} of {image_count} images are bad, more than the allowed share of "
-            f"{max_bad:g} (--max-bad): {describe_bad_images(journal.bad_images)}"
-        )
-
-
-def _write_shard(task: _ShardTask) -> WrittenShard:
+def _write_shard(task: _ShardTask) -> _WrittenShard:
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
     read = image_reader(task.kind, task.source_path)
@@ -235,8 +283,8 @@ def _write_shard(task: _ShardTask) -> WrittenShard:
             tar.write(sample)
     if len(bad_images) == len(task.images):
         task.path.unlink()
-        return WrittenShard(task.path.name, 0, bad_images)
-    return WrittenShard(task.path.name, task.path.stat().st_size, bad_images)
+        return _WrittenShard(task.path.name, 0, bad_images)
+    return _WrittenShard(task.path.name, task.path.stat().st_size, bad_images)
 
 
 def _encode(
