@@ -12,11 +12,8 @@ def add_parser(subparsers) -> None:
     """Registers `shards`; each of its commands sets `run(args)`, which returns the exit code."""
     shards = subparsers.add_parser("shards", help="make, index, verify and inspect data sets")
     commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
-    _add_write(commands)
-    _add_index(commands)
-    _add_verify(commands)
-    _add_show(commands)
-    _add_export(commands)
+    for add_command in (_add_write, _add_index, _add_verify, _add_show, _add_export):
+        add_command(commands)
 
 
 def _add_write(commands) -> None:

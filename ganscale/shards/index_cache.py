@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +36,7 @@ from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
 from ganscale.shards.shard_index import ShardIndex
 
-FOLDER_NAME, SUMMARY_NAME = "indexing", "indexing.json"
+_FOLDER_NAME, _SUMMARY_NAME = "indexing", "indexing.json"
 
 
 class IndexCache:
@@ -44,13 +44,13 @@ class IndexCache:
 
     def __init__(self, output: Path):
         self._output = output
-        self._folder = output / FOLDER_NAME
+        self._folder = output / _FOLDER_NAME
         self._manifest: Manifest | None = None
         self._records: dict[str, dict[str, Any]] = {}
         self._position: dict[str, int] = {}
         # If these do not fit together, every shard without a file is read again.
         with suppress(OSError, ValueError, KeyError, TypeError, UserError):
-            summary = json.loads((output / SUMMARY_NAME).read_bytes())
+            summary = json.loads((output / _SUMMARY_NAME).read_bytes())
             manifest = Manifest.load(output)
             if summary["fingerprint"] == manifest.fingerprint:
                 self._manifest, self._records = manifest, summary["shards"]
@@ -147,7 +147,7 @@ class IndexCache:
         """Replaces the files of single shards by one, without the rows that the manifest has."""
         records = {name: self._record(name) for name in names}
         content = {"fingerprint": fingerprint, "shards": records}
-        write_text(self._output / SUMMARY_NAME, json.dumps(content))
+        write_text(self._output / _SUMMARY_NAME, json.dumps(content))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _record(self, name: str) -> dict[str, Any] | None:
@@ -185,7 +185,7 @@ def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> No
         "image_sizes": index.image_sizes,
         "left_out": index.excluded,
     }
-    folder = output / FOLDER_NAME
+    folder = output / _FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(_shard_path(folder, index.shard.name)) as file:
         file.write((json.dumps(record) + "\n").encode())
@@ -193,12 +193,7 @@ def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> No
 
 
 def _shard_path(folder: Path, name: str) -> Path:
-    return folder / _digest(name)  # a name may hold slashes and be of any length
-
-
-def options_digest(excluded_keys: Collection[str], uses_idx: bool) -> str:
-    """A digest of the options that change the rows of a shard."""
-    return _digest(json.dumps([sorted(excluded_keys), uses_idx]))
+    return folder / text_digest(name)  # a name may hold slashes and be of any length
 
 
 def stamp_of(address: str) -> list:
@@ -222,8 +217,9 @@ def stamp_of(address: str) -> list:
     if size is not None and identity:
         return [size, identity]
     # Hashed, since a command may hold a password, and this is written to disk.
-    return [_digest(objects.shown(address)), size]
+    return [text_digest(objects.shown(address)), size]
 
 
-def _digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """A short digest, in hexadecimal."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,5 +1,6 @@
 """Makes the manifest of many shards, reading only those that are new or have changed."""
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from ganscale.data.manifest import BESIDE, Manifest
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
 from ganscale.shards.exclusions import Exclusion, write_exclusions
-from ganscale.shards.index_cache import IndexCache, options_digest, save_shard, stamp_of
+from ganscale.shards.index_cache import IndexCache, save_shard, stamp_of, text_digest
 from ganscale.shards.interop import IdxReader, check_img2dataset, idx_beside
 from ganscale.shards.listing import Listing, list_shards, open_shard
 from ganscale.shards.parallel import explain_full_disk, run_all
@@ -60,7 +61,8 @@ class _Task(NamedTuple):
 
     @property
     def options(self) -> str:
-        return options_digest(self.excluded_keys, self.idx is not None)
+        """A digest of the options that change the rows of the shard."""
+        return text_digest(json.dumps([sorted(self.excluded_keys), self.idx is not None]))
 
 
 class _Failure(NamedTuple):

@@ -32,11 +32,9 @@ class Listing:
 
     @property
     def is_local(self) -> bool:
-        """Whether the shards are files on this machine."""
         return not objects.is_remote(self.base)
 
     def address(self, name: str) -> str:
-        """The path, URL or command of a shard."""
         return objects.join(self.base, name)
 
 

@@ -115,9 +115,7 @@ def image_reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
     if kind == "folder":
         return lambda image: Path(path, image.name).read_bytes()
     if kind == "tar":
-        return lambda image: np.fromfile(
-            path, np.uint8, image.size, offset=image.position
-        ).tobytes()
+        return lambda image: np.fromfile(path, "B", image.size, offset=image.position).tobytes()
     archive = zipfile.ZipFile(path)
 
     def read_member(image: SourceImage) -> bytes:

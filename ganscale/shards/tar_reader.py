@@ -39,10 +39,6 @@ class Reader(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class _BadHeader(Exception):
-    pass
-
-
 class TarReader:
     """Iterates over the plain files of a tar; at the end, the tar is known to be complete.
 
@@ -82,18 +78,18 @@ class TarReader:
                 break
             try:
                 if not _is_checksum(header, checksum):
-                    raise _BadHeader
+                    raise ValueError("the checksum does not match")
                 size, kind = _number(header[124:136]), header[156:157]
                 if kind in _EXTENSION_TYPES:
                     content = self._at(offset + BLOCK_BYTES, min(size, _MAX_EXTENSION_BYTES))
                     if len(content) < size:
-                        raise _BadHeader
+                        raise ValueError("the extra header is cut or too long")
                     _add_extension(kind, content, extensions, defaults)
                     offset += BLOCK_BYTES + _whole_blocks(size)
                     continue
                 name, size, kind = _member(header, size, kind, defaults | extensions)
                 extensions = {}
-            except _BadHeader as error:
+            except ValueError as error:
                 raise self._damaged(offset, header) from error
             offset += BLOCK_BYTES
             if kind in _FILE_TYPES:
@@ -143,10 +139,7 @@ class TarReader:
                 return
         pieces = [self._buffer[offset - self._start :]]
         missing = count - len(pieces[0])
-        while missing > 0:
-            piece = self._read(max(missing, _CHUNK_BYTES))
-            if not piece:
-                break
+        while missing > 0 and (piece := self._read(max(missing, _CHUNK_BYTES))):
             pieces.append(piece)
             missing -= len(piece)
         self._buffer, self._start = b"".join(pieces), offset
@@ -176,14 +169,11 @@ class TarReader:
         """The error for a `block` at `offset` that should be a header."""
         name, first, size = self._member
         if offset == 0:
-            for magic, compression in _COMPRESSIONS.items():
-                if block.startswith(magic):
-                    return UserError(
-                        f"{self.name}: not a readable tar: it is compressed ({compression}); "
-                        "shards must be uncompressed, so unpack it first"
-                    )
             reason = "it does not begin with a tar header" if block else "the file is empty"
-            return UserError(f"{self.name}: not a readable tar ({reason})")
+            for magic, kind in _COMPRESSIONS.items():
+                if block.startswith(magic):
+                    reason = f"it is compressed ({kind}); shards must not be: unpack it first"
+            return UserError(f"{self.name}: not a readable tar: {reason}")
         if len(block) < BLOCK_BYTES:
             if self._may_seek:
                 self._start, self._buffer = self._file.seek(0, 2), b""  # type: ignore[attr-defined]
@@ -223,7 +213,7 @@ def _member(
     if "size" in records:
         digits = records["size"]
         if not (digits.isascii() and digits.isdigit()) or len(digits) > 19:
-            raise _BadHeader
+            raise ValueError(f"'{digits}' is not a size")
         size = int(digits)
     if any(key.startswith("GNU.sparse.") for key in records):
         kind = b"S"
@@ -236,7 +226,7 @@ def header_size(block: bytes) -> int | None:
     try:
         checksum = sum(block)
         return _number(block[124:136]) if checksum and _is_checksum(block, checksum) else None
-    except _BadHeader:
+    except ValueError:
         return None
 
 
@@ -249,15 +239,12 @@ def _is_checksum(header: bytes, byte_sum: int) -> bool:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's base 256 for larger numbers."""
+    """Octal digits, or GNU's base 256 for larger numbers. Raises ValueError."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        number = int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError as error:
-        raise _BadHeader from error
+    number = int(field.partition(b"\0")[0].strip() or b"0", 8)
     if number < 0:
-        raise _BadHeader
+        raise ValueError(f"{number} is negative")
     return number
 
 
@@ -266,17 +253,18 @@ def _text(field: bytes) -> str:
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """Lines of `LENGTH KEY=VALUE`, where LENGTH counts the line; keys not used here are dropped."""
+    """Lines of `LENGTH KEY=VALUE`, where LENGTH counts the line; keys not used here are dropped.
+    Raises ValueError."""
     records: dict[str, str] = {}
     position = 0
     while position < len(content) and content[position]:
         digits, space, _ = content[position : position + 20].partition(b" ")
         if not space or not digits.isdigit():
-            raise _BadHeader
+            raise ValueError(f"no length at byte {position}")
         end = position + int(digits)
         key, equals, value = content[position + len(digits) + 1 : end - 1].partition(b"=")
         if not equals or end > len(content) or content[end - 1 : end] != b"\n":
-            raise _BadHeader
+            raise ValueError(f"no pax record at byte {position}")
         if key == b"path":
             records["path"] = value.decode("utf-8", "surrogateescape").rstrip("/")
         elif key == b"size" or key.startswith(b"GNU.sparse."):

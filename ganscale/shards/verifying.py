@@ -42,15 +42,10 @@ def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> list[
     base: the folder, URL or `pipe:COMMAND {}` of the shards, if not that of the manifest
     workers: processes, each with one shard at a time
     """
-    tasks = [
-        _Task(
-            manifest.root,
-            manifest.fingerprint,
-            position,
-            objects.join(base, shard.name) if base else manifest.address(position),
-        )
-        for position, shard in enumerate(manifest.shards)
-    ]
+    tasks = []
+    for position, shard in enumerate(manifest.shards):
+        address = objects.join(base, shard.name) if base else manifest.address(position)
+        tasks.append(_Task(manifest.root, manifest.fingerprint, position, address))
     results = []
     # disable=None: only on a terminal
     with tqdm(total=len(manifest.samples), unit=" images", disable=None) as progress:
@@ -60,9 +55,8 @@ def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> list[
     return sorted(results)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # loaded once per process, not once per shard
 def _load_manifest(root: Path, fingerprint: str) -> Manifest:
-    """Loaded once per process, not once per shard."""
     manifest = Manifest.load(root)
     if manifest.fingerprint != fingerprint:
         raise UserError(f"the manifest in {root} was replaced meanwhile; start again")
@@ -72,13 +66,14 @@ def _load_manifest(root: Path, fingerprint: str) -> Manifest:
 def _verify_shard(task: _Task) -> VerifyResult:
     manifest = _load_manifest(task.manifest, task.fingerprint)
     shard = manifest.shards[task.position]
+    bad: tuple[tuple[str, str], ...] = ()
     try:
         with open_shard(task.address) as file:
             problem, bad = _verify(file, manifest, task.position)
     except FileNotFoundError:
-        return VerifyResult(shard.name, shard.samples, "is missing")
+        problem = "is missing"
     except (OSError, UserError, UnavailableError) as error:
-        return VerifyResult(shard.name, shard.samples, f"cannot be read: {error}")
+        problem = f"cannot be read: {error}"
     return VerifyResult(shard.name, shard.samples, problem, bad)
 
 

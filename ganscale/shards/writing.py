@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,40 +23,31 @@ from ganscale.shards.encoding import Encoding
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import explain_full_disk, run_all
 from ganscale.shards.sources import Source, SourceImage, image_reader, list_images
+from ganscale.shards.tar_reader import BLOCK_BYTES
 
 DEFAULT_SHARD_BYTES = 128 << 20
 
 _JOURNAL_NAME = "writing.jsonl"
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of a few kilobytes can contain a "file" of many gigabytes
-_TAR_BLOCK_BYTES = 512  # a member is a header of one block, and whole blocks of data
 _MAX_NAMED = 5
+
+
+BadImages = list[tuple[str, str]]
+"""(name, reason) of images that cannot be decoded and are left out."""
 
 
 class WriteResult(NamedTuple):
     """The result of `write_shards`.
 
     kept_shards: written by an earlier run of the same command
-    bad_images: (name, reason) of the images that could not be decoded and were left out
     ignored: how many files of the source are not images, by extension
     """
 
     manifest: Manifest
     kept_shards: int
-    bad_images: list[tuple[str, str]]
+    bad_images: BadImages
     ignored: dict[str, int]
-
-
-class _WrittenShard(NamedTuple):
-    """A complete shard.
-
-    bytes: 0 for a shard without any good image, which has no file
-    bad_images: (name, reason) of the images that were left out
-    """
-
-    shard: str
-    bytes: int
-    bad_images: list[tuple[str, str]]
 
 
 class _ShardTask(NamedTuple):
@@ -72,11 +64,11 @@ class _Journal:
 
     Continues the journal of an earlier run with the same `settings`. Raises UserError if the folder
     holds other shards, and as soon as more than a share of `max_bad` of the images are bad.
-    Attributes: `shards`, the complete ones by name; `bad_count`, the number of their bad images.
+    Attributes: `shards`, the bad images of each complete one; `bad_count`, their number.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], max_bad: float):
-        self.shards: dict[str, _WrittenShard] = {}
+        self.shards: dict[str, BadImages] = {}
         self.bad_count = 0
         self._path = root / _JOURNAL_NAME
         self._image_count, self._max_bad = settings["images"], max_bad
@@ -100,22 +92,21 @@ class _Journal:
         for name, size, bad_images in latest.values():
             path = root / name
             if size == 0 or (path.exists() and path.stat().st_size == size):
-                bad = [(image, reason) for image, reason in bad_images]
-                self.shards[name] = _WrittenShard(name, size, bad)
-                self.bad_count += len(bad)
+                self.shards[name] = [(image, reason) for image, reason in bad_images]
+                self.bad_count += len(bad_images)
         self._refuse_too_many_bad()
 
-    def add(self, shard: _WrittenShard) -> None:
+    def add(self, name: str, size: int, bad_images: BadImages) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(shard) + "\n")
-        self.shards[shard.shard] = shard
-        self.bad_count += len(shard.bad_images)
+            file.write(json.dumps([name, size, bad_images]) + "\n")
+        self.shards[name] = bad_images
+        self.bad_count += len(bad_images)
         self._refuse_too_many_bad()
 
     @property
-    def bad_images(self) -> list[tuple[str, str]]:
-        """(name, reason) of all bad images, sorted."""
-        return sorted(image for shard in self.shards.values() for image in shard.bad_images)
+    def bad_images(self) -> BadImages:
+        """All bad images, sorted."""
+        return sorted(chain.from_iterable(self.shards.values()))
 
     def _refuse_too_many_bad(self) -> None:
         if self.bad_count > self._max_bad * self._image_count:
@@ -146,8 +137,8 @@ def write_shards(
         are if no resolution is given, else stored as PNG; channels are 3, or those of a bundled set
     classes: "folder" or "none", see `sources.list_images`
     shard_samples: images per shard; by default about `shard_bytes` bytes, estimated from 64 images
-    seed: of the order of the images. A training run shuffles only within windows of neighbours:
-        with one class per shard, a batch would contain few classes
+    seed: of the order of the images. They are shuffled before they are split, since training only
+        shuffles within windows of neighbours: with one class per shard, a batch has few classes
     workers: processes, each with one shard at a time; they do not change the result
     max_bad: share of bad images above which UserError is raised
     """
@@ -183,7 +174,7 @@ def write_shards(
     return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
 
 
-def describe_bad_images(bad_images: list[tuple[str, str]]) -> str:
+def describe_bad_images(bad_images: BadImages) -> str:
     """The first few bad images with their reasons, for a message."""
     named = [f"{name} {reason}" for name, reason in bad_images[:_MAX_NAMED]]
     more = len(bad_images) - len(named)
@@ -223,8 +214,9 @@ def _estimate_shard_samples(
     reason = ""
     for image in probed:
         try:
-            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // _TAR_BLOCK_BYTES)
-            sizes.append((blocks + 2 * (image.label >= 0)) * _TAR_BLOCK_BYTES)
+            # A member is a header of one block, and whole blocks of data.
+            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // BLOCK_BYTES)
+            sizes.append((blocks + 2 * (image.label >= 0)) * BLOCK_BYTES)
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
@@ -253,14 +245,15 @@ def _write_all(todo: list[_ShardTask], journal: _Journal, workers: int, image_co
     # disable=None: only on a terminal
     with tqdm(total=image_count, unit=" images", disable=None) as progress:
         progress.update(image_count - sum(len(task.images) for task in todo))
-        for task, shard in run_all(_write_shard, todo, workers):
-            journal.add(shard)
+        for task, (size, bad_images) in run_all(_write_shard, todo, workers):
+            journal.add(task.path.name, size, bad_images)
             progress.update(len(task.images))
     if journal.bad_count == image_count:
         raise UserError(f"no image can be decoded: {describe_bad_images(journal.bad_images)}")
 
 
-def _write_shard(task: _ShardTask) -> _WrittenShard:
+def _write_shard(task: _ShardTask) -> tuple[int, BadImages]:
+    """The shard's bytes and bad images; without a good image, it has 0 bytes and no file."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
     read = image_reader(task.kind, task.source_path)
@@ -283,8 +276,8 @@ def _write_shard(task: _ShardTask) -> _WrittenShard:
             tar.write(sample)
     if len(bad_images) == len(task.images):
         task.path.unlink()
-        return _WrittenShard(task.path.name, 0, bad_images)
-    return _WrittenShard(task.path.name, task.path.stat().st_size, bad_images)
+        return 0, bad_images
+    return task.path.stat().st_size, bad_images
 
 
 def _encode(
