@@ -119,7 +119,7 @@ def test_a_mistake_is_told_once_for_all_ranks(runs: Runs, started: list[Ranks]) 
     ranks = Ranks(runs, 2, "training.global_batch_size=15")
     started.append(ranks)
     assert [ranks.exit_code(rank, seconds=60) for rank in (0, 1)] == [2, 2]
-    assert ranks.said(0).startswith("error: `training.global_batch_size` of 15 cannot be dealt")
+    assert ranks.said(0).startswith("error: `training.global_batch_size` of 15 cannot be divided")
     assert ranks.said(1) == ""
 
 
