@@ -1,9 +1,9 @@
-# Everything happens in .venv; `make demo` and `make test` need Python >= 3.10 and nothing else.
+# Everything is installed into .venv; `make demo` and `make test` only need Python >= 3.10.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slurm test-others lint check bench rivals pin clean
+.PHONY: install demo test test-slurm test-first-half test-second-half lint check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -17,15 +17,21 @@ demo: install
 	$(BIN)/ganscale shards write bundled:mnist data/mnist
 	$(BIN)/ganscale train configs/demo.yaml
 
-# The tests on a real SLURM mostly wait, so they do it beside the others.
+# Two halves that take about as long, for two cores; the tests on a real SLURM mostly wait.
+FIRST_HALF := tests/distributed tests/plan $(wildcard tests/test_*.py)
+PYTEST = $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
+
 test: install
-	$(MAKE) --no-print-directory --jobs 2 test-slurm test-others
+	$(MAKE) --no-print-directory --jobs 3 test-slurm test-first-half test-second-half
 
 test-slurm:
-	$(BIN)/python -m pytest -o cache_dir=.pytest_cache/slurm tests/slurm
+	$(PYTEST) tests/slurm
 
-test-others:
-	$(BIN)/python -m pytest --ignore tests/slurm
+test-first-half:
+	$(PYTEST) $(FIRST_HALF)
+
+test-second-half:
+	$(PYTEST) $(addprefix --ignore=,tests/slurm $(FIRST_HALF))
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,10 +39,10 @@ lint: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-cache
 
-# What CI runs; `make test` alone is enough while one works.
+# What CI runs; `make test` alone is enough during development.
 check: lint test
 
-# Every benchmark, the short way; `python -m benchmarks.NAME` is the long one.
+# Every benchmark, in its short form; `python -m benchmarks.NAME` is the long one.
 bench: install
 	$(BIN)/python -m benchmarks.invariance --quick
 	$(BIN)/python -m benchmarks.step --quick
@@ -50,12 +56,12 @@ bench: install
 	$(BIN)/python -m benchmarks.gaussians --quick
 	$(BIN)/python -m benchmarks.faults --quick
 
-# GAN libraries for `benchmarks.step`, without the packages of their own that it does not need.
+# GAN libraries for `benchmarks.step`, without the dependencies that it does not need.
 rivals: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		torchgan==0.1.0 torch-mimicry==0.1.16
 
-# The versions of this environment become those that everybody gets.
+# Pins the versions of this environment for everyone.
 pin: install
 	$(BIN)/python -m pip freeze --exclude-editable | $(BIN)/python tools/pin.py > constraints.txt
 

@@ -1,34 +1,33 @@
-"""The ways a run ends, and what its exit code tells the shell and the batch script."""
+"""Exit codes, for the shell and the batch script, and the errors that end a command."""
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the run, start it again
-EXIT_RANK_LOST = 76  # a rank died or hangs: the same command continues from the newest checkpoint
-EXIT_INTERRUPTED = 130  # as shells say it of Ctrl-C
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the run is fine, start it again
+EXIT_RANK_LOST = 76  # a rank died or hung: the same command continues from the newest checkpoint
+EXIT_INTERRUPTED = 130  # as shells report Ctrl-C
 
 
 class GanscaleError(Exception):
-    """Ends a command: its message is shown as one sentence, without a traceback."""
+    """Ends a command; only its message is printed, without a traceback."""
 
     exit_code = EXIT_FAILED
 
 
 class UserError(GanscaleError):
-    """A mistake of the user's."""
+    """The user made a mistake."""
 
     exit_code = EXIT_USER_ERROR
 
 
 class UnavailableError(GanscaleError):
-    """A disk or network kept failing for longer than the config bears: the run itself is well, and
-    the same command continues it."""
+    """A disk or network failed for longer than the config allows: the same command continues."""
 
     exit_code = EXIT_REQUEUE
 
 
 class ReplicaError(GanscaleError):
-    """The weights of two ranks are not the same bits; nothing was saved."""
+    """The weights of two ranks differ; nothing was saved."""
 
 
 class NonFiniteError(GanscaleError):

@@ -1,4 +1,4 @@
-"""Things by name: one of ours, or the user's own as `package.module:Name`."""
+"""Finds objects by name: one of ours, or the user's as `package.module:Name`."""
 
 import difflib
 import importlib
@@ -16,63 +16,63 @@ T = TypeVar("T")
 
 
 def find(target: str, known: Mapping[str, T], kind: str) -> T | Callable[..., Any]:
-    """What `target` names among `known`, or by import path; `kind` is the word for messages.
+    """The object called `target` in `known`, or at that import path; `kind` is for messages.
 
-    Raises UserError, with the nearest name, for what is not there or fails on import.
+    Raises UserError, with the nearest name, if it does not exist or its import fails.
     """
     if target in known:
         return known[target]
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise UserError(
-            f"there is no {kind} called {target!r}{nearest(target, known)}; there are "
-            f"{', '.join(known)}, and your own as package.module:Name"
+            f"unknown {kind} {target!r}{nearest(target, known)}; choose from "
+            f"{', '.join(known)}, or your own as package.module:Name"
         )
     module = _import(module_name)
-    found = getattr(module, name, None)
-    if found is None:
+    value = getattr(module, name, None)
+    if value is None:
         public = [other for other in vars(module) if not other.startswith("_")]
         raise UserError(f"module {module_name} has no {name}{nearest(name, public)}")
-    if not callable(found):
-        raise UserError(f"{target} is a {type(found).__name__}, not a {kind}")
-    return found
+    if not callable(value):
+        raise UserError(f"{target} is a {type(value).__name__}, not a {kind}")
+    return value
 
 
 def call(
     function: Callable[..., T],
     options: Mapping[str, Any],
     what: str,
-    given: Mapping[str, Any] = MappingProxyType({}),
+    run_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> T:
-    """Calls `function` with all of `options`, and with what it accepts of `given`.
+    """Calls `function` with all of `options`, and those of `run_options` that it accepts.
 
-    Raises UserError for an option that it does not have, naming the nearest, or does not take.
+    Raises UserError for an option that it does not have, with the nearest name, or cannot use.
     """
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    valid = [name for name in names if name not in given]
+    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    valid = [name for name in names if name not in run_options]
     for option in options:
-        if option in given:
+        if option in run_options:
             raise UserError(f"{option} of {what} follows from the run and is not an option")
-        if option not in valid and not takes_any:
-            listed = f"; there are {', '.join(valid)}" if valid else "; it has none"
-            raise UserError(f"{what} has no option {option!r}{nearest(option, valid)}{listed}")
-    accepted = {name: value for name, value in given.items() if takes_any or name in names}
+        if option not in valid and not accepts_any:
+            hint = f"; choose from {', '.join(valid)}" if valid else "; it has no options"
+            raise UserError(f"{what} has no option {option!r}{nearest(option, valid)}{hint}")
+    accepted = {key: value for key, value in run_options.items() if accepts_any or key in names}
     try:
         return function(**accepted, **options)
     except TypeError as error:
-        raise UserError(f"{what} cannot be built: {_sentence(error)}") from error
+        raise UserError(f"{what} cannot be built: {_describe(error)}") from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint at the one of `words` that is spelled most like `word`, or nothing."""
+    """A hint at the one of `words` that is spelled most like `word`, or ""."""
     matches = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def _sentence(error: Exception) -> str:
-    """The first line of an error's message, with its type."""
+def _describe(error: Exception) -> str:
+    """The error's type and the first line of its message."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
@@ -87,12 +87,12 @@ def _import(name: str) -> ModuleType:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):
             raise UserError(
-                f"there is no module {missing} in the current folder {os.getcwd()} or among the "
-                f"installed packages (for {name})"
+                f"no module {missing} in the current folder {os.getcwd()} or among the installed "
+                f"packages (for {name})"
             ) from error
         raise UserError(f"module {name} needs {missing}, which is not installed") from error
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
-            f"module {name} fails on import: {_sentence(error)} ({place.filename}:{place.lineno})"
+            f"module {name} fails on import: {_describe(error)} ({frame.filename}:{frame.lineno})"
         ) from error

@@ -1,162 +1,133 @@
-"""The folder `runs/NAME`: what stands in it, and whether a run may start or continue there."""
+"""The layout of a run's folder `runs/NAME`, and its lock. Every file name in it is decided here."""
 
-import dataclasses
-import fcntl
+import contextlib
 import json
 import logging
-import os
-import secrets
-import time
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ganscale.checkpoints.checkpoint import newest_checkpoint
-from ganscale.config import Resolved, curve_changes, load_stored
-from ganscale.errors import UnavailableError, UserError
-from ganscale.files import write_text
-from ganscale.supervision.job_history import has_job_history
+from ganscale.errors import UserError
+from ganscale.files import FileLock, write_text
 
 logger = logging.getLogger(__name__)
 
-_LOCK_SECONDS = 120.0
+_EMA_PREFIX = "images"  # of the file names of the EMA generator's grids
+_SAMPLES = re.compile(r"(?P<kind>.+?)(?:-(?P<images_seen>\d{1,15}))?\.(?:png|jpe?g|webp)", re.I)
 
 
-@dataclass
 class RunFolder:
-    path: Path
-    changes: list[str] = dataclasses.field(default_factory=list)  # of settings, by resume.allow
-    _lock: int | None = None  # file descriptor; the lock ends with it, however the process ends
+    """The paths within one run's folder; constructing it neither reads nor creates anything."""
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # every setting, resolved
+        self.identity = path / "run.json"  # the run's id and its data set's fingerprint
+        self.sessions = path / "sessions.jsonl"  # one line for each start
+        self.record = path / "metrics.jsonl"
+        self.alerts = path / "alerts.jsonl"
+        self.log = path / "log.txt"
+        self.summary = path / "summary.json"  # written at the end of each session
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.real_samples = self.samples / "real.jpg"
+        self.profile = path / "profile"
+        self.report = path / "report.html"
+        self.wandb = path / "wandb"  # the client's own files, and three of ours:
+        self.upload_lock = self.wandb / ".lock"
+        self.superseded_rows = self.wandb / "superseded.json"
+        self._lock: FileLock | None = None
 
-    @property
-    def identity(self) -> Path:
-        return self.path / "run.json"
+    def offline_progress(self, run_id: str) -> Path:
+        """The file that holds the last step which an offline session gave to the W&B client."""
+        return self.wandb / f"offline-progress-{run_id}.json"
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def sample_grid(self, images_seen: int, kind: str = "ema") -> Path:
+        """The file of one grid of samples: a PNG for the EMA generator, a JPEG for other kinds."""
+        if kind == "ema":
+            return self.samples / f"{_EMA_PREFIX}-{images_seen:09d}.png"
+        return self.samples / f"{kind}-{images_seen:09d}.jpg"
 
-    @property
-    def record(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def sample_files(self) -> Iterator[tuple[str, int | None, Path]]:
+        """(kind, images seen or None, path) of every image file in `samples`, by name."""
+        if self.samples.is_dir():
+            for path in sorted(self.samples.iterdir()):
+                if (match := _SAMPLES.fullmatch(path.name)) is not None and path.is_file():
+                    kind, images_seen = match["kind"].lower(), match["images_seen"]
+                    kind = "ema" if kind == _EMA_PREFIX else kind
+                    yield kind, None if images_seen is None else int(images_seen), path
 
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
+    def stack(self, rank: int) -> Path:
+        """The file of the Python stacks of a rank that hangs."""
+        return self.path / "stacks" / f"rank-{rank:04d}.txt"
 
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    def check_exists(self) -> None:
+        """Raises UserError unless a run was started here."""
+        if not self.path.is_dir():
+            raise UserError(f"there is no run folder {self.path}")
+        if not self.config.exists():
+            raise UserError(f"{self.path} is not a run folder: it has no {self.config.name}")
 
-    @property
-    def sessions(self) -> Path:
-        return self.path / "sessions.jsonl"
+    def lock(self, timeout_seconds: float = 0.0) -> bool:
+        """Keeps other processes from training here until `close`, or until this process ends.
 
-    def samples(self, images_seen: int) -> Path:
-        return self.path / "samples" / f"images-{images_seen:09d}.png"
-
-    def open(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
-        """Creates the folder or continues in it: (run id, newest whole checkpoint). Rank 0 only.
-
-        Raises UserError when another process trains there, or when the stored run differs in a
-        way that would break its curve.
+        Returns False if another process still trains here after `timeout_seconds`. Raises OSError
+        if the folder cannot be written to.
         """
+        self._lock = FileLock(self.path / ".lock")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
-            return self._continue(resolved, fingerprint)
-        except OSError as error:
-            self.close()
-            # A disk that is full or away may be well when the job comes again.
-            is_mistake = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError))
-            kind = UserError if is_mistake else UnavailableError
-            raise kind(f"cannot use the run folder {self.path}: {error}") from None
-        except (ValueError, KeyError) as error:
-            self.close()
-            raise UserError(f"the run folder {self.path} cannot be used: {error!r}") from error
-        except BaseException:
-            self.close()
-            raise
-
-    def _continue(self, resolved: Resolved, fingerprint: str) -> tuple[str, Path | None]:
-        if not self.identity.exists():
-            # The agent of a W&B sweep has chosen the id already.
-            in_sweep = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-            identity = {"id": in_sweep or secrets.token_hex(4), "fingerprint": fingerprint}
-            write_text(self.identity, json.dumps(identity))
-            return identity["id"], None
-        identity = json.loads(self.identity.read_text())
-        changes = []
-        if self.config.exists():
-            changes = curve_changes(load_stored(self.config), resolved.config)
-        allowed = resolved.config.resume.allow
-        if identity["fingerprint"] != fingerprint and "data" not in allowed:
-            changes.append("data: the shards are others than this run was trained on")
-        if changes:
-            keys = ",".join(change.split(":")[0] for change in changes)
-            raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changes)}): choose "
-                f"another run.name, or continue it with resume.allow=[{keys}]"
+            is_free = self._lock.acquire(timeout_seconds, poll_seconds=1.0)
+        except OSError as error:  # a file system without locks
+            logger.warning(
+                "%s cannot be locked (%s): use it with one process at a time", self.path, error
             )
-        checkpoint = newest_checkpoint(self.checkpoints)
-        if checkpoint is None and self.record.exists():
-            logger.warning("%s has no whole checkpoint: the run starts again", self.path)
-        return identity["id"], checkpoint
-
-    def accept(self, resolved: Resolved, fingerprint: str) -> None:
-        """Stores the settings that the run goes on with, once they are known to load. Rank 0 only.
-
-        `resume.allow` is not among them: what may differ is to be named anew each time.
-        """
-        resume = dataclasses.replace(resolved.config.resume, allow=[])
-        config = dataclasses.replace(resolved.config, resume=resume)
-        identity = json.loads(self.identity.read_text())
-        if self.config.exists():
-            others = curve_changes(load_stored(self.config), config)
-            self.changes = [change.split(":")[0] for change in others]
-        if identity["fingerprint"] != fingerprint:
-            self.changes.append("data")
-        try:
-            write_text(self.config, dataclasses.replace(resolved, config=config).to_yaml())
-            write_text(self.identity, json.dumps({**identity, "fingerprint": fingerprint}))
-        except PermissionError as error:
-            raise UserError(f"cannot write to the run folder {self.path}: {error}") from None
-        except OSError as error:  # a disk that is full may have room when the job is queued again
-            raise UnavailableError(f"cannot write to the run folder {self.path}: {error}") from None
+            return True
+        if not is_free:
+            self.close()
+        return is_free
 
     def close(self) -> None:
-        """Lets other processes train here."""
+        """Releases the lock."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
-    def _locked(self) -> int:
-        descriptor = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        # A job that comes again may meet what is left of its attempt before, or its lease on a
-        # network disk.
-        comes_again = has_job_history() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-        deadline = time.monotonic() + (_LOCK_SECONDS if comes_again else 0.0)
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return descriptor
-            except BlockingIOError:
-                if time.monotonic() < deadline:
-                    time.sleep(1.0)
-                    continue
-                os.close(descriptor)
-                kind = UnavailableError if comes_again else UserError
-                raise kind(f"another process is training in {self.path}") from None
-            except OSError as error:  # a file system without locks
-                logger.warning(
-                    "%s cannot be locked (%s): start no second run there", self.path, error
-                )
-                return descriptor
+    def read_identity(self) -> dict[str, str]:
+        """{"id", "fingerprint"}: the run's id, here and in W&B, and its data set's fingerprint."""
+        return json.loads(self.identity.read_text())
+
+    def write_identity(self, run_id: str, fingerprint: str) -> None:
+        write_text(self.identity, json.dumps({"id": run_id, "fingerprint": fingerprint}))
+
+    def read_sessions(self) -> list[dict[str, Any]]:
+        """The entries of all sessions in order, without damaged lines."""
+        entries = read_json_lines(self.sessions)
+        return [entry for entry in entries if isinstance(entry.get("images_seen"), int)]
+
+    def read_summary(self) -> dict[str, Any]:
+        """The summary of the last session that ended; {} if there is none or it is damaged."""
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            summary = json.loads(self.summary.read_text(encoding="utf-8", errors="replace"))
+            return summary if isinstance(summary, dict) else {}
+        return {}
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_text(self.summary, json.dumps(summary, indent=1) + "\n")
 
 
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    write_text(path, json.dumps(summary, indent=1) + "\n")
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of one JSON object a line, without damaged lines; none if there is no
+    such file."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Appends one object to a file for `read_json_lines`; a full disk must not end a run."""
+    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")

@@ -239,6 +239,7 @@ class Runtime:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether a collective raised `error` because another rank is gone or late."""
+    # For gloo, torch raises plain RuntimeErrors: without a type or code, only the words are left.
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

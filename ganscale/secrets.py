@@ -1,4 +1,4 @@
-"""What settings and messages may hold that nobody else should read: passwords and signatures."""
+"""Removes passwords and signatures from settings and messages before others can read them."""
 
 import re
 from typing import Any, TypeVar
@@ -6,16 +6,16 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _WEB_USER = re.compile(r"(?i)(https?://)[^/\s]*@")
-_STORE_USER = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@")  # one without a colon may be a container
+_STORE_USER = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@")  # without a colon it may be a container
 _WEB_QUERY = re.compile(r"(?i)(https?://[^?\n]*)\?[^\n]*")
 _COMMAND = re.compile(r"(?is)\b(pipe:(?:\s*[\w./~+-]+(?=\s|$))?).*")
 
 
 def without_secrets(value: T) -> T:
-    """`value` without what may be secret in any text within its dicts, lists and tuples.
+    """`value` without possible secrets in any string within its dicts, lists and tuples.
 
-    Taken out are the `user:password@` of URLs, the query of a web address with the rest of its
-    line, and all of a `pipe:` command but its first word.
+    Removes the `user:password@` of URLs, the query of a web address with the rest of its line, and
+    everything after the first word of a `pipe:` command.
     """
     return _without(value)
 
@@ -24,7 +24,7 @@ def _without(value: Any) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, dict):
-        return {_without(name): _without(each) for name, each in value.items()}
+        return {_without(key): _without(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_without, value))
     return value

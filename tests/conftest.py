@@ -2,11 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.helpers.preloaded import stop_server
 from tests.helpers.runs import Runs
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ def runtime() -> "Runtime":
     from ganscale.runtime import Runtime
 
     return Runtime.start()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded_server() -> Iterator[None]:
+    """Ends the server of preloaded processes, if a test has started it."""
+    yield
+    stop_server()
 
 
 @pytest.fixture

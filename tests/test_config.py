@@ -594,7 +594,7 @@ def test_settings_name_the_networks_losses_and_penalties_that_exist():
 
 def test_a_mistake_on_the_command_line_is_one_sentence_and_exit_code_2(folder):
     program = [sys.executable, "-m", "ganscale", "config", folder.base, "trainig.total_images=3"]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == ("error: command line: unknown key `trainig`; did you mean `training`?\n")

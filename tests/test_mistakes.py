@@ -66,7 +66,7 @@ def test_a_typing_error_in_a_file_names_the_file(runs: Runs, complaint, tmp_path
 
 def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: Runs) -> None:
     settings = ("training.global_batch_size=15",)
-    assert last_words(runs.finish("mistake", *settings, ranks=2, exit_code=1)) == (
+    assert last_words(runs.finish("mistake", *settings, ranks=2, exit_code=2)) == (
         "`training.global_batch_size` of 15 cannot be divided evenly among 2 ranks of 1 "
         "micro-batches: choose 14 or 16"
     )

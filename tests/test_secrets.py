@@ -7,10 +7,10 @@ import pytest
 
 from ganscale.config import resolve
 from ganscale.data.remote import objects
-from ganscale.run_folder import RunFolder
+from ganscale.run_folder import RunFolder, append_json_line
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
-from ganscale.tracking.provenance import append_session, session_facts
+from ganscale.tracking.sessions import session_facts
 from ganscale.tracking.wandb_identity import wandb_identity
 from tests.helpers.processes import REPOSITORY
 
@@ -45,7 +45,7 @@ def test_passwords_signatures_and_commands_are_taken_out_and_the_rest_stays(text
         assert objects.shown(text) == shown
 
 
-def test_neither_wandb_nor_the_sessions_are_told_of_secrets(tmp_path, monkeypatch):
+def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):
     asked = [
         "run.name=secrets",
         "data.path=https://user:SECRET@host/set",
@@ -56,11 +56,11 @@ def test_neither_wandb_nor_the_sessions_are_told_of_secrets(tmp_path, monkeypatc
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "1"}')
     monkeypatch.setattr(sys, "argv", ["ganscale", *asked, "pipe:curl -H SECRET"])
-    append_session(folder.sessions, session_facts(Runtime.start(), 0, "fingerprint"))
+    append_json_line(folder.sessions, session_facts(Runtime.start(), 0, "fingerprint"))
     assert "SECRET" not in folder.sessions.read_text()
-    # A session of before, when commands were kept as they were
-    append_session(folder.sessions, {"command": asked, "images_seen": 0})
-    told = json.dumps(wandb_identity(config, folder).config)
-    assert "SECRET" not in told
-    assert "https://host/set" in told
+    # An older session, from when commands were kept as they were
+    append_json_line(folder.sessions, {"command": asked, "images_seen": 0})
+    shown = json.dumps(wandb_identity(config, folder).config)
+    assert "SECRET" not in shown
+    assert "https://host/set" in shown
     assert "SECRET" in config.data.path

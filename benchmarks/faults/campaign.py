@@ -27,7 +27,7 @@ from benchmarks.faults.plan import (
     images_needed,
 )
 from benchmarks.faults.session import REPOSITORY, NotSurvived, RunOver, Session
-from ganscale.tracking.provenance import read_sessions
+from ganscale.run_folder import RunFolder
 
 _RUN_SECONDS = 900.0  # far more than an undisturbed session needs
 _NETWORKS = "benchmarks.tiny_networks"
@@ -219,7 +219,7 @@ class Campaign:
 
     def _session_starts(self) -> list[int]:
         """The images seen at the start of each session, from its record."""
-        return [facts["images_seen"] for facts in read_sessions(self._run / "sessions.jsonl")]
+        return [facts["images_seen"] for facts in RunFolder(self._run).read_sessions()]
 
     def _expect_start(self, images: int, before: list[int]) -> None:
         """Of a session that got far enough to record it."""

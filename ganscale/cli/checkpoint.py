@@ -1,4 +1,4 @@
-"""`ganscale checkpoint list|verify|prune|export RUN`: what a run has saved."""
+"""`ganscale checkpoint list|verify|prune|export RUN`: a run's checkpoints."""
 
 import argparse
 import time
@@ -11,58 +11,58 @@ if TYPE_CHECKING:
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
-        "checkpoint", help="list, verify, prune and export what a run has saved"
+        "checkpoint", help="list, verify, prune and export a run's checkpoints"
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     listing = actions.add_parser(
         "list",
         help="print a run's checkpoints",
-        description="Prints a run's checkpoints with their size, age and score. Only names and "
-        "sizes are looked at; `verify` reads the contents.",
+        description="Prints a run's checkpoints with their size, age and score. Checks only "
+        "names and sizes; `verify` reads the contents.",
     )
     listing.set_defaults(run=list_checkpoints)
 
     verify = actions.add_parser(
         "verify",
         help="compare all checkpoints with their checksums",
-        description="Reads a run's checkpoints and compares them with their checksums. Exit code "
-        "1 if one is damaged.",
+        description="Reads a run's checkpoints and compares them with their checksums. Exits with "
+        "code 1 if one is damaged.",
     )
     verify.set_defaults(run=verify_checkpoints)
 
     prune = actions.add_parser(
         "prune",
-        help="delete checkpoints that are not to be kept",
-        description="Deletes the checkpoints that are none of the last, no multiple and not the "
-        "best, by the run's own settings where none are given. One that is whole always stays.",
+        help="delete old checkpoints",
+        description="Deletes all checkpoints but the newest, the multiples and the best. The "
+        "options default to the run's settings. At least one whole checkpoint is always kept.",
     )
-    prune.add_argument("--keep-last", metavar="K", help="the newest K stay")
+    prune.add_argument("--keep-last", metavar="K", help="keep the newest K")
     prune.add_argument(
-        "--keep-every", metavar="N", help="those at multiples of N images stay (0: none; 500k)"
+        "--keep-every", metavar="N", help="keep those at multiples of N images, e.g. 500k (0: none)"
     )
-    prune.add_argument("--dry-run", action="store_true", help="only say what would go")
+    prune.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
     prune.set_defaults(run=prune_checkpoints)
 
     export = actions.add_parser(
         "export",
         help="write a generator for use elsewhere",
-        description="Writes the generator of a run's newest whole checkpoint into a folder of its "
-        "own. `from ganscale import load_run_generator` loads it without the run.",
+        description="Writes the generator of a run's newest whole checkpoint into a new folder. "
+        "`from ganscale import load_run_generator` loads it without the run.",
     )
     export.set_defaults(run=export_generator)
 
     for action in (listing, verify, prune, export):
         action.add_argument("run_folder", metavar="RUN", type=Path, help="for example runs/demo")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="a new one")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")
     export.add_argument(
         "--weights",
         choices=("ema", "generator"),
         default="ema",
-        help="the averaged generator (default) or the one last trained",
+        help="ema (default), or the non-EMA weights",
     )
     export.add_argument(
-        "--checkpoint", metavar="images-...", help="another one than the newest, by its name"
+        "--checkpoint", metavar="images-...", help="a checkpoint's name (default: the newest)"
     )
 
 
@@ -75,12 +75,13 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
     saved = inspect_checkpoints(run.checkpoints)
     best = best_checkpoint(saved, load_stored(run.config).checkpoint)
     rows = [("checkpoint", "images", "MB", "age", "score", "")]
-    for each in saved:
-        score = f"{each.score[0]} {each.score[1]:.6g}" if each.score else ""
-        note = f"damaged: {each.damage}" if each.damage else "best" if each is best else ""
-        age = _age(time.time() - each.written_at) if each.written_at else ""
-        size = f"{each.bytes / 1e6:,.1f}"
-        rows.append((each.folder.name, f"{each.images_seen:,}", size, age, score, note))
+    for checkpoint in saved:
+        score = "{} {:.6g}".format(*checkpoint.score) if checkpoint.score else ""
+        note = "best" if checkpoint is best else ""
+        note = f"damaged: {checkpoint.damage}" if checkpoint.damage else note
+        age = _age(time.time() - checkpoint.written_at) if checkpoint.written_at else ""
+        size, images = f"{checkpoint.bytes / 1e6:,.1f}", f"{checkpoint.images_seen:,}"
+        rows.append((checkpoint.folder.name, images, size, age, score, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, images, size, age, score, note in rows:
         numbers = f"{images:>{widths[1]}}  {size:>{widths[2]}}  {age:>{widths[3]}}"
@@ -102,12 +103,13 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
     exit_code = EXIT_DONE
     for folder in folders:
         reason = find_damage(folder)
-        if reason is not None and not folder.exists():
-            print(f"{folder.name}: deleted meanwhile")
-            continue
-        if reason is not None:
+        if reason is None:
+            print(f"{folder.name}: whole")
+        elif folder.exists():
+            print(f"{folder.name}: damaged: {reason}")
             exit_code = EXIT_FAILED
-        print(f"{folder.name}: {'whole' if reason is None else f'damaged: {reason}'}")
+        else:
+            print(f"{folder.name}: deleted in the meantime")
     return exit_code
 
 
@@ -119,15 +121,15 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
 
     run = _run(arguments)
     count = len(checkpoint_folders(run.checkpoints))
-    given = {"keep_last": arguments.keep_last, "keep_every_images": arguments.keep_every}
-    settings = [f"checkpoint.{key}={value}" for key, value in given.items() if value is not None]
+    options = {"keep_last": arguments.keep_last, "keep_every_images": arguments.keep_every}
+    settings = [f"checkpoint.{key}={value}" for key, value in options.items() if value is not None]
     keep = resolve([str(run.config.absolute()), *settings]).config.checkpoint
-    going = prune(run.checkpoints, keep, dry_run=arguments.dry_run)
+    pruned = prune(run.checkpoints, keep, dry_run=arguments.dry_run)
     would = "would be " if arguments.dry_run else ""
-    for each in going:
-        print(f"{each.folder.name}: {would}deleted")
-    megabytes = sum(each.bytes for each in going) / 1e6
-    print(f"{len(going)} of {count} checkpoints {would}deleted: {megabytes:,.1f} MB")
+    for checkpoint in pruned:
+        print(f"{checkpoint.folder.name}: {would}deleted")
+    megabytes = sum(checkpoint.bytes for checkpoint in pruned) / 1e6
+    print(f"{len(pruned)} of {count} checkpoints {would}deleted: {megabytes:,.1f} MB")
     return EXIT_DONE
 
 
@@ -141,7 +143,7 @@ def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale.training.network_setup import sample_shape
 
     run = _run(arguments)
-    checkpoint = _chosen(run, arguments.checkpoint)
+    checkpoint = _select(run, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
     config = load_stored(run.config)
     about = {
@@ -168,16 +170,14 @@ def export_generator(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> "RunFolder":
-    from ganscale.errors import UserError
     from ganscale.run_folder import RunFolder
 
     run = RunFolder(arguments.run_folder)
-    if not run.config.exists():
-        raise UserError(f"{run.path} is not a run folder: it has no {run.config.name}")
+    run.check_exists()
     return run
 
 
-def _chosen(run: "RunFolder", name: str | None) -> Path:
+def _select(run: "RunFolder", name: str | None) -> Path:
     from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, newest_checkpoint
     from ganscale.errors import UserError
 
@@ -188,7 +188,7 @@ def _chosen(run: "RunFolder", name: str | None) -> Path:
         return newest
     folders = {folder.name: folder for folder in checkpoint_folders(run.checkpoints)}
     if name not in folders:
-        raise UserError(f"{run.path} has no checkpoint {name}; there are {', '.join(folders)}")
+        raise UserError(f"{run.path} has no checkpoint {name}; choose from {', '.join(folders)}")
     if (reason := find_damage(folders[name])) is not None:
         raise UserError(f"{folders[name]} is damaged ({reason})")
     return folders[name]

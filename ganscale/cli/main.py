@@ -1,12 +1,12 @@
-"""`ganscale COMMAND`: the parser, and the one place that turns errors into sentences."""
+"""`ganscale COMMAND`: parses the command line, and turns errors into one line each."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-# Before torch is loaded: threads that wait for each other soon sleep. By default they spin so long
-# that on cores which other processes share the demo falls from 1,600 to 57 images/s; so to 810.
+# Set before torch is loaded, so that waiting threads soon sleep. By default they spin so long that
+# on cores shared with other processes the demo falls from 1,600 to 57 images/s; with this, to 810.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -16,7 +16,7 @@ from ganscale.errors import EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code is one of those in `ganscale.errors`."""
+    """Runs one command and returns its exit code, one of those in `ganscale.errors`."""
     parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -26,25 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except GanscaleError as error:
-        _say(f"error: {error}")
+        _print_error(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        _print_error("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `ganscale ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        _say(f"error: {error}")
+        _print_error(f"error: {error}")
         return EXIT_FAILED
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    sys.stderr.write(f"{rank}{message}\n")  # in one piece: other ranks write there too
+    sys.stderr.write(f"{rank}{message}\n")  # one write: other ranks write there too
     sys.stderr.flush()
 
 
 def entry_point() -> None:
-    """What the console command calls."""
+    """The console command."""
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`ganscale plan CONFIG... key=value...`: what a run means on a cluster, without the cluster."""
+"""`ganscale plan CONFIG... key=value...`: what a run needs on a cluster, without the cluster."""
 
 import argparse
 from pathlib import Path
@@ -9,10 +9,10 @@ from ganscale.cli.arguments import positive_int
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "plan",
-        help="print what a run means on a cluster of any size, without having it",
-        description="Prints batches, epochs, bytes read, cache, memory, traffic and checkpoints of "
-        "a run on a cluster, from its settings and the manifest of its data. A run that is not "
-        "possible there is refused with the nearest that is, and exit code 2.",
+        help="print what a run needs on a cluster of any size, without the cluster",
+        description="Prints a run's batches, epochs, bytes read, cache, memory, traffic and "
+        "checkpoints on a cluster, from its settings and its data's manifest. If the run is not "
+        "possible there, suggests the nearest one that is and exits with code 2.",
     )
     parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
     parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="ranks on each node (default: 1)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run)
 
 

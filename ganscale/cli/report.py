@@ -7,9 +7,9 @@ from pathlib import Path
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "report",
-        help="show runs as one HTML page",
-        description="Writes one HTML page that needs nothing else: curves, samples over time, "
-        "faults and settings of a run, also while it trains. Several runs are compared.",
+        help="show runs on one HTML page",
+        description="Writes one self-contained HTML page with the curves, samples, faults and "
+        "settings of a run, also while it trains. Several runs are compared.",
     )
     parser.add_argument(
         "run_folders", metavar="RUN", type=Path, nargs="+", help="for example runs/demo"
@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--output",
         type=Path,
         metavar="FILE.html",
-        help="default: report.html in the run folder, or here for several runs",
+        help="default: report.html in the run folder; for several runs, in the current folder",
     )
     parser.set_defaults(run=run)
 
@@ -31,13 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.report import read_runs, render
 
     runs = read_runs(arguments.run_folders)
-    folder = arguments.run_folders[0] if len(runs) == 1 else Path()
-    output = arguments.output or folder / "report.html"
+    is_single = len(runs) == 1
+    default = runs[0].folder.report
+    output = arguments.output or (default if is_single else Path(default.name))
     page = render(runs, datetime.now())
     try:
         write_text(output, page)
     except OSError as error:
         raise UserError(f"the report cannot be written: {error}") from error
-    what = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    print(f"report of {what} ({len(page.encode()) / 1e6:.1f} MB): {output}")
+    subject = runs[0].name if is_single else f"{len(runs)} runs"
+    print(f"report of {subject} ({len(page.encode()) / 1e6:.1f} MB): {output}")
     return EXIT_DONE

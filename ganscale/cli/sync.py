@@ -1,4 +1,4 @@
-"""`ganscale sync RUN...`: W&B gets what it lacks of runs."""
+"""`ganscale sync RUN...`: sends W&B what it lacks of runs."""
 
 import argparse
 import sys
@@ -9,18 +9,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "sync",
         help="send W&B what it lacks of a run",
-        description="Sends Weights & Biases the rows, pictures and alerts of a run that it does "
-        "not have: those of an offline run, or of one whose process or server died. A second time, "
-        "there is nothing to send.",
+        description="Sends Weights & Biases the rows, samples and alerts of a run that it does not "
+        "have: of an offline run, or one whose process or server died. Run again, it finds nothing "
+        "to send.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--project", help="another project than the run's own (log.project)")
+    parser.add_argument("--project", help="send to this project instead of the run's (log.project)")
     parser.add_argument(
         "--timeout",
         type=float,
         default=300.0,
         metavar="SECONDS",
-        help="for uploads that do not end (default: %(default)g)",
+        help="give up on uploads after this time (default: %(default)g)",
     )
     parser.set_defaults(run=run)
 
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         except GanscaleError as error:
             sys.stderr.write(f"error: {error}\n")
             failures.append(error.exit_code)
-    # What a second attempt does not mend has a lower code than what it may mend.
+    # Failures that a second attempt cannot fix have lower codes than those it may fix.
     return min(failures, default=EXIT_DONE)
 
 
@@ -47,8 +47,7 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
     from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
 
     folder = RunFolder(path)
-    if not folder.config.exists() or not folder.identity.exists():
-        raise UserError(f"{path} is not a run folder: it has no {folder.config.name}")
+    folder.check_exists()
     config = load_stored(folder.config)
     if project:
         config.log.project = project
@@ -57,11 +56,11 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.identity} cannot be read ({error!r})") from error
     checkpoints = artifacts_to_upload(folder.checkpoints, config)
-    done = synchronize(path, identity, checkpoints, timeout_seconds)
-    print(f"{path}: W&B has all {done.rows:,} rows ({done.sent:,} sent now): {done.location}")
-    if done.replaced:
+    result = synchronize(folder, identity, checkpoints, timeout_seconds)
+    print(f"{path}: W&B has all {result.rows:,} rows ({result.sent:,} sent now): {result.location}")
+    if result.superseded:
         print(
-            f"{path}: in place of {done.replaced:,} of them, W&B keeps the rows of before the "
-            "settings were changed (resume.allow): it cannot change them. With --project, another "
-            "project gets those of the record"
+            f"{path}: for {result.superseded:,} of them, W&B keeps the rows from before the "
+            "settings were changed (resume.allow), which it cannot change. With --project, another "
+            "project gets the rows of the record"
         )

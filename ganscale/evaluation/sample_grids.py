@@ -53,12 +53,12 @@ class SampleGrids:
         self._num_classes = num_classes
         self._columns = max(1, round(math.sqrt(self._config.count)))
         self._real_images: list[np.ndarray] | None = None  # None: no grid of them is due
-        if self._config.real and (images_seen == 0 or not self._real_path.exists()):
+        if self._config.real and (images_seen == 0 or not folder.real_samples.exists()):
             self._real_images = []
 
     def are_missing(self, images_seen: int) -> bool:
         """Whether there is no grid yet for this point of the run."""
-        return not self._folder.samples(images_seen).exists()
+        return not self._folder.sample_grid(images_seen).exists()
 
     def make(self, images_seen: int, is_stopped: Callable[[], bool]) -> dict[str, Path]:
         """The files by the name of their row; none when stopped meanwhile.
@@ -86,7 +86,7 @@ class SampleGrids:
                 return {}
             grids[kind] = grid
         return {
-            f"samples/{kind}": _write(grid, self._path(kind, images_seen))
+            f"samples/{kind}": _write(grid, self._folder.sample_grid(images_seen, kind))
             for kind, grid in grids.items()
         }
 
@@ -99,17 +99,7 @@ class SampleGrids:
         if len(self._real_images) < self._config.count:
             return None
         images, self._real_images = np.stack(self._real_images[: self._config.count]), None
-        return _write(image_grid(images, self._columns), self._real_path)
-
-    @property
-    def _real_path(self) -> Path:
-        return self._folder.path / "samples" / "real.jpg"
-
-    def _path(self, kind: str, images_seen: int) -> Path:
-        path = self._folder.samples(images_seen)
-        if kind == "ema":
-            return path
-        return path.with_name(path.name.replace("images", kind)).with_suffix(".jpg")
+        return _write(image_grid(images, self._columns), self._folder.real_samples)
 
 
 def _grid(

@@ -1,4 +1,4 @@
-"""Run folders as one HTML page: curves, samples, faults and settings; several runs compared."""
+"""One HTML page of a run, or of several compared: curves, samples, faults and settings."""
 
 from ganscale.report.page import render
 from ganscale.report.run_reader import Run, read_runs

@@ -1,4 +1,4 @@
-"""What sets the runs of a page apart: their settings, and the figures that they end with."""
+"""How the runs of a page differ: in their settings, and in the values that they end with."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from ganscale.report.curves import all_names, late_mean, layout_of, title_of_section
 from ganscale.report.run_reader import Run, flattened
 
-NOTHING = "\N{EN DASH}"
-"""What a cell shows where there is nothing to show."""
+EMPTY = "\N{EN DASH}"
+"""An empty cell."""
 
 _MINUS = "\N{MINUS SIGN}"
-_PLACES = ("run.name", "run.folder")  # always other ones
+_LOCATION = ("run.name", "run.folder")  # they always differ
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ def objective_of(run: Run) -> str:
     loss = run.setting("objective.loss.name")
     if not isinstance(loss, str):
         return ""
-    parts = [loss]
+    terms = [loss]
     penalties = run.setting("objective.penalties")
     for name, penalty in (penalties if isinstance(penalties, dict) else {}).items():
         weight = penalty.get("weight") if isinstance(penalty, dict) else None
-        parts.append(f"{weight:g} {name}" if isinstance(weight, int | float) else str(name))
-    text = " + ".join(parts)
+        terms.append(f"{weight:g} {name}" if isinstance(weight, int | float) else str(name))
+    text = " + ".join(terms)
     if (clip := run.setting("objective.clip.value")) is not None:
         text += f", clipped to {clip}"
     if isinstance(n_critic := run.setting("objective.n_critic"), int) and n_critic != 1:
@@ -42,28 +42,28 @@ def objective_of(run: Run) -> str:
 
 
 def differing_settings(runs: Sequence[Run]) -> list[Row]:
-    """The settings in which the runs differ; NOTHING where a run has no such setting."""
+    """The settings in which the runs differ; a run without a setting has an EMPTY cell."""
     settings = [flattened(run.config) for run in runs]
     rows = []
-    for key in dict.fromkeys(key for own in settings for key in own):
-        cells = [own.get(key, NOTHING) for own in settings]
-        if key not in _PLACES and len(set(cells)) > 1:
+    for key in dict.fromkeys(key for run_settings in settings for key in run_settings):
+        cells = [run_settings.get(key, EMPTY) for run_settings in settings]
+        if key not in _LOCATION and len(set(cells)) > 1:
             rows.append(Row(key, cells, ["" for _ in runs]))
     return rows
 
 
-def final_figures(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
-    """(section's title, its figures): means over the last tenth of each run's images, with the last
-    figure as the note."""
+def final_values(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
+    """(section's title, its rows): means over the last tenth of each run's images, with the last
+    value as the note."""
     tables = []
     for section, charts in layout_of(all_names(runs), overlays_runs=True).items():
         names = [name for chart in charts for name, _ in chart.lines]
-        tables.append((title_of_section(section)[0], [_figures(name, runs) for name in names]))
+        tables.append((title_of_section(section)[0], [_final_row(name, runs) for name in names]))
     return tables
 
 
-def in_figures(value: float) -> str:
-    """A number as tables show it: four digits that count."""
+def format_number(value: float) -> str:
+    """A number with four significant digits, for tables."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -73,10 +73,10 @@ def in_figures(value: float) -> str:
     return text.replace("-", _MINUS)
 
 
-def _figures(name: str, runs: Iterable[Run]) -> Row:
+def _final_row(name: str, runs: Iterable[Run]) -> Row:
     cells, notes = [], []
     for run in runs:
         curve = run.metrics.curves.get(name)
-        cells.append(NOTHING if curve is None else in_figures(late_mean(curve)))
+        cells.append(EMPTY if curve is None else format_number(late_mean(curve)))
         notes.append("" if curve is None else f"last: {curve.last!r} at {curve.x[-1]:,} images")
     return Row(name, cells, notes)

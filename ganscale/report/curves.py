@@ -1,4 +1,4 @@
-"""Curves for a page: grouped by what they show, and few enough points to draw."""
+"""Curves for a page: grouped into charts, with few enough points to draw."""
 
 import math
 import re
@@ -11,57 +11,57 @@ import numpy as np
 from ganscale.report.run_reader import Curve, Run
 
 COLOURS = 6
-"""Line colours in style.css."""
+"""The number of line colours in style.css."""
 
 # Of one curve. A card is some 500 pixels wide, and a bucket of rows gives two points.
 _MOST_POINTS = 2000
 _FEWEST_POINTS = 400
-_NON_FINITE_NAMED = 50  # marks of one curve
+_NON_FINITE_SHOWN = 50  # marks of one curve
 
 SECTIONS = {
     "eval": ("Evaluation", "Scores of generated images; lower is better for distances."),
     "collapse": (
         "Diversity",
-        "Distances among generated images over those among real ones: 1 is as different as the "
-        "data, near 0 for long a generator that has collapsed.",
+        "Distances among generated images divided by those among real ones: 1 is as diverse as "
+        "the data; near 0 for long means that the generator has collapsed.",
     ),
     "panel": (
         "Panel",
-        "Every loss on the same logits, whatever the run trains: these can be compared between "
-        "runs of different objectives.",
+        "Every loss on the same logits, whichever one the run trains: these can be compared "
+        "between runs with different objectives.",
     ),
     "panel/critic": (
         "Panel: critic",
-        "Every critic loss on the run's own logits, whatever it trains: these can be compared "
-        "between runs of different objectives.",
+        "Every critic loss on the run's logits, whichever one it trains: these can be compared "
+        "between runs with different objectives.",
     ),
     "panel/generator": (
         "Panel: generator",
-        "Every generator loss on the run's own logits, whatever it trains.",
+        "Every generator loss on the run's logits, whichever one it trains.",
     ),
-    "loss": ("Loss", "What the run minimises, and its parts; comparable within one objective."),
+    "loss": ("Loss", "The trained loss and its terms; comparable within one objective."),
     "logits": ("Logits", "The critic's raw scores of real and generated images."),
-    "penalty": ("Penalties", "Gradient penalties and the norms that they look at."),
+    "penalty": ("Penalties", "Gradient penalties and the gradient norms they use."),
     "input_gradient_norm": (
         "Input gradient norm",
-        "The norm of the critic's gradient at real images, where no penalty looks at it.",
+        "The norm of the critic's gradient at real images, for runs without a penalty on it.",
     ),
     "clip": ("Clipping", "Weight clipping."),
-    "optim": ("Optimization", "Gradients, weights, learning rates, the average."),
-    "perf": ("Speed", "Throughput, and where the time of a step goes."),
-    "data": ("Data", "The health of the data."),
+    "optim": ("Optimization", "Gradients, weights, learning rates, EMA."),
+    "perf": ("Speed", "Throughput, and the time of each part of a cycle."),
+    "data": ("Data", "Bad samples, and the state of the data."),
     "audit": ("Audits", "Comparisons of the ranks' replicas, and stops on NaN or infinity."),
 }
-"""Known sections in the order of the page: (title, what it shows). Others follow by name."""
+"""Known sections in the order of the page: (title, description). Others follow by name."""
 
-# In a report of one run these figures share a chart: (row name, title, label).
+# In a report of one run, these metrics share a chart: (row name, title, label of the bare name).
 _TOGETHER = (
-    (r"loss/(?:critic(?:_(?P<label>.+))?|(?P<also>penalty_.+))", "critic, with its parts", "sum"),
-    (r"loss/generator(?:_(?P<label>.+))?", "generator, with its parts", "sum"),
+    (r"loss/(?:critic(?:_(?P<label>.+))?|(?P<also>penalty_.+))", "critic, with its terms", "sum"),
+    (r"loss/generator(?:_(?P<label>.+))?", "generator, with its terms", "sum"),
     (r"perf/(?P<label>.+)_ms", "time of a cycle", ""),
     (r"logits/(?P<label>.+)_histogram_(?P<also>p\d\d)", "distribution: 5, 50, 95 %", ""),
 )
-# So do figures of the two players, of the two kinds of images, and statistics of one thing.
+# So do the values of both networks, of real and fake images, and the statistics of one metric.
 _ROLES = (("critic", "generator"), ("real", "fake"))
 _STATISTICS = ("min", "mean", "max", "std")
 _PERCENTILES = ("p50", "p05", "p95")
@@ -81,9 +81,9 @@ _UNITS = (
 
 @dataclass(frozen=True)
 class Chart:
-    """What one pair of axes shows: (row name, label) of each line, for every run that has it.
+    """One pair of axes, with (row name, label) of each line, for every run that has it.
 
-    colours: of the lines; those after them have the same ones again, dashed, then dotted
+    colours: how many the lines use; later lines repeat them dashed, then dotted
     """
 
     title: str
@@ -95,8 +95,8 @@ class Chart:
 def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Chart]]:
     """Charts by section, in the order of the page.
 
-    overlays_runs: lines are runs, so that a chart shows one figure; otherwise figures that belong
-    together (critic and generator, real and fake, minimum, mean and maximum) share one.
+    overlays_runs: lines are runs, so a chart shows one metric; otherwise related metrics (critic
+    and generator, real and fake, minimum, mean and maximum) share a chart.
     """
     by_section: dict[str, list[str]] = {}
     for name in sorted(set(names)):
@@ -111,38 +111,38 @@ def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Ch
 
 
 def title_of_section(section: str) -> tuple[str, str]:
-    """(title, description) for a heading; the bare name for a section that is not known."""
+    """(title, description) for a heading; an unknown section has its name as the title."""
     return SECTIONS.get(section, (section.replace("_", " ").capitalize() or "Other", ""))
 
 
 def unit_of(name: str) -> str:
-    """The unit that the end of a row's name tells, else nothing."""
+    """The unit that a row's name ends with, or ""."""
     if "images_per_second" in name:
         return "images/s"
     return next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "")
 
 
 def most_points(runs: int) -> int:
-    """The points that one curve may have on a page of so many runs."""
+    """The most points of one curve on a page of `runs` runs."""
     return max(_FEWEST_POINTS, _MOST_POINTS // runs)
 
 
 def drawable(curve: Curve, most: int) -> dict[str, Any]:
-    """A curve for JSON: `x`, `y` (None breaks the line where a figure was not finite), `rows`, and
-    `nonfinite`, its first ones as [x, text].
+    """A curve for JSON: `x`, `y` (None breaks the line at a non-finite value), `rows`, and
+    `nonfinite`, its first non-finite values as [x, text].
 
     With more than `most` rows, each of `most / 2` stretches of equal length keeps its minimum and
-    its maximum in their places, so that no spike is lost; `mean_x` and `mean_y` are the stretches'
-    means, for a smoothed line that is not drawn from extremes.
+    its maximum at their positions, so no spike is lost; `mean_x` and `mean_y` are the stretches'
+    means, from which the smoothed line is drawn.
     """
     is_finite = np.isfinite(curve.y)
-    lost = np.flatnonzero(~is_finite)
+    nonfinite = np.flatnonzero(~is_finite)
     line: dict[str, Any] = {
         "rows": len(curve.x),
         "nonfinite": [
-            [int(curve.x[i]), _word(float(curve.y[i]))] for i in lost[:_NON_FINITE_NAMED]
+            [int(curve.x[i]), _word(float(curve.y[i]))] for i in nonfinite[:_NON_FINITE_SHOWN]
         ],
-        "nonfinite_rows": len(lost),
+        "nonfinite_rows": len(nonfinite),
     }
     if len(curve.x) <= most:
         return {**line, "x": curve.x.tolist(), "y": _numbers(curve.y)}
@@ -155,31 +155,31 @@ def drawable(curve: Curve, most: int) -> dict[str, Any]:
             values = curve.y[finite]
             kept += [int(finite[values.argmin()]), int(finite[values.argmax()])]
             mean_x.append(int(curve.x[finite].mean()))
-            mean_y.append(float(f"{values.mean():.6g}"))  # is only looked at
-    places = np.unique(kept)
+            mean_y.append(float(f"{values.mean():.6g}"))  # enough to draw
+    rows = np.unique(kept)
     return {
         **line,
-        "x": curve.x[places].tolist(),
-        "y": _numbers(curve.y[places]),
+        "x": curve.x[rows].tolist(),
+        "y": _numbers(curve.y[rows]),
         "mean_x": mean_x,
         "mean_y": mean_y,
     }
 
 
 def late_mean(curve: Curve) -> float:
-    """The mean of the finite figures in the last tenth of a curve's images; NaN without any."""
+    """The mean of the finite values in the last tenth of a curve's images; NaN without any."""
     late = curve.y[curve.x >= curve.x[0] + 0.9 * (curve.x[-1] - curve.x[0])]
     late = late[np.isfinite(late)]
     return float(late.mean()) if len(late) else math.nan
 
 
 def all_names(runs: Sequence[Run]) -> list[str]:
-    """The row names that any of the runs has."""
+    """The row names of all runs."""
     return sorted({name for run in runs for name in run.metrics.curves})
 
 
 def trained_by(chart: Chart, runs: Sequence[Run]) -> list[int]:
-    """The numbers of the runs that train the loss which a chart of the panel shows."""
+    """The numbers of the runs that train the loss shown in a chart of the panel."""
     name = chart.lines[0][0]
     loss = name.rpartition("/")[2] if name.startswith("panel/") else None
     return [
@@ -199,10 +199,11 @@ def _section(name: str, overlays_runs: bool) -> str:
 
 
 def _single_charts(section: str, names: list[str]) -> list[Chart]:
+    # Without the percentiles of histograms: their means and deviations are shown.
     return [
         Chart(_title(section, name), unit_of(name), ((name, ""),))
         for name in names
-        if not re.search(r"_histogram_p\d\d$", name)  # their means and deviations are there
+        if not re.search(r"_histogram_p\d\d$", name)
     ]
 
 
@@ -214,7 +215,7 @@ def _shared_charts(section: str, names: list[str]) -> list[Chart]:
     charts = []
     for title, lines in groups.items():
         lines.sort(key=lambda line: _order(line[1]))
-        # Percentiles of one distribution have its colour, the median's line is solid.
+        # The percentiles of a distribution share its colour; the median's line is solid.
         is_paired = len(lines) == 2 * len(_PERCENTILES) and lines[0][1].endswith(_PERCENTILES[0])
         colours = 2 if is_paired else COLOURS
         charts.append(Chart(title, unit_of(lines[0][0]), tuple(lines), colours))
@@ -222,17 +223,17 @@ def _shared_charts(section: str, names: list[str]) -> list[Chart]:
 
 
 def _shared(section: str, name: str, names: set[str]) -> tuple[str, str]:
-    """(the title of the chart that shows a figure, its label there)."""
-    for pattern, title, total in _TOGETHER:
+    """(the title of the chart that shows a metric, its label there)."""
+    for pattern, title, bare_label in _TOGETHER:
         if (match := re.fullmatch(pattern, name)) is not None:
-            parts = [part for part in match.groupdict().values() if part]
-            return title, " ".join(parts).replace("_", " ") or total
+            labels = [label for label in match.groupdict().values() if label]
+            return title, " ".join(labels).replace("_", " ") or bare_label
     words = re.split(r"([/_])", name)
     for roles in _ROLES:
-        for place, word in enumerate(words):
-            siblings = {"".join([*words[:place], role, *words[place + 1 :]]) for role in roles}
+        for i, word in enumerate(words):
+            siblings = {"".join([*words[:i], role, *words[i + 1 :]]) for role in roles}
             if word in roles and siblings <= names:
-                shared = "".join([*words[:place], *words[place + 2 :]]).rstrip("_/")
+                shared = "".join([*words[:i], *words[i + 2 :]]).rstrip("_/")
                 return _title(section, shared), word
     stem, _, statistic = name.rpartition("_")
     if statistic in _STATISTICS and _has_statistics(stem, names):
@@ -243,8 +244,8 @@ def _shared(section: str, name: str, names: set[str]) -> tuple[str, str]:
 
 
 def _has_statistics(stem: str, names: set[str]) -> bool:
-    found = {stem, *(f"{stem}_{statistic}" for statistic in _STATISTICS)} & names
-    return len(found) > 1
+    statistics = {stem, *(f"{stem}_{statistic}" for statistic in _STATISTICS)}
+    return len(statistics & names) > 1
 
 
 def _order(label: str) -> tuple[int, int]:
@@ -260,7 +261,8 @@ def _title(section: str, name: str) -> str:
     elif name == section:
         return title_of_section(section)[0].lower()
     words = name.replace("_", " ").replace("/", " / ")
-    return re.sub(r" (ms|us|bytes|seconds|gib|mib|share)$", "", words)  # the unit stands beside it
+    # The unit is shown next to the title.
+    return re.sub(r" (ms|us|bytes|seconds|gib|mib|share)$", "", words)
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -1,10 +1,10 @@
-"""How a run fared: where it stands, and everything that went wrong on the way."""
+"""The state of a run, and everything that went wrong in it."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -21,10 +21,9 @@ from ganscale.secrets import without_secrets
 Level = Literal["error", "warning", "note"]
 
 _KINDS_NAMED = 30  # kinds of lines from the log
-_NAMES_NAMED = 8  # figures that were not finite
+_NAMES_NAMED = 8  # metrics that were not finite
 _MAX_LINE = 500  # characters of a line that are shown
 _LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d) (?:(WARNING|ERROR|CRITICAL): )?(.*)")
-_CONTINUES = re.compile(r"continues at ([\d,]+) images")
 
 _ENDS = {
     EXIT_DONE: ("done", "good"),
@@ -37,7 +36,7 @@ _ENDS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One line of the page's list; `times` is how often it was seen, `when` where or when."""
+    """One entry of the page's list; `times` is how often it happened, `when` where or when."""
 
     level: Level
     text: str
@@ -47,18 +46,15 @@ class Fault:
 
 @dataclass(frozen=True)
 class Log:
-    """What `log.txt` tells: its warnings and errors by kind, where sessions continued, and the time
-    of its last line ("" without any)."""
+    """The warnings and errors in `log.txt` by kind, and the time of its last line ("" if empty)."""
 
     faults: list[Fault]
     kinds_left_out: int
-    continued_at: list[int]
     last_time: str
 
 
-def standing(run: Run) -> tuple[str, str]:
-    """Where the run stands, in a few words, and whether that is good, a warning, an error or a
-    note."""
+def run_state(run: Run) -> tuple[str, str]:
+    """The run's state in a few words, and its level: good, note, warning or error."""
     if not run.has_ended:
         return "in progress or killed", "note"
     code = run.summary.get("exit_code")
@@ -70,7 +66,7 @@ def faults_of(run: Run, log: Log) -> list[Fault]:
     faults = [*_summary_faults(run), *_metric_faults(run), *log.faults]
     if not run.has_ended:
         last = f"its log ends at {log.last_time}" if log.last_time else ""
-        faults.append(Fault("note", "no summary tells how the run ended", when=last))
+        faults.append(Fault("note", "there is no summary of how the run ended", when=last))
     if log.kinds_left_out:
         text = f"{log.kinds_left_out:,} more kinds of warnings and errors in log.txt"
         faults.append(Fault("warning", text))
@@ -79,10 +75,9 @@ def faults_of(run: Run, log: Log) -> list[Fault]:
 
 
 def read_log(path: Path) -> Log:
-    """Reads `log.txt`; lines that differ in numbers only are one kind, shown by its first."""
+    """Reads `log.txt`; lines that differ only in numbers are one kind, shown by its first line."""
     kinds: dict[tuple[str, str], list[str]] = {}
     counts: dict[tuple[str, str], int] = {}
-    continued_at: list[int] = []
     last_time = ""
     if path.is_file():
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -94,37 +89,29 @@ def read_log(path: Path) -> Log:
                     kind = (level, re.sub(r"\d+", "#", text))
                     kinds.setdefault(kind, [last_time, text])
                     counts[kind] = counts.get(kind, 0) + 1
-                elif (start := _CONTINUES.match(text)) is not None:
-                    continued_at.append(int(start[1].replace(",", "")))
     faults = [
         Fault("warning" if kind[0] == "WARNING" else "error", text, counts[kind], since)
         for kind, (since, text) in kinds.items()
     ]
-    named, left_out = faults[:_KINDS_NAMED], len(faults[_KINDS_NAMED:])
-    return Log(named, left_out, continued_at, last_time)
+    return Log(faults[:_KINDS_NAMED], len(faults[_KINDS_NAMED:]), last_time)
 
 
 def _summary_faults(run: Run) -> Iterable[Fault]:
-    summary = run.summary
-    bad_samples = summary.get("bad_samples", 0)
+    bad_samples = run.summary.get("bad_samples", 0)
     if isinstance(bad_samples, int) and bad_samples > 0:
         yield Fault("warning", f"{bad_samples:,} bad samples, replaced by others")
-        for place in _listed(summary.get("bad_samples_by_shard"))[:10]:
-            shard, reason, count = (place.get(name) for name in ("shard", "reason", "count"))
-            yield Fault("warning", f"bad samples in {shard}: {reason}", _count(count))
-    lost = summary.get("lost_rows", 0)
-    if isinstance(lost, int) and lost > 0:
-        yield Fault("error", f"{lost:,} rows of metrics.jsonl were lost: no room on the disk")
-    if degraded := summary.get("wandb_degraded") or summary.get("degraded"):
-        yield Fault("warning", f"Weights & Biases was switched off: {degraded}"[:_MAX_LINE])
+        for entry in run.summary_entries("bad_samples_by_shard")[:10]:
+            shard, reason, count = (entry.get(name) for name in ("shard", "reason", "count"))
+            times = count if isinstance(count, int) else 1
+            yield Fault("warning", f"bad samples in {shard}: {reason}", times)
 
 
 def _metric_faults(run: Run) -> Iterable[Fault]:
     metrics = run.metrics
     if not metrics.rows:
-        yield Fault("note", "there are no rows in metrics.jsonl")
+        yield Fault("note", "metrics.jsonl has no rows")
     if metrics.damaged_lines:
-        text = "damaged lines of metrics.jsonl were passed over"
+        text = "damaged lines of metrics.jsonl were skipped"
         yield Fault("warning", text, metrics.damaged_lines)
     if metrics.has_half_line:
         yield Fault("note", "the last line of metrics.jsonl is half written")
@@ -135,12 +122,4 @@ def _metric_faults(run: Run) -> Iterable[Fault]:
     for name, images_seen in sorted(first.items(), key=lambda item: item[1])[:_NAMES_NAMED]:
         yield Fault("error", f"{name} was not finite", when=f"at {images_seen:,} images")
     if len(first) > _NAMES_NAMED:
-        yield Fault("error", f"{len(first) - _NAMES_NAMED:,} more figures were not finite")
-
-
-def _listed(value: Any) -> list[dict[str, Any]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else 1
+        yield Fault("error", f"{len(first) - _NAMES_NAMED:,} more metrics were not finite")

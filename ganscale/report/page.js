@@ -1,32 +1,32 @@
 "use strict";
-// Draws the curves of this page with Plotly, each when it comes into view, and lets the reader move
-// through the samples. What is drawn is a function of `state`; names from runs are text, never markup.
+// Draws the curves of this page with Plotly, each when it scrolls into view, and moves through the
+// samples. Drawings depend only on `state`; names from runs are text, never markup.
 
 const SMOOTHINGS = [0, 0.01, 0.02, 0.05, 0.1, 0.2]; // time constants, as shares of the run
-const FIRST_FIFTH = 0.2; // left out where the y axis fits the late part
-const DENSE = 300; // points of a line from which on it is thinner, and smoothed at first
+const FIRST_FIFTH = 0.2; // left out if the y axis fits the late part
+const DENSE = 300; // lines with more points are drawn thin, and smoothed from the start
 const COLOURS = 6;
 const DASHES = ["solid", "dash", "dot"];
 
 const state = { smoothing: 0, y: "all", range: null, hidden: new Set(), emphasized: null, version: 0 };
-const report = { data: null, state, charts: [], drawAll }; // for whoever looks from the console
+const report = { data: null, state, charts: [], drawAll }; // for the browser's console
 window.ganscaleReport = report;
 
-async function unpacked(id) {
-  const packed = atob(document.getElementById(id).textContent);
-  const bytes = Uint8Array.from(packed, (letter) => letter.charCodeAt(0));
+async function decompress(id) {
+  const compressed = atob(document.getElementById(id).textContent);
+  const bytes = Uint8Array.from(compressed, (character) => character.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).text();
 }
 
-function load(source) {
+function runScript(source) {
   const script = document.createElement("script");
   script.nonce = document.querySelector("script[nonce]").nonce;
   script.textContent = source;
   document.head.append(script);
 }
 
-// ---- colours: resolved from the style sheet, for a light or a dark page
+// ---- colours from the style sheet, for a light or a dark page
 
 const probe = document.createElement("i");
 probe.hidden = true;
@@ -51,22 +51,22 @@ const isSeveral = () => report.data.runs.length > 1;
 const allLines = () => report.data.sections.flatMap((section) => section.charts.flatMap((chart) => chart.lines));
 const asText = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
-/** The mean of the past, weighted by exp(-distance / constant): as long for dense rows as for sparse. */
+/** The mean of past values weighted by exp(-distance / constant), whether rows are dense or sparse. */
 function smoothed(x, y, constant) {
-  let sum = 0, weight = 0, before = null;
+  let sum = 0, weight = 0, previous = null;
   return y.map((value, i) => {
     if (value === null) return null;
-    const kept = before === null ? 0 : Math.exp(-(x[i] - before) / constant);
-    before = x[i];
-    sum = kept * sum + value;
-    weight = kept * weight + 1;
+    const decay = previous === null ? 0 : Math.exp(-(x[i] - previous) / constant);
+    previous = x[i];
+    sum = decay * sum + value;
+    weight = decay * weight + 1;
     return sum / weight;
   });
 }
 
 function shownLines(chart) {
   return chart.lines
-    .map((line, place) => ({ ...line, place: isSeveral() ? line.run : place }))
+    .map((line, number) => ({ ...line, number: isSeveral() ? line.run : number }))
     .filter((line) => !state.hidden.has(line.run));
 }
 
@@ -76,8 +76,8 @@ function traces(chart) {
   for (const line of shownLines(chart)) {
     const name = asText(isSeveral() ? report.data.runs[line.run].name : line.label || chart.title);
     const style = {
-      color: theme.lines[line.place % chart.colours],
-      dash: DASHES[Math.floor(line.place / chart.colours) % DASHES.length],
+      color: theme.lines[line.number % chart.colours],
+      dash: DASHES[Math.floor(line.number / chart.colours) % DASHES.length],
     };
     const isFaded = state.emphasized !== null && state.emphasized !== line.run;
     const isFaint = state.smoothing > 0;
@@ -121,7 +121,7 @@ function wholeRange() {
   return report.whole;
 }
 
-/** The y axis fits what is in sight of the raw lines, and says so by its range. */
+/** The range of the y axis, which fits the visible part of the unsmoothed lines. */
 function yRange(chart, isLog) {
   let [from, to] = state.range ?? wholeRange();
   let low = Infinity, high = -Infinity;
@@ -182,42 +182,42 @@ function draw(chart) {
   chart.drawn = state.version;
   const options = { displayModeBar: false, doubleClick: false, showTips: false };
   Plotly.react(chart.element, traces(chart.content), layout(chart.content, chart.element), options);
-  if (!chart.listens) {
-    chart.listens = true;
+  if (!chart.hasListeners) {
+    chart.hasListeners = true;
     chart.element.on("plotly_relayout", (change) => {
       if (change["xaxis.range[0]"] === undefined) return;
-      changeTo({ range: [change["xaxis.range[0]"], change["xaxis.range[1]"]] });
+      update({ range: [change["xaxis.range[0]"], change["xaxis.range[1]"]] });
     });
-    chart.element.on("plotly_doubleclick", () => changeTo({ range: null }));
+    chart.element.on("plotly_doubleclick", () => update({ range: null }));
   }
 }
 
 // ---- all charts
 
-const inSight = new Set();
+const visible = new Set();
 const observer = new IntersectionObserver((entries) => {
   for (const entry of entries) {
     const chart = entry.target.chart;
     if (entry.isIntersecting) {
-      inSight.add(chart);
+      visible.add(chart);
       draw(chart);
     } else {
-      inSight.delete(chart);
+      visible.delete(chart);
     }
   }
 }, { rootMargin: "400px" });
 
-let isAsked = false;
-function changeTo(changes) {
+let isScheduled = false;
+function update(changes) {
   Object.assign(state, changes);
   state.version += 1;
   const whole = document.getElementById("whole");
   if (whole) whole.hidden = state.range === null;
-  if (isAsked) return;
-  isAsked = true; // once a frame, however fast a slider moves
+  if (isScheduled) return;
+  isScheduled = true; // once a frame, however fast a slider moves
   requestAnimationFrame(() => {
-    isAsked = false;
-    inSight.forEach(draw);
+    isScheduled = false;
+    visible.forEach(draw);
   });
 }
 
@@ -225,12 +225,12 @@ function drawAll() {
   report.charts.forEach(draw);
 }
 
-function listen() {
+function addListeners() {
   const smoothing = document.getElementById("smoothing");
   const smooth = () => {
     const share = SMOOTHINGS[smoothing.value];
-    document.getElementById("smoothing-told").value = share ? `${Math.round(share * 100)} %` : "none";
-    changeTo({ smoothing: Number(smoothing.value) });
+    document.getElementById("smoothing-value").value = share ? `${Math.round(share * 100)} %` : "none";
+    update({ smoothing: Number(smoothing.value) });
   };
   smoothing?.addEventListener("input", smooth);
   if (smoothing && allLines().some((line) => line.x.length > DENSE)) {
@@ -238,8 +238,8 @@ function listen() {
     smooth();
   }
   for (const choice of document.querySelectorAll("input[name=y]"))
-    choice.addEventListener("change", () => changeTo({ y: choice.value }));
-  document.getElementById("whole")?.addEventListener("click", () => changeTo({ range: null }));
+    choice.addEventListener("change", () => update({ y: choice.value }));
+  document.getElementById("whole")?.addEventListener("click", () => update({ range: null }));
   for (const chip of document.querySelectorAll(".chip")) {
     const run = Number(chip.dataset.run);
     chip.addEventListener("click", () => {
@@ -248,27 +248,27 @@ function listen() {
       chip.setAttribute("aria-pressed", String(!isHidden));
       for (const figure of document.querySelectorAll(`figure[data-run="${run}"]`))
         figure.hidden = isHidden;
-      changeTo({ emphasized: null });
+      update({ emphasized: null });
     });
     chip.addEventListener("pointerenter", (event) => {
-      if (event.pointerType === "mouse" && !state.hidden.has(run)) changeTo({ emphasized: run });
+      if (event.pointerType === "mouse" && !state.hidden.has(run)) update({ emphasized: run });
     });
     chip.addEventListener("pointerleave", () => {
-      if (state.emphasized !== null) changeTo({ emphasized: null });
+      if (state.emphasized !== null) update({ emphasized: null });
     });
   }
   for (const button of document.querySelectorAll(".widen"))
     button.addEventListener("click", () => button.closest(".card").classList.toggle("wide"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     readTheme();
-    changeTo({});
+    update({});
   });
   window.addEventListener("beforeprint", drawAll);
 }
 
 async function drawCurves() {
-  report.data = JSON.parse(await unpacked("data"));
-  load(await unpacked("plotly"));
+  report.data = JSON.parse(await decompress("data"));
+  runScript(await decompress("plotly"));
   readTheme();
   const resized = new ResizeObserver((entries) => {
     for (const entry of entries) {
@@ -276,7 +276,7 @@ async function drawCurves() {
       if (chart.width === entry.contentRect.width && chart.height === entry.contentRect.height) continue;
       [chart.width, chart.height] = [entry.contentRect.width, entry.contentRect.height];
       chart.drawn = null;
-      if (inSight.has(chart)) draw(chart);
+      if (visible.has(chart)) draw(chart);
     }
   });
   for (const card of document.querySelectorAll(".card")) {
@@ -287,7 +287,7 @@ async function drawCurves() {
     observer.observe(element);
     resized.observe(element);
   }
-  listen();
+  addListeners();
   document.body.dataset.ready = "";
 }
 
@@ -312,7 +312,7 @@ function moveThroughSamples() {
   const play = document.getElementById("play");
   let timer = null;
   const show = () => {
-    document.getElementById("time-told").value = `${times[slider.value].toLocaleString("en")} images`;
+    document.getElementById("time-value").value = `${times[slider.value].toLocaleString("en")} images`;
     showSamples(times[slider.value]);
   };
   const stop = () => {
@@ -337,8 +337,8 @@ function moveThroughSamples() {
 
 moveThroughSamples();
 drawCurves().catch((error) => {
-  const trouble = document.getElementById("trouble");
-  trouble.textContent = `The curves cannot be drawn (${error}): they need a browser of 2024 or later.`;
-  trouble.hidden = false;
+  const notice = document.getElementById("error");
+  notice.textContent = `The curves cannot be drawn (${error}): they need a browser from 2024 or later.`;
+  notice.hidden = false;
   console.error(error);
 });

@@ -1,7 +1,7 @@
-"""A run folder as a report sees it: whatever stands there, whole or not.
+"""Reads run folders, complete or not, for the report.
 
-A run may be in progress, killed, from an older version, or copied without half of its files. What
-is missing is told on the page; only a folder that holds no run at all is a mistake.
+A run may be in progress, killed, from an older version, or copied without half of its files. The
+page names what is missing; only a folder without any run is a user's mistake.
 """
 
 import json
@@ -17,20 +17,19 @@ import numpy as np
 import yaml
 
 from ganscale.errors import UserError
+from ganscale.run_folder import RunFolder
 from ganscale.secrets import without_secrets
-from ganscale.tracking.record import IMAGES_SEEN
+from ganscale.tracking.record import IMAGES_SEEN, parse_row
 
 _AXES = (IMAGES_SEEN, "progress/step")
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _PERCENTS = (5, 50, 95)  # of a histogram, to draw it as curves
-_MAX_IMAGES = 2**53  # beyond it, neither JavaScript nor a float counts by ones
 # Aliases can make a short YAML file endless.
 _MAX_SETTINGS, _MAX_DEPTH = 10_000, 30
 
 
 @dataclass
 class Curve:
-    """One figure of a run over time: x in images seen (int64, increasing), y (float64), both of
+    """One metric of a run over time: x in images seen (int64, increasing), y (float64), both of
     shape (rows,); y may hold NaN and infinity."""
 
     x: np.ndarray
@@ -38,28 +37,28 @@ class Curve:
 
     @property
     def last(self) -> float:
-        """The figure that was logged last."""
+        """The value that was logged last."""
         return float(self.y[-1])
 
 
 @dataclass
 class Metrics:
-    """What `metrics.jsonl` holds."""
+    """The content of `metrics.jsonl`."""
 
     curves: dict[str, Curve] = field(default_factory=dict)
     rows: int = 0
     damaged_lines: int = 0
-    has_half_line: bool = False  # at its end: a run that is writing, or was killed while it did
+    has_half_line: bool = False  # the last one: the run is writing, or was killed while it did
     images_seen: int = 0
 
 
 @dataclass
 class Run:
-    """A run folder. `config` and `summary` are empty where there is none, or a damaged one.
+    """The content of a run folder. `config` and `summary` are empty if missing or damaged.
     `config_text` and `summary` are without passwords and signatures."""
 
     name: str
-    folder: Path
+    folder: RunFolder
     metrics: Metrics
     config: dict[str, Any]
     config_text: str
@@ -67,17 +66,22 @@ class Run:
 
     @property
     def images_seen(self) -> int:
-        """As far as anything in the folder tells."""
-        told = self.summary.get("images_seen", 0)
-        return max(self.metrics.images_seen, told if isinstance(told, int) else 0)
+        """The most that the rows or the summary show."""
+        at_end = self.summary.get("images_seen", 0)
+        return max(self.metrics.images_seen, at_end if isinstance(at_end, int) else 0)
 
     @property
     def has_ended(self) -> bool:
-        """Whether the summary is of the end that the rows have, not of an earlier session's."""
+        """Whether the summary is from after the last row, not from an earlier session."""
         return bool(self.summary) and self.summary.get("images_seen") == self.images_seen
 
+    def summary_entries(self, key: str) -> list[dict[str, Any]]:
+        """The dicts in one of the summary's lists."""
+        entries = self.summary.get(key)
+        return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
+
     def setting(self, key: str) -> Any:
-        """A setting by its dotted key, None where the config lacks it."""
+        """A setting by its dotted key, None if the config lacks it."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
@@ -85,38 +89,36 @@ class Run:
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
-    """The runs in the order given, each with a name of its own.
+    """The runs in the order given, with distinct names.
 
-    Raises UserError for a folder that is not there, holds no run, or is named twice.
+    Raises UserError for a folder that does not exist, is not a run folder, or is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
     for position, folder in enumerate(folders):
         if resolved[position] in resolved[:position]:
             raise UserError(f"{folder} is given twice: name each run once")
-    return [read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    names = _names(resolved)
+    return [_read_run(RunFolder(path), name) for path, name in zip(folders, names, strict=True)]
 
 
-def read_run(folder: Path, name: str) -> Run:
-    """Reads one run folder. Raises UserError where it holds no run."""
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}")
+def _read_run(folder: RunFolder, name: str) -> Run:
     try:
-        metrics = read_metrics(folder / "metrics.jsonl")
-        config_text = _text(folder / "config.yaml")
-        if not metrics.rows and not config_text:
-            raise UserError(
-                f"{folder} holds no run: neither rows in metrics.jsonl nor a config.yaml"
-            )
-        config, shown = _config(config_text), _settings_text(config_text)
-        return Run(name, folder, metrics, config, shown, _summary(folder))
+        metrics = read_metrics(folder.record)
+        if not metrics.rows:  # a copied record alone makes a page, too
+            folder.check_exists()
+        config_text = ""
+        if folder.config.is_file():
+            config_text = folder.config.read_text(encoding="utf-8", errors="replace")
+        config, shown = _config(config_text), _without_secrets(config_text)
+        return Run(name, folder, metrics, config, shown, without_secrets(folder.read_summary()))
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be read: {error}") from error
+        raise UserError(f"the run folder {folder.path} cannot be read: {error}") from error
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The numbers of a record by name; lines that are damaged are passed over and counted.
+    """The numbers of a record by name; damaged lines are skipped and counted.
 
-    Numbers of one name are put in the order of images; of two at the same images the later counts.
+    Each curve is sorted by images seen; of two values at the same images, the later one counts.
     """
     metrics = Metrics()
     xs: dict[str, array] = {}
@@ -125,7 +127,7 @@ def read_metrics(path: Path) -> Metrics:
         return metrics
     with path.open("rb") as file:
         for line in file:
-            row = _row(line)
+            row = parse_row(line)
             if row is None and line.endswith(b"\n"):
                 metrics.damaged_lines += 1
             elif row is None:
@@ -134,7 +136,7 @@ def read_metrics(path: Path) -> Metrics:
                 metrics.rows += 1
                 images_seen = row[IMAGES_SEEN]
                 metrics.images_seen = max(metrics.images_seen, images_seen)
-                for name, value in _figures(row):
+                for name, value in _numbers(row):
                     if name not in xs:
                         xs[name], ys[name] = array("q"), array("d")
                     xs[name].append(images_seen)
@@ -148,40 +150,28 @@ def flattened(config: dict[str, Any]) -> dict[str, str]:
     return dict(islice(_settings(config, ""), _MAX_SETTINGS))
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    images_seen = row.get(IMAGES_SEEN) if isinstance(row, dict) else None
-    is_whole = type(images_seen) is int and 0 <= images_seen < _MAX_IMAGES
-    return row if is_whole else None
-
-
-def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if name in _AXES:
             continue
-        if isinstance(value, str):
-            value = _NON_FINITE.get(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             try:
                 yield name, float(value)
-            except OverflowError:  # JSON's integers have no end
+            except OverflowError:  # JSON's integers have no limit
                 yield name, math.inf if value > 0 else -math.inf
         elif isinstance(value, dict):
             yield from _percentiles(name, value)
 
 
 def _percentiles(name: str, histogram: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """`NAME_p05` and so on of a histogram, as if its counts were spread evenly between edges."""
+    """`NAME_p05` and so on of a histogram, with its counts spread evenly between edges."""
     try:
         counts = np.array(histogram.get("counts"), dtype=np.float64)
         edges = np.array(histogram.get("edges"), dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         return
-    is_whole = counts.ndim == 1 and counts.size > 0 and edges.shape == (counts.size + 1,)
-    if not is_whole or not counts.min() >= 0 or not 0 < counts.sum() < math.inf:
+    is_histogram = counts.ndim == 1 and counts.size > 0 and edges.shape == (counts.size + 1,)
+    if not is_histogram or not counts.min() >= 0 or not 0 < counts.sum() < math.inf:
         return
     below = np.concatenate([[0.0], counts.cumsum()]) / counts.sum()
     for percent in _PERCENTS:
@@ -196,19 +186,15 @@ def _curve(xs: array, ys: array) -> Curve:
     return Curve(x[is_last], y[is_last])
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _settings_text(text: str) -> str:
-    """A config as it was written, but with secrets taken out of its values."""
+def _without_secrets(text: str) -> str:
+    """A config as it was written, but without secrets in its values."""
     try:
-        scalars = [each for each in yaml.scan(text) if isinstance(each, yaml.ScalarToken)]
+        scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
     except (yaml.YAMLError, ValueError, RecursionError):
         return without_secrets(text)
-    for each in reversed(scalars):  # a long one is folded over lines
-        if (shown := without_secrets(each.value)) != each.value:
-            start, end = each.start_mark.index, each.end_mark.index
+    for scalar in reversed(scalars):  # a long one is folded over lines
+        if (shown := without_secrets(scalar.value)) != scalar.value:
+            start, end = scalar.start_mark.index, scalar.end_mark.index
             line_end = "\n" if text[start:end].endswith("\n") else ""
             text = text[:start] + json.dumps(shown, ensure_ascii=False) + line_end + text[end:]
     return text
@@ -222,16 +208,8 @@ def _config(text: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        summary = without_secrets(json.loads(_text(folder / "summary.json") or "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
 def _settings(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, str]]:
-    if depth == _MAX_DEPTH:  # an alias may lead back to itself
+    if depth == _MAX_DEPTH:  # an alias may refer back to itself
         yield key, "..."
     elif isinstance(value, dict) and value:
         for name, inner in value.items():
@@ -244,7 +222,7 @@ def _settings(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, str]]
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart."""
+    """The shortest ends of the paths that distinguish the folders."""
     for count in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):

@@ -3,7 +3,6 @@
 import base64
 import io
 import logging
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,27 +10,27 @@ from pathlib import Path
 
 from PIL import Image
 
+from ganscale.run_folder import RunFolder
+
 logger = logging.getLogger(__name__)
 
-_FILE = re.compile(r"(?P<kind>.+?)(?:-(?P<images_seen>\d{1,15}))?\.(?:png|jpe?g|webp)", re.I)
-# Of one kind on a page, shared by its runs: the averaged generator's, and others.
+# Frames of one kind on a page, shared by its runs: of the EMA generator, and of other kinds.
 _FRAMES, _FEWEST_FRAMES = 32, 6
 _OTHER_FRAMES, _FEWEST_OTHER_FRAMES = 12, 3
 _LONGEST_SIDE = 640  # pixels
 _QUALITY = 85  # of WebP: 22 kB for 64 digits of 32 pixels, a PNG takes 50
 
-_AVERAGE = "images"
 _TITLES = {
-    _AVERAGE: "Averaged generator",
-    "non_ema": "Weights as trained",
+    "ema": "EMA generator",
+    "non_ema": "Non-EMA weights",
     "real": "Real images",
-    "interpolation": "From one latent to another",
+    "interpolation": "Interpolation between latents",
 }
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture: its address is its own content. `images_seen` is None for one without time."""
+    """One sample grid; `address` is a data URL. `images_seen` is None for real images."""
 
     images_seen: int | None
     width: int
@@ -40,8 +39,8 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Strip:
-    """The pictures of one kind and run in the order of time, and how many there are in all."""
+class GridSeries:
+    """The grids of one kind and run in order of images seen, and how many there are in all."""
 
     frames: list[Frame]
     total: int
@@ -53,46 +52,42 @@ def title_of_kind(kind: str) -> str:
 
 
 def order_of_kinds(kinds: Iterable[str]) -> list[str]:
-    """Each kind once, those that training makes first."""
+    """Each kind once; the kinds that training makes come first."""
     known = list(_TITLES)
     return sorted(
         set(kinds), key=lambda kind: (known.index(kind) if kind in known else len(known), kind)
     )
 
 
-def read_strips(folder: Path, runs: int) -> dict[str, Strip]:
-    """The strips of a run's `samples` folder by kind, which is the file's name before its number.
+def read_grids(folder: RunFolder, runs: int) -> dict[str, GridSeries]:
+    """The sample grids of a run by kind, for a page of `runs` runs.
 
-    Of many pictures those evenly spaced in number stay, with the first and the last.
+    Of many grids, the first, the last and evenly spaced ones are kept.
     """
     files: dict[str, list[tuple[int | None, Path]]] = {}
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if (match := _FILE.fullmatch(path.name)) is not None and path.is_file():
-                number = match["images_seen"]
-                place = (None if number is None else int(number), path)
-                files.setdefault(match["kind"].lower(), []).append(place)
-    return {kind: _strip(files[kind], _most_frames(kind, runs)) for kind in order_of_kinds(files)}
+    for kind, images_seen, path in folder.sample_files():
+        files.setdefault(kind, []).append((images_seen, path))
+    return {kind: _series(files[kind], _most_frames(kind, runs)) for kind in order_of_kinds(files)}
 
 
 def _most_frames(kind: str, runs: int) -> int:
-    if kind == _AVERAGE:
+    if kind == "ema":
         return max(_FEWEST_FRAMES, _FRAMES // runs)
     return max(_FEWEST_OTHER_FRAMES, _OTHER_FRAMES // runs)
 
 
-def _strip(files: list[tuple[int | None, Path]], most: int) -> Strip:
+def _series(files: list[tuple[int | None, Path]], most: int) -> GridSeries:
     files.sort(key=lambda file: (-1 if file[0] is None else file[0], file[1]))
     chosen = files
     if len(files) > most:
         chosen = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
     frames = [_frame(images_seen, path) for images_seen, path in chosen]
-    whole = [frame for frame in frames if frame is not None]
-    return Strip(whole, len(files), len(frames) - len(whole))
+    readable = [frame for frame in frames if frame is not None]
+    return GridSeries(readable, len(files), len(frames) - len(readable))
 
 
 def _frame(images_seen: int | None, path: Path) -> Frame | None:
-    """None for a file that is no whole picture: half written, damaged, or far too large."""
+    """None for a file that is damaged, half written or far too large."""
     encoded = io.BytesIO()
     try:
         with warnings.catch_warnings():

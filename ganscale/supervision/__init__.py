@@ -1,1 +1,1 @@
-"""What may end a run from outside: requests to stop, ranks that die or hang; and who is told."""
+"""What ends a run from outside: requests to stop, and ranks that die, fail or hang."""

@@ -1,47 +1,47 @@
-"""Which rank is to blame when a run can go no further: a judgement of what is known of each."""
+"""Which rank is to blame when a run cannot go on, judged from the status of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
-from ganscale.errors import EXIT_RANK_LOST
+from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, GanscaleError
+from ganscale.runtime import is_communication_error, is_device_error
+from ganscale.supervision.progress import ProgressMark
 
-# What one rank's end does to the others comes after it, but may be heard of first.
+# The errors that a lost rank causes in others may arrive before the news of its death.
 _GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class ProgressMark:
-    """How far a rank has come: `count` grows with every part of a step that it begins.
-
-    patience_seconds: that this part may take beyond the limit
-    """
-
-    count: int = 0
-    where: str = "start"
-    patience_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class Failure:
-    """An error that ended a rank. is_echo: as another rank's end causes it"""
+    """An error that ended a rank. is_consequence: as the loss of another rank causes it"""
 
     exit_code: int
-    sentence: str
-    is_echo: bool
+    message: str
+    is_consequence: bool = False
+
+    @classmethod
+    def from_error(cls, error: BaseException) -> "Failure":
+        is_consequence = is_communication_error(error)
+        if is_consequence or is_device_error(error):  # the network or a GPU, not the run
+            exit_code = EXIT_RANK_LOST
+        else:
+            exit_code = error.exit_code if isinstance(error, GanscaleError) else EXIT_FAILED
+        kind = "" if is_for_users(error) else f"{type(error).__name__}: "
+        return cls(exit_code, kind + " ".join(str(error).split()), is_consequence)
 
 
 @dataclass
-class Member:
-    """A rank as another one sees it; times are of one monotonic clock."""
+class RankStatus:
+    """A rank as this one sees it; times are of this process's monotonic clock."""
 
     name: str  # "rank 3 on node2"
     heard_at: float
-    moved_at: float  # when it began the part of a step that it is in
-    mark: ProgressMark = ProgressMark()
+    progressed_at: float  # when it entered its stage
+    mark: ProgressMark = field(default_factory=ProgressMark)
     is_waiting: bool = False  # in a collective, for the others
-    gone_at: float | None = None  # its connection closed without a word
-    has_left: bool = False  # in order: it is watched no more
+    disconnected_at: float | None = None  # without a goodbye
+    has_left: bool = False  # with a goodbye: it is no longer watched
     failure: Failure | None = None
     failed_at: float = inf
 
@@ -49,66 +49,72 @@ class Member:
 @dataclass(frozen=True)
 class FailureCause:
     exit_code: int
-    sentence: str
+    message: str
     is_hang: bool = False
 
 
+def is_for_users(error: BaseException) -> bool:
+    """Whether the error's message explains itself, without a type or traceback."""
+    return isinstance(error, GanscaleError | OSError)
+
+
 def attribute_failure(
-    members: Sequence[Member], now: float, limit_seconds: float, silence_seconds: float
+    ranks: Sequence[RankStatus], now: float, limit_seconds: float, silence_seconds: float
 ) -> FailureCause | None:
-    """Why the run has to end, None while all is well.
+    """Why the run has to end; None while all is well.
 
     limit_seconds: without progress on any rank
     silence_seconds: without a sign of life from a rank
     """
-    members = [member for member in members if not member.has_left]
-    if not members:
+    ranks = [rank for rank in ranks if not rank.has_left]
+    if not ranks:
         return None
-    if (ended := _judged_by_ends(members, now)) is not None:
-        return ended
-    silent = [m for m in members if m.gone_at is None and now - m.heard_at > silence_seconds]
+    if (cause := _death_or_error(ranks, now)) is not None:
+        return cause
+    silent = [r for r in ranks if r.disconnected_at is None and now - r.heard_at > silence_seconds]
     if silent:
-        seconds = now - min(member.heard_at for member in silent)
+        seconds = now - min(rank.heard_at for rank in silent)
         return FailureCause(
             EXIT_RANK_LOST,
-            f"{_named(silent)} was lost: no sign of life for {seconds:.0f} s; the process is "
-            "stopped, or its machine is away",
+            f"{_name_all(silent)} was lost: no sign of life for {seconds:.0f} s; its process is "
+            "stopped, or its machine cannot be reached",
             is_hang=True,
         )
-    stands_since = max(member.moved_at for member in members)
-    patience = max(member.mark.patience_seconds for member in members)
-    if now - stands_since > limit_seconds + patience:
-        behind = min(member.mark.count for member in members)
-        stuck = [member for member in members if member.mark.count == behind]
-        stuck = [member for member in stuck if not member.is_waiting] or stuck
-        name = "every rank" if 1 < len(members) == len(stuck) else _named(stuck)
-        seconds = now - min(member.moved_at for member in stuck)
-        return FailureCause(
-            EXIT_RANK_LOST, f"{name} hangs: in `{stuck[0].mark.where}` for {seconds:.0f} s", True
-        )
-    return None
-
-
-def _judged_by_ends(members: Sequence[Member], now: float) -> FailureCause | None:
-    """A process that is gone comes before errors, and an error before its echoes."""
-    gone = [member for member in members if member.gone_at is not None]
-    failed = [(member, member.failure) for member in members if member.failure is not None]
-    if not gone and not failed:
+    last_progress_at = max(rank.progressed_at for rank in ranks)
+    extra_seconds = max(rank.mark.extra_seconds for rank in ranks)
+    if now - last_progress_at <= limit_seconds + extra_seconds:
         return None
-    first = min(m.failed_at if m.gone_at is None else m.gone_at for m in members)
-    if len(failed) < len(members) and now - first < _GRACE_SECONDS:
+    lowest_count = min(rank.mark.count for rank in ranks)
+    behind = [rank for rank in ranks if rank.mark.count == lowest_count]
+    hanging = [rank for rank in behind if not rank.is_waiting] or behind
+    name = "every rank" if 1 < len(ranks) == len(hanging) else _name_all(hanging)
+    seconds = now - min(rank.progressed_at for rank in hanging)
+    message = f"{name} hangs: in `{hanging[0].mark.stage}` for {seconds:.0f} s"
+    return FailureCause(EXIT_RANK_LOST, message, is_hang=True)
+
+
+def _death_or_error(ranks: Sequence[RankStatus], now: float) -> FailureCause | None:
+    """A death is blamed before an error, and an error before its consequences."""
+    dead = [rank for rank in ranks if rank.disconnected_at is not None]
+    failed = [(rank, rank.failure) for rank in ranks if rank.failure is not None]
+    if not dead and not failed:
         return None
-    if gone:
-        where = gone[0].mark.where
-        died = f"{_named(gone)} was lost: the process died in `{where}`"
-        return FailureCause(EXIT_RANK_LOST, died)
-    own = [(member, failure) for member, failure in failed if not failure.is_echo] or failed
-    member, failure = own[0]
-    is_of_all = len(failed) == len(members) and len({f.sentence for _, f in own}) == 1
-    by = "" if is_of_all else f"{member.name}: "
-    return FailureCause(failure.exit_code, f"{by}{failure.sentence}")
+    first_at = min(
+        rank.failed_at if rank.disconnected_at is None else rank.disconnected_at for rank in ranks
+    )
+    if len(failed) < len(ranks) and now - first_at < _GRACE_SECONDS:
+        return None
+    if dead:
+        stage = dead[0].mark.stage
+        message = f"{_name_all(dead)} was lost: the process died in `{stage}`"
+        return FailureCause(EXIT_RANK_LOST, message)
+    causes = [(rank, failure) for rank, failure in failed if not failure.is_consequence] or failed
+    rank, failure = causes[0]
+    is_everywhere = len(failed) == len(ranks) and len({f.message for _, f in causes}) == 1
+    name = "" if is_everywhere else f"{rank.name}: "
+    return FailureCause(failure.exit_code, f"{name}{failure.message}")
 
 
-def _named(members: Sequence[Member]) -> str:
-    more = f" (and {len(members) - 1} more)" if len(members) > 1 else ""
-    return f"{members[0].name}{more}"
+def _name_all(ranks: Sequence[RankStatus]) -> str:
+    more = f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else ""
+    return f"{ranks[0].name}{more}"

@@ -1,5 +1,5 @@
-"""What a batch script is told: lines in a file that it names, since launchers keep exit codes to
-themselves, and a run that is requeued has a history."""
+"""What the batch script reads of a training: a file of lines, because launchers do not pass on exit
+codes and the script counts how often a job is requeued without progress."""
 
 import os
 from pathlib import Path
@@ -10,23 +10,23 @@ _lost_lines: list[str] = []
 
 
 def has_job_history() -> bool:
-    """Whether a batch script is told, which has the run come again."""
+    """Whether a batch script reads along, which requeues the job."""
     return JOB_HISTORY_FILE in os.environ
 
 
 def is_job_history_complete() -> bool:
-    """Whether the batch script has every line that it was to be told."""
+    """Whether every line for the batch script could be written."""
     return has_job_history() and not _lost_lines
 
 
 def note_started(images_seen: int) -> None:
-    """`started IMAGES`: the run has its state and begins to train. On one rank."""
+    """`started IMAGES`: the state is loaded and training begins. On one rank."""
     _append(f"started {images_seen}")
 
 
-def note_ended(exit_code: int, sentence: str) -> None:
-    """`ended CODE SENTENCE`: this attempt is over. On one rank."""
-    _append(f"ended {exit_code} {' '.join(sentence.split())}")
+def note_ended(exit_code: int, message: str) -> None:
+    """`ended CODE MESSAGE`: this attempt is over. On one rank."""
+    _append(f"ended {exit_code} {' '.join(message.split())}")
 
 
 def _append(line: str) -> None:
@@ -34,5 +34,5 @@ def _append(line: str) -> None:
         try:
             with Path(path).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-        except OSError:  # a full disk is told elsewhere; the script then goes by the exit code
+        except OSError:  # such as a full disk: the script then uses the exit code
             _lost_lines.append(line)

@@ -1,4 +1,4 @@
-"""Requests to stop: a signal is noted; the loop acts on it when all ranks have agreed."""
+"""Requests to stop: a signal sets a flag, and the loop stops once all ranks have agreed."""
 
 import os
 import signal
@@ -11,40 +11,40 @@ from ganscale.errors import EXIT_INTERRUPTED
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-PARENT = os.getppid()
-"""The process that started this one; read early, while it lives."""
+PARENT_PID = os.getppid()
+"""The process that started this one; read early, before it can die."""
 
 
 class StopRequest:
-    """The first request to stop is remembered; a second Ctrl-C ends the process at once."""
+    """Set by the first request to stop; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._requested = threading.Event()
 
     @classmethod
-    def listening(cls) -> "StopRequest":
-        """Takes the signals from here on; to be called before any other thread is started.
+    def on_signals(cls) -> "StopRequest":
+        """Handles the signals from now on; call it before any other thread starts.
 
-        They are blocked in every thread and waited for in one of our own. So none is lost while
-        torch is still being imported, none cuts a system call short, and none reaches the processes
-        that we start, which inherit the mask.
+        Every thread blocks them, and a thread that does nothing else waits for them. So none is
+        lost while torch is being imported, none interrupts a system call, and none reaches the
+        processes that we start, which inherit the mask.
         """
         request = cls()
         signals = {*_SIGNALS}
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job
             signals.remove(signal.SIGINT)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        threading.Thread(target=request._listen, args=[signals], name="stop", daemon=True).start()
+        threading.Thread(target=request._wait, args=[signals], name="stop", daemon=True).start()
         return request
 
     def is_requested(self) -> bool:
-        return self._asked.is_set()
+        return self._requested.is_set()
 
     def request(self) -> None:
         """Does what a signal would."""
-        self._asked.set()
+        self._requested.set()
 
-    def _listen(self, signals: set[signal.Signals]) -> None:
+    def _wait(self, signals: set[signal.Signals]) -> None:
         was_interrupted = False
         while True:
             received = signal.sigwait(signals)
@@ -55,6 +55,7 @@ class StopRequest:
                 was_interrupted = True
                 if os.environ.get("RANK", "0") == "0":
                     sys.stderr.write(
-                        "\nstops after this cycle, with a checkpoint; Ctrl-C again leaves at once\n"
+                        "\nstopping after this cycle with a checkpoint; "
+                        "press Ctrl-C again to stop at once\n"
                     )
                     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a local record, Weights & Biases, and the console."""
+"""What a run reports while it trains: to a local record, Weights & Biases and the console."""
 
 from ganscale.tracking.console import Console, setup_logging
 from ganscale.tracking.record import Record, read_rows

@@ -1,17 +1,15 @@
-"""What a user wants to be told of at once: the first value that is no number, a collapse, the end.
+"""Events that a user wants to hear of at once: the first non-finite value, a collapse, the end.
 
-Each kind once per run, also when the run is resumed to before it: `alerts.jsonl` in the run folder
-keeps what was told. W&B is told by the process that reads it there.
+Each kind is sent once per run, also when the run resumes from before it: `alerts.jsonl` in the run
+folder keeps what was sent. The process that copies the record to W&B sends it there.
 """
 
-import contextlib
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from ganscale.run_folder import RunFolder, append_json_line, read_json_lines
 from ganscale.tracking.record import Value
 
 logger = logging.getLogger(__name__)
@@ -19,7 +17,7 @@ logger = logging.getLogger(__name__)
 COLLAPSED = "collapse/alarm"
 """A row's name: 1 when the generator has collapsed."""
 
-_FINITE = ("loss/", "logits/", "penalty/", "optim/")
+_MUST_BE_FINITE = ("loss/", "logits/", "penalty/", "optim/")
 
 
 @dataclass(frozen=True)
@@ -31,39 +29,37 @@ class Alert:
 
 
 class Alerts:
-    """Tells of each kind of event once per run; constructed on rank 0 only."""
+    """Sends each kind of alert once per run; constructed on rank 0 only."""
 
-    def __init__(self, run_folder: Path, name: str) -> None:
-        """name: of the run, for the titles"""
-        self._path = run_folder / "alerts.jsonl"
-        self._name = name
-        self._told = {alert.kind for alert in read_alerts(run_folder)}
+    def __init__(self, folder: RunFolder, run_name: str) -> None:
+        self._path = folder.alerts
+        self._run_name = run_name
+        self._sent_kinds = {alert.kind for alert in read_alerts(folder)}
 
-    def look(self, row: Mapping[str, Value], images_seen: int) -> None:
-        """Tells of what a row shows."""
+    def check_row(self, row: Mapping[str, Value], images_seen: int) -> None:
+        """Sends an alert for a non-finite value or a collapse in `row`."""
         for name, value in sorted(row.items()):
-            if name.startswith(_FINITE) and isinstance(value, float) and not math.isfinite(value):
-                self.tell("nan", "not finite", f"{name} is {value}", images_seen)
+            if not name.startswith(_MUST_BE_FINITE) or not isinstance(value, float):
+                continue
+            if not math.isfinite(value):
+                self.send("nan", "not finite", f"{name} is {value}", images_seen)
         if row.get(COLLAPSED):
             text = "the generator has collapsed: its images are nearly all the same few"
-            self.tell("collapse", "collapse", text, images_seen)
+            self.send("collapse", "collapse", text, images_seen)
 
-    def tell(self, kind: str, title: str, text: str, images_seen: int) -> None:
-        """Warns of `text`, and keeps it for W&B, unless this run had an alert of this kind."""
-        if kind in self._told:
+    def send(self, kind: str, title: str, text: str, images_seen: int) -> None:
+        """Logs `text` as a warning and keeps it for W&B, unless this kind was sent before."""
+        if kind in self._sent_kinds:
             return
-        self._told.add(kind)
+        self._sent_kinds.add(kind)
         text = f"{text} (at {images_seen:,} images)"
         if kind != "finish":
             logger.warning("%s", text)
-        line = json.dumps(asdict(Alert(kind, f"{self._name[:40]}: {title}", text, images_seen)))
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        alert = Alert(kind, f"{self._run_name[:40]}: {title}", text, images_seen)
+        append_json_line(self._path, asdict(alert))
 
 
-def read_alerts(run_folder: Path) -> Iterator[Alert]:
-    """The alerts of a run so far; a line that is damaged is passed over."""
-    with contextlib.suppress(OSError):
-        for line in (run_folder / "alerts.jsonl").read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
-                yield Alert(**json.loads(line))
+def read_alerts(folder: RunFolder) -> Iterator[Alert]:
+    """The alerts of a run so far; damaged lines are skipped."""
+    names = {*Alert.__dataclass_fields__}
+    return (Alert(**line) for line in read_json_lines(folder.alerts) if line.keys() == names)

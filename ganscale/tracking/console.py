@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines in a log."""
+"""What a user sees of a run: a progress bar on a terminal, plain lines in a log."""
 
 import contextlib
 import logging
@@ -15,17 +15,17 @@ _SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
 
 
 class Console:
-    """Shows the progress of a run, and keeps it with date and time in `log.txt`."""
+    """Shows the progress of a run, and logs it with date and time to `log.txt`."""
 
     def __init__(
         self, total_images: int, log_path: Path, *, is_terminal: bool | None = None
     ) -> None:
-        """`is_terminal` defaults to whether stderr, where the bar is drawn, is one."""
+        """`is_terminal`: by default, whether stderr is one; the bar is drawn there."""
         self._total_images = total_images
         self._log_path = log_path
         self._bar: tqdm | None = None
         if sys.stderr.isatty() if is_terminal is None else is_terminal:
-            # Rate and time left are the run's own: the bar's start at zero after a resume.
+            # Rate and time left come from the run: the bar's own start at zero after a resume.
             self._bar = tqdm(
                 total=total_images,
                 unit="img",
@@ -36,10 +36,9 @@ class Console:
 
     def update(self, images_seen: int, images_per_second: float, row: Mapping[str, Value]) -> None:
         """Shows one logging interval; `row` gives `loss/critic` and `loss/generator`."""
-        parts = [f"{label} {row[name]:.4f}" for label, name in _SHOWN_LOSSES.items() if name in row]
-        parts.append(f"{images_per_second:,.0f} img/s")
-        parts.append(f"{self._time_left(images_seen, images_per_second)} left")
-        progress = ", ".join(parts)
+        losses = [f"{label} {row[k]:.4f}" for label, k in _SHOWN_LOSSES.items() if k in row]
+        time_left = self._time_left(images_seen, images_per_second)
+        progress = ", ".join([*losses, f"{images_per_second:,.0f} img/s", f"{time_left} left"])
         line = f"{images_seen:,} of {self._total_images:,} images, {progress}"
         if self._bar is None:
             _print_above_bar(line)
@@ -49,12 +48,12 @@ class Console:
         append_line(self._log_path, line)
 
     def message(self, text: str) -> None:
-        """Shows `text` above the bar, and keeps it in the log file."""
+        """Shows `text` above the bar, and logs it."""
         _print_above_bar(text)
         append_line(self._log_path, text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar on the terminal as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -66,9 +65,10 @@ class Console:
 
 
 def setup_logging(log_path: Path, rank: int) -> None:
-    """Sends the `ganscale` logger to console and log file on rank 0, warnings to stderr elsewhere.
+    """Sends the `ganscale` logger's messages to the console and the log file on rank 0; other ranks
+    send warnings to stderr.
 
-    Called again, it replaces what it set up before.
+    A second call replaces the handlers of the first.
     """
     ganscale_logger = logging.getLogger("ganscale")
     ganscale_logger.propagate = False
@@ -83,7 +83,7 @@ def setup_logging(log_path: Path, rank: int) -> None:
 
 
 class _LevelFormatter(logging.Formatter):
-    """The bare message, with its level in front from a warning upwards."""
+    """The bare message; warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -101,8 +101,8 @@ class _ConsoleAndFile(logging.Handler):
         append_line(self._log_path, text)
 
 
-# A job's stdout is often a file on the disk that holds the run. When that is full, a line is given
-# up: the rows are in the record, and training matters more.
+# A job's stdout is often a file on the disk that holds the run. When that is full, lines are
+# dropped: the rows are in the record, and training matters more.
 
 
 def _print_above_bar(text: str) -> None:
@@ -112,6 +112,6 @@ def _print_above_bar(text: str) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Adds `text` to a log, with date and time."""
+    """Appends `text` to a log file, with date and time."""
     with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
         file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")

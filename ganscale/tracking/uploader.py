@@ -1,13 +1,12 @@
 """The process that copies a run's record into W&B while the run is training.
 
-W&B is a replica of `metrics.jsonl`, and this process makes it: whatever goes wrong with the server,
-the client, its service or its disk goes wrong here, where no step of the training waits for it.
+W&B is a replica of `metrics.jsonl`, and this process makes it. Whatever fails in the server, the
+client, its service or its disk fails here, where no training step waits for it.
 
     python -m ganscale.tracking.uploader
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -20,205 +19,210 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, UnavailableError, UserError
+from ganscale.files import FileLock
+from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.record_tail import RecordTail
-from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Job, SessionEnd
-from ganscale.tracking.wandb_mode import WandbMode, chosen_mode
+from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, SessionEnd, UploadJob
+from ganscale.tracking.wandb_mode import WandbMode, resolve_mode
 from ganscale.tracking.wandb_run import WandbRun
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 _MAX_RETRY_SECONDS = 900.0
 _ANSWER_SECONDS = 30
-_WAIT_SECONDS = 30.0
-_LOOKS = 5  # of `retry_seconds`: the server is asked whether the rows have arrived
+_LOCK_WARNING_SECONDS = 30.0
+_ARRIVAL_CHECK_RETRIES = 5  # the server is asked for the rows it has every 5 `retry_seconds`
 
 logger = logging.getLogger("ganscale.tracking.uploader")  # `__name__` is `__main__` here
 
 
-class Session:
-    """A session of training, as its process tells of it: the last line says how it ended.
+class SessionWatcher:
+    """Follows a session of training through the pipe from its process: one last line says how the
+    session ended, and the pipe closes.
 
-    Some time after its end this process ends, too, whatever it is waiting for: the next session's
-    uploader waits for it.
+    Ends this process some time later, whatever it is waiting for: the next session's uploader waits
+    for this one.
     """
 
-    def __init__(self, lines: TextIO, finish_seconds: float) -> None:
-        self.ending = SessionEnd()
+    def __init__(self, pipe: TextIO, finish_seconds: float) -> None:
+        self.end = SessionEnd()
         self._finish_seconds = finish_seconds
-        self._lines = lines
+        self._pipe = pipe
         self._has_ended = threading.Event()
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     @property
     def has_ended(self) -> bool:
         return self._has_ended.is_set()
 
-    def lasts(self, seconds: float) -> bool:
-        """Waits, and returns whether the session still goes on."""
-        return not self._has_ended.wait(seconds)
+    def wait(self, seconds: float) -> bool:
+        """Waits for the end of the session, and returns whether it has come."""
+        return self._has_ended.wait(seconds)
 
-    def _listen(self) -> None:
+    def _watch(self) -> None:
         with contextlib.suppress(ValueError):
-            if line := self._lines.readline():
-                self.ending = SessionEnd.from_line(line)
+            if line := self._pipe.readline():
+                self.end = SessionEnd.from_line(line)
         self._has_ended.set()
-        time.sleep(self._finish_seconds + CHECKPOINT_SECONDS * len(self.ending.checkpoints) + 5)
+        time.sleep(self._finish_seconds + CHECKPOINT_SECONDS * len(self.end.checkpoints) + 5)
         os._exit(EXIT_FAILED)
 
 
 class Uploader:
-    """Sends what is in the record and not in W&B, until the session ends.
+    """Sends the rows that the record has and W&B lacks, until the session ends.
 
-    Whatever fails is tried again in growing intervals, with a client that starts afresh and asks
-    the server what it has.
+    After a failure it tries again at growing intervals, with a new client that asks the server
+    which rows it has.
     """
 
-    def __init__(self, job: Job, session: Session, tell: Callable[..., None]) -> None:
+    def __init__(
+        self, job: UploadJob, session: SessionWatcher, send_message: Callable[..., None]
+    ) -> None:
+        """send_message: sends its keyword arguments to the training process"""
         self._job = job
-        self._folder = Path(job.folder)
+        self._folder = RunFolder(Path(job.folder))
         self._session = session
-        self._tell = tell
-        self._pause, self._has_failed = job.retry_seconds, False
+        self._send_message = send_message
+        self._retry_seconds, self._has_failed = job.retry_seconds, False
 
     def run(self) -> None:
-        """Raises UserError for a mode that cannot be, UnavailableError where W&B lacks rows in the
+        """Raises UserError if the mode is not possible, UnavailableError if W&B lacks rows in the
         end."""
-        mode = chosen_mode(self._job.mode)
-        self._tell(mode=mode)
+        mode = resolve_mode(self._job.mode)
+        self._send_message(mode=mode)
         if mode == "disabled":
             return
-        with alone(self._folder, self._session.lasts):
+        with exclusive_upload(self._folder, self._session.wait):
             while True:
                 is_last = self._session.has_ended
                 try:
                     self._follow(self._connect(mode))
-                    return self._note_arrival()
+                    return self._reset_retries()
                 except Exception as error:
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                _tear_down()
+                    reason = describe_error(error)
+                _tear_down_client()
                 if is_last:
                     raise UnavailableError(reason)
                 if not self._has_failed:
-                    logger.warning("W&B gets no rows, metrics.jsonl goes on (%s)", reason)
+                    logger.warning("W&B gets no rows, metrics.jsonl continues (%s)", reason)
                 self._has_failed = True
-                self._session.lasts(self._pause)
-                self._pause = min(2 * self._pause, _MAX_RETRY_SECONDS)
+                self._session.wait(self._retry_seconds)
+                self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
 
     def _connect(self, mode: WandbMode) -> WandbRun:
         wandb_run = WandbRun(
             self._folder,
             self._job.identity,
             mode,
-            client_folder=self._folder,
+            client_folder=self._folder.path,
             finish_seconds=self._job.finish_seconds,
             trainer_pid=self._job.trainer_pid,
         )
-        self._tell(location=wandb_run.location)
+        self._send_message(location=wandb_run.location)
         return wandb_run
 
-    def _note_arrival(self) -> None:
-        """A connection alone says little: a server may answer and refuse the rows."""
+    def _reset_retries(self) -> None:
+        """Called once rows have arrived: a server may accept a connection and refuse the rows."""
         if self._has_failed:
-            logger.info("W&B is back, and gets what it lacks")
-        self._pause, self._has_failed = self._job.retry_seconds, False
+            logger.info("W&B is back, and gets the missing rows")
+        self._retry_seconds, self._has_failed = self._job.retry_seconds, False
 
     def _follow(self, wandb_run: WandbRun) -> None:
-        rows = RecordTail(self._folder / "metrics.jsonl")
-        first = sent = wandb_run.next_step
-        looked_at = time.monotonic()
+        rows = RecordTail(self._folder.record)
+        first_step = sent_step = wandb_run.next_step
+        checked_at = time.monotonic()
         while True:
-            # Asked before the rows are read: those that come after the answer are read next time.
+            # Asked before the rows are read: rows written after the answer are read next time.
             is_last = self._session.has_ended
             wandb_run.send(rows.read(wandb_run.next_step))
-            for alert in read_alerts(self._folder):
-                wandb_run.alert(alert.kind, alert.title, alert.text)
+            wandb_run.send_alerts(read_alerts(self._folder))
             if is_last:
                 break
-            if time.monotonic() > looked_at + _LOOKS * self._job.retry_seconds:
-                if not wandb_run.has_arrived(sent, _ANSWER_SECONDS):
+            if time.monotonic() > checked_at + _ARRIVAL_CHECK_RETRIES * self._job.retry_seconds:
+                if not wandb_run.has_arrived(sent_step, _ANSWER_SECONDS):
                     raise UnavailableError("the server takes no rows")
-                if sent > first:
-                    self._note_arrival()
-                sent, looked_at = wandb_run.next_step, time.monotonic()
-            self._session.lasts(_LOOK_SECONDS)
-        for checkpoint in self._session.ending.checkpoints:
+                if sent_step > first_step:
+                    self._reset_retries()
+                sent_step, checked_at = wandb_run.next_step, time.monotonic()
+            self._session.wait(_POLL_SECONDS)
+        for checkpoint in self._session.end.checkpoints:
             try:
-                wandb_run.keep_checkpoint(checkpoint)
-            except Exception as error:  # the rows are what matters
-                logger.warning("%s is not kept in W&B: %s", checkpoint.path, error)
-        wandb_run.finish(self._session.ending.summary, self._session.ending.exit_code)
+                wandb_run.upload_checkpoint(checkpoint)
+            except Exception as error:  # the rows matter more
+                logger.warning("%s was not uploaded to W&B: %s", checkpoint.path, error)
+        wandb_run.finish(self._session.end.summary, self._session.end.exit_code)
 
 
 @contextlib.contextmanager
-def alone(run_folder: Path, lasts: Callable[[float], bool]) -> Iterator[None]:
+def exclusive_upload(folder: RunFolder, wait: Callable[[float], bool]) -> Iterator[None]:
     """Keeps other processes from sending rows of this run meanwhile: they would arrive twice.
 
-    Waits for the uploader of a session that was killed, and says so where it takes long. Raises
-    UnavailableError where that still sends when `lasts`, which waits some seconds, returns False.
+    Waits for the uploader of a session that was killed, with a warning if that takes long. `wait`
+    waits some seconds and returns whether to give up. Raises UnavailableError if it does.
     """
-    folder = run_folder / "wandb"
-    folder.mkdir(exist_ok=True)
-    warns_at = time.monotonic() + _WAIT_SECONDS
-    with (folder / ".lock").open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not lasts(_LOOK_SECONDS):
-                    raise UnavailableError("an earlier session is still being sent") from None
-                if time.monotonic() > warns_at:
-                    warns_at = math.inf
+    folder.wandb.mkdir(exist_ok=True)
+    warning_at = time.monotonic() + _LOCK_WARNING_SECONDS
+    with FileLock(folder.upload_lock) as lock:
+        # OSError: a file system without locks
+        with contextlib.suppress(OSError):
+            while not lock.acquire():
+                if wait(_POLL_SECONDS):
+                    raise UnavailableError("an earlier session is still being sent")
+                if time.monotonic() > warning_at:
+                    warning_at = math.inf
                     logger.warning(
-                        "W&B gets no rows until the uploader of an earlier session of %s has "
-                        "ended; has it been stopped, or is it on another node?",
-                        run_folder,
+                        "W&B gets no rows until the uploader of an earlier session of %s ends; is "
+                        "it suspended, or on another node?",
+                        folder.path,
                     )
-            except OSError:  # a file system without locks
-                break
         yield
 
 
-def _tear_down() -> None:
-    """Or the client refuses to start a run of the same id."""
+def describe_error(error: Exception) -> str:
+    """The error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _tear_down_client() -> None:
+    """Without this, the client refuses to start a second run with the same id."""
     import wandb
 
     with contextlib.suppress(Exception):
         wandb.teardown()
 
 
-class _ToTrainer(logging.Handler):
-    def __init__(self, tell: Callable[..., None]) -> None:
+class _TrainerLogHandler(logging.Handler):
+    def __init__(self, send_message: Callable[..., None]) -> None:
         super().__init__()
-        self._tell = tell
+        self._send_message = send_message
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(level=record.levelno, text=record.getMessage())
+        self._send_message(level=record.levelno, text=record.getMessage())
 
 
 def main() -> None:
-    os.nice(10)  # training comes first, also where cores are few
-    # Whatever the client prints must not get among the lines for the trainer.
+    os.nice(10)  # training comes first, also when cores are few
+    # The client's own output must not mix with the messages to the trainer.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def tell(**content: Any) -> None:
-        with contextlib.suppress(OSError):  # a trainer that is gone
+    def send_message(**content: Any) -> None:
+        with contextlib.suppress(OSError):  # the trainer has died
             channel.write(json.dumps(content) + "\n")
 
     root = logging.getLogger("ganscale")
     root.setLevel(logging.INFO)
-    root.handlers[:] = [_ToTrainer(tell)]
-    job = Job.from_line(sys.stdin.readline())
+    root.handlers[:] = [_TrainerLogHandler(send_message)]
+    job = UploadJob.from_line(sys.stdin.readline())
     try:
-        Uploader(job, Session(sys.stdin, job.finish_seconds), tell).run()
+        Uploader(job, SessionWatcher(sys.stdin, job.finish_seconds), send_message).run()
     except UserError as error:
-        tell(mistake=str(error))
+        send_message(user_error=str(error))
     except Exception as error:
         logger.warning(
             "W&B lacks a part of this run (%s): `ganscale sync %s` sends it", error, job.folder
         )
-        os._exit(EXIT_DONE)  # the client would wait, once more, for a server that is away
+        os._exit(EXIT_DONE)  # the client would again wait for a server that does not answer
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What the training process and its uploader tell each other: one line of JSON each."""
+"""Messages from the training process to its uploader: one line of JSON each."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ganscale.errors import EXIT_FAILED
-from ganscale.tracking.wandb_mode import Mode
+from ganscale.tracking.wandb_mode import RequestedMode
+
+CHECKPOINT_SECONDS = 300.0
+"""How much each checkpoint uploaded at the end of a run adds to `finish_seconds`."""
 
 
 @dataclass(frozen=True)
 class WandbIdentity:
-    """What makes a W&B run the same one in every session of a training."""
+    """The W&B run that all sessions of a training share."""
 
     run_id: str
     project: str
@@ -18,41 +21,37 @@ class WandbIdentity:
     config: dict[str, Any]
 
 
-CHECKPOINT_SECONDS = 300.0
-"""What each checkpoint that is uploaded at the end of a run adds to `finish_seconds`."""
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that is kept in W&B as a version of the run's checkpoints."""
+    """A folder to upload to W&B, as a version of the run's checkpoint artifact."""
 
     path: str
     aliases: list[str]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the uploader is to do, told at its start."""
+class UploadJob:
+    """What the uploader has to do; its first message."""
 
     folder: str
-    mode: Mode
+    mode: RequestedMode
     identity: WandbIdentity
-    trainer_pid: int  # whose CPU, memory and GPUs W&B records
-    retry_seconds: float  # until W&B is tried again, the first time
-    finish_seconds: float  # for what is not uploaded yet when the session ends
+    trainer_pid: int  # W&B records this process's CPU, memory and GPUs
+    retry_seconds: float  # before the first retry
+    finish_seconds: float  # for uploads that are still pending when the session ends
 
     def to_line(self) -> str:
         return json.dumps(asdict(self)) + "\n"
 
     @classmethod
-    def from_line(cls, line: str) -> "Job":
+    def from_line(cls, line: str) -> "UploadJob":
         content = json.loads(line)
         return cls(**{**content, "identity": WandbIdentity(**content["identity"])})
 
 
 @dataclass(frozen=True)
 class SessionEnd:
-    """How a session ended; by default, as one does whose process was killed."""
+    """How a session ended; the defaults are for one whose process was killed."""
 
     exit_code: int = EXIT_FAILED
     summary: dict[str, Any] = field(default_factory=dict)
@@ -64,5 +63,5 @@ class SessionEnd:
     @classmethod
     def from_line(cls, line: str) -> "SessionEnd":
         content = json.loads(line)
-        checkpoints = [Checkpoint(**each) for each in content["checkpoints"]]
+        checkpoints = [Checkpoint(**fields) for fields in content["checkpoints"]]
         return cls(**{**content, "checkpoints": checkpoints})

@@ -1,6 +1,5 @@
-"""What a run folder says that its run in W&B should be."""
+"""What a run is in W&B, read from its folder: id, name, config and the checkpoints to upload."""
 
-import json
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -9,21 +8,20 @@ from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
-from ganscale.tracking.provenance import read_sessions
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 _SHOWN_SESSIONS = 20  # a run that is requeued for weeks has hundreds
 
 
 def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
-    """The run's id, project and name in W&B, and its config there: the settings, and where each
-    session came from (the newest under `session`, where a table shows its parts as columns), all
-    without passwords and signatures."""
+    """The run's id, project and name in W&B, and its config there: the settings and the newest
+    sessions (the last one also under `session`, whose entries W&B can show as columns), all without
+    passwords and signatures."""
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     assert isinstance(settings, dict)
-    sessions = read_sessions(folder.sessions)[-_SHOWN_SESSIONS:]
+    sessions = folder.read_sessions()[-_SHOWN_SESSIONS:]
     return WandbIdentity(
-        run_id=json.loads(folder.identity.read_text())["id"],
+        run_id=folder.read_identity()["id"],
         project=config.log.project,
         name=config.run.name,
         config=without_secrets(
@@ -34,14 +32,15 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
 
 
 def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
-    """The checkpoints that `log.artifacts` asks for, with their aliases there."""
-    wanted = config.log.artifacts
-    saved = [] if wanted == "none" else inspect_checkpoints(root)
-    saved = [checkpoint for checkpoint in saved if checkpoint.damage is None]
+    """The checkpoints that `log.artifacts` asks for, with their aliases in W&B."""
+    policy = config.log.artifacts
+    if policy == "none":
+        return []
+    saved = [c for c in inspect_checkpoints(root) if c.damage is None]
     aliases: dict[Path, list[str]] = {}
-    if saved and wanted in ("last", "both"):
+    if saved and policy in ("last", "both"):
         aliases.setdefault(saved[-1].folder, []).append("last")
-    best = best_checkpoint(saved, config.checkpoint) if wanted in ("best", "both") else None
+    best = best_checkpoint(saved, config.checkpoint) if policy in ("best", "both") else None
     if best is not None:
         aliases.setdefault(best.folder, []).append("best")
     return [Checkpoint(str(folder), names) for folder, names in aliases.items()]

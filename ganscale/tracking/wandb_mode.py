@@ -1,4 +1,4 @@
-"""How W&B may start here: online, offline or not at all, without a prompt and without a wait."""
+"""Whether W&B starts online, offline or not at all, decided without a prompt or a long wait."""
 
 import contextlib
 import logging
@@ -16,16 +16,16 @@ from ganscale.errors import UserError
 _PROBE_SECONDS = 3.0
 
 WandbMode = Literal["online", "offline", "disabled"]
-Mode = Literal["auto"] | WandbMode
+RequestedMode = Literal["auto"] | WandbMode
 
 logger = logging.getLogger(__name__)
 
 
-def chosen_mode(mode: Mode) -> WandbMode:
-    """What the config, WANDB_MODE and the API key together ask for.
+def resolve_mode(mode: RequestedMode) -> WandbMode:
+    """The mode that follows from `log.wandb`, WANDB_MODE and the API key.
 
-    `auto` is what WANDB_MODE says, else online where an API key is configured. Raises UserError for
-    `online` without one.
+    `auto` follows WANDB_MODE; without it, `auto` is online if an API key is configured and offline
+    otherwise. Raises UserError for `online` without a key.
     """
     settings = client_settings()
     if mode == "auto":
@@ -37,17 +37,17 @@ def chosen_mode(mode: Mode) -> WandbMode:
     if not _has_api_key(settings):
         if mode == "online":
             raise UserError(
-                "tracking mode 'online' needs an API key of Weights & Biases: set WANDB_API_KEY or "
-                "run 'wandb login', or choose the mode 'auto' or 'offline'"
+                "tracking online needs a Weights & Biases API key: set WANDB_API_KEY or run "
+                "`wandb login`, or train with log.wandb=auto or log.wandb=offline"
             )
-        logger.info("no API key of Weights & Biases: this run is tracked offline")
+        logger.info("no Weights & Biases API key: this run is tracked offline")
         return "offline"
     return "online"
 
 
 def client_settings() -> Any:
-    """Environment, settings files and defaults, as the client itself reads them."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # what matters is said by us
+    """The client's settings from the environment, its files and its defaults."""
+    os.environ.setdefault("WANDB_SILENT", "true")  # ganscale logs what matters
     import wandb  # takes 0.5 s
 
     return wandb.setup().settings
@@ -60,32 +60,32 @@ def _has_api_key(settings: Any) -> bool:
     if "NETRC" in os.environ:
         candidates = [Path(os.environ["NETRC"]).expanduser()]
     for path in candidates:
-        # A file that cannot be read gives the client no key either.
+        # The client cannot read a key from an unreadable file either.
         with contextlib.suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc):
                 return True
     return False
 
 
-def answers(url: str) -> bool:
-    """Whether `url` gives any answer but a server error within 3 s, name resolution included.
+def is_reachable(url: str) -> bool:
+    """Whether `url` answers within 3 s, name resolution included, with anything but a server error.
 
-    Left to itself, the client waits 102 s for a server that is away.
+    The client itself would wait 102 s for a server that does not answer.
     """
-    answered = threading.Event()
+    has_answered = threading.Event()
 
-    def ask() -> None:
+    def request() -> None:
         try:
             urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
-            answered.set()
+            has_answered.set()
         except urllib.error.HTTPError as error:
             if error.code < 500:
-                answered.set()
+                has_answered.set()
         except OSError:
             pass
 
-    # In a thread, since the timeout of a request does not cover a name server that is away.
-    probe = threading.Thread(target=ask, daemon=True)
+    # In a thread, since a request's timeout does not cover a name server that does not answer.
+    probe = threading.Thread(target=request, daemon=True)
     probe.start()
     probe.join(_PROBE_SECONDS)
-    return answered.is_set()
+    return has_answered.is_set()

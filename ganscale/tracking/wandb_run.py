@@ -1,4 +1,4 @@
-"""The W&B run of a training: what it has, and what it is given."""
+"""A training's run in W&B, through the client."""
 
 import contextlib
 import json
@@ -10,28 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
+from ganscale.run_folder import RunFolder
+from ganscale.tracking.alerts import Alert
 from ganscale.tracking.record import IMAGES_SEEN
 from ganscale.tracking.superseded_rows import note_connection
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
-from ganscale.tracking.wandb_mode import WandbMode, answers, client_settings
+from ganscale.tracking.wandb_mode import WandbMode, client_settings, is_reachable
 from ganscale.tracking.wandb_values import WandbValues
 
 _INIT_SECONDS = 30.0
 _ARRIVAL_SECONDS = 2
-_ROWS_AT_ONCE = 100
+_BATCH_ROWS = 100
 
 
 class WandbRun:
-    """The only class that calls the client, with `WandbValues`. A call may raise anything, or hang.
+    """With `WandbValues`, the only class that calls the client. Its calls may raise anything, or
+    hang.
 
     Attributes:
-        next_step: W&B has every row of the run with a step below it
+        next_step: W&B has every row with a lower step
         location: an address, or the folder of an offline run
     """
 
     def __init__(
         self,
-        run_folder: Path,
+        folder: RunFolder,
         identity: WandbIdentity,
         mode: WandbMode,
         *,
@@ -39,34 +42,21 @@ class WandbRun:
         finish_seconds: float,
         trainer_pid: int | None = None,
     ) -> None:
-        """client_folder: where the client keeps files of its own, in a folder `wandb`
+        """client_folder: where the client keeps its own files, in a folder `wandb`
         trainer_pid: the process whose CPU, memory and GPUs are recorded
 
-        Raises UnavailableError when the server does not answer.
+        Raises UnavailableError if the server does not answer.
         """
         import wandb
 
-        self._values = WandbValues(run_folder)
-        self._alerts: set[str] = set()
-        self._checkpoints = f"checkpoint-{identity.run_id}"
-        if mode == "online" and not answers(url := client_settings().base_url):
+        self._values = WandbValues(folder.path)
+        self._sent_alerts: set[str] = set()
+        self._artifact_name = f"checkpoint-{identity.run_id}"
+        if mode == "online" and not is_reachable(url := client_settings().base_url):
             raise UnavailableError(f"{url} does not answer")
-        settings = wandb.Settings(
-            silent=True,
-            console="off",  # log.txt has it; a progress bar would be uploaded line by line
-            disable_code=True,
-            init_timeout=_INIT_SECONDS,
-            finish_timeout=finish_seconds,
-            finish_timeout_raises=True,
-            # The default of 15 s is what a killed process loses of an offline run.
-            x_transaction_log_flush_interval=1.0,
-            x_disable_stats=trainer_pid is None,
-        )
-        if trainer_pid is not None:
-            settings.x_stats_pid = trainer_pid
-        # As it is kept of the session: without secrets.
+        # The command as recorded for the session, without secrets.
         command = identity.config.get("session", {}).get("command", [])
-        settings.program = command[0] if command else None
+        settings = _settings(command, finish_seconds, trainer_pid)
         with _as_command(command):
             self._run = wandb.init(
                 dir=client_folder,
@@ -81,63 +71,62 @@ class WandbRun:
             )
         self._run.define_metric(IMAGES_SEEN)
         self._run.define_metric("*", step_metric=IMAGES_SEEN)
-        self._given: Path | None = None
+        self._offline_progress: Path | None = None
         if mode == "online":
-            # Zero, unless the server knows the run: then one more than the last step that it has.
+            # One more than the last step that the server has; zero if it does not know the run.
             self.next_step = self._starting_step = self._run.starting_step
             self.location = str(self._run.url)
-            note_connection(run_folder, self.location, self.next_step)
-            _mark_synchronized(run_folder, identity.run_id)
+            note_connection(folder, self.location, self.next_step)
+            _mark_synchronized(folder, identity.run_id)
         else:
-            self._given = run_folder / "wandb" / f"given-{identity.run_id}.json"
-            self.next_step = _given_before(self._given)
+            self._offline_progress = folder.offline_progress(identity.run_id)
+            self.next_step = _next_offline_step(self._offline_progress)
             self._starting_step = sys.maxsize  # there is no server to ask
             self.location = str(Path(self._run.dir).parent)
 
     def send(self, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> int:
-        """Sends those of (step, row) that W&B lacks, in order; returns how many that were."""
+        """Sends, in order, the (step, row) pairs that W&B lacks; returns their number."""
         missing = ((step, row) for step, row in rows if step >= self.next_step)
         sent = 0
-        while part := [*islice(missing, _ROWS_AT_ONCE)]:
-            if self._given is not None:
-                self._given.write_text(json.dumps({"step": part[-1][0]}))
-            for step, row in part:
+        while batch := [*islice(missing, _BATCH_ROWS)]:
+            if self._offline_progress is not None:
+                self._offline_progress.write_text(json.dumps({"step": batch[-1][0]}))
+            for step, row in batch:
                 # Without `commit`, the client would hold the row back until the next step.
-                self._run.log(self._values.of(row), step=step, commit=True)
+                self._run.log(self._values.convert(row), step=step, commit=True)
                 self.next_step = step + 1
-            sent += len(part)
+            sent += len(batch)
         return sent
 
-    def alert(self, kind: str, title: str, text: str) -> None:
-        """Has W&B tell the user, unless it did so before: it keeps that in the run's summary."""
-        name = f"alerts/{kind}"
-        if name in self._alerts:
-            return
-        self._alerts.add(name)
-        if self._run.summary.get(name) is None:
-            self._run.alert(title, text, level="INFO" if kind == "finish" else "WARN")
-            self._run.summary[name] = text
+    def send_alerts(self, alerts: Iterable[Alert]) -> None:
+        """Sends the kinds that W&B has not sent before: the run's summary keeps which it has."""
+        for alert in alerts:
+            name = f"alerts/{alert.kind}"
+            if name not in self._sent_alerts and self._run.summary.get(name) is None:
+                level = "INFO" if alert.kind == "finish" else "WARN"
+                self._run.alert(alert.title, alert.text, level=level)
+                self._run.summary[name] = alert.text
+            self._sent_alerts.add(name)
 
-    def keep_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Uploads a folder as an artifact. One that W&B has already becomes no new version.
+    def upload_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Uploads a folder as an artifact. One that W&B has already does not get a new version.
 
-        Raises an error of the client's where it takes longer than five minutes.
+        Raises an error of the client's if it takes longer than five minutes.
         """
         import wandb
 
         path = Path(checkpoint.path)
-        artifact = wandb.Artifact(self._checkpoints, type="model", metadata={"folder": path.name})
-        # Else every file would first be copied, twice.
+        artifact = wandb.Artifact(self._artifact_name, type="model", metadata={"folder": path.name})
+        # The defaults copy every file twice first.
         artifact.add_dir(str(path), policy="immutable", skip_cache=True)
         logged = self._run.log_artifact(artifact, aliases=checkpoint.aliases)
-        if self._given is None:  # online: what has not arrived by the end of the run is given up
+        if self._offline_progress is None:  # online: `finish` drops what has not arrived by then
             logged.wait(timeout=int(CHECKPOINT_SECONDS))
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Ends the session of the W&B run.
 
-        Raises TimeoutError where uploads take too long, UnavailableError where W&B has not got all
-        the rows that it was sent.
+        Raises TimeoutError if uploads take too long, UnavailableError if not all rows have arrived.
         """
         # W&B has the last row's values under their own names.
         self._run.summary.update({k: v for k, v in summary.items() if k != "last"})
@@ -152,9 +141,9 @@ class WandbRun:
             time.sleep(0.2)
 
     def has_arrived(self, next_step: int, answer_seconds: int) -> bool:
-        """Whether W&B has the row before `next_step`, by what the server says.
+        """Asks the server whether it has the row before `next_step`.
 
-        The client says nothing when the server refuses rows (403) and it gives them up.
+        The client reports nothing when the server refuses rows (403), and drops them.
         """
         if next_step <= self._starting_step:
             return True
@@ -164,30 +153,50 @@ class WandbRun:
         return api.run(self._run.path).lastHistoryStep >= next_step - 1
 
 
+def _settings(command: list[str], finish_seconds: float, trainer_pid: int | None) -> Any:
+    import wandb
+
+    settings = wandb.Settings(
+        silent=True,
+        console="off",  # log.txt has it; a progress bar would be uploaded line by line
+        disable_code=True,
+        init_timeout=_INIT_SECONDS,
+        finish_timeout=finish_seconds,
+        finish_timeout_raises=True,
+        # A killed process loses this much of an offline run; the default is 15 s.
+        x_transaction_log_flush_interval=1.0,
+        x_disable_stats=trainer_pid is None,
+        program=command[0] if command else None,
+    )
+    if trainer_pid is not None:
+        settings.x_stats_pid = trainer_pid
+    return settings
+
+
 @contextlib.contextmanager
 def _as_command(command: list[str]) -> Iterator[None]:
-    """Has the client take `command`, that of the training, for the one that runs here."""
-    own, sys.argv = sys.argv, command or sys.argv
+    """Makes the client record the training's command instead of this process's."""
+    argv, sys.argv = sys.argv, command or sys.argv
     try:
         yield
     finally:
-        sys.argv = own
+        sys.argv = argv
 
 
-def _given_before(path: Path) -> int:
+def _next_offline_step(path: Path) -> int:
     """One more than the last step that any offline session wrote into its files.
 
-    A run that is resumed repeats what came after its checkpoint. Its offline files share no step,
-    since `wandb sync` of two that do would show the rows of both.
+    A resumed run repeats the rows after its checkpoint. Its offline files must not share a step:
+    `wandb sync` of two that do would show the rows of both.
     """
     with contextlib.suppress(OSError, ValueError, KeyError):
         return int(json.loads(path.read_text())["step"]) + 1
     return 0
 
 
-def _mark_synchronized(run_folder: Path, run_id: str) -> None:
-    """Keeps `wandb sync` from sending the rows of offline sessions a second time: from here on,
-    W&B gets all rows from the record."""
-    for path in (run_folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):
+def _mark_synchronized(folder: RunFolder, run_id: str) -> None:
+    """Keeps `wandb sync` from sending the rows of offline sessions again: from now on, W&B gets all
+    rows from the record."""
+    for path in folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb"):
         with contextlib.suppress(OSError):
             path.with_name(f"{path.name}.synced").touch()

@@ -20,8 +20,7 @@ def load_run_generator(
     Raises UserError for a folder that is not a run folder or has no whole checkpoint.
     """
     folder = RunFolder(run_folder)
-    if not folder.config.exists():
-        raise UserError(f"{run_folder} is not a run folder: it has no {folder.config.name}")
+    folder.check_exists()
     if checkpoint is None:
         checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
     if checkpoint is None:

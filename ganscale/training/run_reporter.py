@@ -1,6 +1,5 @@
 """What rank 0 reports of a run: rows, sample grids, the summary, and where to find them."""
 
-import json
 import logging
 import math
 from collections import Counter
@@ -18,11 +17,11 @@ from ganscale.evaluation.sample_grids import SampleGrids
 from ganscale.metrics.performance import Interval, PerformanceMeter
 from ganscale.metrics.profiling import section
 from ganscale.objectives.objective import Objective
-from ganscale.run_folder import RunFolder, write_summary
+from ganscale.run_folder import RunFolder, append_json_line
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.tracking.console import Console
-from ganscale.tracking.provenance import append_session, session_facts
+from ganscale.tracking.sessions import session_facts
 from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
 from ganscale.training.flops import count_cycle_flops
@@ -41,6 +40,7 @@ class RunReporter:
         objective: Objective,
         folder: RunFolder,
         resumed_at: int | None,
+        changed_settings: Sequence[str],
         runtime: Runtime,
         state: TrainingState,
     ) -> None:
@@ -52,26 +52,25 @@ class RunReporter:
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._grids: SampleGrids | None = None
-        runtime.run_on_main(lambda: self._open(resumed_at))
+        runtime.run_on_main(lambda: self._open(resumed_at, changed_settings))
         flops = None
         if runtime.is_main:
             networks = state.generator, state.critic
             flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
-    def _open(self, resumed_at: int | None) -> None:
+    def _open(self, resumed_at: int | None, changed_settings: Sequence[str]) -> None:
         """On rank 0; its UserError (online without a key) ends every rank."""
         config, folder, state = self._config, self._folder, self._state
-        fingerprint = json.loads(folder.identity.read_text())["fingerprint"]
-        append_session(
-            folder.sessions, session_facts(self._runtime, state.images_seen, fingerprint)
-        )
+        fingerprint = folder.read_identity()["fingerprint"]
+        facts = session_facts(self._runtime, state.images_seen, fingerprint)
+        append_json_line(folder.sessions, facts)
         self._tracker = Tracker(
-            folder.path,
+            folder,
             wandb_identity(config, folder),
             config.log.wandb,  # type: ignore[arg-type]
             resumed_at,
-            changes=folder.changes,
+            changed_settings=changed_settings,
             alerts=config.log.alerts,
         )
         networks = state.generator, state.ema
@@ -188,7 +187,7 @@ class RunReporter:
             "last": {k: v for k, v in self._newest_row.items() if not isinstance(v, dict)},
         }
         try:
-            write_summary(folder.summary, summary)
+            folder.write_summary(summary)
         except OSError as error:
             logger.error("no summary could be written: %s", error)
         if isinstance(cause, NonFiniteError):
@@ -205,7 +204,7 @@ class RunReporter:
                 f"bad data:   {state.bad_samples.total():,} bad samples were replaced by others; "
                 f"see {folder.summary}"
             )
-        self._console.message(f"samples:    {folder.samples(state.images_seen)}")
+        self._console.message(f"samples:    {folder.sample_grid(state.images_seen)}")
         saved = checkpoint_folders(folder.checkpoints)
         self._console.message(f"checkpoint: {saved[-1] if saved else None}")
         self._console.message(f"W&B record: {self._tracker.location}")

@@ -27,8 +27,8 @@ from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.runtime import Runtime
 from ganscale.supervision.job_history import note_started
+from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import StopRequest
-from ganscale.supervision.watchdog import Progress
 from ganscale.tracking.console import setup_logging
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle
@@ -36,6 +36,7 @@ from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 from ganscale.training.replica_audit import audit_replicas
+from ganscale.training.resume import accept_settings, open_run
 from ganscale.training.run_reporter import RunReporter
 from ganscale.training.state import TrainingState
 
@@ -73,17 +74,19 @@ class Trainer:
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
-        self.progress.run_folder = self.folder.path
+        self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
-        self.run_id, checkpoint = runtime.run_on_main(
-            lambda: self.folder.open(resolved, self.data.fingerprint)
+        checkpoint = runtime.run_on_main(
+            lambda: open_run(self.folder, resolved, self.data.fingerprint)
         )
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            runtime.run_on_main(lambda: self.folder.accept(resolved, self.data.fingerprint))
+            self.changed_settings = runtime.run_on_main(
+                lambda: accept_settings(self.folder, resolved, self.data.fingerprint)
+            )
         except BaseException:
             self.folder.close()
             raise
@@ -95,7 +98,7 @@ class Trainer:
             flush_first=[self.folder.record],
             on_progress=lambda: self.progress.mark("checkpoint"),
         )
-        self.progress.last_act = self.writer.wait
+        self.progress.before_abort = self.writer.wait
         self.newest_metrics: dict[str, float] = {}  # the newest value of every name
 
     def run(self) -> int:
@@ -126,11 +129,17 @@ class Trainer:
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
             reporter = RunReporter(
-                config, self.objective, self.folder, self.resumed_at, self.runtime, state
+                config,
+                self.objective,
+                self.folder,
+                self.resumed_at,
+                self.changed_settings,
+                self.runtime,
+                state,
             )
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                with profile_cycles(self.folder.path / "profile", cycles) as after_cycle:
+                with profile_cycles(self.folder.profile, cycles) as after_cycle:
                     exit_code = self._train(prefetcher, reporter, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)

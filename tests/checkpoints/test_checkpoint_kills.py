@@ -13,7 +13,7 @@ from tests.helpers.processes import REPOSITORY, run_python
 def run_and_kill(folder: Path, mode: str) -> list[dict[str, Any]]:
     program = str(Path(__file__).with_name("checkpoint_process.py"))
     env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = run_python(program, str(folder), mode, seconds=120, env=env)
+    done = run_python(program, str(folder), mode, env=env)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

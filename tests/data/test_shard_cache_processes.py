@@ -26,7 +26,7 @@ def test_processes_that_share_a_cache_fetch_each_shard_once(caches, shard_server
     with contextlib.ExitStack() as stack:
         all_of_them = [stack.enter_context(process(caches, SHARDS)) for _ in range(3)]
         for each in all_of_them:
-            output, errors = each.communicate(timeout=60)
+            output, errors = each.communicate(timeout=300)
             assert (each.returncode, errors) == (0, "")
             assert output.split() == [word for s in SHARDS for word in (s.name, "True")]
     assert shard_server.gets == {f"/{shard.name}": 1 for shard in SHARDS}
@@ -66,7 +66,7 @@ def test_killing_at_any_moment_leaves_nothing_half_in_use(caches, shard_server):
             time.sleep(random.uniform(0, 0.4))
             for victim in pair:
                 victim.kill()
-                output, errors = victim.communicate(timeout=10)
+                output, errors = victim.communicate(timeout=300)
                 assert "False" not in output
                 assert errors == ""
         found = [path.read_bytes() for path in (caches.folder / "shards").glob("*.tar")]
@@ -138,7 +138,7 @@ def test_a_full_disk_evicts_copies_first_and_then_is_an_error(caches, tmp_path):
             [*private, f"{mount % kib} && {run}; code=$?; ls {disk}/shards | wc -l; exit $code"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             cwd=REPOSITORY,
         )
         assert ended.returncode == exit_code, ended.stderr

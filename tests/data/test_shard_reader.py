@@ -134,11 +134,11 @@ def test_a_disk_that_stumbles_is_retried_and_one_that_stays_down_asks_for_a_requ
 def test_permanent_failures_of_a_disk_are_reported_at_once(data_set, monkeypatch):
     (data_set / "1.tar").unlink()
     (data_set / "1.tar").mkdir()
-    store = ShardReader(Manifest.load(data_set), retry_seconds=60)
+    store = ShardReader(Manifest.load(data_set), retry_seconds=600)
     with pytest.raises(UserError, match=r"set/1\.tar cannot be read: Is a directory"):
         store.read(5)
     (data_set / "2.tar").unlink()
     start = time.monotonic()
     with pytest.raises(UserError, match=r"set/2\.tar of the manifest is missing"):
         store.read(8)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 300  # it did not retry

@@ -1,4 +1,4 @@
-"""One rank that only reads: what the processes of test_elastic.py do until they are killed."""
+"""A rank that only reads data: what the processes of test_elastic.py do until they are killed."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def config_of(data: Path, workers: int) -> DataConfig:
 def consume(
     data: Path, record: Path, rank: int, world_size: int, workers: int, start: int, stop: int
 ) -> None:
-    """Appends one line a batch: its first slot, the samples in it, and the bad ones."""
-    loading._CHUNK_PIXELS = RESOLUTION**2  # else one thread would do such small batches
+    """Appends one line per batch: its first slot, its samples, and the bad ones."""
+    loading._CHUNK_PIXELS = RESOLUTION**2  # otherwise one thread decodes such small batches
     loader = Loader(
         Manifest.load(data),
         config_of(data, workers),
@@ -43,8 +43,6 @@ def consume(
     for _ in range(start, stop, GLOBAL_BATCH):
         batch = next(loader)
         samples = batch.images[:, 0, 0, 0].tolist()
-        line = json.dumps(
-            [int(batch.slots[0]), samples, [bad_samples.key for bad_samples in batch.bad_samples]]
-        )
+        line = json.dumps([int(batch.slots[0]), samples, [bad.key for bad in batch.bad_samples]])
         os.write(file, f"{line}\n".encode())
     loader.close()

@@ -1,5 +1,5 @@
-"""A critic that hangs or fails on one rank, some way into a run, as the environment says:
-MISBEHAVE=RANK:hang, RANK:fail or RANK:slow."""
+"""A critic that hangs or fails on one rank after some steps, set by the environment variable
+MISBEHAVE=RANK:hang or RANK:fail."""
 
 import os
 import time
@@ -17,16 +17,13 @@ class Critic(DCGANCritic):
         super().__init__(**options)
         self._forwards = 0
         rank, _, self._how = os.environ.get("MISBEHAVE", "-1:").partition(":")
-        self._is_to = rank == os.environ.get("RANK", "0")
+        self._misbehaves = rank == os.environ.get("RANK", "0")
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         self._forwards += 1
-        if self._is_to and self._forwards > _FORWARDS_BEFORE:
+        if self._misbehaves and self._forwards > _FORWARDS_BEFORE:
             print("misbehaves now", flush=True)
             if self._how == "hang":
                 time.sleep(1e6)
-            elif self._how == "slow":
-                time.sleep(5)
-            else:
-                raise RuntimeError("the weights of this rank are tired")
+            raise RuntimeError("the weights of this rank are tired")
         return super().forward(images, labels)

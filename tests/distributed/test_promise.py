@@ -99,12 +99,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[int,
     for ranks, of_ranks in runs.items():
         cases = [of_ranks.settings(name, *_LENGTH, *case) for name, (case, _) in CASES.items()]
         (of_ranks.folder / "cases.json").write_text(json.dumps(cases))
-        run_ranks("tests.distributed.test_promise:train", of_ranks.folder, ranks, seconds=240)
+        run_ranks("tests.distributed.test_promise:train", of_ranks.folder, ranks, seconds=600)
     return runs
 
 
 def train(folder: Path) -> None:
-    runtime = Runtime.start(timeout_seconds=60)
+    runtime = Runtime.start(timeout_seconds=300)
     for settings in json.loads((folder / "cases.json").read_text()):
         assert Trainer(resolve(settings), runtime).run() == 0
     runtime.close()

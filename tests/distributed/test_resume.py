@@ -1,13 +1,12 @@
-"""Killed at any moment and started again by the same command, a run continues the same curve."""
+"""A run that is killed at any moment continues the same curve when it is started again."""
 
 import os
 import signal
-import subprocess
 
 import pytest
 
 from tests.distributed.test_promise import curve
-from tests.helpers.processes import end_tree, wait_until
+from tests.helpers.processes import HANG_SECONDS, Process, end_tree, wait_until
 from tests.helpers.runs import Runs, checkpoint_bits
 
 _SETTINGS = (
@@ -19,16 +18,14 @@ _SETTINGS = (
 )
 
 
-def wait_for_checkpoints(
-    runs: Runs, name: str, count: int, process: subprocess.Popen[str], seconds: float = 60
-) -> None:
-    """Until that many checkpoints were written: the oldest are pruned, so the newest tells."""
+def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) -> None:
+    """Until that many checkpoints were written: the newest's name shows it, old ones are pruned."""
 
-    def is_written() -> bool:
+    def are_written() -> bool:
         written = runs.checkpoints(name)
         return bool(written) and int(written[-1].name.removeprefix("images-")) >= count * 320
 
-    wait_until(is_written, seconds, process=process)
+    wait_until(are_written, process=process)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -64,7 +61,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
     try:
         wait_for_checkpoints(runs, "elastic", 2, process)
         os.kill(process.pid, signal.SIGUSR1)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
         end_tree(process)
     assert process.returncode == 75, output
@@ -78,7 +75,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
         assert row == pytest.approx(row_of_whole, rel=1e-6)
 
 
-def test_a_finished_run_says_so_and_trains_no_more(runs: Runs) -> None:
+def test_a_finished_run_does_not_train_again(runs: Runs) -> None:
     runs.finish("done", "training.total_images=64")
     before = checkpoint_bits(runs.checkpoints("done")[-1])
     assert "finished already" in runs.finish("done", "training.total_images=64")

@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(status, headers, content if has_body else b"", fault)
 
     def _forward(self, fault: Fault, *, has_body: bool) -> None:
-        upstream = http.client.HTTPConnection(self.server.upstream, timeout=20)
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=300)
         with contextlib.closing(upstream):
             upstream.request(self.command, self.path, headers=dict(self.headers.items()))
             answer = upstream.getresponse()

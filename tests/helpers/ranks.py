@@ -4,42 +4,37 @@
 """
 
 import os
-import subprocess
-import sys
+from typing import TYPE_CHECKING
 
 from benchmarks.ranks import environment_of, free_port
-from tests.helpers.processes import REPOSITORY, end_tree
-from tests.helpers.runs import Runs
+from tests.helpers.preloaded import PreloadedProcess
+from tests.helpers.processes import HANG_SECONDS, REPOSITORY, end_tree
+
+if TYPE_CHECKING:
+    from tests.helpers.runs import Runs
 
 
 class Ranks:
-    """Ranks of the run `run`; what each prints goes to a file."""
-
-    def __init__(self, runs: Runs, count: int, *settings: str, **environment: str) -> None:
-        train = [sys.executable, str(REPOSITORY / "launch" / "train.py")]
+    def __init__(
+        self, runs: "Runs", count: int, *settings: str, name: str = "run", **environment: str
+    ) -> None:
         port = str(free_port())
         common = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
-        self.folder = runs.folder / "run"
-        self.outputs = [runs.folder / f"rank-{rank}.log" for rank in range(count)]
-        self.processes: list[subprocess.Popen[str]] = []
-        runs.folder.mkdir(exist_ok=True)
-        for rank, output in enumerate(self.outputs):
-            with output.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*train, *runs.settings("run", *settings)],
-                        stdout=file,
-                        stderr=file,
-                        text=True,
-                        env={**common, **environment_of(rank, count, port)},
-                    )
-                )
+        self.folder = runs.folder / name
+        self.processes = [
+            PreloadedProcess(
+                REPOSITORY / "launch" / "train.py",
+                runs.settings(name, *settings),
+                {**common, **environment_of(rank, count, port)},
+            )
+            for rank in range(count)
+        ]
 
-    def exit_code(self, rank: int, seconds: float) -> int:
-        return self.processes[rank].wait(timeout=seconds)
+    def exit_codes(self, *ranks: int) -> list[int]:
+        return [self.processes[rank].wait(timeout=HANG_SECONDS) for rank in ranks]
 
-    def said(self, rank: int) -> str:
-        return self.outputs[rank].read_text()
+    def printed(self, rank: int) -> str:
+        return self.processes[rank].printed()
 
     def end(self) -> None:
         for process in self.processes:

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.processes import REPOSITORY, end_tree
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.ranks import Ranks
 
 # A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
 # process for its data, which would take a second to start. Where that matters, tests ask for it.
@@ -34,7 +35,7 @@ training: {total_images: 50k}
 
 
 class Runs:
-    """Starts training processes as a user would, in a folder of their own."""
+    """Runs in one folder, and the processes that train them."""
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
@@ -53,7 +54,7 @@ class Runs:
         return [*program, *self.settings(name, *settings)]
 
     def start(self, name: str, *settings: str, ranks: int = 1) -> subprocess.Popen[str]:
-        """One thread a rank: sums are in another order with another number of threads."""
+        """As a user would. One thread per rank: another number sums in another order."""
         return subprocess.Popen(
             self.command(name, *settings, ranks=ranks),
             stdout=subprocess.PIPE,
@@ -62,17 +63,16 @@ class Runs:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         )
 
-    def finish(
-        self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0, seconds: float = 120
-    ) -> str:
-        """Trains to the end; what the processes printed."""
-        process = self.start(name, *settings, ranks=ranks)
+    def finish(self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0) -> str:
+        """Trains to the end, without a launcher; what all ranks printed."""
+        processes = Ranks(self, ranks, *settings, name=name)
         try:
-            output, _ = process.communicate(timeout=seconds)
+            exit_codes = processes.exit_codes(*range(ranks))
+            printed = "".join(map(processes.printed, range(ranks)))
         finally:
-            end_tree(process)
-        assert process.returncode == exit_code, output
-        return output
+            processes.end()
+        assert exit_codes == [exit_code] * ranks, printed
+        return printed
 
     def rows(self, name: str) -> list[dict]:
         """The rows of metrics.jsonl that have losses."""

@@ -38,7 +38,6 @@ def would_launch(monkeypatch: pytest.MonkeyPatch):
         pytest.param(["one_gpu.yaml"], 1, id="one_gpu"),
     ],
 )
-@pytest.mark.timeout(60)
 def test_as_many_processes_start_as_the_file_or_the_option_says(
     tmp_path: Path, arguments: list[str], world_size: int
 ) -> None:
@@ -54,7 +53,7 @@ def test_as_many_processes_start_as_the_file_or_the_option_says(
     subprocess.run(
         [*launcher, "--config_file", str(LAUNCH / file), *options, str(script)],
         check=True,
-        timeout=50,
+        timeout=300,
     )
     gpus = "-1,-1" if file == "cpu.yaml" else "all"
     texts = sorted(path.read_text() for path in tmp_path.iterdir() if path != script)

@@ -16,7 +16,7 @@ from tests.networks import normalization_ranks as ranks
 def two_ranks(tmp_path_factory):
     """The results of two real gloo processes, each on its half of the global batch."""
     folder = tmp_path_factory.mktemp("ranks")
-    run_ranks("tests.networks.normalization_ranks:run", folder, ranks.WORLD_SIZE, seconds=60)
+    run_ranks("tests.networks.normalization_ranks:run", folder, ranks.WORLD_SIZE, seconds=600)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
 
 

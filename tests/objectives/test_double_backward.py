@@ -420,4 +420,4 @@ def test_checkpointed_blocks_are_left_to_torch() -> None:
 def test_compiled_blocks_are_left_to_torch() -> None:
     """In another process: the type checks of tests keep torch from tracing."""
     options = ("-W", "error::UserWarning", "-m", "tests.objectives.compiled_block")
-    assert float(run_python(*options, seconds=120).stdout) < 1e-12
+    assert float(run_python(*options).stdout) < 1e-12

@@ -54,8 +54,8 @@ def test_the_optimizers_correction_is_stylegan2s_for_the_shortest_lazy_interval(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("wgan-gp", r"no penalty called 'wgan-gp' \(did you mean 'wgan_gp'\?\)"),
-        ("zzz", "no penalty called 'zzz'; there are wgan_gp, wgan_lp, dragan, r1, r2"),
+        ("wgan-gp", r"unknown penalty 'wgan-gp' \(did you mean 'wgan_gp'\?\)"),
+        ("zzz", "unknown penalty 'zzz'; choose from wgan_gp, wgan_lp, dragan, r1, r2"),
     ],
 )
 def test_an_unknown_penalty_is_named_with_the_nearest(name, sentence):

@@ -24,7 +24,7 @@ class OwnGenerator(DCGANGenerator):
 
 def run(folder: Path) -> None:
     torch.set_num_threads(1)
-    runtime = Runtime.start(timeout_seconds=60)
+    runtime = Runtime.start(timeout_seconds=300)
     cases = json.loads((folder / "cases.json").read_text())
     found: dict[str, Any] = {name: steps(each, runtime) for name, each in cases.items()}
     found["run"] = whole_run(cases["plain"], runtime)

@@ -10,7 +10,7 @@ from ganscale.plan.planning import make_plan
 from tests.helpers.runs import TINY
 from tests.plan.conftest import config_of
 
-DEADLINE_SECONDS = 150
+DEADLINE_SECONDS = 300
 OTHER_FAKES = {
     "fakes made one by one": ["generator.target=tests.plan.plan_ranks:OwnGenerator"],
     "fakes for both": ["training.reuse_fakes=true", "objective.n_critic=3"],

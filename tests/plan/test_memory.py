@@ -119,7 +119,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
             prefetcher.prefetch(lambda: False)
             assert len(batches) == 3
         if isinstance(loader, LoaderThread):
-            loader._requested[-1].result(timeout=60)
+            loader._requested[-1].result(timeout=300)
         else:
             time.sleep(2)  # it fills what it was asked for
         gc.collect()

@@ -30,7 +30,7 @@ _COMMAND = (
     "--proxy-server=127.0.0.1:9",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-_DEADLINE_SECONDS = 30.0
+_DEADLINE_SECONDS = 300
 
 
 def is_missing() -> str:
@@ -44,15 +44,15 @@ class Chromium:
     def __init__(self, profile: Path) -> None:
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
-        self._told = profile / "stderr.txt"
+        self._stderr = profile / "stderr.txt"
         # The browser reads from descriptor 3 and writes to 4, which may be taken here.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 64) for end in (to_browser, from_browser)]
         wired = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'
-        with self._told.open("wb") as told:
+        with self._stderr.open("wb") as stderr:
             self._process = subprocess.Popen(
                 ["bash", "-c", wired, "bash", *_COMMAND, f"--user-data-dir={profile}"],
                 pass_fds=ends,
-                stderr=told,
+                stderr=stderr,
                 start_new_session=True,
             )
         for end in (to_browser, from_browser, *ends):
@@ -140,8 +140,8 @@ class Chromium:
                 raise AssertionError(f"the browser did not answer {method} in time")
             content = os.read(self._in, 1 << 20)
             if not content:
-                told = self._told.read_text(errors="replace")[-1000:]
-                raise AssertionError(f"the browser has ended: {told}")
+                stderr = self._stderr.read_text(errors="replace")[-1000:]
+                raise AssertionError(f"the browser has ended: {stderr}")
             self._buffer += content
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)

@@ -29,7 +29,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chrom
 def make_run(tmp_path: Path) -> MakeRun:
     """Writes a run folder as training does: rows, a config, a log, a summary and sample grids."""
 
-    def make(name: str, *, loss: str = "wgan", rows: int = 40, pictures: int = 3) -> Path:
+    def make(name: str, *, loss: str = "wgan", rows: int = 40, grids: int = 3) -> Path:
         folder = tmp_path / name
         (folder / "samples").mkdir(parents=True)
         with (folder / "metrics.jsonl").open("w") as file:
@@ -50,9 +50,9 @@ def make_run(tmp_path: Path) -> MakeRun:
             "sessions": [{"images_seen": 0, "world_size": 1}],
         }
         (folder / "summary.json").write_text(json.dumps(summary))
-        for number in range(pictures):
-            picture = Image.new("RGB", (64, 64), (80 * number, 40, 200))
-            picture.save(folder / "samples" / f"images-{number * 6400:09d}.png")
+        for number in range(grids):
+            grid = Image.new("RGB", (64, 64), (80 * number, 40, 200))
+            grid.save(folder / "samples" / f"images-{number * 6400:09d}.png")
         return folder
 
     return make

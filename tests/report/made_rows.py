@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 MakeRun = Callable[..., Path]
-"""The fixture `make_run`: (name, loss=, rows=, pictures=) to a run folder."""
+"""The fixture `make_run`: (name, loss=, rows=, grids=) to a run folder."""
 
 
 def row(number: int, loss: str) -> dict[str, Any]:

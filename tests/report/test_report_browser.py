@@ -49,9 +49,7 @@ def test_curves_hold_the_numbers_of_the_record(
     assert browser.errors == []
 
 
-def test_nothing_is_asked_of_the_network(
-    browser: Chromium, make_run: MakeRun, tmp_path: Path
-) -> None:
+def test_the_page_needs_no_network(browser: Chromium, make_run: MakeRun, tmp_path: Path) -> None:
     page = report(tmp_path / "page.html", make_run("a"), make_run("b", loss="hinge"))
     text = page.read_text()
     assert re.findall(r"""(?:https?:)?//[\w-]+\.[\w.]+""", text) == []
@@ -164,7 +162,7 @@ def test_a_run_has_one_colour_in_all_charts_and_can_be_hidden(
     assert browser.value(shown) == [False, True]
 
 
-def test_a_smoothed_line_joins_the_raw_one_and_is_its_weighted_past(
+def test_a_smoothed_line_is_drawn_over_the_raw_one_as_its_weighted_past(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
     folder = make_run("demo", rows=50)
@@ -199,9 +197,7 @@ def test_real_images_that_all_runs_share_are_shown_once(make_run: MakeRun) -> No
 def test_samples_move_with_time_in_all_runs(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    browser.open(
-        report(tmp_path / "page.html", make_run("a", pictures=3), make_run("b", pictures=2))
-    )
+    browser.open(report(tmp_path / "page.html", make_run("a", grids=3), make_run("b", grids=2)))
     shown = """[...document.querySelectorAll('figure')].map(figure =>
         [...figure.querySelectorAll('img')].filter(i => !i.hidden).map(i => i.dataset.at).join())"""
     assert browser.value(shown) == ["12800", "6400"]
@@ -245,8 +241,8 @@ def test_a_hundred_thousand_rows_are_drawn_with_every_spike_and_gap(
     values[1234], values[77_777], values[50_000] = 40.0, -55.5, math.nan
     with (folder / "metrics.jsonl").open("w") as file:
         for number, value in enumerate(values):
-            told = "nan" if math.isnan(value) else value
-            file.write(f'{{"loss/critic": {json.dumps(told)}, ')
+            text = "nan" if math.isnan(value) else value
+            file.write(f'{{"loss/critic": {json.dumps(text)}, ')
             file.write(f'"progress/images_seen": {number * 64}}}\n')
     page = report(tmp_path / "page.html", folder)
     assert page.stat().st_size < 3e6
@@ -263,10 +259,10 @@ def test_a_hundred_thousand_rows_are_drawn_with_every_spike_and_gap(
     assert browser.errors == []
 
 
-def test_a_run_that_has_just_begun_and_one_without_rows_are_pages_too(
+def test_new_runs_and_runs_without_rows_make_pages_too(
     browser: Chromium, make_run: MakeRun, tmp_path: Path
 ) -> None:
-    begun, bare = make_run("begun", rows=1, pictures=0), make_run("bare", rows=0, pictures=0)
+    begun, bare = make_run("begun", rows=1, grids=0), make_run("bare", rows=0, grids=0)
     (begun / "summary.json").unlink()
     for name in ("metrics.jsonl", "summary.json", "log.txt"):
         (bare / name).unlink()
@@ -284,7 +280,7 @@ def test_pages_are_as_small_as_they_claim(make_run: MakeRun) -> None:
     assert "2026-01-02 03:04" in page
 
 
-def test_mistakes_are_told_in_one_sentence(
+def test_mistakes_are_reported_in_one_sentence(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2

@@ -1,4 +1,4 @@
-"""What a report takes from run folders, whole or not."""
+"""What the report reads from run folders, complete or not."""
 
 import json
 import math
@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from made_rows import MakeRun, row
 
 from ganscale.errors import UserError
-from ganscale.report.comparison import differing_settings, in_figures, objective_of
+from ganscale.report.comparison import differing_settings, format_number, objective_of
 from ganscale.report.curves import drawable, late_mean, layout_of, trained_by, unit_of
-from ganscale.report.faults import faults_of, read_log, standing
+from ganscale.report.faults import faults_of, read_log, run_state
 from ganscale.report.run_reader import Curve, flattened, read_metrics, read_runs
-from ganscale.report.samples import read_strips
+from ganscale.report.samples import read_grids
 from ganscale.report.sessions import Session, sessions_of
+from ganscale.run_folder import RunFolder
 
 
-def test_figures_are_those_of_the_record_bit_for_bit(make_run: MakeRun) -> None:
+def test_curves_are_the_record_bit_for_bit(make_run: MakeRun) -> None:
     metrics = read_runs([make_run("demo", rows=30)])[0].metrics
     rows = [row(number, "wgan") for number in range(1, 31)]
     names = set(rows[0]) - {"progress/images_seen", "progress/step"}
@@ -31,7 +32,7 @@ def test_figures_are_those_of_the_record_bit_for_bit(make_run: MakeRun) -> None:
         assert metrics.curves[name].y.tolist() == [each[name] for each in rows]
 
 
-def test_damaged_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = [{"progress/images_seen": at, "loss/critic": at / 10} for at in (10, 20, 30)]
     lines = [json.dumps(each).encode() + b"\n" for each in whole]
@@ -64,7 +65,7 @@ def test_numbers_that_are_not_finite_are_kept_and_text_is_not(tmp_path: Path) ->
     assert curve.y[1:].tolist() == [math.inf, -math.inf, math.inf, -math.inf, 2.0]
 
 
-def test_rows_are_in_the_order_of_images_and_of_two_the_later_counts(tmp_path: Path) -> None:
+def test_rows_are_sorted_by_images_and_of_two_the_later_counts(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with path.open("w") as file:
         for at, value in ((10, 1.0), (20, 2.0), (30, 3.0), (20, 4.0), (30, 5.0)):
@@ -73,20 +74,20 @@ def test_rows_are_in_the_order_of_images_and_of_two_the_later_counts(tmp_path: P
     assert (curve.x.tolist(), curve.y.tolist()) == ([10, 20, 30], [1.0, 4.0, 5.0])
 
 
-def test_a_folder_without_a_run_is_a_mistake_in_one_sentence(
+def test_a_folder_without_a_run_is_refused_in_one_sentence(
     tmp_path: Path, make_run: MakeRun
 ) -> None:
     (tmp_path / "empty").mkdir()
     demo = make_run("demo")
     with pytest.raises(UserError, match=r"there is no run folder .*nowhere"):
         read_runs([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match="empty holds no run"):
+    with pytest.raises(UserError, match=r"empty is not a run folder: it has no config\.yaml"):
         read_runs([demo, tmp_path / "empty"])
     with pytest.raises(UserError, match="given twice"):
         read_runs([demo, demo / ".." / "demo"])
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(make_run: MakeRun) -> None:
+def test_runs_of_one_name_are_shown_with_their_folders(make_run: MakeRun) -> None:
     folders = [make_run("a/demo"), make_run("b/demo"), make_run("b/other")]
     assert [run.name for run in read_runs(folders)] == ["a/demo", "b/demo", "b/other"]
     assert [run.name for run in read_runs(folders[1:])] == ["demo", "other"]
@@ -97,7 +98,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(make_run: MakeRun) -> 
     st.lists(st.floats(width=32, allow_subnormal=False), min_size=1, max_size=400),
     st.integers(6, 40),
 )
-def test_a_thinned_curve_has_real_rows_only_and_every_stretchs_extremes(
+def test_a_thinned_curve_has_only_real_rows_and_keeps_every_extreme(
     values: list[float], most: int
 ) -> None:
     y = np.array(values)
@@ -132,14 +133,14 @@ def test_means_of_a_thinned_curve_are_those_of_all_rows() -> None:
     np.testing.assert_allclose(line["mean_y"], y.reshape(100, 100).mean(axis=1), rtol=1e-5)
 
 
-def test_figures_at_the_end_are_means_of_the_last_tenth() -> None:
+def test_final_values_are_means_of_the_last_tenth() -> None:
     x, y = np.arange(0, 101), np.full(101, 7.0)
     y[90:] = [1, 2, 3, math.nan, 4, 5, 6, math.inf, 7, 8, 9]
     assert late_mean(Curve(x, y)) == pytest.approx(5.0)
     assert math.isnan(late_mean(Curve(x[:1], np.array([math.nan]))))
 
 
-def test_figures_of_both_players_share_a_chart_unless_runs_are_overlaid() -> None:
+def test_related_metrics_share_a_chart_unless_runs_are_overlaid() -> None:
     names = [
         "panel/critic/wgan", "panel/generator/wgan", "loss/critic", "loss/generator",
         "loss/critic_real", "loss/critic_fake", "loss/penalty_r1", "logits/real_mean",
@@ -155,8 +156,8 @@ def test_figures_of_both_players_share_a_chart_unless_runs_are_overlaid() -> Non
     shown = {c.title: [label for _, label in c.lines] for charts in one.values() for c in charts}
     assert shown == {
         "wgan": ["critic", "generator"],
-        "critic, with its parts": ["sum", "real", "fake", "penalty r1"],
-        "generator, with its parts": ["sum"],
+        "critic, with its terms": ["sum", "real", "fake", "penalty r1"],
+        "generator, with its terms": ["sum"],
         "mean": ["real", "fake"],
         "wasserstein": [""],
         "distribution: 5, 50, 95 %": [
@@ -194,7 +195,7 @@ def test_log_lines_of_one_kind_are_one_fault(make_run: MakeRun) -> None:
     assert log.last_time == "2026-01-01 10:01:00"
 
 
-def test_sessions_faults_and_state_are_those_of_summary_log_and_rows(make_run: MakeRun) -> None:
+def test_sessions_faults_and_state_come_from_summary_and_rows(make_run: MakeRun) -> None:
     folder = make_run("demo", rows=10)
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {
@@ -204,18 +205,10 @@ def test_sessions_faults_and_state_are_those_of_summary_log_and_rows(make_run: M
         "sessions": [{"images_seen": 0, "world_size": 2}, {"images_seen": 1280, "world_size": 4}],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    (folder / "log.txt").write_text(
-        "2026-01-01 10:00:00 continues at 1,280 images\n"
-        "2026-01-01 10:00:00 continues at 5,120 images\n"
-    )
     (run,) = read_runs([folder])
     log = read_log(folder / "log.txt")
-    assert standing(run) == ("stopped; the same command continues it", "warning")
-    assert sessions_of(run, log) == [
-        Session(0, ranks="2"),
-        Session(1280, ranks="4"),
-        Session(5120),
-    ]
+    assert run_state(run) == ("stopped; the same command continues it", "warning")
+    assert sessions_of(run) == [Session(0, ranks="2"), Session(1280, ranks="4")]
     texts = [fault.text for fault in faults_of(run, log)]
     assert texts == ["3 bad samples, replaced by others", "bad samples in a.tar: cut"]
 
@@ -223,12 +216,12 @@ def test_sessions_faults_and_state_are_those_of_summary_log_and_rows(make_run: M
         more = {"progress/images_seen": 7040, "loss/critic": "nan"}
         file.write(json.dumps(more) + "\n")
     (run,) = read_runs([folder])
-    assert standing(run) == ("in progress or killed", "note")
+    assert run_state(run) == ("in progress or killed", "note")
     faults = faults_of(run, log)
     assert (faults[0].text, faults[0].when) == ("loss/critic was not finite", "at 7,040 images")
 
 
-def test_sessions_are_told_by_their_own_record_where_there_is_one(make_run: MakeRun) -> None:
+def test_sessions_come_from_their_own_record_if_there_is_one(make_run: MakeRun) -> None:
     folder = make_run("demo")
     facts = {
         "started": "2026-01-01T10:00:00+00:00",
@@ -241,7 +234,7 @@ def test_sessions_are_told_by_their_own_record_where_there_is_one(make_run: Make
     lines += ['{"images_seen": 700, "cluster": 3, "git": {"revision": [1]}}']
     (folder / "sessions.jsonl").write_text("\n".join(lines))
     (run,) = read_runs([folder])
-    assert sessions_of(run, read_log(folder / "log.txt")) == [
+    assert sessions_of(run) == [
         Session(0),
         Session(
             640,
@@ -277,13 +270,12 @@ def test_percentiles_of_histograms_are_those_of_their_samples(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"images_seen": "many", "sessions": 3}'])
-def test_a_summary_of_any_content_is_borne(make_run: MakeRun, text: str) -> None:
+def test_a_summary_of_any_content_is_tolerated(make_run: MakeRun, text: str) -> None:
     folder = make_run("demo")
     (folder / "summary.json").write_text(text)
     (run,) = read_runs([folder])
-    log = read_log(folder / "log.txt")
-    assert standing(run)[0] == "in progress or killed"
-    assert sessions_of(run, log) == [Session(0)]
+    assert run_state(run)[0] == "in progress or killed"
+    assert sessions_of(run) == [Session(0)]
     assert run.images_seen == 40 * 640
 
 
@@ -296,7 +288,7 @@ def test_only_settings_that_differ_are_compared(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("pair", ["{{x: *a{0}, y: *a{0}}}", "[*a{0}, *a{0}]"])
-def test_settings_without_end_are_cut(make_run: MakeRun, pair: str) -> None:
+def test_endless_settings_are_cut(make_run: MakeRun, pair: str) -> None:
     folder = make_run("demo")
     levels = "\n".join(f"a{i}: &a{i} {pair.format(i - 1)}" for i in range(1, 25))
     (folder / "config.yaml").write_text(f"a0: &a0 {{x: 1}}\nround: &r {{and: *r}}\n{levels}\n")
@@ -306,25 +298,25 @@ def test_settings_without_end_are_cut(make_run: MakeRun, pair: str) -> None:
     assert time.process_time() - since < 5
 
 
-def test_pictures_keep_the_first_and_the_last_and_pass_over_damaged_ones(
+def test_grids_keep_the_first_and_the_last_and_skip_damaged_ones(
     make_run: MakeRun,
 ) -> None:
-    folder = make_run("demo", pictures=100)
+    folder = make_run("demo", grids=100)
     (folder / "samples" / "images-000640000.png").write_bytes(b"\x89PNG\r\n\x1a\nhalf")
     (folder / "samples" / "images-000640000.png.partial").write_bytes(b"")
     (folder / "samples" / "real.png").write_bytes(
         (folder / "samples" / "images-000000000.png").read_bytes()
     )
-    strips = read_strips(folder / "samples", runs=1)
-    assert list(strips) == ["images", "real"]
-    strip = strips["images"]
-    assert (strip.total, strip.damaged, len(strip.frames)) == (101, 1, 31)
-    assert strip.frames[0].images_seen == 0
-    assert strips["real"].frames[0].images_seen is None
-    assert len(read_strips(folder / "samples", runs=10)["images"].frames) == 5
+    grids = read_grids(RunFolder(folder), runs=1)
+    assert list(grids) == ["ema", "real"]
+    series = grids["ema"]
+    assert (series.total, series.damaged, len(series.frames)) == (101, 1, 31)
+    assert series.frames[0].images_seen == 0
+    assert grids["real"].frames[0].images_seen is None
+    assert len(read_grids(RunFolder(folder), runs=10)["ema"].frames) == 5
 
 
-def test_a_panels_chart_knows_who_trains_its_loss(make_run: MakeRun) -> None:
+def test_a_panel_chart_names_the_runs_that_train_its_loss(make_run: MakeRun) -> None:
     runs = read_runs([make_run("a", loss="wgan"), make_run("b", loss="hinge")])
     layout = layout_of(runs[0].metrics.curves, overlays_runs=True)
     assert {c.title: trained_by(c, runs) for c in layout["panel/critic"]} == {
@@ -334,8 +326,8 @@ def test_a_panels_chart_knows_who_trains_its_loss(make_run: MakeRun) -> None:
     assert [trained_by(c, runs) for c in layout["loss"]] == [[], []]
 
 
-def test_numbers_are_shown_with_four_digits_that_count() -> None:
-    shown = [in_figures(v) for v in (0, -0.5, 1234.56, 99999, 123456, 5e-7, math.nan, -math.inf)]
+def test_numbers_are_shown_with_four_significant_digits() -> None:
+    shown = [format_number(v) for v in (0, -0.5, 1234.56, 99999, 123456, 5e-7, math.nan, -math.inf)]
     assert shown == ["0", "−0.5", "1,235", "99,999", "1.235e+05", "5.000e−07", "NaN", "−∞"]  # noqa: RUF001
 
 

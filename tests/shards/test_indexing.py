@@ -128,7 +128,7 @@ def test_parts_on_several_machines_make_one_manifest(shards, tmp_path):
     ]
     for process in processes:
         try:
-            output_text, _ = process.communicate(timeout=120)
+            output_text, _ = process.communicate(timeout=300)
         finally:
             process.kill()
         assert process.returncode == 0
@@ -273,7 +273,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         folder.mkdir()
         for number in range(count):
             (folder / f"{number}.tar").write_bytes(whole)
-        peaks.append(int(run_python("-c", program, str(folder), seconds=120).stdout))
+        peaks.append(int(run_python("-c", program, str(folder)).stdout))
     assert peaks[1] - peaks[0] < 38 * 3000 * 16
 
 

@@ -24,7 +24,7 @@ def write_idx(shard: Path) -> Path:
     def run(*options: str) -> list[str]:
         command = ["tar", *options, "--file", str(shard)]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
+            command, capture_output=True, text=True, timeout=300, check=True
         ).stdout.splitlines()
 
     blocks = [line.split(": ", 1) for line in run("--list", "--block-num")]

@@ -117,7 +117,7 @@ def test_what_gnu_tar_writes_is_read(tmp_path, form):
         path.write_bytes(data)
     shard = tmp_path / "a.tar"
     command = ["tar", f"--format={form}", "-cf", str(shard), "-C", str(tmp_path / "in"), "."]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=300)
     with shard.open("rb") as file:
         found = {name.removeprefix("./"): data for name, _, _, data in read(file)}
     assert found == files
@@ -144,7 +144,7 @@ def test_sparse_files_links_and_unknown_types_are_refused(tmp_path):
     for form in ("gnu", "posix"):
         shard = tmp_path / f"{form}.tar"
         command = ["tar", f"--format={form}", "-cSf", str(shard), "-C", str(tmp_path), "0.png"]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=300)
         with shard.open("rb") as file, pytest.raises(UserError, match="is a link or sparse"):
             read(file)
     for kind, sentence in ((tarfile.LNKTYPE, "is a link"), (b"Z", "has the unknown type b'Z'")):

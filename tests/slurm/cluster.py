@@ -1,10 +1,10 @@
-"""A throw-away SLURM on this machine: a controller, and nodes with networks of their own.
+"""A throw-away SLURM on this machine: a controller, and nodes with their own networks.
 
-Everything runs in one PID namespace, whose first process waits for its input to end: when the
-Cluster is left, or the process that made it dies, all of it ends and its folder goes. A node has
-its own host name, address and loopback, as on a real cluster: a job that looks for another node at
-127.0.0.1 fails here, too; one that is killed takes all its processes with it. Needs root and
-Debian's slurm-wlm, munge and iproute2.
+Everything runs in one PID namespace. Its first process waits for the end of its input, so that
+everything ends and the folder is deleted when the Cluster is left or the process that made it dies.
+A node has its own host name, address and loopback, as on a real cluster: a job that looks for
+another node at 127.0.0.1 fails here, too, and a node that is killed takes all its processes along.
+Needs root and Debian's slurm-wlm, munge and iproute2.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from tests.helpers.processes import HANG_SECONDS
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
 # This Python's commands, and where Debian keeps daemons.
@@ -73,6 +75,8 @@ SlurmUser=root
 AuthInfo=cred_expire=5
 # A node that does not answer is given up after about 20 seconds: by default after 300.
 SlurmdTimeout=6
+# Long enough to save a checkpoint on a busy machine: by default 30.
+KillWait=300
 MessageTimeout=5
 TCPTimeout=1
 StateSaveLocation={folder}/state
@@ -92,13 +96,13 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=node[1-{nodes}] CPUs={cpus} Gres=gpu:{gpus}
-PartitionName=all Nodes=ALL Default=YES GraceTime=60
+PartitionName=all Nodes=ALL Default=YES GraceTime=300
 PartitionName=urgent Nodes=ALL PriorityTier=9
 """
 
 
 def what_is_missing() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     if os.geteuid() != 0:
         return "a throw-away SLURM needs root"
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=_PATH) is None]
@@ -111,7 +115,7 @@ def what_is_missing() -> str | None:
 
 
 class Cluster:
-    """Nodes node1, node2, ... with `cpus` CPUs, and `gpus` devices that SLURM takes for GPUs."""
+    """Nodes node1, node2, ... with `cpus` CPUs and `gpus` devices that SLURM treats as GPUs."""
 
     def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 2) -> None:
         self._names = [f"node{number}" for number in range(1, nodes + 1)]
@@ -138,11 +142,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._controller.communicate(timeout=30)  # ends its input
-        shutil.rmtree(self._folder, ignore_errors=True)  # gone already, if all has gone well
+        self._controller.communicate(timeout=HANG_SECONDS)  # ends its input
+        shutil.rmtree(self._folder, ignore_errors=True)  # normally deleted already
 
     def run(self, *command: str, folder: Path | None = None, **environment: str) -> str:
-        """What a command prints on the controller, in `folder`; raises if it fails."""
+        """Runs a command on the controller, in `folder`; what it prints. Raises if it fails."""
         controller = self._controller.pid
         inside = ["nsenter", f"--target={controller}", "--net", "--uts", "--mount"]
         inside += [f"--pid=/proc/{controller}/ns/pid_for_children"]
@@ -154,7 +158,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=30,
+            timeout=HANG_SECONDS,
             check=False,
         )
         if result.returncode != 0:
@@ -162,13 +166,13 @@ class Cluster:
         return result.stdout
 
     def kill_node(self, name: str) -> None:
-        """Switches a node off, without a word to others; its processes die. See `restore`."""
+        """Switches a node off without notice; its processes die. See `restore`."""
         self.run("ip", "link", "set", name, "down")
         (self._folder / f"{name}.off").touch()
         self._kill(lambda command: command[:2] == ["bash", "-c"] and command[3:] == ["node", name])
 
     def kill_daemon(self, name: str) -> None:
-        """Kills a node's daemon, and leaves its jobs running. See `restore`."""
+        """Kills a node's daemon but leaves its jobs running. See `restore`."""
         (self._folder / f"{name}.dead").touch()
         self._kill(lambda command: command == ["slurmd", "-D", "-N", name])
 
@@ -192,9 +196,9 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, number: str, seconds: float, **expected: str) -> dict[str, str]:
-        """The job, once it is as expected; fails when it is not so in time, or has ended."""
-        deadline = time.monotonic() + seconds
+    def wait_for(self, number: str, **expected: str) -> dict[str, str]:
+        """The job, once it is as expected; fails if it ends otherwise, or hangs."""
+        deadline = time.monotonic() + HANG_SECONDS
         while True:
             job = self.job(number)
             if expected.items() <= job.items():
@@ -202,22 +206,22 @@ class Cluster:
             if job["JobState"] in _ENDED or time.monotonic() > deadline:
                 log = Path(job["StdOut"])
                 text = log.read_text() if log.exists() else "(no log)"
-                found = {key: job[key] for key in ("JobState", "Reason", "ExitCode", "Restarts")}
-                raise AssertionError(f"job {number} is not {expected}, but {found}\n{text}")
+                actual = {key: job[key] for key in ("JobState", "Reason", "ExitCode", "Restarts")}
+                raise AssertionError(f"job {number} is not {expected}, but {actual}\n{text}")
             time.sleep(0.2)
 
-    def _kill(self, is_meant: Callable[[list[str]], bool]) -> None:
-        meant = []
+    def _kill(self, is_target: Callable[[list[str]], bool]) -> None:
+        targets = []
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if is_meant(process.cmdline()):
-                    meant.append(process)
-        assert meant
-        for process in meant:
+                if is_target(process.cmdline()):
+                    targets.append(process)
+        assert targets
+        for process in targets:
             process.kill()
 
     def _environment(self) -> dict[str, str]:
-        """Without the variables of a SLURM job in which the tests may run; sbatch hands it on."""
+        """Without variables of a SLURM job that runs the tests: sbatch would pass them on."""
         own = {name: value for name, value in os.environ.items() if "SLURM" not in name}
         folder = str(self._folder)
         return own | {"PATH": _PATH, "SLURM_CONF": f"{folder}/slurm.conf", "TMPDIR": folder}
@@ -237,13 +241,13 @@ class Cluster:
                 folder=folder, nodes=len(self._names), cpus=self._cpus, gpus=self._gpus
             )
         )
-        # SLURM wants character devices, whichever, and hands them out by number.
+        # SLURM accepts any character devices, and hands them out by number.
         devices = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")[: self._gpus]
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={path}\n" for path in devices))
 
     def _wait_until(self, *good_states: str) -> None:
-        """Until every node is in one of these."""
-        deadline = time.monotonic() + 30
+        """Until every node is in one of these states."""
+        deadline = time.monotonic() + HANG_SECONDS
         is_listening = (self._folder / "slurmctld.pid").exists  # in its own network, not in ours
         problem = "no controller"
         while time.monotonic() < deadline:

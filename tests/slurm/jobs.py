@@ -1,4 +1,4 @@
-"""Jobs on the throw-away cluster, and what tests ask of them."""
+"""Jobs on the throw-away cluster, their logs and their runs."""
 
 import json
 import time
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from cluster import Cluster
 
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import HANG_SECONDS, REPOSITORY
 from tests.helpers.runs import TINY
 
 
 class Jobs:
-    """Jobs on CPUs, with their logs and their runs in a folder of the test's."""
+    """Jobs on CPUs, with their logs and runs in the test's folder."""
 
     def __init__(self, cluster: Cluster, folder: Path, data: Path) -> None:
         self.cluster = cluster
@@ -20,10 +20,7 @@ class Jobs:
         self._where = [f"data.path={data}", f"run.folder={folder}"]
 
     def submit(self, script: str, *arguments: str, options: str = "", **environment: str) -> str:
-        """The number of the job of one task a node, if `options` of sbatch do not say otherwise.
-
-        `arguments` are the script's, which lies in slurm/ and knows it.
-        """
+        """Submits `slurm/SCRIPT ARGUMENTS`, by default with one task a node; the job's number."""
         small = "--ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
         given = [f"--output={self.folder}/%j.log", *small.split(), *options.split()]
         command = [*given, f"slurm/{script}", *arguments]
@@ -35,15 +32,15 @@ class Jobs:
         return self.submit(script, *given, options=options, **environment)
 
     def sweep(self, lines: str, *settings: str, options: str) -> str:
-        """The number of the array that trains so with what stands on each line."""
+        """The number of the array that trains with each line of the file `lines`."""
         given = [lines, *TINY, "data.workers=2", *self._where, *settings]
         return self.submit("sweep.sbatch", *given, options=options)
 
-    def stand_in(self, does: str) -> str:
-        """A value of GANSCALE_CONTAINER that runs bash's `does` in the place of a rank, and takes
-        any settings: for what the batch scripts do, in a second instead of ten."""
+    def stand_in(self, code: str) -> str:
+        """A value of GANSCALE_CONTAINER that runs bash `code` instead of a rank and accepts any
+        settings: to test the batch scripts alone, in a second instead of ten."""
         script = self.folder / "stand-in"
-        script.write_text(f"#!/bin/bash\n[[ $1 != ganscale ]] || exit 0\n{does}\n")
+        script.write_text(f"#!/bin/bash\n[[ $1 != ganscale ]] || exit 0\n{code}\n")
         script.chmod(0o755)
         return str(script)
 
@@ -52,9 +49,9 @@ class Jobs:
         return path.read_text() if path.exists() else ""
 
     def last_words(self, job: str) -> list[str]:
-        """What the batch script said at the end of each attempt."""
+        """The batch script's last message in each attempt."""
         lines = [line.partition(f" job {job}: ")[2] for line in self.log(job).splitlines()]
-        return [line for line in lines if line and not line.startswith(("attempt", "asks"))]
+        return [line for line in lines if line and not line.startswith(("attempt", "asking"))]
 
     def rank_log(self, job: str, name: str) -> str:
         return (self.folder / f"{job}-ranks" / f"{name}.log").read_text()
@@ -65,9 +62,9 @@ class Jobs:
     def summary(self, name: str = "run") -> dict:
         return json.loads((self.run_folder(name) / "summary.json").read_text())
 
-    def wait_until(self, job: str, is_so: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not is_so():
+    def wait_until(self, job: str, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + HANG_SECONDS
+        while not condition():
             assert time.monotonic() < deadline, self.log(job)
             time.sleep(0.02)
 

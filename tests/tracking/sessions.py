@@ -1,4 +1,4 @@
-"""Sessions of training in processes of their own, and what they leave."""
+"""Sessions of training in separate processes, and what they leave."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from ganscale.tracking import read_rows
 from tests.helpers.processes import REPOSITORY, run_python
 
 IMAGES_PER_STEP = 64
-DEADLINE_SECONDS = 40
+DEADLINE_SECONDS = 300
 API_KEY = "0" * 40
 RUN_ID = "same-run"
 
@@ -87,8 +87,8 @@ def recorded_steps(run_folder: Path, name: str = "loss/critic") -> list[int]:
 
 def kill(process: subprocess.Popen[str]) -> None:
     """kill -9 for a process and all that it has started, as when its node dies."""
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-        each.kill()
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        child.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
 
 
@@ -101,7 +101,7 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
 
 
 def synchronize(environment: dict[str, str], run_folder: Path, **arguments: Any) -> dict:
-    """Runs `synchronize` in a process of its own: what it returns, or {"error"} and its name."""
+    """Runs `synchronize` in a separate process: its result, or {"error"} and its name."""
     script = REPOSITORY / "tests/tracking/sync_process.py"
     arguments_of_script = (str(script), str(run_folder), json.dumps(arguments))
     return json.loads(run_python(*arguments_of_script, env=environment).stdout)

@@ -1,4 +1,4 @@
-"""Synchronizes a run folder as `ganscale sync` does, and prints what came of it as JSON."""
+"""Synchronizes a run folder as `ganscale sync` does, and prints the result as JSON."""
 
 import json
 import sys
@@ -6,17 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ganscale.errors import GanscaleError
+from ganscale.run_folder import RunFolder
 from ganscale.tracking.sync import synchronize
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
-    checkpoints = [Checkpoint(**each) for each in arguments.pop("checkpoints", [])]
+    checkpoints = [Checkpoint(**fields) for fields in arguments.pop("checkpoints", [])]
     project = arguments.pop("project", "tests")
     config = arguments.pop("config", {"world_size": 1})
     identity = WandbIdentity("same-run", project, "a run", config)
     try:
-        done = synchronize(Path(sys.argv[1]), identity, checkpoints, **arguments)
-        print(json.dumps(asdict(done)))
+        result = synchronize(RunFolder(Path(sys.argv[1])), identity, checkpoints, **arguments)
+        print(json.dumps(asdict(result)))
     except GanscaleError as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}))

@@ -46,7 +46,7 @@ def test_non_finite_and_numpy_values_survive_in_json_that_any_reader_takes(path)
     record.close()
 
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     json.loads(path.read_text(), parse_constant=refuse)
     (read,) = read_rows(path)
@@ -83,12 +83,12 @@ def test_a_torn_last_line_is_dropped_and_reported(path, caplog, kept_bytes):
     assert images_seen(path) == [64, 192]
 
 
-def test_rows_of_one_moment_have_steps_one_after_the_other(path):
+def test_rows_of_one_moment_have_consecutive_steps(path):
     write(path, [64, 64, 64, 65, 128, 128])
     assert [step for step, _ in RecordTail(path).read()] == [64, 65, 66, 67, 128, 129]
 
 
-def test_a_row_has_the_same_step_whoever_reads_it_and_when(path):
+def test_a_row_always_has_the_same_step(path):
     rows = RecordTail(path)
     followed = []
     for images_seen in (64, 64, 128):
@@ -98,7 +98,7 @@ def test_a_row_has_the_same_step_whoever_reads_it_and_when(path):
     assert list(rows.read()) == []
 
 
-def test_half_a_line_is_left_until_it_is_whole(path):
+def test_half_a_line_is_read_once_it_is_complete(path):
     write(path, [64, 128])
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
@@ -127,14 +127,14 @@ def test_non_finite_numbers_inside_a_histogram_are_json_too(path):
     assert row["a"] == {"counts": [1, 2], "edges": [-math.inf, 0.5, math.inf]}
 
 
-def test_what_json_cannot_say_is_an_error_and_no_row(path):
+def test_a_value_that_json_cannot_hold_raises_and_writes_nothing(path):
     with pytest.raises(TypeError):
         Record(path).append({"progress/images_seen": 64, "a": object()})  # type: ignore[dict-item]
     assert not path.exists()
 
 
-def test_rewinding_and_skipping_parse_only_the_rows_that_count(path, monkeypatch):
-    """At 10^6 rows each of them takes a minute otherwise, for which all ranks wait."""
+def test_rewinding_and_skipping_parse_only_the_rows_they_need(path, monkeypatch):
+    """Parsing 10^6 rows takes a minute, and all ranks wait for it."""
     write(path, [*range(1, 2001)])
     parsed = []
     loads = json.loads
@@ -174,7 +174,7 @@ def test_rewinding_finds_lines_wherever_blocks_end(path, monkeypatch, block):
         b"\n",
     ],
 )
-def test_images_seen_without_parsing_are_those_of_the_row(line):
+def test_images_seen_without_parsing_match_the_parsed_row(line):
     row = record_module.parse_row(line)
     expected = None if row is None else row["progress/images_seen"]
     assert record_module.images_seen_of(line) == expected
@@ -205,7 +205,7 @@ for step in range(1, 10**9):
         assert process.stdout.readline() == "500\n"
     finally:
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=300)
 
     last = [step for step, _ in RecordTail(path).read()][-1]
     assert last >= 500
@@ -214,7 +214,7 @@ for step in range(1, 10**9):
 
 
 def test_a_full_disk_delays_rows_and_loses_none(path):
-    """A limit on the file's size stands in for the disk: it takes a part of a line, too."""
+    """A file size limit replaces the full disk: it, too, accepts only a part of a line."""
     script = f"""
 import resource
 from pathlib import Path

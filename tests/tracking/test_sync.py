@@ -1,11 +1,10 @@
-"""`ganscale sync`: what W&B lacks of a run, once, whatever has happened before."""
+"""`ganscale sync` sends what W&B lacks of a run, once, whatever happened before."""
 
 import fcntl
 import json
 
 import pytest
 from sessions import (
-    DEADLINE_SECONDS,
     RUN_ID,
     end,
     kill,
@@ -27,11 +26,9 @@ from ganscale.tracking.uploader_messages import WandbIdentity
 from ganscale.tracking.wandb_identity import wandb_identity
 from tests.helpers.runs import TINY
 
-pytestmark = pytest.mark.timeout(3 * DEADLINE_SECONDS)
-
 
 def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:
-    """Every row of the record is at the server, exactly once and in order, with its picture."""
+    """Every row of the record is at the server, exactly once and in order, with its sample grid."""
     history = server.runs[run_id].history
     assert steps(history) == recorded_steps(run_folder)
     for name in ("eval/fid", "samples/images"):
@@ -72,7 +69,7 @@ def test_a_run_killed_three_times_has_every_row_once(with_account, run_folder, s
     assert recorded_steps(run_folder) == list(range(1, 41))
 
 
-def test_an_offline_run_is_sent_with_pictures_and_alerts(with_account, run_folder, server):
+def test_an_offline_run_is_sent_with_samples_and_alerts(with_account, run_folder, server):
     train(with_account, run_folder=run_folder, mode="offline", first_step=1, last_step=20)
     assert not server.runs
     done = synchronize(with_account, run_folder)
@@ -80,9 +77,9 @@ def test_an_offline_run_is_sent_with_pictures_and_alerts(with_account, run_folde
     assert done["location"].startswith(server.url)
     expect_the_record(server, run_folder)
     run = server.runs[RUN_ID]
-    pictures = [name for name in run.files if name.startswith("media/images")]
-    assert len(pictures) == 2
-    assert all(name.endswith(".jpg") for name in pictures)
+    images = [name for name in run.files if name.startswith("media/images")]
+    assert len(images) == 2
+    assert all(name.endswith(".jpg") for name in images)
     assert run.alerts == ["a run: not finite"]
     # `wandb sync`, out of habit, finds these marked as sent.
     assert len([*run_folder.glob("wandb/offline-run-*/*.wandb.synced")]) == 1
@@ -98,7 +95,7 @@ def test_another_project_gets_all_rows(with_account, run_folder, server):
     assert server.runs[RUN_ID].project == "papers"
 
 
-def test_a_session_that_is_to_be_queued_again_is_preempted_and_shown_by_its_command(
+def test_a_session_to_be_requeued_is_preempted_and_shown_by_its_command(
     with_account, run_folder, server
 ):
     train(with_account, run_folder=run_folder, mode="disabled", first_step=1, last_step=3)
@@ -111,27 +108,27 @@ def test_a_session_that_is_to_be_queued_again_is_preempted_and_shown_by_its_comm
     assert [metadata["program"], *metadata["args"]] == command
 
 
-def test_it_says_how_many_rows_of_wandb_are_those_of_before_the_settings_changed(
+def test_it_counts_the_rows_in_wandb_from_before_the_settings_changed(
     with_account, run_folder, server
 ):
     train(with_account, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
-    assert note_rewind(run_folder, 64)  # as a run that is resumed there
-    assert synchronize(with_account, run_folder)["replaced"] == 2
-    assert synchronize(with_account, run_folder)["replaced"] == 2
+    assert note_rewind(RunFolder(run_folder), 64)  # as a run that is resumed there
+    assert synchronize(with_account, run_folder)["superseded"] == 2
+    assert synchronize(with_account, run_folder)["superseded"] == 2
 
 
 @pytest.mark.parametrize("obstacle", [".lock", "wandb"])
-def test_a_folder_that_cannot_be_written_is_a_mistake_in_a_sentence(
+def test_a_folder_that_cannot_be_written_to_is_a_user_error(
     with_account, run_folder, monkeypatch, obstacle
 ):
     monkeypatch.setenv("WANDB_API_KEY", with_account["WANDB_API_KEY"])
-    monkeypatch.setattr(sync, "chosen_mode", lambda mode: mode)
+    monkeypatch.setattr(sync, "resolve_mode", lambda mode: mode)
     if obstacle == ".lock":
         (run_folder / ".lock").mkdir()
     else:
         (run_folder / "wandb").touch()
-    with pytest.raises(UserError, match="cannot be written"):
-        sync.synchronize(run_folder, WandbIdentity("id", "p", "n", {}))
+    with pytest.raises(UserError, match="cannot be written to"):
+        sync.synchronize(RunFolder(run_folder), WandbIdentity("id", "p", "n", {}))
 
 
 def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, monkeypatch, capsys):
@@ -141,28 +138,29 @@ def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, mo
         (tmp_path / name / "config.yaml").write_text(resolve(TINY).to_yaml())
         (tmp_path / name / "run.json").write_text('{"id": "x", "fingerprint": "y"}')
 
-    def answer(path, *arguments):
-        if path.name in ("away", "failed"):
-            raise (UnavailableError if path.name == "away" else GanscaleError)(path.name)
-        return sync.Synchronized(7, 3, 2 if path.name == "last" else 0, "there")
+    def answer(folder, *arguments):
+        name = folder.path.name
+        if name in ("away", "failed"):
+            raise (UnavailableError if name == "away" else GanscaleError)(name)
+        return sync.SyncResult(7, 3, 2 if name == "last" else 0, "there")
 
     monkeypatch.setattr(sync, "synchronize", answer)
     paths = [str(tmp_path / name) for name in ("first", "away", "none", "failed", "last")]
     assert main(["sync", *paths]) == 1  # of 75, 2 and 1
     shown = capsys.readouterr()
     assert shown.out.count("W&B has all 7 rows (3 sent now)") == 2
-    assert shown.out.count("in place of 2 of them, W&B keeps") == 1
+    assert shown.out.count("for 2 of them, W&B keeps") == 1
     assert shown.err.count("error: ") == 3
     assert main(["sync", paths[1]]) == 75
 
 
-def test_wandb_is_told_of_the_newest_sessions_only(tmp_path):
+def test_the_config_in_wandb_has_the_newest_sessions_only(tmp_path):
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "x"}')
     folder.sessions.write_text("".join(f'{{"images_seen": {n}}}\n' for n in range(300)))
-    told = wandb_identity(resolve(TINY).config, folder).config
-    assert [each["images_seen"] for each in told["sessions"]] == [*range(280, 300)]
-    assert told["session"] == told["sessions"][-1]
+    config = wandb_identity(resolve(TINY).config, folder).config
+    assert [session["images_seen"] for session in config["sessions"]] == [*range(280, 300)]
+    assert config["session"] == config["sessions"][-1]
 
 
 def test_checkpoints_become_one_version_each(with_account, run_folder, server):
@@ -199,7 +197,7 @@ def test_without_an_api_key_it_says_what_to_do(environment, run_folder):
     assert "WANDB_API_KEY" in synchronize(environment, run_folder)["error"]
 
 
-def test_a_server_that_is_away_is_told_of_as_such(with_account, run_folder, server):
+def test_a_server_that_is_away_is_reported(with_account, run_folder, server):
     train(with_account, run_folder=run_folder, mode="disabled", first_step=1, last_step=3)
     server.stop()
     error = synchronize(with_account, run_folder)["error"]

@@ -1,4 +1,4 @@
-"""When the uploader tries again, and what it says; with a client that fails on demand."""
+"""When the uploader tries again, and what it logs; with a client that fails on demand."""
 
 import fcntl
 import logging
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ganscale.errors import UnavailableError
+from ganscale.run_folder import RunFolder
 from ganscale.tracking import uploader
 from ganscale.tracking.record import Record
-from ganscale.tracking.uploader_messages import Job, SessionEnd, WandbIdentity
+from ganscale.tracking.uploader_messages import SessionEnd, UploadJob, WandbIdentity
 from ganscale.tracking.wandb_run import WandbRun
 
 FIRST_PAUSE = 60.0
@@ -26,31 +27,31 @@ class Clock:
         return self.now
 
 
-class Session(uploader.Session):
-    """Ends when its time is over."""
+class Session(uploader.SessionWatcher):
+    """Ends after a given time."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
-        self.ending = SessionEnd(exit_code=0)
+        self.end = SessionEnd(exit_code=0)
         self.waits: list[float] = []
-        self._clock, self._end = clock, seconds
+        self._clock, self._end_time = clock, seconds
 
     @property
     def has_ended(self) -> bool:
-        return self._clock.now >= self._end
+        return self._clock.now >= self._end_time
 
-    def lasts(self, seconds: float) -> bool:
+    def wait(self, seconds: float) -> bool:
         self.waits.append(seconds)
         self._clock.now += seconds
-        return not self.has_ended
+        return self.has_ended
 
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(uploader, "time", clock)
-    monkeypatch.setattr(uploader, "chosen_mode", lambda mode: "online")
-    monkeypatch.setattr(uploader, "_tear_down", lambda: None)
-    monkeypatch.setattr(uploader, "_LOOK_SECONDS", 20.0)
+    monkeypatch.setattr(uploader, "resolve_mode", lambda mode: "online")
+    monkeypatch.setattr(uploader, "_tear_down_client", lambda: None)
+    monkeypatch.setattr(uploader, "_POLL_SECONDS", 20.0)
     return clock
 
 
@@ -90,12 +91,14 @@ def follow(
     arrived = [0]
     monkeypatch.setattr(uploader, "WandbRun", Client)
     session = Session(clock, seconds)
-    job = Job(str(run_folder), "online", WandbIdentity("id", "p", "n", {}), 1, FIRST_PAUSE, 1.0)
+    job = UploadJob(
+        str(run_folder), "online", WandbIdentity("id", "p", "n", {}), 1, FIRST_PAUSE, 1.0
+    )
     uploader.Uploader(job, session, lambda **content: None).run()
     return session
 
 
-def test_each_outage_is_told_of_once_and_its_end_once(clock, run_folder, monkeypatch, log):
+def test_each_outage_is_logged_once_and_its_end_once(clock, run_folder, monkeypatch, log):
     def health(now: float) -> str:
         return "away" if now < 100 else "refuses" if 5000 < now < 7000 else "well"
 
@@ -114,12 +117,13 @@ def test_a_server_that_answers_and_refuses_rows_is_not_back(clock, run_folder, m
     assert [record.message.split(",")[0] for record in log.records] == ["W&B gets no rows"]
 
 
-def test_an_earlier_uploader_that_does_not_end_is_told_of_once(clock, run_folder, log):
+def test_an_earlier_uploader_that_does_not_end_is_logged_once(clock, run_folder, log):
     (run_folder / "wandb").mkdir()
     session = Session(clock, 300)
     with (run_folder / "wandb" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UnavailableError), uploader.alone(run_folder, session.lasts):
+        upload = uploader.exclusive_upload(RunFolder(run_folder), session.wait)
+        with pytest.raises(UnavailableError), upload:
             pytest.fail("two at once")
     (record,) = log.records
     assert "uploader of an earlier session" in record.message

@@ -1,4 +1,4 @@
-"""What W&B is given for the values of a row; by the real client's types, without a server."""
+"""What W&B gets for the values of a row, as the real client's types, without a server."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ def save(path: Path, width: int, height: int) -> str:
     return f"samples/{path.name}"
 
 
-def test_a_value_that_wandb_cannot_take_is_left_out_and_told_of_once(tmp_path, caplog):
+def test_a_value_that_wandb_cannot_take_is_left_out_with_one_warning(tmp_path, caplog):
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "damaged.png").write_bytes(b"no picture")
+    (tmp_path / "samples" / "damaged.png").write_bytes(b"not an image")
     row = {
         "samples/gone": "samples/gone.png",
         "samples/damaged": "samples/damaged.png",
@@ -26,22 +26,22 @@ def test_a_value_that_wandb_cannot_take_is_left_out_and_told_of_once(tmp_path, c
         "loss/critic": 0.5,
     }
     values = WandbValues(tmp_path)
-    assert values.of(row) == values.of(row) == {"loss/critic": 0.5}
+    assert values.convert(row) == values.convert(row) == {"loss/critic": 0.5}
     assert len(caplog.records) == 1
     assert "samples/gone" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["grid.png", "grid.jpg"])
-def test_a_picture_beyond_pillows_limit_is_shrunk(tmp_path, monkeypatch, caplog, name):
+def test_an_image_beyond_pillows_limit_is_shrunk(tmp_path, monkeypatch, caplog, name):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice as many are an error
     path = save(tmp_path / "samples" / name, 4096, 1024)
-    picture = WandbValues(tmp_path).of({"samples/ema": path})["samples/ema"]
-    assert (picture._width, picture._height, picture.format) == (2048, 512, "jpg")
+    image = WandbValues(tmp_path).convert({"samples/ema": path})["samples/ema"]
+    assert (image._width, image._height, image.format) == (2048, 512, "jpg")
     assert not caplog.records
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_a_small_jpeg_is_given_as_it_is(tmp_path):
     path = save(tmp_path / "samples" / "raw.jpg", 64, 32)
-    picture = WandbValues(tmp_path).of({"samples/non_ema": path})["samples/non_ema"]
-    assert Path(picture._path) == tmp_path / path
+    image = WandbValues(tmp_path).convert({"samples/non_ema": path})["samples/non_ema"]
+    assert Path(image._path) == tmp_path / path

@@ -1,7 +1,7 @@
 """A stand-in for training: logs rows as fast as it can, in a process that tests may kill.
 
-Takes one JSON object, prints one JSON object per line: {"logged": step} where it pauses, and what
-it found in the end.
+Takes one JSON object, prints one JSON object per line: {"logged": step} where it pauses, and
+the outcome at the end.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ganscale.run_folder import RunFolder
 from ganscale.tracking import Tracker, setup_logging
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
@@ -32,7 +33,7 @@ def main(
     setup_logging(Path(run_folder) / "log.txt", rank=0)
     started = time.monotonic()
     tracker = Tracker(
-        Path(run_folder),
+        RunFolder(Path(run_folder)),
         WandbIdentity("same-run", "tests", "a run", {"world_size": first_step}),
         mode,  # type: ignore[arg-type]
         (first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
@@ -53,14 +54,14 @@ def main(
             print(json.dumps({"logged": step}), flush=True)
             sys.stdin.readline()
     started = time.monotonic()
-    kept = [Checkpoint(**each) for each in checkpoints or []]
-    tracker.finish({"final/critic": 0.5}, exit_code=0, checkpoints=kept)
-    report = {
+    uploads = [Checkpoint(**fields) for fields in checkpoints or []]
+    tracker.finish({"final/critic": 0.5}, exit_code=0, checkpoints=uploads)
+    outcome = {
         "location": tracker.location,
         "start_seconds": start_seconds,
         "finish_seconds": time.monotonic() - started,
     }
-    print(json.dumps(report), flush=True)
+    print(json.dumps(outcome), flush=True)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class WandbServer:
             case "CreateArtifact":
                 given = variables["input"]
                 aliases = [each["alias"] for each in given.get("aliases") or []]
-                for key, known in self.artifacts.items():  # the same content is no new version
+                for key, known in self.artifacts.items():  # same content, same version
                     if known.digest == given["digest"] and known.state == "COMMITTED":
                         known.aliases = sorted({*known.aliases, *aliases})
                         return {"createArtifact": {"artifact": _created(key, known)}}

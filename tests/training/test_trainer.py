@@ -78,7 +78,7 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(folder, runtim
         broken.run()
     saved = broken.folder.checkpoints / f"images-{breaks_at:09d}"
     assert "NaN" not in (saved / "state.json").read_text()
-    (alert,) = read_alerts(broken.folder.path)
+    (alert,) = read_alerts(broken.folder)
     assert (alert.kind, "with a lower learning rate" in alert.text) == ("nan", True)
     rows: list[dict[str, Any]] = list(read_rows(broken.folder.record))
     times = [row["progress/images_seen"] for row in rows]

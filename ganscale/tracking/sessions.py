@@ -1,7 +1,6 @@
-"""Where a session of a run comes from: code, versions, cluster, data."""
+"""What is recorded of a session when it starts: its code, versions, cluster and data."""
 
 import contextlib
-import json
 import os
 import platform
 import subprocess
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ganscale import __version__
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
@@ -21,7 +19,7 @@ _GIT_SECONDS = 5.0
 
 
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
-    """What is kept of each session; texts and numbers only."""
+    """The entry of a session in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
     cluster = {
         "world_size": runtime.world_size,
@@ -38,35 +36,18 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
         "command": without_secrets(sys.argv),
         "git": git_revision(Path.cwd()),
         "versions": {
-            "ganscale": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "none",
-            **{name: _version(name) for name in ("accelerate", "numpy", "wandb")},
+            **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
         },
         "cluster": cluster,
         "data_fingerprint": fingerprint,
     }
 
 
-def append_session(path: Path, facts: dict[str, Any]) -> None:
-    """Adds a session to a file of one JSON object a line, if the disk takes it."""
-    with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")
-
-
-def read_sessions(path: Path) -> list[dict[str, Any]]:
-    """All sessions of a run, in order; a damaged line is passed over."""
-    sessions = []
-    with contextlib.suppress(OSError):
-        for line in path.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                sessions.append(json.loads(line))
-    return sessions
-
-
 def git_revision(folder: Path) -> dict[str, Any]:
-    """{"revision", "is_dirty"} of the working tree that holds `folder`; {} outside of any."""
+    """{"revision", "is_dirty"} of the git working tree around `folder`; {} if there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         revision = _git(folder, "rev-parse", "HEAD").strip()
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
