@@ -11,7 +11,7 @@ from ganscale.cli.arguments import positive_int
 def add_parser(subparsers) -> None:
     """Registers `shards`; each of its commands sets `run(args)`, which returns the exit code."""
     shards = subparsers.add_parser("shards", help="make, index, verify and inspect data sets")
-    commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
+    commands = shards.add_subparsers(required=True, metavar="COMMAND")
     for add_command in (_add_write, _add_index, _add_verify, _add_show, _add_export):
         add_command(commands)
 
@@ -34,6 +34,7 @@ def _add_write(commands) -> None:
     add("--channels", type=int, choices=(1, 3), help="default: 3 (RGB), for bundled:mnist 1 (grey)")
     add(
         "--format",
+        dest="image_format",
         choices=("png", "webp", "jpeg", "npy", "keep"),
         help="how images are stored (default: keep the files if no image is changed, else png)",
     )
@@ -61,22 +62,12 @@ def _add_write(commands) -> None:
 
 
 def _write(args: argparse.Namespace) -> int:
-    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_bad_images, write_shards
+    from ganscale.shards.writing import describe_bad_images, write_shards
 
-    result = write_shards(
-        args.source,
-        args.output,
-        resolution=args.resolution,
-        channels=args.channels,
-        image_format=args.format,
-        quality=args.quality,
-        classes=args.classes,
-        shard_samples=args.shard_samples,
-        shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
-        seed=args.seed,
-        workers=args.workers,
-        max_bad=args.max_bad,
-    )
+    # Options have the names of the function's parameters, and its defaults if they are not given.
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    del options["run"]
+    result = write_shards(**options)
     if result.ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.ignored.items())
         print(f"ignored files that are not images: {kinds}")

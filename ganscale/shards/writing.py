@@ -6,27 +6,28 @@ are complete, so the same command, run again, continues where it stopped.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from ganscale.data.images.decoding import DecodeError
+from ganscale.data.images.decoding import DecodeError, decode, image_extension
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
-from ganscale.shards.encoding import Encoding
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import explain_full_disk, run_all
 from ganscale.shards.sources import Source, SourceImage, image_reader, list_images
 from ganscale.shards.tar_reader import BLOCK_BYTES
 
-DEFAULT_SHARD_BYTES = 128 << 20
-
+_FORMATS = ("png", "webp", "jpeg", "npy", "keep")
 _JOURNAL_NAME = "writing.jsonl"
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of a few kilobytes can contain a "file" of many gigabytes
@@ -48,6 +49,50 @@ class WriteResult(NamedTuple):
     kept_shards: int
     bad_images: BadImages
     ignored: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored.
+
+    resolution: height and width in pixels, after a centre crop; None: as in the source
+    channels: 1 or 3
+    image_format: one of _FORMATS; keep stores files as they are, with their own channels
+    quality: 1 to 100 for jpeg and webp; None: 95 for jpeg, lossless for webp
+    """
+
+    resolution: int | None
+    channels: int
+    image_format: str
+    quality: int | None
+
+    def __post_init__(self) -> None:
+        if self.image_format not in _FORMATS:
+            raise UserError(
+                f"unknown format '{self.image_format}': choose from {', '.join(_FORMATS)}"
+            )
+        if self.quality is not None and self.image_format not in ("jpeg", "webp"):
+            raise UserError(f"only jpeg and webp have a quality, not {self.image_format}")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise UserError(f"the quality must be from 1 to 100, not {self.quality}")
+
+    def encode(self, data: bytes) -> tuple[str, bytes]:
+        """(extension, bytes to store) of an image file. Raises DecodeError."""
+        pixels = decode(data, self.resolution, self.channels)
+        if self.image_format == "keep":
+            return image_extension(data), data
+        stream = io.BytesIO()
+        if self.image_format == "npy":
+            np.save(stream, pixels)
+            return "npy", stream.getvalue()
+        image = Image.fromarray(pixels.squeeze(2) if self.channels == 1 else pixels)
+        if self.image_format == "jpeg":
+            # Full-resolution colour: a generator would learn to imitate the blur of 4:2:0.
+            image.save(stream, "JPEG", quality=self.quality or 95, subsampling=0)
+            return "jpg", stream.getvalue()
+        webp = {"lossless": self.quality is None, "quality": self.quality or 80}
+        image.save(stream, self.image_format, **(webp if self.image_format == "webp" else {}))
+        return self.image_format, stream.getvalue()
 
 
 class _ShardTask(NamedTuple):
@@ -72,6 +117,9 @@ class _Journal:
         self.bad_count = 0
         self._path = root / _JOURNAL_NAME
         self._image_count, self._max_bad = settings["images"], max_bad
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".*.partial"):  # of a run that was killed
+            leftover.unlink()
         if not self._path.exists():
             if any(root.glob("*.tar")):
                 raise UserError(f"{root} already contains shards; write into another folder")
@@ -126,7 +174,7 @@ def write_shards(
     quality: int | None = None,
     classes: str = "none",
     shard_samples: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int = 128 << 20,
     seed: int = 0,
     workers: int = 1,
     max_bad: float = 0.01,
@@ -143,14 +191,18 @@ def write_shards(
     max_bad: share of bad images above which UserError is raised
     """
     listing = list_images(source, classes)
-    encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
+    is_unchanged = resolution is None and channels is None
+    if image_format is None:
+        image_format = "keep" if is_unchanged and listing.kind != "bundled" else "png"
+    if image_format == "keep" and not is_unchanged:
+        raise UserError("the format keep stores files as they are: drop resolution and channels")
+    if channels is None:
+        channels = 1 if (listing.kind, listing.path) == ("bundled", "mnist") else 3
+    encoding = Encoding(resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
     if shard_samples is None:
         shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
     root = Path(output)
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*.partial"):  # of a run that was killed
-        leftover.unlink()
     settings = {
         **asdict(encoding),
         "shard_samples": shard_samples,
@@ -179,24 +231,6 @@ def describe_bad_images(bad_images: BadImages) -> str:
     named = [f"{name} {reason}" for name, reason in bad_images[:_MAX_NAMED]]
     more = len(bad_images) - len(named)
     return "; ".join(named) + (f"; and {more} more" if more else "")
-
-
-def _choose_encoding(
-    source: Source,
-    resolution: int | None,
-    channels: int | None,
-    image_format: str | None,
-    quality: int | None,
-) -> Encoding:
-    is_bundled = source.kind == "bundled"
-    is_unchanged = resolution is None and channels is None
-    if image_format is None:
-        image_format = "keep" if is_unchanged and not is_bundled else "png"
-    if image_format == "keep" and not is_unchanged:
-        raise UserError("the format keep stores files as they are: drop resolution and channels")
-    if channels is None:
-        channels = 1 if is_bundled and source.path == "mnist" else 3
-    return Encoding(resolution, channels, image_format, quality)
 
 
 def _shuffle_key(seed: int, name: str) -> bytes:

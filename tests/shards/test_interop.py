@@ -131,6 +131,15 @@ def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
         index_shards([str(path)], again=True)
 
 
+def test_a_sample_without_a_label_is_named_also_if_a_wids_index_counts_it(tmp_path):
+    members = labelled(3)
+    write_tar(tmp_path / "a.tar", [m for m in members if m[0] != members[-1][0]])
+    shards = [{"url": "a.tar", "nsamples": 3}]
+    (tmp_path / "set.json").write_text(json.dumps({"wids_version": 1, "shardlist": shards}))
+    with pytest.raises(UserError, match=r"has no label, but others have"):
+        index_shards([str(tmp_path / "set.json")])
+
+
 def test_the_shards_of_several_wids_indices_are_indexed_together(tmp_path):
     paths = []
     for name, count in (("a", 3), ("b", 2)):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ganscale.errors import UserError
-from ganscale.shards.image_headers import is_image, pixel_size
+from ganscale.shards.shard_index import is_image, pixel_size
 from ganscale.shards.tar_reader import TarReader
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
