@@ -78,12 +78,7 @@ class _Failure(NamedTuple):
 
 
 def build_manifest(folder: Path | str, workers: int = 1) -> Manifest:
-    """Indexes all *.tar of `folder` with `workers` processes and writes their manifest there.
-
-    Raises as `index_shards`.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder at {folder}")
+    """Indexes all *.tar of `folder` and writes their manifest there. Raises as `index_shards`."""
     manifest = index_shards([str(folder)], workers=workers).manifest
     assert manifest is not None
     return manifest
