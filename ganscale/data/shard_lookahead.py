@@ -18,10 +18,8 @@ class WindowTracker:
 
     def entered(self, positions: np.ndarray) -> np.ndarray:
         """The first of `positions` in each window that had none before, (n,) int64."""
-        order = self._order
-        epochs, within = np.divmod(positions, order.epoch_length)
-        indices, lanes = np.divmod(within, order.lanes)
-        windows = epochs * self._windows_per_epoch + indices // order.window_length
+        epochs, lanes, windows, _ = self._order.locate(positions)
+        windows += epochs * self._windows_per_epoch
         new = windows > self._newest[lanes]
         if not new.any():
             return positions[:0]
@@ -37,15 +35,11 @@ def shards_ahead(manifest: Manifest, order: Order, positions: np.ndarray) -> np.
     is counted in samples of a lane.
     """
     shards, needs = [], []
-    for position in positions.tolist():
-        index = position % order.epoch_length // order.lanes
-        within = index % order.window_length
-        rest = order.window(position)[within:]
+    for position, offset in zip(positions.tolist(), order.locate(positions)[3], strict=True):
+        rest = order.window(position)[offset:]
         samples = np.concatenate([rest, order.window(position + len(rest) * order.lanes)])
         shards.append(manifest.shards_of(samples))
         needs.append(np.arange(len(samples)))
-    if not shards:
-        return np.empty(0, dtype=np.int64)
     ordered = np.concatenate(shards)[np.argsort(np.concatenate(needs), kind="stable")]
     unique, first = np.unique(ordered, return_index=True)
     return unique[np.argsort(first)]

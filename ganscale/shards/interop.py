@@ -28,7 +28,8 @@ def read_wids(address: str, retry_seconds: float) -> list[tuple[str, int]]:
     Relative addresses are relative to the index, or to its "base". Raises UserError.
     """
     if objects.is_remote(address):
-        text = objects.read_bytes(address, retry_seconds)
+        with objects.open_stream(address, retry_seconds) as stream:
+            text = stream.read()
     else:
         text = Path(address).read_bytes()
     try:

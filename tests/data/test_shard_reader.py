@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.manifest import Manifest
-from ganscale.data.shard_reader import BadSampleError, ShardReader, open_shard_reader
+from ganscale.data.shard_reader import ShardReader, open_shard_reader
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.helpers.fault_server import Fault, FaultServer
@@ -68,7 +69,7 @@ def test_samples_are_the_same_from_disk_server_store_and_command(data_set, serve
 
 def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
     store = stores(f"{server.url}/set")
-    assert store.is_remote
+    assert store.manifest.is_remote
     store.prefetch([2, 0])
     wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 2)
     server.faults["/set/2.tar"].append(Fault(status=404))
@@ -78,7 +79,7 @@ def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
 
 def test_on_disk_there_is_nothing_to_fetch(data_set, stores, tmp_path):
     store = stores(str(data_set))
-    assert not store.is_remote
+    assert not store.manifest.is_remote
     store.prefetch([0, 1, 2])
     assert not (tmp_path / "cache").exists()
 

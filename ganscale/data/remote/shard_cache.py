@@ -1,9 +1,8 @@
 """Copies of remote shards on a disk of this machine, shared by its ranks and by other runs.
 
-A copy is named `<SHA-256 of its contents>.tar`, so data sets that share shards share copies. While
-it is fetched it is `<name>.<bytes>.partial`, locked by the process that fetches it, and renamed
-once it is verified. A process that is killed leaves a partial without a lock, which the next one
-completes or removes.
+A copy is named by the SHA-256 of its contents, so data sets that share shards share copies. It is
+fetched as a partial (`cache_files`), and renamed once it is verified. A process that is killed
+leaves a partial without a lock, which the next one completes or removes.
 """
 
 import errno
@@ -19,15 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote import objects
-from ganscale.data.remote.cache_files import (
-    OpenShard,
-    StallTimer,
-    evict,
-    is_at,
-    list_cache,
-    open_locked,
-)
+from ganscale.data.remote import cache_files, objects
+from ganscale.data.remote.cache_files import OpenShard, StallTimer, evict, list_cache
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
 from ganscale.files import FileLock, lock_descriptor
@@ -56,8 +48,9 @@ class ShardCache:
     ) -> None:
         self.folder = Path(folder).expanduser() / "shards"
         self.capacity_bytes = capacity_bytes
-        self.retry_seconds = retry_seconds
-        self.stall_seconds = stall_seconds
+        self.retry_seconds, self.stall_seconds = retry_seconds, stall_seconds
+        # How long other processes may make no progress.
+        self._stall_timeout = retry_seconds + 2 * stall_seconds
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._folder_lock():
@@ -135,7 +128,7 @@ class ShardCache:
             return None
         if status.st_size != shard.bytes:
             with self._folder_lock():
-                if is_at(copy.descriptor, path):
+                if cache_files.is_at(copy.descriptor, path):
                     path.unlink()
             return None
         if time.time() - status.st_mtime > _TOUCH_SECONDS:
@@ -153,11 +146,10 @@ class ShardCache:
             return
         try:
             self._fetch(url, shard, name)
+            fetch.set_result(None)
         except BaseException as error:
             fetch.set_exception(error)
             raise
-        else:
-            fetch.set_result(None)
         finally:
             with self._lock:
                 del self._fetching[name]
@@ -172,13 +164,20 @@ class ShardCache:
                 timer.wait(self.folder, objects.shown(url))
                 continue
             try:
-                self._fill(url, shard, partial, descriptor)
+                try:
+                    self._download(url, shard, partial, descriptor)
+                except objects.ObjectChanged:  # once more, from the start
+                    os.ftruncate(descriptor, 0)
+                    self._download(url, shard, partial, descriptor)
                 os.fsync(descriptor)
                 partial.replace(copy)
             except OSError as error:
                 raise UserError(
                     f"data.cache={self.folder.parent} cannot be written: {error.strerror}"
                 ) from error
+            except objects.ObjectChanged:
+                partial.unlink(missing_ok=True)
+                raise
             finally:
                 os.close(descriptor)
 
@@ -186,7 +185,7 @@ class ShardCache:
         """The partial, locked, with space for all of it; None while another process has it, or
         while there is not enough space beside what others fetch."""
         with self._folder_lock():
-            descriptor = open_locked(partial)
+            descriptor = cache_files.open_locked(partial)
             if descriptor is not None:
                 return descriptor  # left behind: its space has been reserved all along
             # In this order: a partial may just have been renamed.
@@ -200,8 +199,7 @@ class ShardCache:
         """Evicts until the shard fits, with the folder locked; False if others have to finish
         first. Raises UserError when it can never fit."""
         if shard.bytes > self.capacity_bytes:
-            problem = f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less"
-            raise self._no_space(shard, problem)
+            raise self._no_space(shard, f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less")
         files = sorted(list_cache(self.folder), key=lambda file: (file.is_whole, file.used_at))
         used = sum(file.reserved for file in files)
         free = shutil.disk_usage(self.folder).free
@@ -209,11 +207,9 @@ class ShardCache:
         missing = shard.bytes - min(self.capacity_bytes - used, free)
         is_in_use = False
         for file in files:
-            if missing <= 0:
-                break
-            if evict(file.path):
+            if missing > 0 and evict(file.path):
                 missing -= file.reserved
-            else:
+            elif missing > 0:
                 is_in_use = True
         if missing > 0 and not is_in_use:
             problem = f"the disk has {max(0, shard.bytes - missing):,} bytes left, without any copy"
@@ -227,19 +223,6 @@ class ShardCache:
             f"{shard.bytes:,} bytes: {problem}; it needs data.cache_gib={need:g} or more, on a "
             "disk with as much space"
         )
-
-    def _fill(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
-        """Completes the partial; tries once more from the start if it is not the shard. Raises
-        ObjectChanged."""
-        try:
-            self._download(url, shard, partial, descriptor)
-        except objects.ObjectChanged:
-            os.ftruncate(descriptor, 0)
-            try:
-                self._download(url, shard, partial, descriptor)
-            except objects.ObjectChanged:
-                partial.unlink(missing_ok=True)
-                raise
 
     def _download(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
         """Completes the partial. Raises ObjectChanged unless it then is the shard."""
@@ -286,21 +269,15 @@ class ShardCache:
                     if not any(evict(file.path) for file in files if file.path != partial):
                         raise self._no_space(shard, "the disk is full") from error
 
-    @property
-    def _stall_timeout(self) -> float:
-        """For how many seconds other processes may make no progress."""
-        return self.retry_seconds + 2 * self.stall_seconds
-
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
         """Held for moments only, and never while waiting for another lock. Raises UnavailableError
         when another process keeps it, because it was stopped, say."""
-        seconds = self._stall_timeout
         with FileLock(self.folder / "lock") as lock:
-            if not lock.acquire(seconds):
+            if not lock.acquire(self._stall_timeout):
                 raise UnavailableError(
                     f"data.cache={self.folder.parent} cannot be used: another process has kept it "
-                    f"locked for {seconds:.0f} s"
+                    f"locked for {self._stall_timeout:.0f} s"
                 )
             yield
 

@@ -31,9 +31,8 @@ _LONG_HEADERS = (
 
 def is_streamed(path: str) -> bool:
     """Whether `data.path` names tars rather than a data set with a manifest."""
-    if path.startswith("pipe:") or path.endswith(".tar"):
-        return True
-    return ".tar" in path and any(character in path for character in "{*?[")
+    is_pattern = ".tar" in path and any(character in path for character in "{*?[")
+    return is_pattern or path.startswith(objects.PIPE) or path.endswith(".tar")
 
 
 def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
@@ -129,10 +128,9 @@ class StreamedTars:
 
     def _opened(self, url: str) -> AbstractContextManager[Any]:
         self._check_stopped()
-        if not objects.is_remote(url):
-            return open(url, "rb")  # noqa: PTH123
-        seconds, stall = self._retry_seconds, objects.STALL_SECONDS
-        return objects.open_stream(url, seconds, stall_seconds=stall, stopped=self._stopped)
+        if objects.is_remote(url):
+            return objects.open_stream(url, self._retry_seconds, stopped=self._stopped)
+        return Path(url).open("rb")
 
     def _on_read(self, data: bytes) -> None:
         if data:
@@ -157,8 +155,7 @@ class _TarBytes:
     blocks of zeros."""
 
     def __init__(self, stream: Any, on_read: Callable[[bytes], None]) -> None:
-        self._stream = stream
-        self._on_read = on_read
+        self._stream, self._on_read = stream, on_read
         self._last = b""
         self._reads_at_end = 0
         self.is_compressed = False
@@ -166,10 +163,9 @@ class _TarBytes:
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self._on_read(data)
-        if not data:
-            self._reads_at_end += 1
-            if self._reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
-                raise _CutError("unexpected end of data")
+        self._reads_at_end += not data
+        if self._reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
+            raise _CutError("unexpected end of data")
         if not self._last:
             self.is_compressed = data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
         self._last = (self._last + data[-_END_BYTES:])[-_END_BYTES:]
@@ -220,14 +216,13 @@ def _damaged_tar(url: str, error: Exception) -> BadSample:
     detail = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, OSError):
         detail = error.strerror or detail
-    if isinstance(error, _CutError):
-        reason, sentence = "cut", "is cut"
-    elif isinstance(error, (tarfile.TarError, EOFError)):
-        reason, sentence = "no tar", "is not a tar"
-    elif isinstance(error, (OSError, UserError)):
-        reason, sentence = "cannot be read", "cannot be read"
-    else:
-        reason, sentence = "damaged", "is damaged"
+    kinds = (
+        (_CutError, "cut", "is cut"),
+        ((tarfile.TarError, EOFError), "no tar", "is not a tar"),
+        ((OSError, UserError), "cannot be read", "cannot be read"),
+        (Exception, "damaged", "is damaged"),
+    )
+    reason, sentence = next(texts for kind, *texts in kinds if isinstance(error, kind))
     detail = detail.removeprefix(f"{objects.shown(url)}: ")
     return BadSample(shard_name(url), reason, "", f"{sentence}: {detail[:200]}")
 
