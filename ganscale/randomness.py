@@ -24,7 +24,7 @@ _FEISTEL_ROUNDS = 24
 
 
 def purpose_id(purpose: str) -> int:
-    """A 32-bit hash of `purpose`, which gives every purpose its own draws."""
+    """A 32-bit hash, which gives every purpose its own draws."""
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
 
 
@@ -109,11 +109,8 @@ def normal(
 
 
 def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: int) -> np.ndarray:
-    """A permutation of range(length), (length,) int64, the same on every machine.
-
-    `stream` (epoch, lane, window) selects one of a purpose's permutations. It sorts Philox4x64
-    words, since NumPy may change `Generator.permutation` between versions.
-    """
+    """A permutation of range(length), (length,) int64; `stream` (epoch, lane, window) selects one
+    of the purpose's. It sorts Philox4x64 words, since NumPy may change `Generator.permutation`."""
     return np.argsort(_philox_stream(seed, purpose, stream, length), kind="stable")
 
 
@@ -128,9 +125,8 @@ def permuted(
 ) -> np.ndarray:
     """Where a random permutation of range(length), or its inverse, sends `indices`; (n,) int64.
 
-    Each index is computed by itself, so a permutation of billions takes no memory. The same on
-    every machine, but not the permutation that `permutation` returns. Raises ValueError for an
-    index outside range(length).
+    Each index is computed by itself, so a permutation of billions takes no memory. It is not the
+    one that `permutation` returns. Raises ValueError for an index outside range(length).
 
     A Feistel network over pairs (left, right) of numbers below two moduli, and cycle walking where
     their product is above `length`: Black and Rogaway, "Ciphers with arbitrary finite domains",

@@ -9,7 +9,7 @@ import numpy as np
 
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import working_set_bytes
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.schema import DataConfig

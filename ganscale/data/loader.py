@@ -23,9 +23,8 @@ from ganscale.data.bad_samples import (
 from ganscale.data.batch import Batch, BatchAllocator, allocate_batch
 from ganscale.data.images.decoding import decode_into
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions
-from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
-from ganscale.data.shard_reader import SampleLocation, open_shard_reader
+from ganscale.data.order import Order, WindowTracker, batch_positions, shards_ahead
+from ganscale.data.shard_reader import SampleLocation, ShardReader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.schema import DataConfig
 
@@ -66,7 +65,7 @@ class Loader(Iterator[Batch]):
             window_blocks=config.window_blocks,
         )
         self._manifest = manifest
-        self._reader = open_shard_reader(manifest, config)
+        self._reader = ShardReader(manifest, config)
         self._windows = WindowTracker(self.order)
         share = global_batch_size // world_size
         self._shape = (share, config.resolution, config.resolution, config.channels)

@@ -119,10 +119,10 @@ class _LoaderServer:
             if self._loader is not None:
                 self._loader.close()
 
-    def _serve(self, pickled: bytes) -> None:
+    def _serve(self, job: bytes) -> None:
         """Ends the process if it cannot go on: the other end must not wait for ever."""
         try:
-            self._answer_requests(pickled)
+            self._answer_requests(job)
         except BaseException as error:
             # Failures while the loader is being closed, or after the other end was, are expected.
             if not self._is_closing and not isinstance(error, OSError):

@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -264,12 +265,15 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
         raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
     with lock:
         lock.acquire(math.inf, poll_seconds=0.1)
-        known = folder / f"{key}.json"
+        known = folder / f"{key}.json"  # which copy was made of which version
         with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
-            if (copy := _find_copy(known, description.identity)) is not None:
-                return copy
-            content = description.readall()
             identity = description.identity
+            with suppress(FileNotFoundError, ValueError):
+                record = json.loads(known.read_text())
+                copy = folder / record["folder"]
+                if identity and record["identity"] == identity and (copy / JSON_NAME).is_file():
+                    return copy
+            content = description.readall()
         copy = folder / hashlib.sha256(content).hexdigest()[:32]
         if not copy.exists():
             partial = folder / f"{key}.partial"
@@ -285,17 +289,6 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
             partial.rename(copy)
         write_text(known, json.dumps({"identity": identity, "folder": copy.name}))
         return copy
-
-
-def _find_copy(known: Path, identity: str) -> Path | None:
-    """An earlier copy of the same manifest, as recorded in the file `known`."""
-    try:
-        record = json.loads(known.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    copy = known.parent / record["folder"]
-    is_same = bool(identity) and record["identity"] == identity
-    return copy if is_same and (copy / JSON_NAME).is_file() else None
 
 
 def _verify(manifest: Manifest) -> None:

@@ -29,6 +29,8 @@ _TRANSIENT = {
     errno.EHOSTUNREACH, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLINK, errno.ENOTCONN,
     errno.EREMOTEIO, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
+# Of local files. Cached copies are opened for each read (9 us): an open one cannot be evicted.
+_MAX_OPEN_SHARDS = 64
 _SECOND_LOOK_SECONDS = 0.2  # a network file system may miss a file for a moment
 
 
@@ -42,28 +44,16 @@ class SampleLocation(NamedTuple):
 
 
 class ShardReader:
-    """Reads samples by index, from any number of threads.
+    """Reads samples by index, from any number of threads; remote shards are copied into the cache
+    of the config."""
 
-    cache: for copies of remote shards; needed for these only
-    retry_seconds: how long a disk may fail
-    max_open_shards: how many local files are kept open. Cached copies are opened for each read
-        (9 us): one that is open cannot be evicted.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        cache: ShardCache | None = None,
-        *,
-        retry_seconds: float = 300.0,
-        max_open_shards: int = 64,
-    ):
-        if manifest.is_remote and cache is None:
-            raise ValueError("remote shards need a cache")
+    def __init__(self, manifest: Manifest, config: DataConfig) -> None:
         self.manifest = manifest
-        self._retry_seconds = retry_seconds
-        self._max_open_shards = max_open_shards
-        self._cache = cache if manifest.is_remote else None
+        self._retry_seconds = config.retry_seconds
+        self._cache: ShardCache | None = None
+        if manifest.is_remote:
+            capacity_bytes = round(config.cache_gib * 2**30)
+            self._cache = ShardCache(config.cache, capacity_bytes, config.retry_seconds)
         self._lock = threading.Lock()
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
 
@@ -159,17 +149,9 @@ class ShardReader:
         file = OpenShard(self.manifest.address(shard))
         with self._lock:
             self._open[shard] = file
-            while len(self._open) > self._max_open_shards:
+            while len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
-
-
-def open_shard_reader(manifest: Manifest, config: DataConfig) -> ShardReader:
-    """A reader of a run's shards; remote ones are copied into the cache of the config."""
-    cache = None
-    if manifest.is_remote:
-        cache = ShardCache(config.cache, round(config.cache_gib * 2**30), config.retry_seconds)
-    return ShardReader(manifest, cache, retry_seconds=config.retry_seconds)
 
 
 def too_large(size: int) -> BadSampleError:

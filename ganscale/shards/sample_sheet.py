@@ -9,7 +9,7 @@ from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.images.decoding import decode
 from ganscale.data.images.grid import image_grid
 from ganscale.data.manifest import Manifest
-from ganscale.data.shard_reader import open_shard_reader
+from ganscale.data.shard_reader import ShardReader
 from ganscale.schema import DataConfig
 
 _MAX_RESOLUTION = 128  # the sheet should fit on a screen
@@ -20,7 +20,7 @@ def write_sheet(manifest: Manifest, path: Path, count: int) -> int:
     count = min(count, len(manifest.samples))
     resolution = min((_MAX_RESOLUTION, *(manifest.resolution or ())))
     images = np.zeros((count, resolution, resolution, 3), np.uint8)
-    reader = open_shard_reader(manifest, DataConfig(path=manifest.source))
+    reader = ShardReader(manifest, DataConfig(path=manifest.source))
     bad_samples = 0
     for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
         try:

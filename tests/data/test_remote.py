@@ -244,7 +244,8 @@ def test_a_process_that_has_read_ends_without_warnings_of_open_sessions(server, 
     s3.put("a.tar", CONTENT)
     program = (
         "import sys; from ganscale.data.remote import objects\n"
-        "for url in sys.argv[1:]: print(len(objects.read_bytes(url, 5)))\n"
+        "for url in sys.argv[1:]:\n"
+        "    with objects.open_stream(url, 5) as stream: print(len(stream.read()))\n"
         "with objects.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
     ended = run_python("-W", "error", "-c", program, server.url + PATH, "s3://bucket/a.tar")

@@ -42,7 +42,7 @@ _PNG_CHUNK = struct.Struct(">I4s")  # bytes of its body, kind
 _PNG_HEADER = struct.Struct(">IIBBBBB")  # width, height, depth, colour, two constants, interlaced
 _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter per channel
 _PNG_PLAIN_CHUNKS = frozenset(
-    b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split(),
+    b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split()
 )
 """Chunks of a PNG that do not change its pixels, as palettes, transparency and animations do."""
 
@@ -235,11 +235,10 @@ def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, int]:
     """Of an .npy file: its shape, whether it is in Fortran order, and where the values begin."""
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    else:
-        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    npy = np.lib.format
+    is_first = npy.read_magic(stream) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(stream)
     has_image_shape = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if dtype != np.uint8 or not has_image_shape or 0 in shape:
         raise DecodeError(

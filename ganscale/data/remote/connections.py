@@ -123,9 +123,11 @@ def is_past_end(error: BaseException) -> bool:
 
 def _status(error: BaseException) -> int:
     """The HTTP status that the error has, or 0."""
-    aiohttp, gcsfs = getattr(error, "status", None), getattr(error, "code", None)
-    httpx = getattr(getattr(error, "response", None), "status_code", None)
-    status = next((status for status in (aiohttp, gcsfs, httpx) if status is not None), None)
+    status = getattr(error, "status", None)  # aiohttp's
+    if status is None:
+        status = getattr(error, "code", None)  # gcsfs's
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)  # httpx's
     return status if isinstance(status, int) and 400 <= status < 600 else 0
 
 

@@ -39,8 +39,7 @@ def is_remote(location: str) -> bool:
 
 
 def is_object_store(location: str) -> bool:
-    """Whether the location is a URL that a downloaded file may point to: not a command, and nothing
-    on this machine's disks."""
+    """Whether the location is a URL that a downloaded manifest may point to."""
     return _STORES.match(location) is not None
 
 
@@ -58,8 +57,7 @@ def join(base: str, name: str) -> str:
 
 
 def shown(address: str) -> str:
-    """The address for messages, without password and signature. Commands stay whole: only the
-    shard's name tells them apart."""
+    """The address for messages, without password and signature; commands stay whole."""
     return address if address.startswith(PIPE) else without_secrets(address)
 
 
@@ -75,9 +73,9 @@ def expand_braces(pattern: str) -> list[str]:
 def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
     """The addresses that `pattern` stands for: braces in order, wildcards sorted.
 
-    Raises UserError for a missing local file and for wildcards that match nothing, and
-    UnavailableError for a store that could not be listed for `retry_seconds`. Whether a single
-    remote object exists shows only when it is opened.
+    Raises UserError for a missing local file, for wildcards that match nothing and for braces that
+    are not closed, and UnavailableError for a store that could not be listed for `retry_seconds`.
+    A single remote object is not looked up.
     """
     addresses: list[str] = []
     for expanded in expand_braces(pattern):
@@ -109,21 +107,13 @@ def _matches(pattern: str, retry_seconds: float) -> list[str]:
             backoff.wait(error, problem)
 
 
-def open_stream(
-    url: str,
-    retry_seconds: float,
-    *,
-    stall_seconds: float = STALL_SECONDS,
-    stopped: threading.Event | None = None,
-) -> io.BufferedReader:
-    """A sequential reader of an object from its first to its last byte; `read(n)` is complete.
+def open_stream(url: str, retry_seconds: float, **options: Any) -> io.BufferedReader:
+    """A sequential reader of an object; `read(n)` is complete. options: of `RemoteObject`
 
     Opening and reading raise UserError where trying again is useless (a missing object, no access,
-    an object that changes meanwhile), and UnavailableError for what failed for longer than
-    `retry_seconds`. `stopped` as in `RemoteObject`.
+    an object that changes), and UnavailableError for what failed for longer than `retry_seconds`.
     """
-    source = RemoteObject(url, retry_seconds, stall_seconds=stall_seconds, stopped=stopped)
-    return io.BufferedReader(source, _BUFFER_BYTES)
+    return io.BufferedReader(RemoteObject(url, retry_seconds, **options), _BUFFER_BYTES)
 
 
 class RemoteObject(io.RawIOBase):
@@ -131,11 +121,9 @@ class RemoteObject(io.RawIOBase):
     the start, skipping what was read.
 
     start: the first byte to read
-    expected_size: of the whole object, in bytes: shows a short body where the server does not state
-        the size
+    expected_size: of the whole object in bytes, for servers that do not state it
     stopped: set by another thread, it ends commands and waits; reading then raises any exception
-    Attributes: `size`, of the whole object as its server states it, or None; `identity`, which
-    changes when the object does (an ETag), or "".
+    Attributes: `size` and `identity`, as in `Connection`.
     """
 
     def __init__(
@@ -187,8 +175,7 @@ class RemoteObject(io.RawIOBase):
         return b"".join(pieces)
 
     def close(self) -> None:
-        if not self.closed:
-            self._disconnect()
+        self._disconnect()
         super().close()
 
     def _connect(self) -> Connection:

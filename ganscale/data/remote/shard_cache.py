@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -34,8 +34,7 @@ class ShardCache:
     """Fetches shards whole, also ahead of need, for any number of threads and processes.
 
     folder: the copies are in its sub-folder `shards`
-    capacity_bytes: of all copies, also those being fetched; the least recently used are evicted
-    retry_seconds: how long a fetch may fail before UnavailableError
+    capacity_bytes: of all copies, also partial ones; the least recently used are evicted
     """
 
     def __init__(
@@ -67,11 +66,9 @@ class ShardCache:
         self._is_closed = False
 
     def open(self, url: str, shard: Shard) -> OpenShard:
-        """The copy of a shard, fetched from `url` first if need be.
-
-        Raises UserError for a shard that is missing or has changed since it was indexed, and for a
-        cache without space for it; UnavailableError when the network fails for too long.
-        """
+        """The copy of a shard, fetched from `url` first if need be. Raises UserError for a shard
+        that is missing or has changed since it was indexed, and for a cache without space for it;
+        UnavailableError when the network fails for `retry_seconds`."""
         name = _name(url, shard)
         while (copy := self._open_copy(name, shard)) is None:
             with self._lock:
@@ -109,7 +106,7 @@ class ShardCache:
         with self._lock:
             if name not in self._queued:
                 return
-        with suppress(UserError, UnavailableError, OSError, _Closed):
+        with suppress(UserError, UnavailableError, OSError, CancelledError):
             if not self._copy(name).exists():
                 self._fetch_or_wait(url, shard, name)
         with self._lock:
@@ -245,7 +242,7 @@ class ShardCache:
                     raise _changed(url, f"{source.size:,} bytes, not {shard.bytes:,}")
                 while data := source.read(_PIECE_BYTES):
                     if self._is_closed:
-                        raise _Closed
+                        raise CancelledError
                     position += len(data)
                     if position > shard.bytes:
                         break
@@ -280,10 +277,6 @@ class ShardCache:
                     f"locked for {self._stall_timeout:.0f} s"
                 )
             yield
-
-
-class _Closed(Exception):
-    """The cache was closed while a shard was being fetched ahead."""
 
 
 def _name(url: str, shard: Shard) -> str:

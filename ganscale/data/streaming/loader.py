@@ -88,8 +88,8 @@ class StreamLoader(Iterator[Batch]):
         self._started: deque[tuple[_Stream, Future[Batch]]] = deque()
 
     def __next__(self) -> Batch:
-        """Raises UserError when the shards hold nothing that can be used, and UnavailableError when
-        nothing comes from them; again at every further call."""
+        """Raises UserError when no sample can be used, and UnavailableError when no data arrives;
+        again at every further call."""
         while len(self._started) < 2 * len(self._streams):
             stream, thread = next(self._turns)
             self._started.append((stream, thread.submit(stream.batch)))
@@ -153,7 +153,7 @@ class _Stream:
         self._samples: Iterator[dict[str, Any]] = iter(pipeline)
 
     def batch(self) -> Batch:
-        """The next images and labels; slots are not known here."""
+        """The next images and labels; slots are set by StreamLoader."""
         self._started_at = time.monotonic()
         self._bad_samples.clear()
         images = self._allocate(self._shape)
@@ -200,8 +200,7 @@ class _Stream:
         return label
 
     def _samples_of_shards(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """WebDataset's samples, shard by shard: the rest of a damaged one is never joined with
-        members of the next one."""
+        """Shard by shard: the rest of a damaged one is never joined with members of the next."""
         empty = 0
         for shard in shards:
             empty += 1

@@ -37,11 +37,8 @@ def is_streamed(path: str) -> bool:
 
 def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
     """The shards that `path` names: patterns joined by ::, with braces, and with wildcards on disk
-    and in stores that can be listed.
-
-    Raises UserError for wildcards that match nothing, for braces that are not closed, and for
-    commands that WDS_SECURE forbids; UnavailableError as `objects.expand`.
-    """
+    and in stores that can be listed. Raises as `objects.expand`, and UserError for commands that
+    WDS_SECURE forbids."""
     urls: list[str] = []
     for pattern in path.split("::"):
         if not objects.is_remote(pattern):
@@ -51,9 +48,8 @@ def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
                 urls.extend(objects.expand_braces(pattern))
                 continue
         urls.extend(objects.expand(pattern, retry_seconds))
-    if utils.enforce_security and any(  # pyright: ignore[reportAttributeAccessIssue]
-        url.startswith(objects.PIPE) for url in urls
-    ):
+    is_secured = utils.enforce_security  # pyright: ignore[reportAttributeAccessIssue]
+    if is_secured and any(url.startswith(objects.PIPE) for url in urls):
         raise UserError(f"WDS_SECURE=1 in the environment forbids the command data.path={path}")
     return urls
 
@@ -73,7 +69,6 @@ def stream_identity(urls: Sequence[str]) -> str:
 class StreamedTars:
     """Reads one tar after the other, in one thread; any other thread may `stop` it.
 
-    retry_seconds: how long a store or command may fail
     report: called with each tar that is damaged
     Attributes: `url`, the tar being read; `last_read_at`, when bytes last came, in monotonic
     seconds; `damage`, what is wrong with the last tar, if anything.
@@ -92,11 +87,9 @@ class StreamedTars:
 
     def samples(self, url: str) -> Iterator[dict[str, Any]]:
         """WebDataset's samples of the tar at `url`: dicts of bytes by extension, and __key__. A
-        member of more than LARGEST_IMAGE_BYTES is replaced by its size, an int.
-
-        A tar that cannot be opened or is damaged ends early and is reported. Raises
-        UnavailableError for a store or command that failed for too long.
-        """
+        member of more than LARGEST_IMAGE_BYTES is replaced by its size, an int. A tar that cannot
+        be opened or is damaged ends early and is reported. Raises UnavailableError for a store or
+        command that failed for too long."""
         self.url, self.damage = url, ""
         problem: Exception | None = None
 
@@ -151,29 +144,25 @@ class _CutError(tarfile.ReadError):
 
 
 class _TarBytes:
-    """A stream that knows whether it is at its end, and whether that is the end of a tar: two
-    blocks of zeros."""
+    """A stream that counts reads at its end, and knows whether that is the end of a tar: two blocks
+    of zeros."""
 
     def __init__(self, stream: Any, on_read: Callable[[bytes], None]) -> None:
         self._stream, self._on_read = stream, on_read
         self._last = b""
-        self._reads_at_end = 0
+        self.reads_at_end = 0
         self.is_compressed = False
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self._on_read(data)
-        self._reads_at_end += not data
-        if self._reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
+        self.reads_at_end += not data
+        if self.reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
             raise _CutError("unexpected end of data")
         if not self._last:
             self.is_compressed = data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
         self._last = (self._last + data[-_END_BYTES:])[-_END_BYTES:]
         return data
-
-    @property
-    def is_at_end(self) -> bool:
-        return self._reads_at_end > 0
 
     @property
     def is_complete(self) -> bool:
@@ -208,7 +197,7 @@ def _members(
                 yield {"fname": member.name, "data": data, "__url__": url}
     except Exception as error:
         # tarfile has one error for a cut archive and for a file that is not an archive.
-        is_cut = isinstance(error, (tarfile.TarError, EOFError)) and has_header and tar.is_at_end
+        is_cut = isinstance(error, (tarfile.TarError, EOFError)) and has_header and tar.reads_at_end
         note(_CutError(*error.args) if is_cut else error)
 
 
