@@ -292,7 +292,7 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it():
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
         "from ganscale.data.remote import objects; from ganscale.errors import UserError\n"
-        "try: objects.read_bytes('s3://bucket/a.tar', 60)\n"
+        "try: objects.open_stream('s3://bucket/a.tar', 60)\n"
         "except UserError as error: print(error)"
     )
     said = run_python("-c", program).stdout

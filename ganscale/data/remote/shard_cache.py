@@ -60,8 +60,8 @@ class ShardCache:
                 "disk of this machine"
             ) from error
         self._lock = threading.Lock()
-        self._fetching: dict[str, Future[None]] = {}
-        self._queued: set[str] = set()  # to be fetched ahead
+        self._fetching: dict[Path, Future[None]] = {}
+        self._queued: set[Path] = set()  # to be fetched ahead
         self._threads: DaemonThreadPool | None = None
         self._is_closed = False
 
@@ -69,26 +69,26 @@ class ShardCache:
         """The copy of a shard, fetched from `url` first if need be. Raises UserError for a shard
         that is missing or has changed since it was indexed, and for a cache without space for it;
         UnavailableError when the network fails for `retry_seconds`."""
-        name = _name(url, shard)
-        while (copy := self._open_copy(name, shard)) is None:
+        path = self._path(url, shard)
+        while (copy := self._open_copy(path, shard)) is None:
             with self._lock:
-                self._queued.discard(name)
-            self._fetch_or_wait(url, shard, name)
+                self._queued.discard(path)
+            self._fetch_or_wait(url, shard, path)
         return copy
 
     def prefetch(self, shards: Iterable[tuple[str, Shard]]) -> None:
         """Starts to fetch (url, shard) in this order, in a few threads. Errors are left to `open`,
         which tries again."""
         for url, shard in shards:
-            name = _name(url, shard)
-            if self._copy(name).exists():
+            path = self._path(url, shard)
+            if path.exists():
                 continue
             with self._lock:
-                if self._is_closed or name in self._queued or name in self._fetching:
+                if self._is_closed or path in self._queued or path in self._fetching:
                     continue
-                self._queued.add(name)
+                self._queued.add(path)
                 self._threads = self._threads or DaemonThreadPool(_PREFETCHING_THREADS, "prefetch")
-                self._threads.submit(lambda job=(url, shard, name): self._prefetch(*job))
+                self._threads.submit(lambda job=(url, shard, path): self._prefetch(*job))
 
     def close(self, seconds: float = 5.0) -> None:
         """Ends prefetching within that time; copies stay, also partial ones."""
@@ -99,22 +99,22 @@ class ShardCache:
         if threads is not None:
             threads.close(seconds)
 
-    def _copy(self, name: str) -> Path:
+    def _path(self, url: str, shard: Shard) -> Path:
+        name = shard.sha256 or hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
         return self.folder / f"{name}.tar"
 
-    def _prefetch(self, url: str, shard: Shard, name: str) -> None:
+    def _prefetch(self, url: str, shard: Shard, path: Path) -> None:
         with self._lock:
-            if name not in self._queued:
+            if path not in self._queued:
                 return
         with suppress(UserError, UnavailableError, OSError, CancelledError):
-            if not self._copy(name).exists():
-                self._fetch_or_wait(url, shard, name)
+            if not path.exists():
+                self._fetch_or_wait(url, shard, path)
         with self._lock:
-            self._queued.discard(name)
+            self._queued.discard(path)
 
-    def _open_copy(self, name: str, shard: Shard) -> OpenShard | None:
+    def _open_copy(self, path: Path, shard: Shard) -> OpenShard | None:
         """The copy, locked against eviction, or None; one of a wrong size is removed."""
-        path = self._copy(name)
         try:
             copy = OpenShard(path)
         except FileNotFoundError:
@@ -133,27 +133,27 @@ class ShardCache:
                 os.utime(copy.descriptor)
         return copy
 
-    def _fetch_or_wait(self, url: str, shard: Shard, name: str) -> None:
+    def _fetch_or_wait(self, url: str, shard: Shard, path: Path) -> None:
         """Fetches the copy, or waits for the thread or process that does."""
         with self._lock:
-            other = self._fetching.get(name)
-            fetch = self._fetching.setdefault(name, Future())
+            other = self._fetching.get(path)
+            fetch = self._fetching.setdefault(path, Future())
         if other is not None:
             other.result()
             return
         try:
-            self._fetch(url, shard, name)
+            self._fetch(url, shard, path)
             fetch.set_result(None)
         except BaseException as error:
             fetch.set_exception(error)
             raise
         finally:
             with self._lock:
-                del self._fetching[name]
+                del self._fetching[path]
 
-    def _fetch(self, url: str, shard: Shard, name: str) -> None:
+    def _fetch(self, url: str, shard: Shard, copy: Path) -> None:
         """Fetches the copy, unless another process does, which is waited for then."""
-        copy, partial = self._copy(name), self.folder / f"{name}.{shard.bytes}.partial"
+        partial = copy.with_suffix(f".{shard.bytes}.partial")
         timer = StallTimer(self._stall_timeout)
         while not copy.exists():
             descriptor = self._open_partial(copy, partial, shard)
@@ -231,14 +231,11 @@ class ShardCache:
             digest.update(data)
             position += len(data)
         if position < shard.bytes:
+            size, stall = shard.bytes, self.stall_seconds
             with objects.RemoteObject(
-                url,
-                self.retry_seconds,
-                start=position,
-                expected_size=shard.bytes,
-                stall_seconds=self.stall_seconds,
+                url, self.retry_seconds, start=position, expected_size=size, stall_seconds=stall
             ) as source:
-                if source.size is not None and source.size != shard.bytes:
+                if source.size not in (None, size):
                     raise _changed(url, f"{source.size:,} bytes, not {shard.bytes:,}")
                 while data := source.read(_PIECE_BYTES):
                     if self._is_closed:
@@ -277,10 +274,6 @@ class ShardCache:
                     f"locked for {self._stall_timeout:.0f} s"
                 )
             yield
-
-
-def _name(url: str, shard: Shard) -> str:
-    return shard.sha256 or hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
 
 
 def _changed(url: str, found: str) -> objects.ObjectChanged:
