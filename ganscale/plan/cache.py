@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import working_set_bytes
 from ganscale.errors import UserError
 from ganscale.plan.sections import Cache, readable_bytes
 from ganscale.plan.shard_reads import expected_fetches
