@@ -38,7 +38,8 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
     generator, critic = planned_networks(config, num_classes)
     files = planned_files(config, generator, critic)
     saved_at = checkpoint_positions(config)
-    checkpoint_bytes = sum(safetensors_bytes(tensors) for tensors in files.values())
+    checkpoint_bytes = sum(map(safetensors_bytes, files.values()))
+    tensors = sum(map(len, files.values()))
     batch = config.training.global_batch_size
     images_per_rank = batch // cluster.ranks
     return Plan(
@@ -58,14 +59,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
             checkpoint_bytes=checkpoint_bytes,
             checkpoints_kept_bytes=_checkpoints_kept(config, saved_at) * checkpoint_bytes,
         ),
-        communication=communication(
-            config,
-            objective,
-            generator,
-            critic,
-            cluster.ranks,
-            audited_tensors=sum(map(len, files.values())),
-        ),
+        communication=communication(config, objective, generator, critic, cluster.ranks, tensors),
     )
 
 

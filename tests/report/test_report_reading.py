@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from made_rows import MakeRun, row
 
 from ganscale.errors import UserError
-from ganscale.report.comparison import differing_settings, format_number, objective_of
-from ganscale.report.curves import drawable, late_mean, layout_of, trained_by, unit_of
-from ganscale.report.faults import faults_of, read_log, run_state
+from ganscale.report.curves import (
+    drawable,
+    format_number,
+    late_mean,
+    layout_of,
+    trained_by,
+    unit_of,
+)
+from ganscale.report.history import Session, faults_of, read_log, run_state, sessions_of
+from ganscale.report.page import differing_settings, objective_of
 from ganscale.report.run_reader import Curve, flattened, read_metrics, read_runs
 from ganscale.report.samples import read_grids
-from ganscale.report.sessions import Session, sessions_of
 from ganscale.run_folder import RunFolder
 
 
