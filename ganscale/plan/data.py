@@ -12,12 +12,7 @@ from ganscale.data.order import blocks_per_shard
 from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.errors import UserError
 from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, nearest, readable_bytes
-from ganscale.plan.shard_reads import (
-    expected_fetches,
-    expected_shards,
-    mean_image_bytes,
-    ranks_of_lanes,
-)
+from ganscale.plan.shard_reads import expected_fetches, expected_shards, mean_size, ranks_of_lanes
 from ganscale.schema import Config, DataConfig
 
 _FEW_FETCHES = 2.0  # of a shard per epoch; no advice up to here
@@ -53,7 +48,7 @@ def plan_data(config: Config, cluster: Cluster, manifest: Manifest) -> DataPlan:
         lanes_per_node=int(lanes_per_node.max()),
         lanes_shared_by_nodes=_shared(by_node),
     )
-    image_bytes, is_exact = mean_image_bytes(manifest.samples["size"])
+    image_bytes, is_exact = mean_size(manifest.samples["size"])
     remarks = []
     if batch > epoch_images:
         remarks.append(
@@ -217,9 +212,8 @@ class _CachePlan:
         for block in {int(self._shard_samples.min()), int(np.median(self._shard_samples))} - {0}:
             if window := self._largest_window(block):
                 best = min(best, (self._fetches_per_shard(block), block, window))
-        larger_cache = (
-            f"a data.cache_gib that holds all {readable_bytes(self._all_bytes)} would avoid this"
-        )
+        all_shards = readable_bytes(self._all_bytes)
+        larger_cache = f"a data.cache_gib that holds all {all_shards} would avoid this"
         if best[0] > 0.8 * fetches:
             return [f"each shard is fetched {fetches:.1f} times per epoch; {larger_cache}"]
         return [

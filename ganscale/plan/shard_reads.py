@@ -51,7 +51,7 @@ def expected_shards(shard_blocks: np.ndarray, blocks: int, read: float) -> float
     return expected
 
 
-def mean_image_bytes(sizes: np.ndarray) -> tuple[float, bool]:
+def mean_size(sizes: np.ndarray) -> tuple[float, bool]:
     """(mean of the samples' `sizes` in bytes, whether it is exact). Large sets are sampled."""
     if len(sizes) <= _MAX_SIZES:
         return float(sizes.mean(dtype=np.float64)), True

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -37,13 +37,6 @@ class Fault:
     when: str = ""
 
 
-class Log(NamedTuple):
-    """The warnings and errors in `log.txt` by kind, and the time of its last line ("" if empty)."""
-
-    faults: list[Fault]
-    last_time: str
-
-
 def run_state(run: Run) -> tuple[str, str]:
     """The run's state in a few words, and its level: good, note, warning or error."""
     if not run.has_ended:
@@ -52,18 +45,22 @@ def run_state(run: Run) -> tuple[str, str]:
     return _ENDS.get(code if isinstance(code, int) else -1, (f"ended with code {code}", "error"))
 
 
-def faults_of(run: Run, log: Log) -> list[Fault]:
+def faults_of(run: Run) -> list[Fault]:
     """Everything that went wrong, the worst first."""
-    faults = [*_recorded_faults(run), *log.faults]
+    logged, last_time = read_log(run.folder.log)
+    faults = [*_recorded_faults(run), *logged]
     if not run.has_ended:
-        last = f"its log ends at {log.last_time}" if log.last_time else ""
+        last = f"its log ends at {last_time}" if last_time else ""
         faults.append(Fault("note", "there is no summary of how the run ended", when=last))
     order = ("error", "warning", "note")
     return sorted(faults, key=lambda fault: order.index(fault.level))
 
 
-def read_log(path: Path) -> Log:
-    """Reads `log.txt`; lines that differ only in numbers are one kind, shown by its first line."""
+def read_log(path: Path) -> tuple[list[Fault], str]:
+    """(the warnings and errors in `log.txt`, the time of its last line or "").
+
+    Lines that differ only in numbers are one fault, shown by the first of them.
+    """
     kinds: dict[tuple[str, str], Fault] = {}
     last_time = ""
     if path.is_file():
@@ -81,7 +78,7 @@ def read_log(path: Path) -> Log:
     if len(faults) > _KINDS_NAMED:
         text = f"{len(faults) - _KINDS_NAMED:,} more kinds of warnings and errors in log.txt"
         faults[_KINDS_NAMED:] = [Fault("warning", text)]
-    return Log(faults, last_time)
+    return faults, last_time
 
 
 def _recorded_faults(run: Run) -> Iterable[Fault]:

@@ -33,7 +33,7 @@ from ganscale.report.curves import (
     title_of_section,
     trained_by,
 )
-from ganscale.report.history import Session, faults_of, read_log, run_state, sessions_of
+from ganscale.report.history import Session, faults_of, run_state, sessions_of
 from ganscale.report.run_reader import Run, flattened
 from ganscale.report.samples import KIND_TITLES, read_grids, title_of_kind
 
@@ -123,7 +123,7 @@ def _is_thinned(sections: list[dict[str, Any]]) -> bool:
 def _run_view(run: Run) -> dict[str, Any]:
     """One run as the template shows it."""
     state, level = run_state(run)
-    faults, sessions = faults_of(run, read_log(run.folder.log)), sessions_of(run)
+    faults, sessions = faults_of(run), sessions_of(run)
     return {
         "name": run.name,
         "objective": objective_of(run),

@@ -10,7 +10,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +222,5 @@ def _settings(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, str]]
 
 def _names(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that distinguish the folders."""
-    names: list[str] = []
-    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            break
-    return names
+    candidates = (["/".join(folder.parts[-n:]) for folder in folders] for n in count(1))
+    return next(names for names in candidates if len(set(names)) == len(names))
