@@ -340,7 +340,8 @@ class CheckpointConfig:
         at_least=0,
     )
     best: str = setting(
-        "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
+        "Also keep the checkpoint with the best value of a metric, such as logits/wasserstein.",
+        "",
     )
     best_is: str = setting(
         "Which value of that metric is best.", "lowest", choices=("lowest", "highest")

@@ -29,6 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     import json
+    from dataclasses import asdict
 
     from ganscale.config import resolve
     from ganscale.errors import EXIT_DONE, UserError
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     plan = make_plan(config, arguments.nodes, arguments.gpus_per_node)
     if arguments.json:
         try:
-            arguments.json.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
+            arguments.json.write_text(json.dumps(asdict(plan), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the plan cannot be written: {error}") from error
     print(plan.table(), end="")
