@@ -2,10 +2,10 @@
 
 import difflib
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from operator import ge, gt, lt
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -40,12 +40,9 @@ class Setting:
         return [limit for limit, _, _ in self._limits()]
 
     def _limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
-        if self.at_least is not None:
-            yield f"at least {self.at_least}", self.at_least, operator.ge
-        if self.above is not None:
-            yield f"above {self.above}", self.above, operator.gt
-        if self.below is not None:
-            yield f"below {self.below}", self.below, operator.lt
+        for name, holds in (("at_least", ge), ("above", gt), ("below", lt)):
+            if (bound := getattr(self, name)) is not None:
+                yield f"{name.replace('_', ' ')} {bound}", bound, holds
 
 
 def setting(
@@ -68,6 +65,11 @@ def setting(
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def choice(sentence: str, **meanings: str) -> Any:
+    """A setting with a few valid values and their meanings; the first is the default."""
+    return setting(sentence, next(iter(meanings)), choices=meanings)
 
 
 @cache
