@@ -37,10 +37,7 @@ _IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete run.
-
-    origin: the file, or `command line`, that each dotted key came from; defaults are not in it
-    """
+    """A complete run. origin: the file or `command line` of each dotted key that was given"""
 
     config: Config
     origin: Mapping[str, str]
@@ -87,7 +84,10 @@ def load_stored(path: Path) -> Config:
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = _flatten(stored), _flatten(requested)
+    before, after = (
+        dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+        for config in (stored, requested)
+    )
     free = {*FREE_TO_CHANGE}
     if requested.training.schedule != "constant":
         free.discard("training.total_images")  # the learning rates depend on it
@@ -257,16 +257,10 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
 
 
-def _flatten(config: Config) -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-
-    def collect(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                collect(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    collect(OmegaConf.to_container(OmegaConf.structured(config)), "")
-    return flat
+def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, node

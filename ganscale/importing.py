@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ganscale.errors import UserError
@@ -42,7 +42,7 @@ def call(
     function: Callable[..., T],
     options: Mapping[str, Any],
     what: str,
-    run_options: Mapping[str, Any] = MappingProxyType({}),
+    run_options: Mapping[str, Any] = {},
 ) -> T:
     """Calls `function` with all of `options`, and those of `run_options` that it accepts.
 

@@ -50,12 +50,8 @@ class DataConfig:
     lanes: int = setting(
         "Interleaved sequences of the data; ideally a multiple of the rank count.", 64, at_least=1
     )
-    block_samples: int = setting(
-        "Consecutive samples of a shard that are read together.", 256, unit="samples", at_least=1
-    )
-    window_blocks: int = setting(
-        "Blocks of a lane among which samples are shuffled.", 8, unit="blocks", at_least=1
-    )
+    block_samples: int = setting("Consecutive samples of a shard read together.", 256, at_least=1)
+    window_blocks: int = setting("Blocks of a lane in which samples are shuffled.", 8, at_least=1)
     max_bad_fraction: float = setting(
         "The run stops when a larger share of samples so far is bad.", 0.01, at_least=0, below=1
     )
@@ -98,9 +94,7 @@ class PenaltyConfig:
     your own as package.module:function."""
 
     weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0)
-    interval: int = setting(
-        "Apply it in every n-th critic step only, at n times its weight.", 1, at_least=1
-    )
+    interval: int = setting("Apply it every n critic steps, at n times its weight.", 1, at_least=1)
 
 
 @dataclass
@@ -123,9 +117,7 @@ class ObjectiveConfig:
     penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
     clip: ClipConfig | None = None
     n_critic: int = setting("Critic steps per generator step.", 1, unit="critic steps", at_least=1)
-    panel: list[str] = setting(
-        "Your own losses (package.module:function) to log beside the built-in ones.", list
-    )
+    panel: list[str] = setting("Your losses to log beside ours, as package.module:function.", list)
 
 
 @dataclass
@@ -134,9 +126,7 @@ class OptimizerConfig:
 
     name: str = setting("Algorithm.", "adam", choices=("adam", "rmsprop", "sgd"))
     learning_rate: float = setting("Learning rate, after warmup.", at_least=0)
-    betas: list[float] = setting(
-        "Decay rates of Adam's two moments, each in [0, 1).", lambda: [0.9, 0.999]
-    )
+    betas: list[float] = setting("Decay rates of Adam's moments, in [0, 1).", lambda: [0.9, 0.999])
     alpha: float = setting("Smoothing of RMSprop's squared gradients.", 0.99, at_least=0, below=1)
     momentum: float = setting("Momentum of RMSprop and SGD.", 0.0, at_least=0, below=1)
     eps: float = setting("Small number added to Adam's and RMSprop's denominator.", 1e-8, above=0)
@@ -155,12 +145,8 @@ class OptimizersConfig:
 class TrainingConfig:
     """Length, batches, numerical precision and speed."""
 
-    total_images: int = setting(
-        "Real images shown to the critic in the whole run.", unit="images", at_least=1
-    )
-    global_batch_size: int = setting(
-        "Images per critic step over all ranks.", 64, unit="images", at_least=1
-    )
+    total_images: int = setting("Real images shown to the critic in the whole run.", at_least=1)
+    global_batch_size: int = setting("Images per critic step over all ranks.", 64, at_least=1)
     accumulate: int = setting(
         "Micro-batches into which a rank splits its share, to save memory.", 1, at_least=1
     )
@@ -211,9 +197,7 @@ class EMAConfig:
     half_life_images: int = setting(
         "Half-life of past weights; with 0, nothing is averaged.", 10_000, unit="images", at_least=0
     )
-    ramp_up: float = setting(
-        "Upper limit of the half-life, as a share of the images seen so far.", 0.05, at_least=0
-    )
+    ramp_up: float = setting("Largest half-life, as a share of the images seen.", 0.05, at_least=0)
 
 
 @dataclass
@@ -255,9 +239,7 @@ class SamplesConfig:
     every_images: int = setting("Interval between sample grids.", 50_000, unit="images", at_least=1)
     count: int = setting("Images in a sample grid.", 64, unit="images", at_least=1)
     non_ema: bool = setting("Also draw the same latents with the non-EMA weights.", True)
-    interpolations: int = setting(
-        "Rows that interpolate between two latents. With 0, none are drawn.", 4, at_least=0
-    )
+    interpolations: int = setting("Rows that interpolate two latents. With 0, none.", 4, at_least=0)
     real: bool = setting("Also draw a grid of real images, once.", True)
 
 
@@ -273,9 +255,7 @@ class CheckpointConfig:
     best: str = setting(
         "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
     )
-    best_is: str = setting(
-        "Which value of that metric is best.", "lowest", choices=("lowest", "highest")
-    )
+    best_is: str = setting("Which value of it is best.", "lowest", choices=("lowest", "highest"))
     on_failure: str = setting(
         "What to do when a checkpoint cannot be written.",
         "continue",
@@ -294,9 +274,7 @@ class AuditConfig:
 class ResumeConfig:
     """Continuing a stored run."""
 
-    allow: list[str] = setting(
-        "Settings that may differ from the stored run although they change its curve.", list
-    )
+    allow: list[str] = setting("Changed settings to accept although they change the curve.", list)
 
 
 @dataclass
@@ -313,9 +291,7 @@ class RuntimeConfig:
 class ProfileConfig:
     """PyTorch's profiler."""
 
-    cycles: int = setting(
-        "Training cycles to profile once the run is warm. With 0, none are.", 0, at_least=0
-    )
+    cycles: int = setting("Cycles to profile once the run is warm. With 0, none.", 0, at_least=0)
 
 
 @dataclass

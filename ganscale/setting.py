@@ -31,15 +31,13 @@ class Setting:
             close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             return f"must be one of {', '.join(map(str, self.choices))}, not {value}{hint}"
-        for limit, bound, holds in self._limits():
+        for limit, bound, holds in self.limits():
             if not holds(value, bound):
                 return f"must be {limit}, not {value}"
         return None
 
-    def limits(self) -> list[str]:
-        return [limit for limit, _, _ in self._limits()]
-
-    def _limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
+    def limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
+        """(text such as `at least 1`, bound, comparison of a valid value with the bound)."""
         for name, holds in (("at_least", ge), ("above", gt), ("below", lt)):
             if (bound := getattr(self, name)) is not None:
                 yield f"{name.replace('_', ' ')} {bound}", bound, holds
@@ -85,8 +83,7 @@ def types_of(schema: type) -> dict[str, Any]:
 
 
 def child_type(parent: Any, key: str) -> Any:
-    """The type of `key` in a section of type `parent`, a config dataclass or `dict[str, ...]`; None
-    where the schema does not know it."""
+    """The type of `key` in a section of a dataclass or `dict[str, ...]`; None if unknown."""
     if get_origin(parent) is dict:
         return _without_none(get_args(parent)[1])
     return types_of(parent).get(key) if is_dataclass(parent) else None

@@ -69,8 +69,8 @@ def list_checkpoints(arguments: argparse.Namespace) -> None:
     rows = [("checkpoint", "images", "MB", "age", "score", "")]
     for checkpoint in saved:
         score = "{} {:.6g}".format(*checkpoint.score) if checkpoint.score else ""
-        note = "best" if checkpoint is best else ""
-        note = f"damaged: {checkpoint.damage}" if checkpoint.damage else note
+        damage = f"damaged: {checkpoint.damage}" if checkpoint.damage else ""
+        note = "best" if checkpoint is best else damage
         age = _age(time.time() - checkpoint.written_at) if checkpoint.written_at else ""
         size, images = f"{checkpoint.bytes / 1e6:,.1f}", f"{checkpoint.images_seen:,}"
         rows.append((checkpoint.folder.name, images, size, age, score, note))

@@ -18,9 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument
     add("settings", nargs="+", metavar="CONFIG|key=value")
     add("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
-    add(
-        "--gpus-per-node", type=positive_int, default=1, metavar="N", help="ranks each (default: 1)"
-    )
+    add("--gpus-per-node", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
     add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run)
 

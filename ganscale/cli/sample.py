@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 from ganscale.cli.arguments import positive_int
@@ -32,13 +33,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from ganscale.evaluation import sample_files
-    from ganscale.evaluation.sampling import (
-        generate_uint8,
-        interpolate_latents,
-        sample_labels,
-        sample_latents,
-    )
+    from ganscale.evaluation import sample_files, sampling
     from ganscale.training.load_generator import load_run_generator
 
     if not (arguments.grid or arguments.folder or arguments.shards):
@@ -54,24 +49,25 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.interpolate:
         rows = -(-count // columns)
-        latents = interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
-        labels = sample_labels(0, rows, num_classes)
+        latents = sampling.interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
+        labels = sampling.sample_labels(0, rows, num_classes)
         labels = None if labels is None else labels.repeat_interleave(columns)[:count]
     else:
-        latents = sample_latents(arguments.seed, 0, count, latent_dim)
-        labels = sample_labels(0, count, num_classes)
+        latents = sampling.sample_latents(arguments.seed, 0, count, latent_dim)
+        labels = sampling.sample_labels(0, count, num_classes)
     if arguments.label is not None:
         labels = torch.full((count,), arguments.label)
 
+    generate = partial(sampling.generate_uint8, generator, latents, labels)
     try:
         if path := arguments.grid:
-            sample_files.write_grid(generate_uint8(generator, latents, labels), path, columns)
+            sample_files.write_grid(generate(), path, columns)
             print(f"{count} images in {path}")
         if path := arguments.folder:
-            sample_files.write_folder(generate_uint8(generator, latents, labels), path)
+            sample_files.write_folder(generate(), path)
             print(f"{count} images in {path}")
         if path := arguments.shards:
-            sample_files.write_shards(generate_uint8(generator, latents, labels), path, labels)
+            sample_files.write_shards(generate(), path, labels)
             print(f"{count} images in shards in {path}")
     except (OSError, ValueError) as error:  # ValueError: Pillow does not know the file extension
         raise UserError(f"the images cannot be written: {error}") from error

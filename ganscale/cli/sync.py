@@ -18,9 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     add("--project", help="send to this project instead of the run's (log.project)")
-    add(
-        "--timeout", type=float, default=300.0, metavar="SECONDS", help="for uploads (default: 300)"
-    )
+    add("--timeout", type=float, default=300, metavar="SECONDS", help="of uploads (default: 300)")
     parser.set_defaults(run=run)
 
 

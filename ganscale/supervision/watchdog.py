@@ -78,8 +78,12 @@ class Watchdog:
         """Without an error, all ranks have to be past their last collective."""
         if error is not None and self._links:
             self._fail(error)
-        else:
-            self._close()
+            return
+        self._is_closing.set()
+        self._thread.join(_CLOSE_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
+        for link in self._links:
+            link.send(goodbye=True)
 
     def _fail(self, error: BaseException) -> None:
         failure = Failure.from_error(error)
@@ -90,13 +94,6 @@ class Watchdog:
             self._links[0].send(failure=astuple(failure))
         # The watchdog's thread ends this process. If it does not, the error is raised after all.
         time.sleep(self._silence + ABORT_SECONDS + _CLOSE_SECONDS)
-
-    def _close(self) -> None:
-        self._is_closing.set()
-        self._thread.join(_CLOSE_SECONDS)
-        faulthandler.cancel_dump_traceback_later()
-        for link in self._links:
-            link.send(goodbye=True)
 
     def _run(self) -> None:
         try:
