@@ -48,10 +48,8 @@ class Resolved:
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:
-    """The run described by config files and `key=value` overrides.
-
-    Raises UserError naming the file, the key and the nearest valid key.
-    """
+    """The run described by config files and `key=value` overrides. Raises UserError naming the
+    file, the key and the nearest valid key."""
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
     paths = [Path(argument) for argument in arguments if argument not in overrides]
@@ -151,11 +149,8 @@ def _merge(base: Any, layer: DictConfig, source: str, origin: dict[str, str]) ->
 
 
 def _leaf_keys(node: DictConfig, section: Any, prefix: str) -> Iterator[str]:
-    """Yields the dotted keys of the leaves of `node`, a section of the type `section`.
-
-    Replaces counts such as `50k` by numbers. Raises UserError for unknown keys and for values where
-    a section belongs.
-    """
+    """Yields the dotted keys of the leaves of `node`, of the type `section`, and replaces counts
+    such as `50k`. Raises UserError for unknown keys and for values where a section belongs."""
     for key in list(node):
         dotted = f"{prefix}{key}"
         expected = child_type(section, str(key))

@@ -55,9 +55,7 @@ class DataConfig:
     max_bad_fraction: float = setting(
         "The run stops when a larger share of samples so far is bad.", 0.01, at_least=0, below=1
     )
-    class_count: int = setting(
-        "Number of classes in streamed shards. With a manifest, it is not needed.", 0, at_least=0
-    )
+    class_count: int = setting("Number of classes; only needed for streamed shards.", 0, at_least=0)
 
 
 @dataclass
@@ -145,7 +143,9 @@ class OptimizersConfig:
 class TrainingConfig:
     """Length, batches, numerical precision and speed."""
 
-    total_images: int = setting("Real images shown to the critic in the whole run.", at_least=1)
+    total_images: int = setting(
+        "Real images shown to the critic in the whole run.", unit="images", at_least=1
+    )
     global_batch_size: int = setting("Images per critic step over all ranks.", 64, at_least=1)
     accumulate: int = setting(
         "Micro-batches into which a rank splits its share, to save memory.", 1, at_least=1
@@ -252,9 +252,7 @@ class CheckpointConfig:
     keep_every_images: int = setting(
         "Also keep checkpoints at multiples of this. With 0, none.", 0, unit="images", at_least=0
     )
-    best: str = setting(
-        "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
-    )
+    best: str = setting("Metric whose best checkpoint is kept, too, such as eval/fid.", "")
     best_is: str = setting("Which value of it is best.", "lowest", choices=("lowest", "highest"))
     on_failure: str = setting(
         "What to do when a checkpoint cannot be written.",

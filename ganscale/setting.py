@@ -47,19 +47,14 @@ def setting(
     sentence: str,
     default: Any = MISSING,
     *,
-    unit: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
     choices: Mapping[Any, str] | Sequence[str] = (),
+    **limits: Any,
 ) -> Any:
-    """A field of a config dataclass. Without a default, the user has to give it.
-
-    `default` may be a function that makes the value, for lists and dictionaries.
-    """
+    """A field of a config dataclass, with `limits` as in `Setting`. Without a default, the user has
+    to give it; `default` may be a function that makes a list or dictionary."""
     if not isinstance(choices, Mapping):
         choices = dict.fromkeys(choices, "")
-    metadata = {"setting": Setting(sentence, unit, at_least, above, below, choices)}
+    metadata = {"setting": Setting(sentence, choices=choices, **limits)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

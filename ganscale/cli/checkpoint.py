@@ -10,9 +10,7 @@ from ganscale.run_folder import RunFolder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "checkpoint", help="list, verify, prune and export a run's checkpoints"
-    )
+    parser = commands.add_parser("checkpoint", help="list, verify, prune or export checkpoints")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     def add_action(
@@ -78,8 +76,7 @@ def list_checkpoints(arguments: argparse.Namespace) -> None:
     for row in rows:
         cells = zip(row, "<>>><<", widths, strict=True)
         print("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
-    aside = [path.name for path in sorted(run.checkpoints.glob("damaged-*"))]
-    if aside:
+    if aside := [path.name for path in sorted(run.checkpoints.glob("damaged-*"))]:
         print(f"set aside as damaged: {', '.join(aside)}")
 
 

@@ -37,21 +37,17 @@ _WAITING_FOLDERS = ("/torch/distributed/", "/torch/autograd/")
 
 
 class Watchdog:
-    """Watches from its construction to the end of its `with` block.
+    """Watches from its construction to the end of its `with` block. On every rank.
 
     An error that leaves the block ends all ranks; a single rank then only stops watching.
+    limit_seconds: without progress on any rank, until the run is ended
+    stop: requested when this rank's launcher dies and leaves it behind
+    Raises UserError if a rank cannot be reached.
     """
 
     def __init__(
         self, runtime: Runtime, progress: Progress, limit_seconds: float, stop: StopRequest
     ) -> None:
-        """Connects the ranks and begins to watch. On every rank.
-
-        limit_seconds: without progress on any rank, until the run is ended
-        stop: requested when this rank's launcher dies and leaves it behind
-
-        Raises UserError if a rank cannot be reached.
-        """
         self._runtime = runtime
         self._progress = progress
         self._stop = stop
