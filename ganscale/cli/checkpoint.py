@@ -48,7 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "export",
         help="write a generator for use elsewhere",
         description="Writes the generator of a run's newest whole checkpoint into a new folder. "
-        "`from ganscale import load_run_generator` loads it without the run.",
+        "`from ganscale import load_generator` loads it without the run.",
     )
     export.set_defaults(run=export_generator)
 
@@ -139,8 +139,7 @@ def export_generator(arguments: argparse.Namespace) -> int:
     from ganscale.config import load_stored
     from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import exported_generator
-    from ganscale.training.load_generator import load_run_generator
-    from ganscale.training.network_setup import sample_shape
+    from ganscale.training.network_setup import load_run_generator, sample_shape
 
     run = _run(arguments)
     checkpoint = _select(run, arguments.checkpoint)

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         sample_labels,
         sample_latents,
     )
-    from ganscale.training.load_generator import load_run_generator
+    from ganscale.training.network_setup import load_run_generator
 
     count = arguments.count
     if count < 1:

@@ -32,10 +32,8 @@ def collapse_meters(
 ) -> dict[str, Tensor]:
     """`collapse/`, the same on every rank; one collective of at most a few megabytes.
 
-    positions: of this rank's images in the global batch
+    positions: of this rank's images in the global batch, which has more than one
     """
-    if global_batch_size == 1:
-        return {}
     stride = -(-global_batch_size // _IMAGES)
     count = -(-global_batch_size // stride)
     both = torch.stack([_downsample(real_images), _downsample(fake_images)], dim=1).double()

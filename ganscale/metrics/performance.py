@@ -77,7 +77,7 @@ class PerformanceMeter:
             {
                 "own_seconds": own_seconds,
                 "data_wait_share": interval.data_wait_seconds / interval.seconds,
-                "device_gib": self._device_gib(),
+                "device_gib": _device_gib(self._runtime.device),
                 "host_gib": _host_gib(),
                 **{f"{name}_ms": 1000 * device[name] for name in _DEVICE_SECTIONS},
                 **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
@@ -132,13 +132,14 @@ class PerformanceMeter:
         local = torch.tensor([[*values.values()]], dtype=torch.float64, device=self._runtime.device)
         return dict(zip(values, all_gather_batch(local).T.tolist(), strict=True))
 
-    def _device_gib(self) -> float:
-        """The peak of allocated memory since the last row."""
-        if self._runtime.device.type != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_allocated(self._runtime.device) / 2**30
-        torch.cuda.reset_peak_memory_stats(self._runtime.device)
-        return peak
+
+def _device_gib(device: torch.device) -> float:
+    """The peak of allocated memory since the last row."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def _host_gib() -> float:

@@ -1,7 +1,12 @@
-"""How networks are called: with labels if they are class-conditional, without otherwise."""
+"""How networks are called: with labels or without, and what their forwards may change."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 
 def run_generator(
@@ -16,3 +21,32 @@ def run_critic(
 ) -> Tensor:
     """D(x), or D(x, y) for a class-conditional critic: logits, one or a map per image."""
     return critic(images) if labels is None else critic(images, labels)
+
+
+@contextmanager
+def buffers_restored(*networks: nn.Module) -> Iterator[None]:
+    """Restores all buffers of `networks` (running means, power iterations) when the block ends."""
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+@torch.no_grad()
+def update_spectral_norms(network: nn.Module) -> None:
+    """Does one power iteration per spectrally normalized weight; forwards no longer do any.
+
+    torch does one in every training forward. Then penalties, micro-batches and generator steps
+    would each see different weights, and a run would depend on how its batch is split.
+    """
+    for layer in network.modules():
+        for name, parametrizations in getattr(layer, "parametrizations", {}).items():
+            for parametrization in parametrizations:
+                if isinstance(parametrization, _SpectralNorm):
+                    parametrization.train()
+                    getattr(layer, name)
+                    parametrization.eval()

@@ -8,7 +8,9 @@ no logarithm ever meets a zero.
 A loss of your own is a function that returns a `Loss`, named as `package.module:function`.
 """
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +64,8 @@ class Loss:
                 return True
         return False
 
-    def generator_terms(self, fake_logits: Tensor, real_logits: Tensor | None) -> Terms:
-        """The generator's terms; `real_logits` may be None unless it needs them."""
+    def generator_terms(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Terms:
+        """The generator's terms; `real_logits` may be left out unless it needs them."""
         if not self.generator_needs_real:
             return self.generator(fake_logits)
         if real_logits is None:
@@ -73,10 +75,7 @@ class Loss:
 
 def total(terms: Terms) -> Tensor:
     """The loss: the sum of its terms."""
-    first, *others = terms.values()
-    for term in others:
-        first = first + term
-    return first
+    return functools.reduce(operator.add, terms.values())
 
 
 def minimax(smoothing: float = 0.0) -> Loss:

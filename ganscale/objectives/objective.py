@@ -17,9 +17,6 @@ class WeightedPenalty:
     weight: float
     interval: int  # taken every `interval` critic updates, at `interval` times the weight
 
-    def is_due(self, update: int) -> bool:
-        return update % self.interval == 0
-
 
 @dataclass(frozen=True)
 class Objective:
@@ -38,7 +35,7 @@ class Objective:
         return {
             name: weighted.penalty.points(real_images, fake_images, draws)
             for name, weighted in self.penalties.items()
-            if weighted.is_due(update)
+            if update % weighted.interval == 0
         }
 
     @property
@@ -65,16 +62,12 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     }
     loss = build_loss(config.loss.name, config.loss.options)
     panel = {name: build_loss(name, {}) for name in LOSSES}
-    for name in config.panel:
-        _add_to_panel(panel, name, build_loss(name, {}))
+    users_losses = [(target, build_loss(target, {})) for target in config.panel]
     if config.loss.name not in (*LOSSES, *config.panel):
-        _add_to_panel(panel, config.loss.name, loss)
+        users_losses.append((config.loss.name, loss))
+    for target, users_loss in users_losses:
+        name = target.rpartition(":")[2]
+        if name in panel:
+            raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
+        panel[name] = users_loss
     return Objective(loss=loss, penalties=penalties, clip=config.clip, panel=panel)
-
-
-def _add_to_panel(panel: dict[str, Loss], target: str, loss: Loss) -> None:
-    """Adds a user's loss under the name of its function."""
-    name = target.rpartition(":")[2]
-    if name in panel:
-        raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
-    panel[name] = loss

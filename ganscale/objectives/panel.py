@@ -1,37 +1,23 @@
 """Every known loss on the logits that a step already has: variants compared within one run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ganscale.objectives.losses import Loss, Terms, total
+from ganscale.objectives.losses import Loss, total
 from ganscale.runtime import all_gather_batch
 
 
 @torch.no_grad()
-def critic_panel(
-    losses: Mapping[str, Loss], real_logits: Tensor, fake_logits: Tensor
-) -> dict[str, Tensor]:
-    """`panel/critic/<loss>`: the value of each critic loss, with its default options."""
-    return {
-        f"panel/critic/{name}": _value(loss, loss.critic, real_logits, fake_logits)
-        for name, loss in losses.items()
-    }
+def panel_meters(network: str, losses: Mapping[str, Loss], *logits: Tensor) -> dict[str, Tensor]:
+    """`panel/<network>/<loss>`: the value of each critic or generator loss.
 
-
-@torch.no_grad()
-def generator_panel(
-    losses: Mapping[str, Loss], fake_logits: Tensor, real_logits: Tensor
-) -> dict[str, Tensor]:
-    """`panel/generator/<loss>`: the value of each generator loss."""
-    return {
-        f"panel/generator/{name}": _value(loss, loss.generator_terms, fake_logits, real_logits)
-        for name, loss in losses.items()
-    }
-
-
-def _value(loss: Loss, terms_of: Callable[..., Terms], *logits: Tensor) -> Tensor:
-    if loss.needs_global_batch:
-        logits = tuple(all_gather_batch(local) for local in logits)
-    return total(terms_of(*logits))
+    logits: (real, fake) for the critic, (fake, real) for the generator
+    """
+    meters = {}
+    for name, loss in losses.items():
+        terms_of = loss.critic if network == "critic" else loss.generator_terms
+        gathered = map(all_gather_batch, logits) if loss.needs_global_batch else logits
+        meters[f"panel/{network}/{name}"] = total(terms_of(*gathered))
+    return meters

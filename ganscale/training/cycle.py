@@ -14,12 +14,12 @@ from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.forward import run_generator
+from ganscale.networks.forward import run_generator, update_spectral_norms
 from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
-from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
+from ganscale.objectives.global_batch_loss import Logits
 from ganscale.objectives.objective import Objective
-from ganscale.objectives.panel import critic_panel, generator_panel
+from ganscale.objectives.panel import panel_meters
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
@@ -27,8 +27,6 @@ from ganscale.schema import Config
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.state import TrainingState
-
-Logits = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,7 @@ class DeviceBatch:
 
 def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
     """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
-    each other's batch norm statistics once. Not with micro-batches, which are used when memory is
-    short."""
+    each other's batch norm statistics once. Not with micro-batches: then memory is short."""
     return world_size > 1 and config.training.accumulate == 1 and can_concatenate_batches(generator)
 
 
@@ -53,16 +50,12 @@ class Cycle:
     def __init__(
         self, config: Config, objective: Objective, runtime: Runtime, state: TrainingState
     ) -> None:
-        self.config = config
-        self.objective = objective
-        self.runtime = runtime
-        self.state = state
-        self._run_generator = fast_forward(
-            partial(run_generator, state.generator), config.training.compile
-        )
-        self._makes_fakes_together = makes_fakes_together(
-            config, state.generator, runtime.world_size
-        )
+        self.config, self.objective = config, objective
+        self.runtime, self.state = runtime, state
+        forward = partial(run_generator, state.generator)
+        self._run_generator = fast_forward(forward, config.training.compile)
+        ranks = runtime.world_size
+        self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks)
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -129,27 +122,20 @@ class Cycle:
     def fakes_together(
         self, batches: Sequence[Batch | DeviceBatch], is_logged: bool
     ) -> Sequence[Tensor]:
-        """The fakes of these batches from one forward, where that saves collectives; else none.
-
-        The generator does not change during the critic steps, so their fakes can be made at once.
-        """
+        """The fakes of these batches from one forward, where that saves collectives; else none."""
         if not self._makes_fakes_together or len(batches) < 2:
             return ()
         device = self.runtime.device
         slots = torch.cat([batch.slots.to(device) for batch in batches])
-        labels = None
-        if self.state.num_classes:
-            labels = torch.cat([batch.labels.to(device) for batch in batches])  # type: ignore[union-attr]
+        labels = [b.labels.to(device) for b in batches if b.labels is not None]
         if is_logged:  # time spent waiting for other ranks is not the fakes'
             self.runtime.barrier()
         with section("fakes together"), concatenated_batches(len(batches)):
-            return self._fakes(slots, labels).chunk(len(batches))
+            joined = torch.cat(labels) if self.state.num_classes else None
+            return self._fakes(slots, joined).chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
-        """The fakes of one critic step.
-
-        with_graph: they also serve the generator's step, with its graph
-        """
+        """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
         if with_graph:
             update_spectral_norms(self.state.generator)
         with section("fake images"), torch.set_grad_enabled(with_graph):
@@ -198,7 +184,8 @@ class Cycle:
         meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
         state.meters.add(meters, maxima)
         if is_logged:
-            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
+            both = logits["fake"], logits["real"]
+            state.meters.add(panel_meters("generator", self.objective.panel, *both))
         state.steps += 1
 
     @section("ema")
@@ -211,22 +198,18 @@ class Cycle:
     def _add_logged_meters(self, batch: DeviceBatch, fake_images: Tensor, logits: Logits) -> None:
         """Meters of logged steps only; does not wait for the device."""
         state, training = self.state, self.config.training
-        state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+        both = logits["real"], logits["fake"]
+        state.meters.add(panel_meters("critic", self.objective.panel, *both))
         if self.objective.clip is not None:
             fraction = clipped_fraction(self._clipped, self.objective.clip.value)
             state.meters.add({"clip/fraction": fraction})
         if not self.objective.penalties:
-            meters, maxima = input_gradient_norm_meters(
-                state.critic, batch.images, batch.labels, training.precision, training.accumulate
-            )
-            state.meters.add(meters, maxima)
-        if training.global_batch_size > 1:
-            offsets = batch.slots - state.images_seen
-            state.meters.add(
-                collapse_meters(
-                    batch.images, fake_images, offsets, training.global_batch_size, self.runtime
-                )
-            )
+            settings = training.precision, training.accumulate
+            norms = input_gradient_norm_meters(state.critic, batch.images, batch.labels, *settings)
+            state.meters.add(*norms)
+        if (size := training.global_batch_size) > 1:
+            images, offsets = (batch.images, fake_images), batch.slots - state.images_seen
+            state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
 
     def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
         latents = self._latents("latents/critic", slots)

@@ -19,10 +19,9 @@ def fast_forward(forward: Forward, compiles: bool, frozen: nn.Module | None = No
     frozen: a network whose weights need no gradient. Autograd finds that out in the backward;
         compiled code has to know it beforehand.
     """
-    return _compiled(forward, frozen) if compiles else _with_fast_derivatives(forward)
+    if compiles:
+        return _compiled(forward, frozen)
 
-
-def _with_fast_derivatives(forward: Forward) -> Forward:
     def run(*inputs: Tensor | None) -> Tensor:
         with FastDerivatives():
             return forward(*inputs)
@@ -46,9 +45,8 @@ def _compiled(forward: Forward, frozen: nn.Module | None) -> Forward:
             return compiled(*inputs)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"`training.compile`: a network cannot be compiled: {reason}"
-            ) from error
+            message = f"`training.compile`: a network cannot be compiled: {reason}"
+            raise UserError(message) from error
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)

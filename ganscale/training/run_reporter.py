@@ -135,17 +135,9 @@ class RunReporter:
             self._console.update(state.images_seen, images_per_second, row)
 
     @section("samples")
-    def make_samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def make_samples(self, is_stopped: Callable[[], bool]) -> None:
         """Makes and logs the sample grids; given up when stopped, and made after the resume."""
-        if self._grids is None:
-            return
-        try:
-            files = self._grids.make(self._state.images_seen, is_stopped)
-        except OSError as error:
-            logger.error("no samples could be written: %s", error)
-            return
-        if files:
-            self._log_images(files)
+        self._log_images("samples", lambda grids: grids.make(self._state.images_seen, is_stopped))
 
     def lacks_samples(self) -> bool:
         """Whether the sample grids of this point of the run are missing. On rank 0."""
@@ -153,19 +145,25 @@ class RunReporter:
 
     def add_real_images(self, batches: Sequence[Batch]) -> None:
         """Makes a grid of the first real images that rank 0 trains on; later it does nothing."""
-        if self._grids is None:
-            return
-        try:
-            path = self._grids.add_real_images(batches)
-        except OSError as error:
-            logger.error("no grid of real images could be written: %s", error)
-            return
-        if path is not None:
-            self._log_images({"samples/real": path})
 
-    def _log_images(self, files: dict[str, Path]) -> None:
-        assert self._tracker is not None
-        self._tracker.log_images(files, step=self._state.steps, images_seen=self._state.images_seen)
+        def make(grids: SampleGrids) -> dict[str, Path]:
+            path = grids.add_real_images(batches)
+            return {} if path is None else {"samples/real": path}
+
+        self._log_images("grid of real images", make)
+
+    def _log_images(self, what: str, make: Callable[[SampleGrids], dict[str, Path]]) -> None:
+        """Logs the files that `make` returns by name, on rank 0. A full disk is only logged."""
+        if self._grids is None or self._tracker is None:
+            return
+        state = self._state
+        try:
+            files = make(self._grids)
+        except OSError as error:
+            logger.error("no %s could be written: %s", what, error)
+            return
+        if files:
+            self._tracker.log_images(files, step=state.steps, images_seen=state.images_seen)
 
     def close(self, exit_code: int, cause: BaseException | None = None) -> None:
         """Writes the summary, closes the W&B run, and prints where everything is.

@@ -112,9 +112,8 @@ class Trainer:
 
     def _session(self) -> int:
         state, config = self.state, self.config
-        state.sessions.append(
-            {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
-        )
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        state.sessions.append({"images_seen": state.images_seen, "world_size": world_size})
         is_cuda = self.runtime.device.type == "cuda"
         loader = start_loader(
             self.data,
@@ -122,8 +121,8 @@ class Trainer:
             batches_ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
+            rank=rank,
+            world_size=world_size,
             images_seen=state.images_seen,
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
@@ -250,15 +249,11 @@ class Trainer:
         """Ends the session on all ranks. Raises the error that ended the data, if one did."""
         if ending == _DATA_FAILED:
             raise prefetcher.failure()
-        reason = "on request"
-        if ending == _CHECKPOINT_FAILED:
-            reason = "since a checkpoint could not be written"
+        by_failure = ending == _CHECKPOINT_FAILED
+        reason = "since a checkpoint could not be written" if by_failure else "on request"
         if self.runtime.is_main:
-            logger.warning(
-                "stopped %s at %s images; the same command continues",
-                reason,
-                f"{self.state.images_seen:,}",
-            )
+            seen = f"{self.state.images_seen:,}"
+            logger.warning("stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
 
     @section("audit")
@@ -281,11 +276,9 @@ class Trainer:
         state.images_seen = failed_at
         state.steps -= int(state.generator_updater.skipped_updates.item())
         state.health.non_finite_events += 1
-        is_good = state.is_finite()
-        if is_good:
+        kept = "the weights before it were not finite either; continue from an older checkpoint"
+        if is_good := state.is_finite():
             kept = "the last good state is saved; continue"
-        else:
-            kept = "the weights before it were not finite either; continue from an older checkpoint"
         reason = (
             f"a gradient became NaN or infinite after {failed_at:,} images: {kept} with a lower "
             "learning rate, say, and resume.allow=[optimizer]"
@@ -304,13 +297,14 @@ class Trainer:
         def save() -> None:
             score = self.newest_metrics.get(self.config.checkpoint.best)
             self.writer.save(images_seen, self.state.files(), numbers, score)
-            if must_succeed:
-                try:
-                    self.writer.finish()
-                except OSError as error:
-                    message = f"no checkpoint could be written at {images_seen:,} images: {error}"
-                    kind = UserError if isinstance(error, PermissionError) else UnavailableError
-                    raise kind(message) from error
+            if not must_succeed:
+                return
+            try:
+                self.writer.finish()
+            except OSError as error:
+                message = f"no checkpoint could be written at {images_seen:,} images: {error}"
+                kind = UserError if isinstance(error, PermissionError) else UnavailableError
+                raise kind(message) from error
 
         self.runtime.run_on_main(save)
 
