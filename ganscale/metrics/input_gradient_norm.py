@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ganscale.networks.forward import buffers_restored, run_critic
+from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
 
 
@@ -25,7 +25,7 @@ def input_gradient_norm_meters(
     with buffers_restored(critic):
         for index in range(micro_batches):
             gradients = input_gradients(
-                partial(run_critic, critic),
+                partial(run_network, critic),
                 real_images[index::micro_batches],
                 None if labels is None else labels[index::micro_batches],
                 precision,

@@ -12,7 +12,6 @@ from ganscale.metrics.profiling import HOST_SECTIONS, stopwatch
 from ganscale.runtime import Runtime, all_gather_batch
 from ganscale.schema import Config
 
-_DEVICE_SECTIONS = ("fake_images", "critic", "penalty", "generator", "ema", "communication")
 _HOST_SECTIONS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
 
 # Dense TFLOP/s of one GPU as its maker states them: (bfloat16, float32). The latter with the
@@ -48,8 +47,7 @@ class PerformanceMeter:
         """cycle_flops: floating point operations of a cycle on all ranks; None if unknown"""
         self._n_critic = config.objective.n_critic
         self._cycle_images = config.objective.n_critic * config.training.global_batch_size
-        self._runtime = runtime
-        self._cycle_flops = cycle_flops
+        self._runtime, self._cycle_flops = runtime, cycle_flops
         self._peak_tflops = config.log.peak_tflops
         if not self._peak_tflops and runtime.device.type == "cuda":
             name = torch.cuda.get_device_name(runtime.device)
@@ -79,7 +77,7 @@ class PerformanceMeter:
                 "data_wait_share": interval.data_wait_seconds / interval.seconds,
                 "device_gib": _device_gib(self._runtime.device),
                 "host_gib": _host_gib(),
-                **{f"{name}_ms": 1000 * device[name] for name in _DEVICE_SECTIONS},
+                **{f"{name}_ms": 1000 * seconds for name, seconds in device.items()},
                 **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
             }
         )
@@ -95,7 +93,7 @@ class PerformanceMeter:
             "perf/rank_images_per_second_max": max(rates),
             "perf/slowest_rank": float(rates.index(min(rates))),
             "perf/host_memory_gib": max(by_rank["host_gib"]),
-            **{f"perf/{n}_ms": sum(by_rank[f"{n}_ms"]) / ranks for n in _DEVICE_SECTIONS},
+            **{f"perf/{n}_ms": sum(by_rank[f"{n}_ms"]) / ranks for n in device},
             # Rank 0 makes sample grids and files; the others wait for it in other sections.
             **{f"perf/{n}_ms": max(by_rank[f"{n}_ms"]) for n in _HOST_SECTIONS},
         }
@@ -116,6 +114,7 @@ class PerformanceMeter:
             return sum(seconds.get(name, 0.0) for name in names) - averaging_seconds[network]
 
         penalty = seconds.get("penalty", 0.0)
+        averaging = self._n_critic * averaging_seconds["critic"] + averaging_seconds["generator"]
         together, in_step = seconds.get("fakes together", 0.0), seconds.get("fake images", 0.0)
         return {
             "fake_images": together + in_step if together else self._n_critic * in_step,
@@ -123,8 +122,7 @@ class PerformanceMeter:
             "penalty": self._n_critic * penalty,
             "generator": update("generator"),
             "ema": seconds.get("ema", 0.0),
-            "communication": self._n_critic * averaging_seconds["critic"]
-            + averaging_seconds["generator"],
+            "communication": averaging,
         }
 
     def _gathered(self, values: dict[str, float]) -> dict[str, list[float]]:

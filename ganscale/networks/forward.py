@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 
-def run_generator(
-    generator: nn.Module, latents: Float[Tensor, "batch latent"], labels: Tensor | None = None
-) -> Float[Tensor, "batch *sample"]:
-    """G(z), or G(z, y) for a class-conditional generator."""
-    return generator(latents) if labels is None else generator(latents, labels)
-
-
-def run_critic(
-    critic: nn.Module, images: Float[Tensor, "batch *sample"], labels: Tensor | None = None
-) -> Tensor:
-    """D(x), or D(x, y) for a class-conditional critic: logits, one or a map per image."""
-    return critic(images) if labels is None else critic(images, labels)
+def run_network(
+    network: nn.Module, inputs: Float[Tensor, "batch *input"], labels: Tensor | None = None
+) -> Float[Tensor, "batch *output"]:
+    """G(z) or D(x), or G(z, y) or D(x, y) for class-conditional networks."""
+    return network(inputs) if labels is None else network(inputs, labels)
 
 
 @contextmanager

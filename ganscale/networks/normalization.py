@@ -93,11 +93,9 @@ def concatenated_batches(count: int) -> Iterator[None]:
 
 
 def can_concatenate_batches(network: nn.Module) -> bool:
-    """Whether `concatenated_batches` is correct for the network and saves it all-reduces.
-
-    Its class has to declare that: `mixes_images_in_batch_norm_only = True` promises that a forward
-    mixes images in batch norms only, draws no random numbers and changes no other buffers.
-    """
+    """Whether `concatenated_batches` is correct for the network and saves it all-reduces: its class
+    promises by `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms
+    only, draws no random numbers and changes no other buffers."""
     has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
     # Not inherited: a base class cannot promise this for what a subclass adds.
     return has_norms and vars(type(network)).get("mixes_images_in_batch_norm_only", False)

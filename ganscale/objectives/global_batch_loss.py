@@ -13,11 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ganscale.objectives.losses import Terms, total
+from ganscale.objectives.losses import Logits, Terms, total
 from ganscale.runtime import all_gather_batch, get_rank
-
-Logits = dict[str, Tensor]
-"""`real` and `fake`, (batch, *map) each, in the order of the loss's arguments."""
 
 
 class LogitGradients(NamedTuple):

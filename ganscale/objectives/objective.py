@@ -1,13 +1,16 @@
 """The objective of a run, from its config: one loss, any penalties, optional weight clipping."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
-from ganscale.objectives.losses import LOSSES, Loss, build_loss
+from ganscale.objectives.losses import LOSSES, Logits, Loss, build_loss, total
 from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
+from ganscale.runtime import all_gather_batch
 from ganscale.schema import ClipConfig, ObjectiveConfig
 
 
@@ -71,3 +74,16 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
         panel[name] = users_loss
     return Objective(loss=loss, penalties=penalties, clip=config.clip, panel=panel)
+
+
+@torch.no_grad()
+def panel_meters(network: str, losses: Mapping[str, Loss], logits: Logits) -> dict[str, Tensor]:
+    """`panel/<network>/<loss>`: each loss of the "critic" or the "generator" on the logits that a
+    step already has, to compare variants within one run."""
+    meters = {}
+    for name, loss in losses.items():
+        terms_of = loss.critic if network == "critic" else loss.generator_terms
+        values = logits.values()
+        gathered = map(all_gather_batch, values) if loss.needs_global_batch else values
+        meters[f"panel/{network}/{name}"] = total(terms_of(*gathered))
+    return meters

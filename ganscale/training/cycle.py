@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,12 +13,11 @@ from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.forward import run_generator, update_spectral_norms
+from ganscale.networks.forward import update_spectral_norms
 from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
-from ganscale.objectives.global_batch_loss import Logits
-from ganscale.objectives.objective import Objective
-from ganscale.objectives.panel import panel_meters
+from ganscale.objectives.losses import Logits
+from ganscale.objectives.objective import Objective, panel_meters
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
@@ -52,8 +50,7 @@ class Cycle:
     ) -> None:
         self.config, self.objective = config, objective
         self.runtime, self.state = runtime, state
-        forward = partial(run_generator, state.generator)
-        self._run_generator = fast_forward(forward, config.training.compile)
+        self._run_generator = fast_forward(state.generator, config.training.compile)
         ranks = runtime.world_size
         self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks)
         self._clipped = []
@@ -75,13 +72,12 @@ class Cycle:
         on_phase: Callable[[str], None] = lambda phase: None,
         before_ema: Callable[[Logits], None] = lambda logits: None,
     ) -> Logits:
-        """Trains on one batch per critic step; the generator sees the last one's slots and labels.
+        """Trains on one batch per critic step; returns this rank's logits in the last of them, if
+        the cycle is logged, else {}.
 
         is_logged: adds the meters that are taken only in the last steps before a row
         on_phase: called with the name of each part of the cycle as it begins
         before_ema: called between the generator's update and the EMA's with what `run` returns
-
-        Returns this rank's logits in the last critic step of a logged cycle, else {}.
         """
         stopwatch.restart(is_logged, self.runtime.device)
         on_phase("critic")
@@ -127,12 +123,13 @@ class Cycle:
             return ()
         device = self.runtime.device
         slots = torch.cat([batch.slots.to(device) for batch in batches])
-        labels = [b.labels.to(device) for b in batches if b.labels is not None]
+        labels = None
+        if self.state.num_classes:
+            labels = torch.cat([batch.labels.to(device) for batch in batches])  # type: ignore[union-attr]
         if is_logged:  # time spent waiting for other ranks is not the fakes'
             self.runtime.barrier()
         with section("fakes together"), concatenated_batches(len(batches)):
-            joined = torch.cat(labels) if self.state.num_classes else None
-            return self._fakes(slots, joined).chunk(len(batches))
+            return self._fakes(slots, labels).chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
         """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
@@ -184,8 +181,7 @@ class Cycle:
         meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
         state.meters.add(meters, maxima)
         if is_logged:
-            both = logits["fake"], logits["real"]
-            state.meters.add(panel_meters("generator", self.objective.panel, *both))
+            state.meters.add(panel_meters("generator", self.objective.panel, logits))
         state.steps += 1
 
     @section("ema")
@@ -198,8 +194,7 @@ class Cycle:
     def _add_logged_meters(self, batch: DeviceBatch, fake_images: Tensor, logits: Logits) -> None:
         """Meters of logged steps only; does not wait for the device."""
         state, training = self.state, self.config.training
-        both = logits["real"], logits["fake"]
-        state.meters.add(panel_meters("critic", self.objective.panel, *both))
+        state.meters.add(panel_meters("critic", self.objective.panel, logits))
         if self.objective.clip is not None:
             fraction = clipped_fraction(self._clipped, self.objective.clip.value)
             state.meters.add({"clip/fraction": fraction})
@@ -207,9 +202,9 @@ class Cycle:
             settings = training.precision, training.accumulate
             norms = input_gradient_norm_meters(state.critic, batch.images, batch.labels, *settings)
             state.meters.add(*norms)
-        if (size := training.global_batch_size) > 1:
-            images, offsets = (batch.images, fake_images), batch.slots - state.images_seen
-            state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
+        images, offsets = (batch.images, fake_images), batch.slots - state.images_seen
+        size = training.global_batch_size
+        state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
 
     def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
         latents = self._latents("latents/critic", slots)

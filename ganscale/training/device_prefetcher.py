@@ -21,12 +21,11 @@ _POLL_SECONDS = 0.5
 
 
 class DevicePrefetcher:
-    """This rank's batches, cycle by cycle; counts bad samples and the time spent waiting."""
+    """This rank's `batches` of each cycle; counts bad samples and the time spent waiting."""
 
     def __init__(
         self, loader: LoaderThread | LoaderProcess, runtime: Runtime, batches: int
     ) -> None:
-        """batches: of a cycle"""
         self._loader, self._runtime, self._batches = loader, runtime, batches
         is_cuda = runtime.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(runtime.device) if is_cuda else None

@@ -11,7 +11,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ganscale.errors import UserError
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import buffers_restored
-from ganscale.objectives.global_batch_loss import LogitGradients, Logits, logit_gradients
+from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
+from ganscale.objectives.losses import Logits
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, learning_rate_factor

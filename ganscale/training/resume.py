@@ -28,7 +28,11 @@ def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | 
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _lock(folder)
+        # A requeued job may meet what is left of its last attempt, or its lease on a network disk.
+        is_requeued = has_job_history() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        if not folder.lock(_LOCK_SECONDS if is_requeued else 0.0):
+            kind = UnavailableError if is_requeued else UserError
+            raise kind(f"another process is training in {folder.path}")
         return _start_or_continue(folder, resolved, fingerprint)
     except OSError as error:
         folder.close()
@@ -45,11 +49,10 @@ def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | 
 
 
 def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> list[str]:
-    """Stores the settings that the run continues with, once the checkpoint has loaded under them.
-    On rank 0 only.
+    """Stores the settings that the run continues with, once the checkpoint has loaded under them,
+    but not `resume.allow`, which has to be given anew each time. On rank 0 only.
 
-    Returns the changed settings that `resume.allow` let through. `resume.allow` itself is not
-    stored: it has to be given anew each time.
+    Returns the changed settings that `resume.allow` let through.
     """
     resume = dataclasses.replace(resolved.config.resume, allow=[])
     config = dataclasses.replace(resolved.config, resume=resume)
@@ -62,14 +65,6 @@ def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> 
     except OSError as error:  # a full disk may have room when the job is queued again
         raise UnavailableError(f"cannot write to the run folder {folder.path}: {error}") from None
     return _keys(changes)
-
-
-def _lock(folder: RunFolder) -> None:
-    # A requeued job may meet what is left of its last attempt, or its lease on a network disk.
-    is_requeued = has_job_history() and os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if not folder.lock(_LOCK_SECONDS if is_requeued else 0.0):
-        kind = UnavailableError if is_requeued else UserError
-        raise kind(f"another process is training in {folder.path}")
 
 
 def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | None:

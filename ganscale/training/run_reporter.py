@@ -44,18 +44,15 @@ class RunReporter:
         runtime: Runtime,
         state: TrainingState,
     ) -> None:
-        self._config = config
-        self._folder = folder
-        self._runtime = runtime
-        self._state = state
+        self._config, self._folder = config, folder
+        self._runtime, self._state = runtime, state
         self._newest_row: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._grids: SampleGrids | None = None
         runtime.run_on_main(lambda: self._open(resumed_at, changed_settings))
-        flops = None
+        flops, networks = None, (state.generator, state.critic)
         if runtime.is_main:
-            networks = state.generator, state.critic
             flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
@@ -99,8 +96,8 @@ class RunReporter:
         row = metrics_row(state, self._runtime, self._config.training.total_images, logits)
         interval = self._performance.interval(state.images_seen, data_wait_seconds)
         row |= self._performance.row(interval, state.averaging_seconds())
-        losses = {name: value for name, value in row.items() if name.startswith("loss/")}
-        non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
+        losses = [name for name in row if name.startswith("loss/")]
+        non_finite = [name for name in losses if not math.isfinite(row[name])]
         if non_finite:
             state.health.non_finite_events += 1
             row["audit/non_finite"] += 1
@@ -118,9 +115,8 @@ class RunReporter:
 
     @section("logging")
     def log_last_row(self, reason: str, logits: dict[str, Tensor]) -> None:
-        """The row of a run that ends for `reason`, at the images it will continue from. It includes
-        the skipped updates, but no `perf/`, since no cycle ends here. Collective.
-        """
+        """The row of a run that ends for `reason`, at the images it will continue from, with the
+        skipped updates, but without `perf/`, since no cycle ends here. Collective."""
         row = metrics_row(self._state, self._runtime, self._config.training.total_images, logits)
         if self._tracker is not None:
             self._tracker.alert("nan", "not finite", reason, self._state.images_seen)

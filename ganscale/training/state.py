@@ -57,10 +57,9 @@ class TrainingState:
             if config.training.memory_format == "channels_last":
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.non_finite_guard = NonFiniteGuard(runtime.device)
-        precision, penalty_precision = config.training.precision, "float32"
-        compiles = config.training.compile
-        if config.training.penalty_precision == "autocast":
-            penalty_precision = precision
+        precision, compiles = config.training.precision, config.training.compile
+        is_autocast = config.training.penalty_precision == "autocast"
+        penalty_precision = precision if is_autocast else "float32"
         shared = config.training, runtime, self.non_finite_guard
         self.critic_updater = NetworkUpdater(
             "critic",

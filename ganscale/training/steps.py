@@ -1,8 +1,8 @@
 """One critic step and one generator step: everything that is differentiated, in one forward each.
 
-DDP averages gradients correctly only when a loss is computed in one forward of the wrapped module
-and differentiated in one backward. Taking the penalty beside the wrapper, or one backward per term,
-silently leaves gradients unsynchronized. Hence these two modules: they are what DDP wraps.
+DDP wraps these two modules. It averages gradients correctly only when a loss is computed in one
+forward of the wrapped module and differentiated in one backward: a penalty beside the wrapper, or
+one backward per term, would silently leave gradients unsynchronized.
 """
 
 from functools import partial
@@ -13,14 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.forward import run_critic, run_generator
-from ganscale.objectives.global_batch_loss import (
-    LogitGradients,
-    Logits,
-    logit_gradients,
-    surrogate_loss,
-)
-from ganscale.objectives.losses import Terms, total
+from ganscale.networks.forward import run_network
+from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients, surrogate_loss
+from ganscale.objectives.losses import Logits, Terms, total
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms
 from ganscale.runtime import at_least_float32, autocast, get_world_size
@@ -53,7 +48,7 @@ class CriticStep(nn.Module):
         self.critic = critic
         self.loss_terms = objective.loss.critic
         self.needs_global_batch = objective.loss.needs_global_batch
-        self._run_critic = fast_forward(partial(run_critic, critic), compiles)
+        self._run_critic = fast_forward(critic, compiles)
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
@@ -81,16 +76,15 @@ class CriticStep(nn.Module):
         maxima: Meters = {}
         if points:
             stopwatch.time_backward_until(loss, "penalty")
-        # A penalty that is not due counts as zero, so that its meter is averaged over all steps, as
-        # the loss is, and the terms of a row add up to the loss.
-        for name in self._objective.penalties:
-            if name not in points:
+        for name, penalty in self._objective.penalties.items():
+            if (images := points.get(name)) is None:
+                # A zero where it is not due, so that its meter is averaged over all steps, as the
+                # loss is, and the terms of a row add up to the loss.
                 meters[f"loss/penalty_{name}"] = torch.zeros_like(meters["loss/critic_adversarial"])
-        for name, images in points.items():
-            penalty = self._objective.penalties[name]
+                continue
             with section("penalty"):
                 gradient = input_gradients(
-                    partial(run_critic, self.critic), images, labels, self._penalty_precision
+                    partial(run_network, self.critic), images, labels, self._penalty_precision
                 )
                 value = penalty.penalty.value(gradient)
             weighted = penalty.weight * penalty.interval * value
@@ -130,9 +124,9 @@ class GeneratorStep(nn.Module):
         self.generator = generator
         self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
-        self._run_generator = fast_forward(partial(run_generator, generator), compiles)
+        self._run_generator = fast_forward(generator, compiles)
         # The critic is not a submodule, so that DDP does not synchronize it here.
-        self._run_critic = fast_forward(partial(run_critic, critic), compiles, frozen=critic)
+        self._run_critic = fast_forward(critic, compiles, is_frozen=True)
         self._needs_real = objective.loss.generator_needs_real
         self._precision = precision
 

@@ -77,16 +77,13 @@ class Trainer:
         self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
-        checkpoint = runtime.run_on_main(
-            lambda: open_run(self.folder, resolved, self.data.fingerprint)
-        )
+        run = self.folder, resolved, self.data.fingerprint
+        checkpoint = runtime.run_on_main(lambda: open_run(*run))
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            self.changed_settings = runtime.run_on_main(
-                lambda: accept_settings(self.folder, resolved, self.data.fingerprint)
-            )
+            self.changed_settings = runtime.run_on_main(lambda: accept_settings(*run))
         except BaseException:
             self.folder.close()
             raise
@@ -127,15 +124,8 @@ class Trainer:
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            reporter = RunReporter(
-                config,
-                self.objective,
-                self.folder,
-                self.resumed_at,
-                self.changed_settings,
-                self.runtime,
-                state,
-            )
+            history = self.folder, self.resumed_at, self.changed_settings
+            reporter = RunReporter(config, self.objective, *history, self.runtime, state)
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
                 with profile_cycles(self.folder.profile, cycles) as after_cycle:
@@ -189,10 +179,10 @@ class Trainer:
                 wait_seconds = prefetcher.pop_wait_seconds()
                 self.newest_metrics |= reporter.log_metrics(logits, wait_seconds, bad_samples)
 
-            # Samples: the last grid of a run is made even when stopped, for nobody would make it
-            # later; a stop that gives the others up takes effect in this cycle
+            # Samples: a stop gives up all but the last grid of a run, which nobody would make
+            # later; it then takes effect in this cycle
             if is_sampled:
-                reporter.make_samples(self._mark_samples if is_last else self._is_stopped)
+                reporter.make_samples(partial(self._is_stopped, is_last=is_last))
                 votes.append(self._start_vote(prefetcher))
 
             # Audit and checkpoint: only what is the same on all ranks is saved
@@ -237,13 +227,10 @@ class Trainer:
             vote = _STOP_REQUESTED
         return self.runtime.start_max(vote)
 
-    def _is_stopped(self) -> bool:
-        """Asked between chunks of sampled images."""
-        return self._mark_samples() or self.stop.is_requested()
-
-    def _mark_samples(self) -> bool:
+    def _is_stopped(self, *, is_last: bool = False) -> bool:
+        """Asked between chunks of sampled images; the last grid of a run is made in any case."""
         self.progress.mark("samples")
-        return False
+        return self.stop.is_requested() and not is_last
 
     def _stopped(self, ending: int, prefetcher: DevicePrefetcher) -> int:
         """Ends the session on all ranks. Raises the error that ended the data, if one did."""
