@@ -139,8 +139,8 @@ class Runtime:
             wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)
 
     def averaging_seconds(self, wrapped: nn.Module) -> float:
-        """From the end of this rank's own gradients to the end of their averaging over the ranks,
-        in the last backward, if that was timed. Waits for the device."""
+        """From this rank's own gradients to their average over the ranks, in the last backward, if
+        that was timed. Waits for the device."""
         if self.world_size == 1:
             return 0.0
         wrapped.logger.set_runtime_stats_and_log()  # type: ignore[union-attr, operator]
@@ -189,8 +189,8 @@ class Runtime:
         return result
 
     def run_on_main(self, make: Callable[[], T]) -> T:
-        """Calls `make` on rank 0 and returns its result on every rank, or raises its UserError or
-        UnavailableError on every rank."""
+        """Calls `make` on rank 0; returns its result, or raises its UserError or UnavailableError,
+        on every rank."""
         if self.world_size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -227,7 +227,7 @@ class Runtime:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether a collective raised `error` because another rank is gone or late."""
-    # For gloo, torch raises plain RuntimeErrors: without a type or code, only the words are left.
+    # For gloo, torch raises plain RuntimeErrors, without a type or code.
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
     has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return has_words or isinstance(error, dist.DistError)

@@ -71,16 +71,16 @@ class PerformanceMeter:
         host = {name.replace(" ", "_"): s / cycles for name, s in stopwatch.read_host().items()}
         own_seconds = sum(s for name, s in device.items() if name != "communication")
         own_seconds += interval.data_wait_seconds / cycles
-        by_rank = self._gathered(
-            {
-                "own_seconds": own_seconds,
-                "data_wait_share": interval.data_wait_seconds / interval.seconds,
-                "device_gib": _device_gib(self._runtime.device),
-                "host_gib": _host_gib(),
-                **{f"{name}_ms": 1000 * seconds for name, seconds in device.items()},
-                **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
-            }
-        )
+        own = {
+            "own_seconds": own_seconds,
+            "data_wait_share": interval.data_wait_seconds / interval.seconds,
+            "device_gib": _device_gib(self._runtime.device),
+            "host_gib": _host_gib(),
+            **{f"{name}_ms": 1000 * seconds for name, seconds in device.items()},
+            **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
+        }
+        local = torch.tensor([[*own.values()]], dtype=torch.float64, device=self._runtime.device)
+        by_rank = dict(zip(own, all_gather_batch(local).T.tolist(), strict=True))
         rank_images = self._cycle_images / ranks
         rates = [rank_images / max(seconds, 1e-9) for seconds in by_rank["own_seconds"]]
         row = {
@@ -124,11 +124,6 @@ class PerformanceMeter:
             "ema": seconds.get("ema", 0.0),
             "communication": averaging,
         }
-
-    def _gathered(self, values: dict[str, float]) -> dict[str, list[float]]:
-        """Each value of every rank, in rank order; one collective."""
-        local = torch.tensor([[*values.values()]], dtype=torch.float64, device=self._runtime.device)
-        return dict(zip(values, all_gather_batch(local).T.tolist(), strict=True))
 
 
 def _device_gib(device: torch.device) -> float:

@@ -176,8 +176,7 @@ def _moments_dtype(images: Tensor) -> torch.dtype:
 def convert_global_batch_norm(module: nn.Module) -> nn.Module:
     """`module` with each of torch's batch norms replaced by a GlobalBatchNorm of the same weights.
 
-    A shared batch norm stays shared. Raises UserError for a batch norm that keeps no running mean,
-    or a cumulative one.
+    A shared batch norm stays shared. Raises UserError for one without an exponential running mean.
     """
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return _from_torch(module)

@@ -4,9 +4,8 @@ https://arxiv.org/abs/1704.00028, the CIFAR-10 tables of the appendix), at 16 to
 With classes, the generator's batch normalization is conditional and the critic's score has a
 projection term (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
 
-1x1 shortcut convolutions run at the smaller resolution of their block. The paper's code runs some
-at the larger one. They commute with nearest up-sampling and with mean pooling, so the function is
-the same, with a quarter of the multiplications.
+1x1 shortcut convolutions run at the smaller resolution of their block, where the paper's code runs
+some at the larger one: the same function, with a quarter of the multiplications.
 """
 
 import math
@@ -108,10 +107,9 @@ class UpBlock(nn.Module):
 class ResNetCritic(nn.Module):
     """One residual block per halving down to 8x8, two more there, a mean over pixels, a logit.
 
-    `width` is the number of channels of every block, as in the paper, or, with a larger
-    `max_width`, of the first; it then doubles with every halving, up to `max_width`. With
-    `spectral_norm` all weights are divided by their largest singular value (Miyato et al. 2018,
-    https://arxiv.org/abs/1802.05957), estimated by power iteration.
+    `width` and `max_width` as in the generator. With `spectral_norm` all weights are divided by
+    their largest singular value (Miyato et al. 2018, https://arxiv.org/abs/1802.05957), estimated
+    by power iteration.
     """
 
     def __init__(

@@ -178,10 +178,8 @@ def _is_traced() -> bool:
     """Whether the calls are being recorded: by a network's own torch.compile, where it is not known
     which derivatives will be needed, or by activation checkpointing, which repeats the forward
     outside this context and must save the same tensors there."""
-    if torch.compiler.is_compiling():
-        return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    return hooks is not None
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or top_hooks(True) is not None
 
 
 def _is_faster_once(input: Tensor, weight: Tensor, settings: ConvolutionSettings) -> bool:

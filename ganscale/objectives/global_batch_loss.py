@@ -46,8 +46,8 @@ def surrogate_loss(logits: Logits, gradients: LogitGradients, scale: int) -> Ten
 
     `scale` undoes the averaging that follows: over ranks by DDP, over micro-batches by the updater.
     """
-    pairs = [(logits[kind], gradients.gradients[kind]) for kind in logits]
-    weighted = sum((each * grad).sum() for each, grad in pairs if each.requires_grad)
+    differentiable = [kind for kind in logits if logits[kind].requires_grad]
+    weighted = sum((logits[kind] * gradients.gradients[kind]).sum() for kind in differentiable)
     surrogate = scale * torch.as_tensor(weighted)
     # The difference is exactly zero, however large the logits.
     return total(gradients.terms) + (surrogate - surrogate.detach())

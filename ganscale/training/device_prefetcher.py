@@ -40,10 +40,8 @@ class DevicePrefetcher:
         return self._failure is not None
 
     def prefetch(self, is_stopped: Callable[[], bool]) -> None:
-        """Gets the next cycle's batches; keeps a failure until all ranks agree on it.
-
-        Returns without them within a second of a stop: data may be slow to come, or never come.
-        """
+        """Gets the next cycle's batches; keeps a failure until all ranks agree on it. Returns
+        without them within a second of a stop: data may be slow to come, or never come."""
         started = time.perf_counter()
         with section("data wait"):
             try:

@@ -38,9 +38,8 @@ def metrics_row(
     for (_, reason), count in state.bad_samples.items():
         name = f"data/bad_{reason.replace(' ', '_')}"
         row[name] = row.get(name, 0.0) + count
-    for kind, histogram in logit_histograms(logits, runtime).items():
-        row[f"logits/{kind}_histogram"] = histogram
-    return row
+    histograms = logit_histograms(logits, runtime)
+    return row | {f"logits/{kind}_histogram": each for kind, each in histograms.items()}
 
 
 @torch.no_grad()

@@ -20,11 +20,8 @@ from ganscale.training.steps import CriticStep, GeneratorStep, Meters, StepOutpu
 
 
 class NonFiniteGuard:
-    """Skips every update from the first non-finite gradient on, without waiting for the device.
-
-    Gradients are averaged over the ranks before they are checked, so the guard of every rank trips
-    at the same update.
-    """
+    """Skips every update from the first non-finite gradient on, without waiting for the device; on
+    all ranks at the same update, since gradients are averaged before they are checked."""
 
     def __init__(self, device: torch.device) -> None:
         self.tripped = torch.zeros((), device=device)  # 0.0 or 1.0: fused optimizers read it
@@ -108,8 +105,7 @@ class NetworkUpdater:
         return self._learning_rate * learning_rate_factor(self._training, images_seen)
 
     def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
-        """For a loss of the global batch, before its first micro-batch: needs a forward of them
-        all, without a graph."""
+        """For a loss of the global batch: from a forward of all micro-batches, without a graph."""
         with torch.no_grad(), buffers_restored(self._step):
             logits = [self._step.logits(**_micro_batch(inputs, k, count)) for k in range(count)]
         return logit_gradients(self._step.loss_terms, _in_batch_order(logits))

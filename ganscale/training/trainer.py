@@ -252,9 +252,9 @@ class Trainer:
     def _check_finite(
         self, reporter: RunReporter, logits: dict[str, Tensor], is_due: bool = True
     ) -> None:
-        """Raises NonFiniteError once a gradient was not finite: after saving the state of before,
-        which the guard has preserved, and a row that shows what led to it, at the images of that
-        state, so that the resumed run keeps it."""
+        """Raises NonFiniteError once a gradient was not finite: after saving the state before it,
+        which the guard has kept, and, at the images of that state, a row that shows what led to it.
+        """
         state = self.state
         if not is_due or not state.non_finite_guard.has_tripped():
             return
