@@ -85,7 +85,7 @@ def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) 
 
 
 def _changes(folder: RunFolder, config: Config, fingerprint: str) -> list[str]:
-    """ "<key>: <what changed>" for all that breaks the curve and `resume.allow` does not name."""
+    """What breaks the curve and is not in `resume.allow`, each as "key: what has changed"."""
     stored = folder.config.exists()
     changes = curve_changes(load_stored(folder.config), config) if stored else []
     has_other_data = folder.read_identity()["fingerprint"] != fingerprint
