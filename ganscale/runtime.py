@@ -1,7 +1,4 @@
-"""Device, ranks and collectives: the only module that uses Accelerate and torch.distributed.
-
-Everything else calls this module, and reads the same for one rank and for many.
-"""
+"""Device, ranks and collectives: the only module that uses Accelerate and torch.distributed."""
 
 import contextlib
 import ctypes
@@ -27,12 +24,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def get_world_size() -> int:
-    """The number of ranks; 1 without a process group."""
+    """1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank() -> int:
-    """This process's rank; 0 without a process group."""
+    """0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -101,24 +98,17 @@ class Runtime:
         )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        promised = int(os.environ.get("WORLD_SIZE", "1"))
-        if accelerator.num_processes != promised:
+        world_size, promised = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+        if world_size != promised:
             raise UserError(
                 f"the launcher promised {promised} ranks, but this process joined a world of "
-                f"{accelerator.num_processes}: use one of the config files in launch/ "
-                "(on CPU, launch/cpu.yaml)"
+                f"{world_size}: use one of the config files in launch/ (on CPU, launch/cpu.yaml)"
             )
         group = None
-        if accelerator.num_processes > 1:
+        if world_size > 1:
             timeout = timedelta(seconds=timeout_seconds + closing_seconds)
             group = dist.new_group(backend="gloo", timeout=timeout)
-        return cls(
-            device=accelerator.device,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            _accelerator=accelerator,
-            _control_group=group,
-        )
+        return cls(accelerator.device, accelerator.process_index, world_size, accelerator, group)
 
     @property
     def is_main(self) -> bool:
@@ -149,8 +139,8 @@ class Runtime:
             wrapped._set_ddp_runtime_logging_sample_rate(1 if watched else 1 << 30)
 
     def averaging_seconds(self, wrapped: nn.Module) -> float:
-        """From the end of this rank's own gradients to the end of their averaging over the ranks,
-        in the last backward, if that was timed. Waits for the device."""
+        """From this rank's own gradients to their average over the ranks, in the last backward, if
+        that was timed. Waits for the device."""
         if self.world_size == 1:
             return 0.0
         wrapped.logger.set_runtime_stats_and_log()  # type: ignore[union-attr, operator]
@@ -159,7 +149,7 @@ class Runtime:
         return max(nanoseconds, 0) / 1e9
 
     def no_sync(self, wrapped: nn.Module) -> AbstractContextManager[None]:
-        """A context in which backward does not synchronize gradients (for accumulation)."""
+        """A context in which backward does not average gradients over the ranks."""
         return self._accelerator.no_sync(wrapped)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
@@ -188,10 +178,8 @@ class Runtime:
         it. It runs on the host, so neither it nor the device waits for the other."""
         if self.world_size == 1:
             return lambda: flag
-        largest = torch.tensor([flag])
-        work = dist.all_reduce(
-            largest, op=dist.ReduceOp.MAX, group=self._control_group, async_op=True
-        )
+        largest, group = torch.tensor([flag]), self._control_group
+        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group, async_op=True)
         assert work is not None
 
         def result() -> int:
@@ -201,8 +189,8 @@ class Runtime:
         return result
 
     def run_on_main(self, make: Callable[[], T]) -> T:
-        """Calls `make` on rank 0 and returns its result on every rank, or raises its UserError or
-        UnavailableError on every rank."""
+        """Calls `make` on rank 0; returns its result, or raises its UserError or UnavailableError,
+        on every rank."""
         if self.world_size == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -239,11 +227,10 @@ class Runtime:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether a collective raised `error` because another rank is gone or late."""
-    # For gloo, torch raises plain RuntimeErrors: without a type or code, only the words are left.
+    # For gloo, torch raises plain RuntimeErrors, without a type or code.
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return has_words or isinstance(error, dist.DistError)
 
 
 def is_device_error(error: BaseException) -> bool:
@@ -254,9 +241,8 @@ def is_device_error(error: BaseException) -> bool:
 def _settle_buckets(wrapped: nn.Module) -> None:
     """Makes DDP arrange its buckets now, by a backward of zeros, not after the first real one.
 
-    With more than two ranks, the order in which a gradient is summed depends on its place in a
-    bucket: the first step of a resumed run would differ in its last bits from that of an
-    uninterrupted one.
+    On three ranks or more, a gradient's place in a bucket decides the order of its sum: the first
+    step of a resumed run would differ in its last bits from an uninterrupted run's.
     """
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     wrapped.reducer.prepare_for_backward([])  # type: ignore[union-attr, operator]
@@ -275,11 +261,8 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library reuse large blocks instead of returning each to the system.
-
-    Otherwise every large tensor gets fresh pages. Their page faults took a tenth of a float32 step
-    on a CPU, and a tenth of decoding a batch.
-    """
+    """Makes the C library reuse large blocks instead of returning each to the system: page faults
+    took a tenth of a float32 step on a CPU, and a tenth of decoding a batch."""
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         library = ctypes.CDLL(None)
         for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1)):
@@ -288,16 +271,12 @@ def keep_freed_memory() -> None:
 
 def _refuse_other_parallelism() -> None:
     """Raises UserError if the launcher asks for anything but data parallelism."""
-    asked = [
-        name
-        for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
-    ]
-    if asked:
-        raise UserError(
-            f"{asked[0]} is not supported: a gradient penalty needs double backward through whole "
-            "parameters; launch with plain data parallelism (launch/one_machine.yaml)"
-        )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes"):
+            raise UserError(
+                f"{name} is not supported: a gradient penalty needs double backward through whole "
+                "parameters; launch with plain data parallelism (launch/one_machine.yaml)"
+            )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise UserError(
             "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
@@ -308,8 +287,8 @@ def _refuse_other_parallelism() -> None:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The config's mixed precision for the enclosed forward.
 
-    Accelerate's patches `forward` from outside, which does not fit: the penalty inside has to stay
-    in float32, and the unwrapped networks have to run in the same precision as the wrapped ones.
+    Accelerate would set it for a whole wrapped step, but its penalty has to stay in float32, and
+    the unwrapped networks need it, too.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 

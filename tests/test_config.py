@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ganscale.cli.main import main
 from ganscale.config import curve_changes, load_stored, resolve
 from ganscale.errors import UserError
-from ganscale.networks.build import GENERATORS
+from ganscale.networks.build import NETWORKS
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.penalties import PENALTIES
 from ganscale.schema import Config, PenaltyConfig
@@ -585,7 +585,7 @@ def test_a_setting_has_a_sentence_and_all_or_no_choices_have_a_meaning(section):
 
 def test_settings_name_the_networks_losses_and_penalties_that_exist():
     explained = reference()
-    assert f"Network: {', '.join(GENERATORS)}, or your own" in explained
+    assert f"Network: {', '.join(NETWORKS['generator'])}, or your own" in explained
     assert f"Loss: {', '.join(LOSSES)}, or your own" in " ".join(explained.split())
     documented = re.search(r"NAME is (.*), or", " ".join((PenaltyConfig.__doc__ or "").split()))
     assert documented is not None

@@ -123,8 +123,7 @@ def export_generator(arguments: argparse.Namespace) -> None:
     from ganscale.checkpoints.checkpoint import images_seen_of
     from ganscale.config import load_stored
     from ganscale.evaluation import exported_generator
-    from ganscale.training.load_generator import load_run_generator
-    from ganscale.training.network_setup import sample_shape
+    from ganscale.training.network_setup import load_run_generator, sample_shape
 
     run = _run(arguments)
     checkpoint = _select(run, arguments.checkpoint)

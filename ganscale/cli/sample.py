@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ganscale.evaluation import sample_files, sampling
-    from ganscale.training.load_generator import load_run_generator
+    from ganscale.training.network_setup import load_run_generator
 
     if not (arguments.grid or arguments.folder or arguments.shards):
         raise UserError("choose an output: --grid PNG, --folder DIR or --shards DIR")

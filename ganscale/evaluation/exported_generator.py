@@ -24,7 +24,7 @@ from ganscale.errors import UserError
 from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
 from ganscale.files import atomic_folder, save_tensors, sha256
 from ganscale.importing import find
-from ganscale.networks.build import GENERATORS, build_generator
+from ganscale.networks.build import NETWORKS, build_network
 
 WEIGHTS = "generator.safetensors"
 DESCRIPTION = "generator.json"
@@ -155,7 +155,8 @@ def load_generator(folder: str | Path) -> ExportedGenerator:
     latent_dim, (channels, height, width) = description["latent_dim"], description["sample_shape"]
     sample_shape = channels, height, width
     _check_is_network(target)
-    network = build_generator(
+    network = build_network(
+        "generator",
         target,
         description["options"],
         latent_dim=latent_dim,
@@ -186,7 +187,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 def _check_is_network(target: str) -> None:
     """A folder from elsewhere must not call anything else that can be imported here."""
-    network_class = find(target, GENERATORS, "network")
+    network_class = find(target, NETWORKS["generator"], "network")
     if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
         raise UserError(
             f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "

@@ -8,8 +8,7 @@ images that differ only in noise count as the same.
     nearest     E min_x' |x - x'|^2 among fakes / the same among real images
 
 for x, x' different images of a batch. A generator with one image has 0 in both. One with a few
-images has a diversity near 1, but each image has a near twin, so its `nearest` is near 0. A healthy
-one comes near 1 in both.
+images has a diversity near 1, but a `nearest` near 0. A healthy one comes near 1 in both.
 """
 
 import torch

@@ -6,11 +6,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ganscale.networks.buffers import buffers_restored
-from ganscale.networks.forward import run_critic
+from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
-
-Meters = dict[str, Tensor]
 
 
 def input_gradient_norm_meters(
@@ -19,17 +16,16 @@ def input_gradient_norm_meters(
     labels: Int64[Tensor, " batch"] | None,
     precision: str,
     micro_batches: int,
-) -> tuple[Meters, Meters]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(means, maxima) of the norm of the critic's gradient at each of this rank's real images.
 
-    One forward and one backward, in micro-batches as in training. The gradients of weights are not
-    touched, and changes to buffers (running means) are undone.
+    One forward and one backward, in micro-batches as in training; changes no gradients or buffers.
     """
     lengths = []
     with buffers_restored(critic):
         for index in range(micro_batches):
             gradients = input_gradients(
-                partial(run_critic, critic),
+                partial(run_network, critic),
                 real_images[index::micro_batches],
                 None if labels is None else labels[index::micro_batches],
                 precision,
@@ -37,8 +33,6 @@ def input_gradient_norm_meters(
             )
             lengths.append(norms(gradients).double())
     length = torch.cat(lengths)
-    means = {
-        "input_gradient_norm/real_mean": length.mean(),
-        "input_gradient_norm/real_square": length.square().mean(),
-    }
-    return means, {"input_gradient_norm/real_max": length.amax()}
+    name = "input_gradient_norm/real"
+    means = {f"{name}_mean": length.mean(), f"{name}_square": length.square().mean()}
+    return means, {f"{name}_max": length.amax()}

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ganscale.runtime import Runtime
+
+Groups = dict[tuple[str, ...], Tensor]
 
 
 class MeterAccumulator:
@@ -20,23 +22,21 @@ class MeterAccumulator:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._sums: Groups = {}
         self._counts: Counter[tuple[str, ...]] = Counter()
-        self._maxima: dict[tuple[str, ...], Tensor] = {}
+        self._maxima: Groups = {}
 
     def add(self, meters: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
         """Adds detached scalars without waiting for the device.
 
         `read` returns means of `meters` and the largest of `maxima`, over steps and ranks.
         """
-        names, values = tuple(meters), torch.stack([*meters.values()]).double()
-        sums = self._sums.get(names)
-        self._sums[names] = values if sums is None else sums + values
-        self._counts[names] += 1
-        if maxima:
-            names, values = tuple(maxima), torch.stack([*maxima.values()]).double()
-            largest = self._maxima.get(names)
-            self._maxima[names] = values if largest is None else torch.maximum(largest, values)
+        self._counts[tuple(meters)] += 1
+        kinds = (self._sums, meters, torch.add), (self._maxima, maxima, torch.maximum)
+        for groups, added, merge in kinds:
+            if added:
+                names, values = tuple(added), torch.stack([*added.values()]).double()
+                groups[names] = merge(groups[names], values) if names in groups else values
 
     def read(self) -> dict[str, float]:
         """The means and maxima over steps and ranks since the last call."""
@@ -58,28 +58,28 @@ class MeterAccumulator:
 
     def state(self) -> list[dict[str, Any]]:
         """The sums, averaged over the ranks, and the maxima, as plain numbers for a checkpoint."""
-        groups = []
-        if self._sums:
-            values = torch.cat(list(self._sums.values()))
-            sums = iter((self._runtime.all_reduce_sum(values) / self._runtime.world_size).tolist())
-            for names, count in self._counts.items():
-                of_names = [next(sums) for _ in names]
-                groups.append({"names": list(names), "count": count, "sums": of_names})
-        if self._maxima:
-            values = torch.cat(list(self._maxima.values()))
-            maxima = iter(self._runtime.all_reduce_max(values).tolist())
-            for names in self._maxima:
-                groups.append({"names": list(names), "maxima": [next(maxima) for _ in names]})
-        return groups
+        ranks = self._runtime.world_size
+        sums = _as_numbers(self._sums, lambda sums: self._runtime.all_reduce_sum(sums) / ranks)
+        maxima = _as_numbers(self._maxima, self._runtime.all_reduce_max)
+        return [
+            *({"names": [*n], "count": self._counts[n], "sums": sums[n]} for n in sums),
+            *({"names": [*n], "maxima": maxima[n]} for n in maxima),
+        ]
 
     def load_state(self, groups: list[dict[str, Any]]) -> None:
-        def tensor(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=self._runtime.device)
-
         for group in groups:
-            names = tuple(group["names"])
-            if "maxima" in group:
-                self._maxima[names] = tensor(group["maxima"])
+            names, kind = tuple(group["names"]), "maxima" if "maxima" in group else "sums"
+            values = torch.tensor(group[kind], dtype=torch.float64, device=self._runtime.device)
+            if kind == "maxima":
+                self._maxima[names] = values
             else:
-                self._sums[names] = tensor(group["sums"])
-                self._counts[names] = group["count"]
+                self._sums[names], self._counts[names] = values, group["count"]
+
+
+def _as_numbers(
+    groups: Groups, reduce: Callable[[Tensor], Tensor]
+) -> dict[tuple[str, ...], list[float]]:
+    if not groups:
+        return {}
+    values = iter(reduce(torch.cat([*groups.values()])).tolist())
+    return {names: [next(values) for _ in names] for names in groups}

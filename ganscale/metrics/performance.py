@@ -12,7 +12,6 @@ from ganscale.metrics.profiling import HOST_SECTIONS, stopwatch
 from ganscale.runtime import Runtime, all_gather_batch
 from ganscale.schema import Config
 
-_DEVICE_SECTIONS = ("fake_images", "critic", "penalty", "generator", "ema", "communication")
 _HOST_SECTIONS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
 
 # Dense TFLOP/s of one GPU as its maker states them: (bfloat16, float32). The latter with the
@@ -48,8 +47,7 @@ class PerformanceMeter:
         """cycle_flops: floating point operations of a cycle on all ranks; None if unknown"""
         self._n_critic = config.objective.n_critic
         self._cycle_images = config.objective.n_critic * config.training.global_batch_size
-        self._runtime = runtime
-        self._cycle_flops = cycle_flops
+        self._runtime, self._cycle_flops = runtime, cycle_flops
         self._peak_tflops = config.log.peak_tflops
         if not self._peak_tflops and runtime.device.type == "cuda":
             name = torch.cuda.get_device_name(runtime.device)
@@ -73,16 +71,16 @@ class PerformanceMeter:
         host = {name.replace(" ", "_"): s / cycles for name, s in stopwatch.read_host().items()}
         own_seconds = sum(s for name, s in device.items() if name != "communication")
         own_seconds += interval.data_wait_seconds / cycles
-        by_rank = self._gathered(
-            {
-                "own_seconds": own_seconds,
-                "data_wait_share": interval.data_wait_seconds / interval.seconds,
-                "device_gib": self._device_gib(),
-                "host_gib": _host_gib(),
-                **{f"{name}_ms": 1000 * device[name] for name in _DEVICE_SECTIONS},
-                **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
-            }
-        )
+        own = {
+            "own_seconds": own_seconds,
+            "data_wait_share": interval.data_wait_seconds / interval.seconds,
+            "device_gib": _device_gib(self._runtime.device),
+            "host_gib": _host_gib(),
+            **{f"{name}_ms": 1000 * seconds for name, seconds in device.items()},
+            **{f"{name}_ms": 1000 * host.get(name, 0.0) for name in _HOST_SECTIONS},
+        }
+        local = torch.tensor([[*own.values()]], dtype=torch.float64, device=self._runtime.device)
+        by_rank = dict(zip(own, all_gather_batch(local).T.tolist(), strict=True))
         rank_images = self._cycle_images / ranks
         rates = [rank_images / max(seconds, 1e-9) for seconds in by_rank["own_seconds"]]
         row = {
@@ -95,7 +93,7 @@ class PerformanceMeter:
             "perf/rank_images_per_second_max": max(rates),
             "perf/slowest_rank": float(rates.index(min(rates))),
             "perf/host_memory_gib": max(by_rank["host_gib"]),
-            **{f"perf/{n}_ms": sum(by_rank[f"{n}_ms"]) / ranks for n in _DEVICE_SECTIONS},
+            **{f"perf/{n}_ms": sum(by_rank[f"{n}_ms"]) / ranks for n in device},
             # Rank 0 makes sample grids and files; the others wait for it in other sections.
             **{f"perf/{n}_ms": max(by_rank[f"{n}_ms"]) for n in _HOST_SECTIONS},
         }
@@ -116,6 +114,7 @@ class PerformanceMeter:
             return sum(seconds.get(name, 0.0) for name in names) - averaging_seconds[network]
 
         penalty = seconds.get("penalty", 0.0)
+        averaging = self._n_critic * averaging_seconds["critic"] + averaging_seconds["generator"]
         together, in_step = seconds.get("fakes together", 0.0), seconds.get("fake images", 0.0)
         return {
             "fake_images": together + in_step if together else self._n_critic * in_step,
@@ -123,22 +122,17 @@ class PerformanceMeter:
             "penalty": self._n_critic * penalty,
             "generator": update("generator"),
             "ema": seconds.get("ema", 0.0),
-            "communication": self._n_critic * averaging_seconds["critic"]
-            + averaging_seconds["generator"],
+            "communication": averaging,
         }
 
-    def _gathered(self, values: dict[str, float]) -> dict[str, list[float]]:
-        """Each value of every rank, in rank order; one collective."""
-        local = torch.tensor([[*values.values()]], dtype=torch.float64, device=self._runtime.device)
-        return dict(zip(values, all_gather_batch(local).T.tolist(), strict=True))
 
-    def _device_gib(self) -> float:
-        """The peak of allocated memory since the last row."""
-        if self._runtime.device.type != "cuda":
-            return 0.0
-        peak = torch.cuda.max_memory_allocated(self._runtime.device) / 2**30
-        torch.cuda.reset_peak_memory_stats(self._runtime.device)
-        return peak
+def _device_gib(device: torch.device) -> float:
+    """The peak of allocated memory since the last row."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def _host_gib() -> float:

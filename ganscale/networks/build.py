@@ -3,8 +3,6 @@
 A generator is called as `Target(latent_dim=..., sample_shape=..., num_classes=..., **options)`, a
 critic as `Target(sample_shape=..., num_classes=..., **options)`; `num_classes=0` means
 unconditional. Of these three, a user's own network gets those that its constructor accepts.
-
-Both functions raise UserError if the target cannot be found or imported, or refuses an option.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,43 +16,21 @@ from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.mlp import MLPCritic, MLPGenerator
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 
-GENERATORS = {"mlp": MLPGenerator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator}
-CRITICS = {"mlp": MLPCritic, "dcgan": DCGANCritic, "resnet": ResNetCritic}
+NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
+    "generator": {"mlp": MLPGenerator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator},
+    "critic": {"mlp": MLPCritic, "dcgan": DCGANCritic, "resnet": ResNetCritic},
+}
 
 
-def build_generator(
-    target: str,
-    options: Mapping[str, Any],
-    *,
-    latent_dim: int,
-    sample_shape: tuple[int, ...],
-    num_classes: int,
-) -> nn.Module:
-    """The generator named `target` ("resnet" or "package.module:Name"), freshly initialized."""
-    facts = {"latent_dim": latent_dim, "sample_shape": sample_shape, "num_classes": num_classes}
-    return _build("generator", GENERATORS, target, options, facts)
+def build_network(role: str, target: str, options: Mapping[str, Any], **facts: Any) -> nn.Module:
+    """The generator or critic (`role`) named `target`, "resnet" or "package.module:Name", freshly
+    initialized.
 
+    facts: sample_shape, num_classes, and latent_dim for a generator
 
-def build_critic(
-    target: str,
-    options: Mapping[str, Any],
-    *,
-    sample_shape: tuple[int, ...],
-    num_classes: int,
-) -> nn.Module:
-    """The critic named `target` ("resnet" or "package.module:Name"), freshly initialized."""
-    facts = {"sample_shape": sample_shape, "num_classes": num_classes}
-    return _build("critic", CRITICS, target, options, facts)
-
-
-def _build(
-    role: str,
-    constructors: Mapping[str, Callable[..., nn.Module]],
-    target: str,
-    options: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> nn.Module:
-    constructor = find(target, constructors, "network")
+    Raises UserError if the target cannot be found or imported, or refuses an option.
+    """
+    constructor = find(target, NETWORKS[role], "network")
     network = call(constructor, options, f"{role} {target}", facts)
     if not isinstance(network, nn.Module):
         kind = type(network).__name__

@@ -6,6 +6,7 @@ divides, every pixel is covered equally often, which avoids checkerboards (Odena
 https://distill.pub/2016/deconv-checkerboard). The critic has no batch normalization by default.
 """
 
+from functools import partial
 from itertools import pairwise
 
 from jaxtyping import Float, Int64
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.networks.normalization import GlobalBatchNorm
-from ganscale.networks.shapes import (
-    doubling_widths,
-    image_shape,
-    require_positive,
-    require_unconditional,
-)
+from ganscale.networks.shapes import doubling_widths, image_shape, require_unconditional
 
 WEIGHT_STD = 0.02  # section 4: "initialized from a zero-centered Normal distribution"
+_NORMS = {
+    "batch": GlobalBatchNorm,
+    "layer": partial(nn.GroupNorm, 1),
+    "instance": partial(nn.InstanceNorm2d, affine=True),
+}
 
 
 class DCGANGenerator(nn.Module):
@@ -45,22 +46,18 @@ class DCGANGenerator(nn.Module):
     ) -> None:
         super().__init__()
         require_unconditional(num_classes, "dcgan")
-        require_positive("dcgan", width=width, max_width=max_width)
         channels, resolution = image_shape(sample_shape, "dcgan")
         if norm not in ("batch", "none"):
             raise UserError(f'norm of a dcgan generator is "batch" or "none", not {norm!r}')
         has_bias = norm == "none"  # batch normalization subtracts it again
-
-        widths = doubling_widths(width, max_width, stages=resolution.bit_length() - 3)[::-1]
+        widths = doubling_widths("dcgan", width, max_width, resolution.bit_length() - 3)[::-1]
         layers = nn.Sequential(nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=has_bias))
         layers.extend(_activation(norm, widths[0]))
         for inputs, outputs in pairwise(widths):
-            layers.append(
-                nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=has_bias)
-            )
-            layers.extend(_activation(norm, outputs))
-        layers.append(nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1))
-        layers.append(nn.Tanh())
+            conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=has_bias)
+            layers.extend([conv, *_activation(norm, outputs)])
+        image = nn.ConvTranspose2d(widths[-1], channels, 4, stride=2, padding=1)
+        layers.extend([image, nn.Tanh()])
         self.layers = layers.apply(_initialize)
 
     def forward(
@@ -91,7 +88,6 @@ class DCGANCritic(nn.Module):
     ) -> None:
         super().__init__()
         require_unconditional(num_classes, "dcgan")
-        require_positive("dcgan", width=width, max_width=max_width)
         channels, resolution = image_shape(sample_shape, "dcgan")
         if norm == "batch":
             raise UserError(
@@ -103,15 +99,14 @@ class DCGANCritic(nn.Module):
             raise UserError(
                 f'norm of a dcgan critic is "none", "layer" or "instance", not {norm!r}'
             )
-
-        widths = doubling_widths(width, max_width, stages=resolution.bit_length() - 3)
+        widths = doubling_widths("dcgan", width, max_width, resolution.bit_length() - 3)
         layers = nn.Sequential(
             nn.Conv2d(channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(negative_slope),
         )
         for inputs, outputs in pairwise(widths):
-            layers.append(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=norm == "none"))
-            layers.extend(_activation(norm, outputs, negative_slope))
+            conv = nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=norm == "none")
+            layers.extend([conv, *_activation(norm, outputs, negative_slope)])
         # No bias, as in the authors' code: it would shift all logits, which a Wasserstein loss
         # does not notice.
         layers.append(nn.Conv2d(widths[-1], 1, 4, bias=False))
@@ -128,13 +123,7 @@ class DCGANCritic(nn.Module):
 def _activation(norm: str, channels: int, negative_slope: float = 0.0) -> list[nn.Module]:
     """The normalization named `norm`, if any, and a ReLU (leaky if a slope is given)."""
     relu = nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
-    if norm == "none":
-        return [relu]
-    if norm == "batch":
-        return [GlobalBatchNorm(channels), relu]
-    if norm == "layer":
-        return [nn.GroupNorm(1, channels), relu]
-    return [nn.InstanceNorm2d(channels, affine=True), relu]
+    return [relu] if norm == "none" else [_NORMS[norm](channels), relu]
 
 
 def _initialize(module: nn.Module) -> None:

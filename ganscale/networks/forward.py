@@ -1,18 +1,45 @@
-"""How networks are called: with labels if they are class-conditional, without otherwise."""
+"""How networks are called: with labels or without, and what their forwards may change."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 
-def run_generator(
-    generator: nn.Module, latents: Float[Tensor, "batch latent"], labels: Tensor | None = None
-) -> Float[Tensor, "batch *sample"]:
-    """G(z), or G(z, y) for a class-conditional generator."""
-    return generator(latents) if labels is None else generator(latents, labels)
+def run_network(
+    network: nn.Module, inputs: Float[Tensor, "batch *input"], labels: Tensor | None = None
+) -> Float[Tensor, "batch *output"]:
+    """G(z) or D(x), or G(z, y) or D(x, y) for class-conditional networks."""
+    return network(inputs) if labels is None else network(inputs, labels)
 
 
-def run_critic(
-    critic: nn.Module, images: Float[Tensor, "batch *sample"], labels: Tensor | None = None
-) -> Tensor:
-    """D(x), or D(x, y) for a class-conditional critic: logits, one or a map per image."""
-    return critic(images) if labels is None else critic(images, labels)
+@contextmanager
+def buffers_restored(*networks: nn.Module) -> Iterator[None]:
+    """Restores all buffers of `networks` (running means, power iterations) when the block ends."""
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+
+@torch.no_grad()
+def update_spectral_norms(network: nn.Module) -> None:
+    """Does one power iteration per spectrally normalized weight; forwards no longer do any.
+
+    torch does one in every training forward. Then penalties, micro-batches and generator steps
+    would each see different weights, and a run would depend on how its batch is split.
+    """
+    for layer in network.modules():
+        for name, parametrizations in getattr(layer, "parametrizations", {}).items():
+            for parametrization in parametrizations:
+                if isinstance(parametrization, _SpectralNorm):
+                    parametrization.train()
+                    getattr(layer, name)
+                    parametrization.eval()

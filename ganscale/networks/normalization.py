@@ -18,14 +18,12 @@ class GlobalBatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167, algorithm 1)
     with the mean and variance of the global batch, that is, of the images of all ranks.
 
-    N ranks with B images each compute what one rank computes with N*B. Gradients are exact for a
-    loss that is averaged over ranks, as DDP does, and the running statistics are the same bits on
-    all ranks. Unlike torch's SyncBatchNorm it also runs on CPUs.
+    Gradients are exact for a loss that is averaged over ranks, as DDP does, and the running
+    statistics are the same bits on all ranks. Unlike torch's SyncBatchNorm it also runs on CPUs.
 
     Training on several ranks costs one all-reduce of `2 * channels` float64 per forward and one per
     backward. All ranks must therefore call it equally often, with equally many images, and there is
-    no second derivative. On one rank, and in evaluation, it is `F.batch_norm`. Batches within
-    `concatenated_batches` share one all-reduce.
+    no second derivative. On one rank, and in evaluation, it is `F.batch_norm`.
     """
 
     running_mean: Tensor
@@ -81,11 +79,9 @@ _batch_count = 1
 
 @contextmanager
 def concatenated_batches(count: int) -> Iterator[None]:
-    """Within, a network in training takes `count` batches of the same size, concatenated.
-
-    Every GlobalBatchNorm gives each batch its own statistics, as if they came one after another,
-    but all batches share an all-reduce. Without gradients. Only for networks that pass
-    `can_concatenate_batches`.
+    """Within, a network in training takes `count` batches of the same size, concatenated, and
+    without gradients. Every GlobalBatchNorm gives each batch its own statistics, as if they came
+    one after another, from one all-reduce. Only for networks that pass `can_concatenate_batches`.
     """
     global _batch_count
     _batch_count = count
@@ -97,11 +93,9 @@ def concatenated_batches(count: int) -> Iterator[None]:
 
 
 def can_concatenate_batches(network: nn.Module) -> bool:
-    """Whether `concatenated_batches` is correct for the network and saves it all-reduces.
-
-    Its class has to declare that: `mixes_images_in_batch_norm_only = True` promises that a forward
-    mixes images in batch norms only, draws no random numbers and changes no other buffers.
-    """
+    """Whether `concatenated_batches` is correct for the network and saves it all-reduces: its class
+    promises by `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms
+    only, draws no random numbers and changes no other buffers."""
     has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
     # Not inherited: a base class cannot promise this for what a subclass adds.
     return has_norms and vars(type(network)).get("mixes_images_in_batch_norm_only", False)
@@ -109,9 +103,7 @@ def can_concatenate_batches(network: nn.Module) -> bool:
 
 class _BatchNormFunction(torch.autograd.Function):
     """Returns the normalized images, and mean and biased variance of the global batch in float64.
-
-    torch's kernels for one rank do all work on images; ranks exchange float64 sums per channel.
-    """
+    torch's kernels for one rank do all work on images."""
 
     @staticmethod
     def forward(
@@ -159,8 +151,7 @@ def _global_moments(
 
     Plain sums of x and x^2 lose the variance of channels with a large mean. So each rank computes
     centred moments of its own images, in float32 or better, and only these few numbers are combined
-    as sums of squares, in float64, where the cancellation is harmless. Subtracting a running mean
-    first would also work, but only while the buffers of all ranks are equal.
+    as sums of squares, in float64, where the cancellation is harmless.
     """
     first = batches[0]
     unused = torch.zeros(2, first.shape[1], dtype=_moments_dtype(first), device=first.device)
@@ -185,22 +176,17 @@ def _moments_dtype(images: Tensor) -> torch.dtype:
 def convert_global_batch_norm(module: nn.Module) -> nn.Module:
     """`module` with each of torch's batch norms replaced by a GlobalBatchNorm of the same weights.
 
-    A shared batch norm stays shared. Raises UserError for a batch norm that keeps no running mean,
-    or a cumulative one.
+    A shared batch norm stays shared. Raises UserError for one without an exponential running mean.
     """
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return _from_torch(module)
     replacements: dict[nn.Module, nn.Module] = {}
-
-    def convert(child: nn.Module) -> nn.Module:
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            if child not in replacements:
-                replacements[child] = _from_torch(child)
-            return replacements[child]
-        for name, grandchild in child._modules.items():
-            if grandchild is not None:
-                child._modules[name] = convert(grandchild)
-        return child
-
-    return convert(module)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                replacements[child] = replacements.get(child) or _from_torch(child)
+                parent._modules[name] = replacements[child]
+    return module
 
 
 def _from_torch(norm: nn.modules.batchnorm._BatchNorm) -> GlobalBatchNorm:
@@ -235,6 +221,5 @@ class ConditionalBatchNorm2d(nn.Module):
         images: Float[Tensor, "batch channels height width"],
         labels: Int64[Tensor, "batch"],
     ) -> Float[Tensor, "batch channels height width"]:
-        gain = self.gain(labels)[:, :, None, None]
-        bias = self.bias(labels)[:, :, None, None]
+        gain, bias = (table(labels)[:, :, None, None] for table in (self.gain, self.bias))
         return torch.addcmul(bias, self.normalize(images), gain).to(images.dtype)

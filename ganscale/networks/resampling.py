@@ -19,9 +19,8 @@ def _tensors(images: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 def convolve_and_pool(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The mean over 2x2 pixels of a convolution that keeps the resolution.
 
-    images: (batch, inputs, height, width)
-    weight: (outputs, inputs, kernel, kernel) with an odd kernel; bias: (outputs,)
-    returns: (batch, outputs, height // 2, width // 2)
+    (batch, inputs, height, width) to (batch, outputs, height // 2, width // 2)
+    weight: (outputs, inputs, kernel, kernel) with an odd kernel
     """
     return F.avg_pool2d(F.conv2d(images, weight, bias, padding=weight.shape[-1] // 2), 2)
 
@@ -30,9 +29,7 @@ def convolve_and_pool(images: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def upsample_and_convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of the images doubled in size, each pixel repeated 2x2 times.
 
-    images: (batch, inputs, height, width)
-    weight: (outputs, inputs, kernel, kernel) with an odd kernel; bias: (outputs,)
-    returns: (batch, outputs, 2 height, 2 width)
+    (batch, inputs, height, width) to (batch, outputs, 2 height, 2 width); weight as above
     """
     larger = F.interpolate(images, scale_factor=2.0, mode="nearest")
     return F.conv2d(larger, weight, bias, padding=weight.shape[-1] // 2)

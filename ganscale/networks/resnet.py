@@ -4,9 +4,8 @@ https://arxiv.org/abs/1704.00028, the CIFAR-10 tables of the appendix), at 16 to
 With classes, the generator's batch normalization is conditional and the critic's score has a
 projection term (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
 
-1x1 shortcut convolutions run at the smaller resolution of their block. The paper's code runs some
-at the larger one. They commute with nearest up-sampling and with mean pooling, so the function is
-the same, with a quarter of the multiplications.
+1x1 shortcut convolutions run at the smaller resolution of their block, where the paper's code runs
+some at the larger one: the same function, with a quarter of the multiplications.
 """
 
 import math
@@ -15,12 +14,13 @@ from typing import TypeVar
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
 
 from ganscale.errors import UserError
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
 from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
-from ganscale.networks.shapes import doubling_widths, image_shape, require_positive
+from ganscale.networks.shapes import doubling_widths, image_shape
 
 Conv = TypeVar("Conv", bound=nn.Conv2d)
 
@@ -49,8 +49,6 @@ class ResNetGenerator(nn.Module):
     ) -> None:
         super().__init__()
         channels, resolution = image_shape(sample_shape, "resnet")
-        max_width = width if max_width is None else max_width
-        require_positive("resnet", width=width, max_width=max_width)
         if norm not in ("batch", "none"):
             raise UserError(f'norm of a resnet generator is "batch" or "none", not {norm!r}')
         if norm == "none" and num_classes > 0:
@@ -60,16 +58,14 @@ class ResNetGenerator(nn.Module):
             )
         self.is_conditional = num_classes > 0
 
-        doublings = resolution.bit_length() - 3
-        widths = doubling_widths(width, max_width, stages=doublings + 1)[::-1]
+        stages = resolution.bit_length() - 2
+        widths = doubling_widths("resnet", width, max_width, stages)[::-1]
         self.input = _linear(latent_dim, 4 * 4 * widths[0])
         self.blocks = nn.ModuleList(
             UpBlock(inputs, outputs, norm, num_classes) for inputs, outputs in pairwise(widths)
         )
         self.norm = GlobalBatchNorm(widths[-1]) if norm == "batch" else nn.Identity()
-        self.relu = nn.ReLU()
         self.output = _conv(widths[-1], channels, 3, gain=1.0)
-        self.tanh = nn.Tanh()
 
     def forward(
         self,
@@ -81,7 +77,7 @@ class ResNetGenerator(nn.Module):
         features = self.input(latents).unflatten(1, (-1, 4, 4))
         for block in self.blocks:
             features = block(features, labels)
-        return self.tanh(self.output(self.relu(self.norm(features))))
+        return self.output(F.relu(self.norm(features))).tanh()
 
 
 class UpBlock(nn.Module):
@@ -91,8 +87,6 @@ class UpBlock(nn.Module):
         super().__init__()
         self.norm1 = _norm(norm, inputs, num_classes)
         self.norm2 = _norm(norm, outputs, num_classes)
-        self.relu = nn.ReLU()
-        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         # A later batch norm subtracts whatever a bias adds to the residual or to the shortcut.
         has_bias = norm == "none"
         self.conv1 = _initialize(UpsampledConv2d(inputs, outputs, 3, bias=has_bias))
@@ -104,19 +98,18 @@ class UpBlock(nn.Module):
         images: Float[Tensor, "batch inputs height width"],
         labels: Int64[Tensor, "batch"] | None,
     ) -> Float[Tensor, "batch outputs 2*height 2*width"]:
-        residual = self.relu(_normalize(self.norm1, images, labels))
-        residual = self.conv1(residual)
-        residual = self.conv2(self.relu(_normalize(self.norm2, residual, labels)))
-        return self.upsample(self.shortcut(images)) + residual
+        residual = self.conv1(F.relu(_normalize(self.norm1, images, labels)))
+        residual = self.conv2(F.relu(_normalize(self.norm2, residual, labels)))
+        shortcut = F.interpolate(self.shortcut(images), scale_factor=2.0, mode="nearest")
+        return shortcut + residual
 
 
 class ResNetCritic(nn.Module):
     """One residual block per halving down to 8x8, two more there, a mean over pixels, a logit.
 
-    `width` is the number of channels of every block, as in the paper, or, with a larger
-    `max_width`, of the first; it then doubles with every halving, up to `max_width`. With
-    `spectral_norm` all weights are divided by their largest singular value (Miyato et al. 2018,
-    https://arxiv.org/abs/1802.05957), estimated by power iteration.
+    `width` and `max_width` as in the generator. With `spectral_norm` all weights are divided by
+    their largest singular value (Miyato et al. 2018, https://arxiv.org/abs/1802.05957), estimated
+    by power iteration.
     """
 
     def __init__(
@@ -130,10 +123,8 @@ class ResNetCritic(nn.Module):
     ) -> None:
         super().__init__()
         channels, resolution = image_shape(sample_shape, "resnet")
-        max_width = width if max_width is None else max_width
-        require_positive("resnet", width=width, max_width=max_width)
-
-        widths = doubling_widths(width, max_width, stages=resolution.bit_length() - 4)
+        stages = resolution.bit_length() - 4
+        widths = doubling_widths("resnet", width, max_width, stages)
         self.blocks = nn.Sequential(
             DownBlock(channels, widths[0], is_first=True),
             *(DownBlock(inputs, outputs) for inputs, outputs in pairwise(widths)),
@@ -174,8 +165,6 @@ class DownBlock(nn.Module):
         super().__init__()
         self.is_first = is_first
         hidden = outputs if is_first else inputs
-        self.relu = nn.ReLU()
-        self.pool = nn.AvgPool2d(2)
         self.conv1 = _conv(inputs, hidden, 3)
         self.conv2 = _initialize(PooledConv2d(hidden, outputs, 3))
         self.shortcut = _conv(inputs, outputs, 1, gain=1.0)
@@ -183,9 +172,9 @@ class DownBlock(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch inputs height width"]
     ) -> Float[Tensor, "batch outputs height//2 width//2"]:
-        residual = self.conv1(images if self.is_first else self.relu(images))
-        residual = self.conv2(self.relu(residual))
-        return self.shortcut(self.pool(images)) + residual
+        residual = self.conv1(images if self.is_first else F.relu(images))
+        residual = self.conv2(F.relu(residual))
+        return self.shortcut(F.avg_pool2d(images, 2)) + residual
 
 
 class PlainBlock(nn.Module):
@@ -193,14 +182,13 @@ class PlainBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.relu = nn.ReLU()
         self.conv1 = _conv(channels, channels, 3)
         self.conv2 = _conv(channels, channels, 3)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        return images + self.conv2(self.relu(self.conv1(self.relu(images))))
+        return images + self.conv2(F.relu(self.conv1(F.relu(images))))
 
 
 def _norm(norm: str, channels: int, num_classes: int) -> nn.Module:

@@ -41,6 +41,9 @@ def require_unconditional(num_classes: int, network: str) -> None:
         )
 
 
-def doubling_widths(width: int, max_width: int, stages: int) -> list[int]:
-    """Channels of each stage, from the highest resolution down: they double up to `max_width`."""
+def doubling_widths(network: str, width: int, max_width: int | None, stages: int) -> list[int]:
+    """Channels of each stage, from the highest resolution down: they double up to `max_width`,
+    or stay the same without one. Raises UserError unless both widths are positive."""
+    max_width = width if max_width is None else max_width
+    require_positive(network, width=width, max_width=max_width)
     return [min(width * 2**stage, max_width) for stage in range(stages)]

@@ -4,13 +4,11 @@ Every rank clips its own replica right after the same averaged update, so replic
 for bit, without communication. Buffers are never clipped.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 
-def clipped_parameters(critic: nn.Module, scope: str) -> list[nn.Parameter]:
+def clipped_parameters(critic: nn.Module, scope: str) -> list[Tensor]:
     """The critic's parameters in `scope`: "all" as in the paper's code, or "weights".
 
     "weights" have two or more dimensions. The gains of norm layers have one: clipped to +-0.01,
@@ -20,16 +18,14 @@ def clipped_parameters(critic: nn.Module, scope: str) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def clip_weights(parameters: Iterable[Tensor], value: float) -> None:
+def clip_weights(parameters: list[Tensor], value: float) -> None:
     """Clamps each parameter to [-value, value] in place."""
-    tensors = list(parameters)
-    torch._foreach_clamp_max_(tensors, value)
-    torch._foreach_clamp_min_(tensors, -value)
+    torch._foreach_clamp_max_(parameters, value)
+    torch._foreach_clamp_min_(parameters, -value)
 
 
 @torch.no_grad()
-def clipped_fraction(parameters: Iterable[Tensor], value: float) -> Tensor:
+def clipped_fraction(parameters: list[Tensor], value: float) -> Tensor:
     """The fraction of elements at a bound, a float32 scalar on the parameters' device."""
-    tensors = list(parameters)
-    at_bound = torch.stack([(tensor.abs() >= value).sum() for tensor in tensors]).sum()
-    return at_bound / sum(tensor.numel() for tensor in tensors)
+    at_bound = torch.stack([(tensor.abs() >= value).sum() for tensor in parameters]).sum()
+    return at_bound / sum(tensor.numel() for tensor in parameters)

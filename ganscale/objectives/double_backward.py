@@ -1,11 +1,10 @@
 """Autograd functions whose double backward, as a gradient penalty needs it, computes no zeros.
 
-A gradient penalty takes the critic's input gradient g(x) = d D(x) / d x and differentiates it once
-more, for the weights. The backward of a layer y = f(x) multiplies the incoming gradient by f'(x)^T.
-The double backward then has two paths: back through this multiplication, and back through x, on
-which f'(x) depends. The second path is zero where the layer is linear (convolution, pooling) or
-piecewise linear (ReLU). Autograd still takes it: it fills tensors with zeros and sends them through
-all convolutions below.
+A gradient penalty differentiates the critic's input gradient d D(x) / d x once more, for the
+weights. The backward of a layer y = f(x) multiplies the incoming gradient by f'(x)^T. The double
+backward then has two paths: back through this multiplication, and back through x, on which f'(x)
+depends. The second is zero where the layer is linear (convolution, pooling) or piecewise linear
+(ReLU). Autograd still takes it, and sends zeros through all convolutions below.
 
 A penalty's convolutions cost, in units of one forward of the critic:
 
@@ -35,7 +34,6 @@ from ganscale.objectives.fast_convolutions import (
     ConvolutionSettings,
     convolution_gradients,
     convolve,
-    unpool,
 )
 
 aten = torch.ops.aten
@@ -84,11 +82,13 @@ class FastAvgPool2d(Function):
 
 
 class _Unpool(Function):
+    """The gradient of an average over adjacent windows: each pixel is spread over its window."""
+
     @staticmethod
     def forward(ctx: Any, grad: Tensor, window: int) -> Tensor:
         ctx.window = window
         ctx.set_materialize_grads(False)
-        return unpool(grad, window)
+        return F.interpolate(grad / window**2, scale_factor=window, mode="nearest")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -153,9 +153,7 @@ def _output_mask(node: Any) -> list[bool]:
 
     `needs_input_grad` only says whether some pass could: for trained weights it is always true.
     """
-    return [
-        successor is not None and _is_executed(successor) for successor, _ in node.next_functions
-    ]
+    return [next is not None and _is_executed(next) for next, _ in node.next_functions]
 
 
 def _is_executed(node: Any) -> bool:

@@ -1,8 +1,8 @@
 """Faster ways to compute the convolutions and pools of a GAN.
 
 They add the same products in another order, so results differ in their last bits only. Libraries
-tune convolutions for many channels on large maps; at both ends of a GAN there are few channels or
-tiny maps. Times are those on a CPU, relative to torch:
+tune convolutions for many channels on large maps, which neither end of a GAN has. Times are those
+on a CPU, relative to torch:
 
 - Matrix product, 0.25: a kernel that covers its whole input, or an input of one pixel, as in the
   last layer of DCGAN's critic and the first of its generator.
@@ -73,10 +73,7 @@ def convolution_gradients(
         gradients[1] = _im2col_weight_gradient(coarse, fine, weight, settings)
         if output_mask[2]:  # oneDNN would compute the weight gradient again along with it
             gradients[2] = grad.sum((0, 2, 3))
-    missing = [
-        is_needed and gradient is None
-        for is_needed, gradient in zip(output_mask, gradients, strict=True)
-    ]
+    missing = [needed and have is None for needed, have in zip(output_mask, gradients, strict=True)]
     if any(missing):
         others = aten.convolution_backward(grad, input, weight, bias_shape, *settings, missing)
         pairs = zip(gradients, others, strict=True)
@@ -233,11 +230,3 @@ def upsampled_kernel(weight: Tensor) -> Tensor:
     layout = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
     flipped = weight.transpose(0, 1).contiguous(memory_format=layout).flip(2, 3)
     return 4 * pooled_kernel(flipped)
-
-
-def unpool(grad: Tensor, window: int) -> Tensor:
-    """The gradient of an average over adjacent windows: each pixel is spread over its window.
-
-    (batch, channels, height, width) to `window` times the height and width.
-    """
-    return F.interpolate(grad / window**2, scale_factor=window, mode="nearest")

@@ -1,14 +1,12 @@
 """`FastDerivatives`: a context that gives the layers of any network faster derivatives.
 
-It is a `TorchFunctionMode`. Within it, calls such as `F.conv2d` go to the functions below, which
-return None where torch's own implementation is as good.
+Within it, calls such as `F.conv2d` go to the functions below, which return None where torch's own
+implementation is as good.
 
 `order=2` is for forwards that a gradient penalty differentiates twice: the functions of
-`double_backward` replace convolutions, average pools and ReLUs. Everything else, such as
-normalization and smooth activations, keeps autograd's derivatives; the two mix freely.
-
-`order=1` is for forwards that are differentiated once or never: it replaces average pools and the
-convolutions that `fast_convolutions` speeds up.
+`double_backward` replace convolutions, average pools and ReLUs. Everything else keeps autograd's
+derivatives; the two mix freely. `order=1` is for forwards that are differentiated once or never: it
+replaces average pools and the convolutions that `fast_convolutions` speeds up.
 """
 
 from collections.abc import Callable, Sequence
@@ -180,10 +178,8 @@ def _is_traced() -> bool:
     """Whether the calls are being recorded: by a network's own torch.compile, where it is not known
     which derivatives will be needed, or by activation checkpointing, which repeats the forward
     outside this context and must save the same tensors there."""
-    if torch.compiler.is_compiling():
-        return True
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
-    return hooks is not None
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+    return torch.compiler.is_compiling() or top_hooks(True) is not None
 
 
 def _is_faster_once(input: Tensor, weight: Tensor, settings: ConvolutionSettings) -> bool:

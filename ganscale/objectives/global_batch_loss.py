@@ -7,42 +7,47 @@ the ranks without a graph, a few bytes per image, and every rank differentiates 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ganscale.objectives.losses import Terms, total
+from ganscale.objectives.losses import Logits, Terms, total
 from ganscale.runtime import all_gather_batch, get_rank
 
 
-@torch.no_grad()
-def logit_gradients(
-    loss: Callable[..., Terms], *logits: Tensor
-) -> tuple[Terms, tuple[Tensor, ...]]:
-    """(the detached terms on the global batch, the loss's gradient with respect to this rank's
-    share of each of `logits`).
+class LogitGradients(NamedTuple):
+    """The detached terms on the global batch, and the loss's gradient at this rank's logits."""
 
-    `logits`: (batch, ...) each, of equal batch on all ranks.
-    """
-    gathered = [all_gather_batch(local).requires_grad_() for local in logits]
+    terms: Terms
+    gradients: dict[str, Float[Tensor, "batch *map"]]  # by kind of image: real, fake
+
+
+@torch.no_grad()
+def logit_gradients(loss: Callable[..., Terms], logits: Logits) -> LogitGradients:
+    """`logits`: of equal batch on all ranks."""
+    gathered = [all_gather_batch(local).requires_grad_() for local in logits.values()]
     with torch.enable_grad():
         terms = loss(*gathered)
         gradients = torch.autograd.grad(
             total(terms), gathered, allow_unused=True, materialize_grads=True
         )
-    batch = len(logits[0])
-    share = slice(get_rank() * batch, (get_rank() + 1) * batch)
     detached = {name: term.detach() for name, term in terms.items()}
-    return detached, tuple(gradient[share] for gradient in gradients)
+    shares = {
+        kind: gradient.unflatten(0, (-1, len(logits[kind])))[get_rank()]
+        for kind, gradient in zip(logits, gradients, strict=True)
+    }
+    return LogitGradients(detached, shares)
 
 
-def surrogate_loss(
-    value: Tensor, logits: tuple[Tensor, ...], gradients: tuple[Tensor, ...], scale: int
-) -> Tensor:
-    """A scalar equal to `value` whose backward gives `scale * gradients` to `logits`.
+def surrogate_loss(logits: Logits, gradients: LogitGradients, scale: int) -> Tensor:
+    """A scalar equal to the loss whose backward gives `scale * gradients` to `logits`.
 
     `scale` undoes the averaging that follows: over ranks by DDP, over micro-batches by the updater.
     """
-    weighted = sum((each * grad).sum() for each, grad in zip(logits, gradients, strict=True))
+    differentiable = [kind for kind in logits if logits[kind].requires_grad]
+    weighted = sum((logits[kind] * gradients.gradients[kind]).sum() for kind in differentiable)
     surrogate = scale * torch.as_tensor(weighted)
-    return value + (surrogate - surrogate.detach())  # adds exactly zero, however large the logits
+    # The difference is exactly zero, however large the logits.
+    return total(gradients.terms) + (surrogate - surrogate.detach())

@@ -2,13 +2,14 @@
 
 A logits tensor has any shape (one score per image, or a map of patch scores); every term is a mean
 over its elements, a scalar. D below is the sigmoid of the logit where a paper speaks of
-probabilities, and the logit itself where it does not. Everything is written with softplus, so that
-no logarithm ever meets a zero.
+probabilities, else the logit. With softplus, no logarithm ever meets a zero.
 
 A loss of your own is a function that returns a `Loss`, named as `package.module:function`.
 """
 
+import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,9 @@ from torch.nn.functional import relu, softplus
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
+
+Logits = dict[str, Tensor]
+"""`real` and `fake`, (batch, *map) each, in the order of the loss's arguments."""
 
 Terms = dict[str, Tensor]
 """The terms of a loss by the images that they score: "real" and "fake", or "pair" for terms of a
@@ -47,8 +51,7 @@ class Loss:
     @cached_property
     def needs_global_batch(self) -> bool:
         """Whether the loss is more than a mean over (real, fake) pairs, as relativistic averages
-        are. It is then taken on the logits of the global batch, not averaged over ranks and
-        micro-batches. Found by trial, so a loss cannot forget to declare it.
+        are: it takes the logits of the global batch. Found by trial, so no loss has to declare it.
         """
         real_logits = torch.tensor([0.5, -1.5, 3.0, -0.25], dtype=torch.float64)
         fake_logits = torch.tensor([2.0, -0.75, -3.5, 1.25], dtype=torch.float64)
@@ -62,8 +65,8 @@ class Loss:
                 return True
         return False
 
-    def generator_terms(self, fake_logits: Tensor, real_logits: Tensor | None) -> Terms:
-        """The generator's terms; `real_logits` may be None unless it needs them."""
+    def generator_terms(self, fake_logits: Tensor, real_logits: Tensor | None = None) -> Terms:
+        """The generator's terms; `real_logits` may be left out unless it needs them."""
         if not self.generator_needs_real:
             return self.generator(fake_logits)
         if real_logits is None:
@@ -73,10 +76,7 @@ class Loss:
 
 def total(terms: Terms) -> Tensor:
     """The loss: the sum of its terms."""
-    first, *others = terms.values()
-    for term in others:
-        first = first + term
-    return first
+    return functools.reduce(operator.add, terms.values())
 
 
 def minimax(smoothing: float = 0.0) -> Loss:
@@ -155,22 +155,14 @@ def relativistic_average() -> Loss:
     )
 
 
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "minimax": minimax,
-    "non_saturating": non_saturating,
-    "lsgan": lsgan,
-    "wgan": wgan,
-    "hinge": hinge,
-    "relativistic": relativistic,
-    "relativistic_average": relativistic_average,
-}
+_BUILT_IN = minimax, non_saturating, lsgan, wgan, hinge, relativistic, relativistic_average
+LOSSES: dict[str, Callable[..., Loss]] = {loss.__name__: loss for loss in _BUILT_IN}
 
 
 def build_loss(name: str, options: Mapping[str, float]) -> Loss:
     """The loss called `name`, built in or `package.module:function`.
 
-    Raises UserError, with the nearest known name, for a loss or an option that does not exist, and
-    for a function that does not return a loss.
+    Raises UserError for a loss or an option that does not exist, and for a loss that fails.
     """
     loss = call(find(name, LOSSES, "loss"), options, f"loss {name}")
     if not isinstance(loss, Loss):
@@ -207,11 +199,8 @@ def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Terms]:
     arXiv:1606.03498, section 3.4).
     """
 
-    def critic(real: Tensor, fake: Tensor) -> Terms:
-        # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
-        return {
-            "real": (softplus(-real) + smoothing * real).mean(),
-            "fake": softplus(fake).mean(),
-        }
-
-    return critic
+    # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
+    return lambda real, fake: {
+        "real": (softplus(-real) + smoothing * real).mean(),
+        "fake": softplus(fake).mean(),
+    }

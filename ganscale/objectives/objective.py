@@ -1,13 +1,16 @@
 """The objective of a run, from its config: one loss, any penalties, optional weight clipping."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
-from ganscale.objectives.losses import LOSSES, Loss, build_loss
+from ganscale.objectives.losses import LOSSES, Logits, Loss, build_loss, total
 from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
+from ganscale.runtime import all_gather_batch
 from ganscale.schema import ClipConfig, ObjectiveConfig
 
 
@@ -16,9 +19,6 @@ class WeightedPenalty:
     penalty: Penalty
     weight: float
     interval: int  # taken every `interval` critic updates, at `interval` times the weight
-
-    def is_due(self, update: int) -> bool:
-        return update % self.interval == 0
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Objective:
         return {
             name: weighted.penalty.points(real_images, fake_images, draws)
             for name, weighted in self.penalties.items()
-            if weighted.is_due(update)
+            if update % weighted.interval == 0
         }
 
     @property
@@ -65,16 +65,25 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     }
     loss = build_loss(config.loss.name, config.loss.options)
     panel = {name: build_loss(name, {}) for name in LOSSES}
-    for name in config.panel:
-        _add_to_panel(panel, name, build_loss(name, {}))
+    users_losses = [(target, build_loss(target, {})) for target in config.panel]
     if config.loss.name not in (*LOSSES, *config.panel):
-        _add_to_panel(panel, config.loss.name, loss)
+        users_losses.append((config.loss.name, loss))
+    for target, users_loss in users_losses:
+        name = target.rpartition(":")[2]
+        if name in panel:
+            raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
+        panel[name] = users_loss
     return Objective(loss=loss, penalties=penalties, clip=config.clip, panel=panel)
 
 
-def _add_to_panel(panel: dict[str, Loss], target: str, loss: Loss) -> None:
-    """Adds a user's loss under the name of its function."""
-    name = target.rpartition(":")[2]
-    if name in panel:
-        raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
-    panel[name] = loss
+@torch.no_grad()
+def panel_meters(network: str, losses: Mapping[str, Loss], logits: Logits) -> dict[str, Tensor]:
+    """`panel/<network>/<loss>`: each loss of the "critic" or the "generator" on the logits that a
+    step already has, to compare variants within one run."""
+    meters = {}
+    for name, loss in losses.items():
+        terms_of = loss.critic if network == "critic" else loss.generator_terms
+        values = logits.values()
+        gathered = map(all_gather_batch, values) if loss.needs_global_batch else values
+        meters[f"panel/{network}/{name}"] = total(terms_of(*gathered))
+    return meters

@@ -17,8 +17,6 @@ from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.randomness import uniform
 from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
 
-Critic = Callable[[Tensor, "Tensor | None"], Tensor]
-
 
 @dataclass(frozen=True)
 class Draws:
@@ -54,7 +52,7 @@ class Penalty:
 
 
 def input_gradients(
-    critic: Critic,
+    critic: Callable[[Tensor, Tensor | None], Tensor],
     images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
     precision: str = "float32",
@@ -77,10 +75,8 @@ def input_gradients(
 
 
 def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:
-    """The 2-norm of each sample's gradient, whose own gradient at zero is zero.
-
-    The gradient of a bare square root of a sum of squares is NaN for a dead critic.
-    """
+    """The 2-norm of each sample's gradient. Its own gradient at zero (a dead critic) is zero, not
+    NaN as that of a square root of a sum of squares."""
     return gradients.flatten(1).norm(dim=1)
 
 
@@ -129,8 +125,7 @@ def r2() -> Penalty:
 def wgan_gp_pixel() -> Penalty:
     """The variant of single-image GANs (SinGAN, Shaham et al. 2019, arXiv:1905.01164, its code).
 
-    The norm is over the channels at each pixel, and the whole batch shares one coefficient. It is
-    not the penalty of the WGAN-GP paper; published code uses it.
+    The norm is over the channels at each pixel, and the whole batch shares one coefficient.
     """
 
     def points(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tensor:
@@ -140,14 +135,8 @@ def wgan_gp_pixel() -> Penalty:
     return Penalty(points, lambda gradients: (gradients.norm(dim=1) - 1).square().mean())
 
 
-PENALTIES: dict[str, Callable[[], Penalty]] = {
-    "wgan_gp": wgan_gp,
-    "wgan_lp": wgan_lp,
-    "dragan": dragan,
-    "r1": r1,
-    "r2": r2,
-    "wgan_gp_pixel": wgan_gp_pixel,
-}
+_BUILT_IN = wgan_gp, wgan_lp, dragan, r1, r2, wgan_gp_pixel
+PENALTIES: dict[str, Callable[[], Penalty]] = {penalty.__name__: penalty for penalty in _BUILT_IN}
 
 
 @torch.no_grad()

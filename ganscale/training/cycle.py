@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,12 +13,11 @@ from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.forward import run_generator
+from ganscale.networks.forward import update_spectral_norms
 from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
-from ganscale.networks.spectral import update_spectral_norms
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
-from ganscale.objectives.objective import Objective
-from ganscale.objectives.panel import critic_panel, generator_panel
+from ganscale.objectives.losses import Logits
+from ganscale.objectives.objective import Objective, panel_meters
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime, autocast
@@ -27,8 +25,6 @@ from ganscale.schema import Config
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.state import TrainingState
-
-Logits = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,7 @@ class DeviceBatch:
 
 def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
     """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
-    each other's batch norm statistics once. Not with micro-batches, which are used when memory is
-    short."""
+    each other's batch norm statistics once. Not with micro-batches: then memory is short."""
     return world_size > 1 and config.training.accumulate == 1 and can_concatenate_batches(generator)
 
 
@@ -53,16 +48,11 @@ class Cycle:
     def __init__(
         self, config: Config, objective: Objective, runtime: Runtime, state: TrainingState
     ) -> None:
-        self.config = config
-        self.objective = objective
-        self.runtime = runtime
-        self.state = state
-        self._run_generator = fast_forward(
-            partial(run_generator, state.generator), config.training.compile
-        )
-        self._makes_fakes_together = makes_fakes_together(
-            config, state.generator, runtime.world_size
-        )
+        self.config, self.objective = config, objective
+        self.runtime, self.state = runtime, state
+        self._run_generator = fast_forward(state.generator, config.training.compile)
+        ranks = runtime.world_size
+        self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks)
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -82,13 +72,12 @@ class Cycle:
         on_phase: Callable[[str], None] = lambda phase: None,
         before_ema: Callable[[Logits], None] = lambda logits: None,
     ) -> Logits:
-        """Trains on one batch per critic step; the generator sees the last one's slots and labels.
+        """Trains on one batch per critic step; returns this rank's logits in the last of them, if
+        the cycle is logged, else {}.
 
         is_logged: adds the meters that are taken only in the last steps before a row
         on_phase: called with the name of each part of the cycle as it begins
         before_ema: called between the generator's update and the EMA's with what `run` returns
-
-        Returns this rank's logits in the last critic step of a logged cycle, else {}.
         """
         stopwatch.restart(is_logged, self.runtime.device)
         on_phase("critic")
@@ -129,10 +118,7 @@ class Cycle:
     def fakes_together(
         self, batches: Sequence[Batch | DeviceBatch], is_logged: bool
     ) -> Sequence[Tensor]:
-        """The fakes of these batches from one forward, where that saves collectives; else none.
-
-        The generator does not change during the critic steps, so their fakes can be made at once.
-        """
+        """The fakes of these batches from one forward, where that saves collectives; else none."""
         if not self._makes_fakes_together or len(batches) < 2:
             return ()
         device = self.runtime.device
@@ -146,10 +132,7 @@ class Cycle:
             return self._fakes(slots, labels).chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
-        """The fakes of one critic step.
-
-        with_graph: they also serve the generator's step, with its graph
-        """
+        """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
         if with_graph:
             update_spectral_norms(self.state.generator)
         with section("fake images"), torch.set_grad_enabled(with_graph):
@@ -198,7 +181,7 @@ class Cycle:
         meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
         state.meters.add(meters, maxima)
         if is_logged:
-            state.meters.add(generator_panel(self.objective.panel, logits["fake"], logits["real"]))
+            state.meters.add(panel_meters("generator", self.objective.panel, logits))
         state.steps += 1
 
     @section("ema")
@@ -211,22 +194,17 @@ class Cycle:
     def _add_logged_meters(self, batch: DeviceBatch, fake_images: Tensor, logits: Logits) -> None:
         """Meters of logged steps only; does not wait for the device."""
         state, training = self.state, self.config.training
-        state.meters.add(critic_panel(self.objective.panel, logits["real"], logits["fake"]))
+        state.meters.add(panel_meters("critic", self.objective.panel, logits))
         if self.objective.clip is not None:
             fraction = clipped_fraction(self._clipped, self.objective.clip.value)
             state.meters.add({"clip/fraction": fraction})
         if not self.objective.penalties:
-            meters, maxima = input_gradient_norm_meters(
-                state.critic, batch.images, batch.labels, training.precision, training.accumulate
-            )
-            state.meters.add(meters, maxima)
-        if training.global_batch_size > 1:
-            offsets = batch.slots - state.images_seen
-            state.meters.add(
-                collapse_meters(
-                    batch.images, fake_images, offsets, training.global_batch_size, self.runtime
-                )
-            )
+            settings = training.precision, training.accumulate
+            norms = input_gradient_norm_meters(state.critic, batch.images, batch.labels, *settings)
+            state.meters.add(*norms)
+        images, offsets = (batch.images, fake_images), batch.slots - state.images_seen
+        size = training.global_batch_size
+        state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
 
     def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
         latents = self._latents("latents/critic", slots)

@@ -1,7 +1,7 @@
 """The batches of the next cycle, fetched and sent to the device while the current one trains.
 
-They are fetched a cycle ahead so that the ranks can agree that all of them have their batches
-before any of them enters a collective, where the others would wait for a rank whose data failed.
+A cycle ahead, the ranks can agree that all of them have their batches before any of them enters a
+collective, where the others would wait for a rank whose data failed.
 """
 
 import time
@@ -21,15 +21,12 @@ _POLL_SECONDS = 0.5
 
 
 class DevicePrefetcher:
-    """This rank's batches, cycle by cycle; counts bad samples and the time spent waiting."""
+    """This rank's `batches` of each cycle; counts bad samples and the time spent waiting."""
 
     def __init__(
         self, loader: LoaderThread | LoaderProcess, runtime: Runtime, batches: int
     ) -> None:
-        """batches: of a cycle"""
-        self._loader = loader
-        self._runtime = runtime
-        self._batches = batches
+        self._loader, self._runtime, self._batches = loader, runtime, batches
         is_cuda = runtime.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(runtime.device) if is_cuda else None
         self._prefetched: list[Batch] = []
@@ -43,10 +40,8 @@ class DevicePrefetcher:
         return self._failure is not None
 
     def prefetch(self, is_stopped: Callable[[], bool]) -> None:
-        """Gets the next cycle's batches; keeps a failure until all ranks agree on it.
-
-        Returns without them within a second of a stop: data may be slow to come, or never come.
-        """
+        """Gets the next cycle's batches; keeps a failure until all ranks agree on it. Returns
+        without them within a second of a stop: data may be slow to come, or never come."""
         started = time.perf_counter()
         with section("data wait"):
             try:
@@ -89,12 +84,10 @@ class DevicePrefetcher:
 
     def _wait(self, is_stopped: Callable[[], bool]) -> bool:
         """Waits for the next batch or a stop; returns whether the batch is there."""
-        stopped = is_stopped()
-        while not self._loader.wait(0.0 if stopped else _POLL_SECONDS):
-            if stopped:
-                return False
-            stopped = is_stopped()
-        return True
+        while not is_stopped():
+            if self._loader.wait(_POLL_SECONDS):
+                return True
+        return self._loader.wait(0.0)
 
     def _to_device(self, batch: Batch) -> Batch:
         """Starts the copy to the GPU, in a stream of its own."""

@@ -25,6 +25,5 @@ def ema_decay(images: int, images_seen: int, half_life_images: float, ramp_up: f
 def update_ema(ema: nn.Module, generator: nn.Module, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * generator, in one fused call; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(generator.parameters()), 1 - decay)
-    buffers = list(ema.buffers())
-    if buffers:
+    if buffers := list(ema.buffers()):
         torch._foreach_copy_(buffers, list(generator.buffers()))

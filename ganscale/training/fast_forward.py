@@ -6,38 +6,38 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
+from ganscale.networks.forward import run_network
 from ganscale.objectives.fast_derivatives import FastDerivatives
 
-Forward = Callable[..., Tensor]
 
-
-def fast_forward(forward: Forward, compiles: bool, frozen: nn.Module | None = None) -> Forward:
-    """`forward` under `FastDerivatives`, or compiled.
+def fast_forward(
+    network: nn.Module, compiles: bool, is_frozen: bool = False
+) -> Callable[..., Tensor]:
+    """`run_network` of `network` under `FastDerivatives`, or compiled.
 
     compiles: by torch.compile, which has no second derivatives. The result raises UserError for a
         network that cannot be compiled.
-    frozen: a network whose weights need no gradient. Autograd finds that out in the backward;
+    is_frozen: whether its weights need no gradient. Autograd finds that out in the backward;
         compiled code has to know it beforehand.
     """
-    return _compiled(forward, frozen) if compiles else _with_fast_derivatives(forward)
+    if compiles:
+        return _compiled(network, is_frozen)
 
-
-def _with_fast_derivatives(forward: Forward) -> Forward:
-    def run(*inputs: Tensor | None) -> Tensor:
+    def run(inputs: Tensor, labels: Tensor | None) -> Tensor:
         with FastDerivatives():
-            return forward(*inputs)
+            return run_network(network, inputs, labels)
 
     return run
 
 
-def _compiled(forward: Forward, frozen: nn.Module | None) -> Forward:
+def _compiled(network: nn.Module, is_frozen: bool) -> Callable[..., Tensor]:
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
     # Each network may compile a form per batch size; none of them counts against the others.
     compiled = torch.compile(  # pyright: ignore[reportCallIssue]
-        lambda *inputs: forward(*inputs), dynamic=False, isolate_recompiles=True
+        lambda *inputs: run_network(network, *inputs), dynamic=False, isolate_recompiles=True
     )
-    trained = [] if frozen is None else [p for p in frozen.parameters() if p.requires_grad]
+    trained = [p for p in network.parameters() if is_frozen and p.requires_grad]
 
     def run(*inputs: Tensor | None) -> Tensor:
         try:
@@ -46,9 +46,8 @@ def _compiled(forward: Forward, frozen: nn.Module | None) -> Forward:
             return compiled(*inputs)
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"`training.compile`: a network cannot be compiled: {reason}"
-            ) from error
+            message = f"`training.compile`: a network cannot be compiled: {reason}"
+            raise UserError(message) from error
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ganscale.networks.forward import run_generator
+from ganscale.networks.forward import run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
@@ -30,9 +30,8 @@ def count_cycle_flops(
     """Operations of a cycle, on all ranks together: matrix products and convolutions in forwards,
     backwards and penalties. A multiply-add counts as two, a lazy penalty by how often it is taken.
 
-    It counts what this code does, which is less than autograd alone would do. None for networks
-    that cannot be copied or cannot take two images, and those with a collective in their forward or
-    backward: counting must not wait for other ranks.
+    None for networks that cannot be copied or cannot take two images, and those with a collective
+    in their forward or backward: counting must not wait for other ranks.
     """
     try:
         copies = copy.deepcopy(generator), copy.deepcopy(critic)
@@ -73,7 +72,7 @@ def _count_step_flops(
     for name, weighted in objective.penalties.items():
         of_critic += (critic_flops(name) - without_penalties) / weighted.interval
     with _FlopCounter() as fakes, torch.no_grad():
-        run_generator(generator, latents, labels)
+        run_network(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32")
     with _FlopCounter() as of_generator:
         needs_real = objective.loss.generator_needs_real

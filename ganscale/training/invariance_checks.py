@@ -25,21 +25,20 @@ def check_batch_divides(config: TrainingConfig, world_size: int) -> None:
 
 def check_layers(generator: nn.Module, critic: nn.Module) -> None:
     """Raises UserError for layers that make a run depend on its cluster."""
-    for name, module in critic.named_modules():
-        if isinstance(module, _BATCH_NORMS):
-            raise UserError(
-                f"the critic's layer `{name}` is a batch norm, which ties the samples of a batch "
-                "together and differs between ranks: use layer, group or instance norm, or none"
-            )
     for network, layers in (("critic", critic), ("generator", generator)):
         for name, module in layers.named_modules():
+            if network == "critic" and isinstance(module, _BATCH_NORMS):
+                raise UserError(
+                    f"the critic's layer `{name}` is a batch norm, which ties the samples of a "
+                    "batch together and differs between ranks: use layer, group or instance norm, "
+                    "or none"
+                )
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise UserError(
                     f"the {network}'s layer `{name}` is a dropout, whose draws differ between "
                     "ranks and after a restart: set its p to 0"
                 )
-            hooks = module._forward_pre_hooks.values()
-            if any(isinstance(h, SpectralNorm) for h in hooks):
+            if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
                 raise UserError(
                     f"the {network}'s layer `{name}` has torch.nn.utils.spectral_norm, whose power "
                     "iteration goes on at every forward: use "
@@ -67,10 +66,10 @@ def check_forwards(
                 f"the {name} draws random numbers in its forward (dropout, noise, rrelu), which "
                 "differ between ranks and after a restart: remove them, or feed noise in as latents"
             )
-    advanced = [parametrized for parametrized in critic.modules() if parametrized.training]
-    critic.eval()  # power iterations would go on from the one forward to the other
+    in_training = [module for module in critic.modules() if module.training]
+    critic.eval()  # power iterations would continue from one forward to the next
     whole, alone = critic(images, *labels), critic(images[:1], *(label[:1] for label in labels))
-    for module in advanced:
+    for module in in_training:
         module.training = True
     if not torch.allclose(whole[:1], alone, rtol=1e-3, atol=1e-4 * float(whole.abs().max())):
         raise UserError(

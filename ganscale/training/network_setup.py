@@ -1,17 +1,21 @@
-"""The two networks of a config: built from the seed, tried once, refused if they do not work."""
+"""The networks of a config: built from the seed, tried once, refused if they do not work."""
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
+from ganscale.config import load_stored
 from ganscale.data.dataset import DataSet
 from ganscale.errors import UserError
-from ganscale.networks.buffers import buffers_restored
-from ganscale.networks.build import build_critic, build_generator
+from ganscale.networks.build import build_network
+from ganscale.networks.forward import buffers_restored
 from ganscale.networks.normalization import GlobalBatchNorm, convert_global_batch_norm
 from ganscale.randomness import derived_seed
+from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.training.invariance_checks import check_forwards, check_layers
 
@@ -30,30 +34,48 @@ def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Modu
 
 def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """`build_networks` without a forward, so also on the meta device, without storage."""
+    facts = {"sample_shape": sample_shape(config), "num_classes": num_classes}
     with seeded(config.seed, "initial weights"):
-        generator = build_generator_of(config, num_classes)
-        critic = build_critic(
-            config.critic.target,
-            config.critic.options,
-            sample_shape=sample_shape(config),
-            num_classes=num_classes,
-        )
+        generator = _build_generator(config, num_classes)
+        critic = build_network("critic", config.critic.target, config.critic.options, **facts)
     check_layers(generator, critic)
     return convert_global_batch_norm(generator), critic
 
 
-def sample_shape(config: Config) -> tuple[int, int, int]:
-    return (config.data.channels, config.data.resolution, config.data.resolution)
+def load_run_generator(
+    run_folder: Path, weights: str, checkpoint: Path | None = None
+) -> tuple[nn.Module, int, int]:
+    """(generator, latent_dim, number of classes) from a run's newest checkpoint, on the CPU.
+
+    `weights`: "ema" or "generator"; `checkpoint`: a verified one to use in place of the newest.
+    Raises UserError for a folder that is not a run folder or has no whole checkpoint.
+    """
+    folder = RunFolder(run_folder)
+    folder.check_exists()
+    if checkpoint is None:
+        checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
+    if checkpoint is None:
+        raise UserError(f"{run_folder} has no whole checkpoint yet")
+    config = load_stored(folder.config)
+    num_classes = load_state(checkpoint)["num_classes"]
+    generator = _build_generator(config, num_classes)
+    generator.load_state_dict(load_tensors(checkpoint, weights))
+    return generator.eval(), config.generator.latent_dim, num_classes
 
 
-def build_generator_of(config: Config, num_classes: int) -> nn.Module:
-    return build_generator(
+def _build_generator(config: Config, num_classes: int) -> nn.Module:
+    return build_network(
+        "generator",
         config.generator.target,
         config.generator.options,
         latent_dim=config.generator.latent_dim,
         sample_shape=sample_shape(config),
         num_classes=num_classes,
     )
+
+
+def sample_shape(config: Config) -> tuple[int, int, int]:
+    return (config.data.channels, config.data.resolution, config.data.resolution)
 
 
 def class_count(config: Config, data: DataSet) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,46 +10,29 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ganscale.errors import UserError
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.buffers import buffers_restored
+from ganscale.networks.forward import buffers_restored
+from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
+from ganscale.objectives.losses import Logits
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, learning_rate_factor
-from ganscale.training.steps import (
-    CriticStep,
-    GeneratorStep,
-    LogitGradients,
-    Meters,
-    StepOutput,
-)
+from ganscale.training.steps import CriticStep, GeneratorStep, Meters, StepOutput
 
 
 class NonFiniteGuard:
-    """Skips every update from the first non-finite gradient on, without waiting for the device.
-
-    Gradients are averaged over the ranks before they are checked, so the guard of every rank trips
-    at the same update.
-    """
+    """Skips every update from the first non-finite gradient on, without waiting for the device; on
+    all ranks at the same update, since gradients are averaged before they are checked."""
 
     def __init__(self, device: torch.device) -> None:
         self.tripped = torch.zeros((), device=device)  # 0.0 or 1.0: fused optimizers read it
 
     def watch(self, gradient_norm: Tensor) -> None:
-        torch.maximum(
-            self.tripped, (~gradient_norm.isfinite()).to(self.tripped.dtype), out=self.tripped
-        )
+        is_bad = (~gradient_norm.isfinite()).to(self.tripped.dtype)
+        torch.maximum(self.tripped, is_bad, out=self.tripped)
 
     def has_tripped(self) -> bool:
         """Waits for the device."""
         return bool(self.tripped.item())
-
-
-class Update(NamedTuple):
-    """What an optimizer step reports of this rank's batch, detached: means, maxima, and the logits
-    in the order of the batch."""
-
-    meters: Meters
-    maxima: Meters
-    logits: dict[str, Tensor]
 
 
 class NetworkUpdater:
@@ -65,13 +48,10 @@ class NetworkUpdater:
         runtime: Runtime,
         non_finite_guard: NonFiniteGuard,
     ) -> None:
-        self.name = name
-        self._step = step
-        self._network = network
+        self.name, self._step, self._network = name, step, network
         self._has_checked_gradients = False
         self._wrapped = runtime.prepare(step, training.gradient_compression)
-        self._runtime = runtime
-        self._training = training
+        self._runtime, self._training = runtime, training
         self._non_finite_guard = non_finite_guard
         self._learning_rate = optimizer.learning_rate
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -81,11 +61,13 @@ class NetworkUpdater:
         if self._skips_on_device:
             self.optimizer.found_inf = non_finite_guard.tripped  # type: ignore[attr-defined]
 
-    def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
+    def update(self, inputs: dict[str, Any], images_seen: int) -> tuple[Meters, Meters, Logits]:
         """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension.
 
         Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
         the same images for every world size.
+
+        Returns detached means, maxima, and logits in the order of the batch.
         """
         count = self._training.accumulate
         self._runtime.watch_averaging(self._wrapped, stopwatch.is_running)
@@ -106,15 +88,13 @@ class NetworkUpdater:
             outputs.append(output)
         if not self._has_checked_gradients:
             self._check_gradients()
-        meters, maxima = outputs[0].meters, outputs[0].maxima
-        if count > 1:
-            meters = _reduced([output.meters for output in outputs], Tensor.mean)
-            maxima = _reduced([output.maxima for output in outputs], Tensor.amax)
+        meters = _reduced([output.meters for output in outputs], Tensor.mean)
+        maxima = _reduced([output.maxima for output in outputs], Tensor.amax)
         with section(f"{self.name} update"):
             norm = self._apply(images_seen)
         meters[f"optim/{self.name}_gradient_norm"] = norm
         maxima[f"optim/{self.name}_gradient_norm_max"] = norm
-        return Update(meters, maxima, _in_batch_order([output.logits for output in outputs]))
+        return meters, maxima, _in_batch_order([output.logits for output in outputs])
 
     def averaging_seconds(self) -> float:
         """How long the last timed backward took after its own gradients were ready: averaging over
@@ -125,11 +105,10 @@ class NetworkUpdater:
         return self._learning_rate * learning_rate_factor(self._training, images_seen)
 
     def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
-        """For a loss of the global batch, before its first micro-batch: needs a forward of them
-        all, without a graph."""
+        """For a loss of the global batch: from a forward of all micro-batches, without a graph."""
         with torch.no_grad(), buffers_restored(self._step):
             logits = [self._step.logits(**_micro_batch(inputs, k, count)) for k in range(count)]
-        return self._step.logit_gradients(_in_batch_order(logits))
+        return logit_gradients(self._step.loss_terms, _in_batch_order(logits))
 
     def _check_gradients(self) -> None:
         """Raises UserError for a parameter that the loss does not reach: on one rank it would never
@@ -175,7 +154,7 @@ def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, An
     return inputs if count == 1 else rows(inputs)
 
 
-def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _in_batch_order(logits: list[Logits]) -> Logits:
     """The inverse of `_micro_batch` for the logits of all micro-batches."""
     if len(logits) == 1:
         return logits[0]
@@ -183,4 +162,6 @@ def _in_batch_order(logits: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _reduced(outputs: list[Meters], reduce: Callable[[Tensor], Tensor]) -> Meters:
+    if len(outputs) == 1:
+        return outputs[0]
     return {name: reduce(torch.stack([meters[name] for meters in outputs])) for name in outputs[0]}

@@ -33,10 +33,7 @@ def build_optimizer(
 
 
 def lazy_optimizer(config: OptimizerConfig, ratio: float) -> OptimizerConfig:
-    """The optimizer for lazy penalties: learning rate times `ratio`, Adam's betas to its power.
-
-    See Objective.lazy_ratio.
-    """
+    """Learning rate times `ratio`, Adam's betas to its power: see Objective.lazy_ratio."""
     rate, betas = config.learning_rate * ratio, [beta**ratio for beta in config.betas]
     return dataclasses.replace(config, learning_rate=rate, betas=betas)
 

@@ -1,7 +1,7 @@
 """Checks that the replicas of all ranks are bitwise equal.
 
-They must be: every rank applies the same averaged gradients to the same weights. A difference is a
-bug or a broken device, which further training, or a broadcast of one rank's weights, would hide."""
+Every rank applies the same averaged gradients to the same weights, so a difference is a bug or a
+broken device, which a broadcast of one rank's weights would hide."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +16,8 @@ from ganscale.runtime import Runtime
 def audit_replicas(tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
     """Compares a fingerprint of every tensor across ranks; one small collective.
 
-    The fingerprint combines the XOR and the sum of a tensor's elements as bit patterns: it detects
-    a change of one unit in the last place of one element, and all signs flipped, but not two
-    elements swapped. Raises ReplicaError, on every rank, with the first tensor that differs and the
-    ranks that differ from the majority.
+    Raises ReplicaError, on every rank, with the first tensor that differs and the ranks that differ
+    from the majority.
     """
     if runtime.world_size == 1:
         return
@@ -40,7 +38,8 @@ def audit_replicas(tensors: Mapping[str, Tensor], runtime: Runtime) -> None:
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """One int64 of a tensor's bits."""
+    """XOR and sum of a tensor's elements as bit patterns, in one int64: it shows a change of one
+    element's last place, and of all signs, but not two elements swapped."""
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.int64, device=tensor.device)
     plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor

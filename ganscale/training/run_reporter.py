@@ -44,18 +44,15 @@ class RunReporter:
         runtime: Runtime,
         state: TrainingState,
     ) -> None:
-        self._config = config
-        self._folder = folder
-        self._runtime = runtime
-        self._state = state
+        self._config, self._folder = config, folder
+        self._runtime, self._state = runtime, state
         self._newest_row: dict[str, Any] = {}
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._grids: SampleGrids | None = None
         runtime.run_on_main(lambda: self._open(resumed_at, changed_settings))
-        flops = None
+        flops, networks = None, (state.generator, state.critic)
         if runtime.is_main:
-            networks = state.generator, state.critic
             flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
@@ -99,8 +96,8 @@ class RunReporter:
         row = metrics_row(state, self._runtime, self._config.training.total_images, logits)
         interval = self._performance.interval(state.images_seen, data_wait_seconds)
         row |= self._performance.row(interval, state.averaging_seconds())
-        losses = {name: value for name, value in row.items() if name.startswith("loss/")}
-        non_finite = [name for name, value in losses.items() if not math.isfinite(value)]
+        losses = [name for name in row if name.startswith("loss/")]
+        non_finite = [name for name in losses if not math.isfinite(row[name])]
         if non_finite:
             state.health.non_finite_events += 1
             row["audit/non_finite"] += 1
@@ -118,9 +115,8 @@ class RunReporter:
 
     @section("logging")
     def log_last_row(self, reason: str, logits: dict[str, Tensor]) -> None:
-        """The row of a run that ends for `reason`, at the images it will continue from. It includes
-        the skipped updates, but no `perf/`, since no cycle ends here. Collective.
-        """
+        """The row of a run that ends for `reason`, at the images it will continue from, with the
+        skipped updates, but without `perf/`, since no cycle ends here. Collective."""
         row = metrics_row(self._state, self._runtime, self._config.training.total_images, logits)
         if self._tracker is not None:
             self._tracker.alert("nan", "not finite", reason, self._state.images_seen)
@@ -135,17 +131,9 @@ class RunReporter:
             self._console.update(state.images_seen, images_per_second, row)
 
     @section("samples")
-    def make_samples(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+    def make_samples(self, is_stopped: Callable[[], bool]) -> None:
         """Makes and logs the sample grids; given up when stopped, and made after the resume."""
-        if self._grids is None:
-            return
-        try:
-            files = self._grids.make(self._state.images_seen, is_stopped)
-        except OSError as error:
-            logger.error("no samples could be written: %s", error)
-            return
-        if files:
-            self._log_images(files)
+        self._log_images("samples", lambda grids: grids.make(self._state.images_seen, is_stopped))
 
     def lacks_samples(self) -> bool:
         """Whether the sample grids of this point of the run are missing. On rank 0."""
@@ -153,19 +141,25 @@ class RunReporter:
 
     def add_real_images(self, batches: Sequence[Batch]) -> None:
         """Makes a grid of the first real images that rank 0 trains on; later it does nothing."""
-        if self._grids is None:
-            return
-        try:
-            path = self._grids.add_real_images(batches)
-        except OSError as error:
-            logger.error("no grid of real images could be written: %s", error)
-            return
-        if path is not None:
-            self._log_images({"samples/real": path})
 
-    def _log_images(self, files: dict[str, Path]) -> None:
-        assert self._tracker is not None
-        self._tracker.log_images(files, step=self._state.steps, images_seen=self._state.images_seen)
+        def make(grids: SampleGrids) -> dict[str, Path]:
+            path = grids.add_real_images(batches)
+            return {} if path is None else {"samples/real": path}
+
+        self._log_images("grid of real images", make)
+
+    def _log_images(self, what: str, make: Callable[[SampleGrids], dict[str, Path]]) -> None:
+        """Logs the files that `make` returns by name, on rank 0. A full disk is only logged."""
+        if self._grids is None or self._tracker is None:
+            return
+        state = self._state
+        try:
+            files = make(self._grids)
+        except OSError as error:
+            logger.error("no %s could be written: %s", what, error)
+            return
+        if files:
+            self._tracker.log_images(files, step=state.steps, images_seen=state.images_seen)
 
     def close(self, exit_code: int, cause: BaseException | None = None) -> None:
         """Writes the summary, closes the W&B run, and prints where everything is.

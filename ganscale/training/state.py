@@ -12,18 +12,14 @@ from ganscale.checkpoints.checkpoint import load_state, load_tensors
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
-from ganscale.networks.spectral import update_spectral_norms
+from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.optimizers import (
-    lazy_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from ganscale.training.optimizers import lazy_optimizer, load_optimizer_tensors, optimizer_tensors
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -52,47 +48,40 @@ class TrainingState:
     def __init__(
         self, config: Config, objective: Objective, runtime: Runtime, num_classes: int
     ) -> None:
-        """Builds the networks from the seed, the same on every rank. Raises UserError for networks
-        that cannot be built, do not fit the data or do not fit each other."""
+        """Raises UserError as `build_networks` does."""
         self.generator, self.critic = build_networks(config, num_classes)
         self.dtype = weights_dtype(config.training.precision)
-        self.generator.to(self.dtype)
-        self.critic.to(self.dtype)
         for network in (self.generator, self.critic):
+            network.to(self.dtype)
             update_spectral_norms(network)
-        if config.training.memory_format == "channels_last":
-            self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.critic.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
+            if config.training.memory_format == "channels_last":
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.non_finite_guard = NonFiniteGuard(runtime.device)
-        precision, penalty_precision = config.training.precision, "float32"
-        compiles = config.training.compile
-        if config.training.penalty_precision == "autocast":
-            penalty_precision = precision
+        precision, compiles = config.training.precision, config.training.compile
+        is_autocast = config.training.penalty_precision == "autocast"
+        penalty_precision = precision if is_autocast else "float32"
+        shared = config.training, runtime, self.non_finite_guard
         self.critic_updater = NetworkUpdater(
             "critic",
             CriticStep(self.critic, objective, precision, penalty_precision, compiles),
             self.critic,
             lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
-            config.training,
-            runtime,
-            self.non_finite_guard,
+            *shared,
         )
         self.generator_updater = NetworkUpdater(
             "generator",
             GeneratorStep(self.generator, self.critic, objective, precision, compiles),
             self.generator,
             config.optimizer.generator,
-            config.training,
-            runtime,
-            self.non_finite_guard,
+            *shared,
         )
+        self.updaters = self.critic_updater, self.generator_updater
         self.ema = ema_copy(self.generator)
         self.num_classes = num_classes
         self.meters = MeterAccumulator(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
-        # Unreadable samples by (shard, reason), on all ranks and in all sessions.
+        # Bad samples by (shard, reason), on all ranks and in all sessions.
         self.bad_samples: Counter[tuple[str, str]] = Counter()
         self.health = Health()
         self.seconds = 0.0  # of training, over all sessions of the run
@@ -113,7 +102,7 @@ class TrainingState:
             "images_seen": self.images_seen,
             "num_classes": self.num_classes,
             "steps": self.steps,
-            "bad_samples": [[*place, count] for place, count in sorted(self.bad_samples.items())],
+            "bad_samples": [[*key, count] for key, count in sorted(self.bad_samples.items())],
             "seconds": self.seconds,
             "sessions": self.sessions,
             "health": asdict(self.health),
@@ -128,19 +117,16 @@ class TrainingState:
         try:
             for name in ("generator", "critic", "ema"):
                 getattr(self, name).load_state_dict(load_tensors(folder, name))
-            for updater in (self.generator_updater, self.critic_updater):
-                load_optimizer_tensors(
-                    updater.optimizer, load_tensors(folder, f"{updater.name}_optimizer")
-                )
+            for updater in self.updaters:
+                tensors = load_tensors(folder, f"{updater.name}_optimizer")
+                load_optimizer_tensors(updater.optimizer, tensors)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{folder} does not fit these settings ({' '.join(str(error).split())[:300]}): "
                 "continue with the networks and kinds of optimizer that it was trained with"
             ) from error
         numbers = load_state(folder)
-        self.bad_samples = Counter(
-            {(shard, reason): count for shard, reason, count in numbers["bad_samples"]}
-        )
+        self.bad_samples = Counter({(shard, why): n for shard, why, n in numbers["bad_samples"]})
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.health = Health(**numbers.get("health", {}))
@@ -148,18 +134,15 @@ class TrainingState:
 
     def averaging_seconds(self) -> dict[str, float]:
         """Of the last logged updates by network (see NetworkUpdater). Waits for the device."""
-        updaters = self.critic_updater, self.generator_updater
-        return {updater.name: updater.averaging_seconds() for updater in updaters}
+        return {updater.name: updater.averaging_seconds() for updater in self.updaters}
 
     def audited(self) -> dict[str, torch.Tensor]:
         """What has to be the same bits on all ranks, by name."""
         return {
-            f"{f}.{k}": tensor for f, file in self.files().items() for k, tensor in file.items()
+            f"{file}.{k}": t for file, tensors in self.files().items() for k, t in tensors.items()
         }
 
     def is_finite(self) -> bool:
         """Whether all weights and buffers are numbers."""
-        tensors = [
-            t for f in ("generator", "critic") for t in getattr(self, f).state_dict().values()
-        ]
+        tensors = [*self.generator.state_dict().values(), *self.critic.state_dict().values()]
         return all(bool(t.isfinite().all()) for t in tensors)

@@ -1,8 +1,8 @@
 """One critic step and one generator step: everything that is differentiated, in one forward each.
 
-DDP averages gradients correctly only when a loss is computed in one forward of the wrapped module
-and differentiated in one backward. Taking the penalty beside the wrapper, or one backward per term,
-silently leaves gradients unsynchronized. Hence these two modules: they are what DDP wraps.
+DDP wraps these two modules. It averages gradients correctly only when a loss is computed in one
+forward of the wrapped module and differentiated in one backward: a penalty beside the wrapper, or
+one backward per term, would silently leave gradients unsynchronized.
 """
 
 from functools import partial
@@ -13,9 +13,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.metrics.profiling import section, stopwatch
-from ganscale.networks.forward import run_critic, run_generator
-from ganscale.objectives.global_batch_loss import logit_gradients, surrogate_loss
-from ganscale.objectives.losses import Terms, total
+from ganscale.networks.forward import run_network
+from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients, surrogate_loss
+from ganscale.objectives.losses import Logits, Terms, total
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import input_gradients, norms
 from ganscale.runtime import at_least_float32, autocast, get_world_size
@@ -24,27 +24,13 @@ from ganscale.training.fast_forward import fast_forward
 Meters = dict[str, Tensor]
 
 
-class LogitGradients(NamedTuple):
-    """For a loss of the global batch: its terms there, and its gradient at each of this rank's
-    logits."""
-
-    terms: Terms
-    gradients: dict[str, Float[Tensor, "batch *map"]]  # by kind of image: real, fake
-
-
 class StepOutput(NamedTuple):
-    """What the forward of a step returns.
+    """What the forward of a step returns; all but the loss is detached."""
 
-    loss: the scalar to differentiate
-    meters: detached means over this rank's images
-    maxima: detached maxima over them
-    logits: detached, `real` and `fake`, (batch, *map) each
-    """
-
-    loss: Tensor
-    meters: Meters
-    maxima: Meters
-    logits: dict[str, Tensor]
+    loss: Tensor  # the scalar to differentiate
+    meters: Meters  # means over this rank's images
+    maxima: Meters  # over this rank's images
+    logits: Logits
 
 
 class CriticStep(nn.Module):
@@ -60,8 +46,9 @@ class CriticStep(nn.Module):
     ) -> None:
         super().__init__()
         self.critic = critic
+        self.loss_terms = objective.loss.critic
         self.needs_global_batch = objective.loss.needs_global_batch
-        self._run_critic = fast_forward(partial(run_critic, critic), compiles)
+        self._run_critic = fast_forward(critic, compiles)
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
@@ -82,28 +69,22 @@ class CriticStep(nn.Module):
         through all images would drag zeros along for the first two kinds.
         """
         logits = self.logits(real_images, fake_images, labels)
-        if self.needs_global_batch:
-            gradients = gradients or self.logit_gradients(logits)
-            terms, loss = gradients.terms, _global_loss(logits, gradients, micro_batches)
-        else:
-            terms = self._objective.loss.critic(logits["real"], logits["fake"])
-            loss = total(terms)
+        terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
         detached = {kind: each.detach() for kind, each in logits.items()}
         meters = {"loss/critic_adversarial": loss.detach(), **_term_meters("critic", terms)}
         meters |= _logit_meters(detached["real"], detached["fake"])
         maxima: Meters = {}
         if points:
             stopwatch.time_backward_until(loss, "penalty")
-        # A penalty that is not due counts as zero, so that its meter is averaged over all steps, as
-        # the loss is, and the terms of a row add up to the loss.
-        for name in self._objective.penalties:
-            if name not in points:
+        for name, penalty in self._objective.penalties.items():
+            if (images := points.get(name)) is None:
+                # A zero where it is not due, so that its meter is averaged over all steps, as the
+                # loss is, and the terms of a row add up to the loss.
                 meters[f"loss/penalty_{name}"] = torch.zeros_like(meters["loss/critic_adversarial"])
-        for name, images in points.items():
-            penalty = self._objective.penalties[name]
+                continue
             with section("penalty"):
                 gradient = input_gradients(
-                    partial(run_critic, self.critic), images, labels, self._penalty_precision
+                    partial(run_network, self.critic), images, labels, self._penalty_precision
                 )
                 value = penalty.penalty.value(gradient)
             weighted = penalty.weight * penalty.interval * value
@@ -119,20 +100,13 @@ class CriticStep(nn.Module):
 
     def logits(
         self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
-    ) -> dict[str, Tensor]:
-        """`real` and `fake`, in float32 or better."""
+    ) -> Logits:
+        """Of real and fake images, in float32 or better."""
         with autocast(real_images.device, self._precision):
             both_labels = None if labels is None else torch.cat([labels, labels])
             logits = self._run_critic(torch.cat([real_images, fake_images]), both_labels)
         real, fake = at_least_float32(logits).chunk(2)
         return {"real": real, "fake": fake}
-
-    def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
-        """For a loss of the global batch; `logits` are all of this rank's."""
-        terms, (real, fake) = logit_gradients(
-            self._objective.loss.critic, logits["real"], logits["fake"]
-        )
-        return LogitGradients(terms, {"real": real, "fake": fake})
 
 
 class GeneratorStep(nn.Module):
@@ -148,11 +122,12 @@ class GeneratorStep(nn.Module):
     ) -> None:
         super().__init__()
         self.generator = generator
+        self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
-        self._run_generator = fast_forward(partial(run_generator, generator), compiles)
+        self._run_generator = fast_forward(generator, compiles)
         # The critic is not a submodule, so that DDP does not synchronize it here.
-        self._run_critic = fast_forward(partial(run_critic, critic), compiles, frozen=critic)
-        self._loss = objective.loss
+        self._run_critic = fast_forward(critic, compiles, is_frozen=True)
+        self._needs_real = objective.loss.generator_needs_real
         self._precision = precision
 
     def forward(
@@ -171,12 +146,7 @@ class GeneratorStep(nn.Module):
         with_real_logits: also where the loss does not need them (the panel does)
         """
         logits = self.logits(latents, real_images, labels, fake_images, with_real_logits)
-        if self.needs_global_batch:
-            gradients = gradients or self.logit_gradients(logits)
-            terms, loss = gradients.terms, _global_loss(logits, gradients, micro_batches)
-        else:
-            terms = self._loss.generator_terms(logits["fake"], logits.get("real"))
-            loss = total(terms)
+        terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
         meters = {"loss/generator": loss.detach(), **_term_meters("generator", terms)}
         detached = {kind: each.detach() for kind, each in logits.items()}
         return StepOutput(loss, meters, {}, detached)
@@ -189,34 +159,30 @@ class GeneratorStep(nn.Module):
         fake_images: Tensor | None = None,
         with_real_logits: bool = False,
         **_: object,
-    ) -> dict[str, Tensor]:
-        """`fake`, and `real` where it is needed, in float32 or better."""
+    ) -> Logits:
+        """Of fake images, and of real ones where they are needed, in float32 or better."""
         with autocast(real_images.device, self._precision):
             if fake_images is None:
                 fake_images = self._run_generator(latents, labels)
             logits = {"fake": at_least_float32(self._run_critic(fake_images, labels))}
-            if with_real_logits or self._loss.generator_needs_real:
+            if with_real_logits or self._needs_real:
                 with torch.no_grad():
                     logits["real"] = at_least_float32(self._run_critic(real_images, labels))
         return logits
 
-    def logit_gradients(self, logits: dict[str, Tensor]) -> LogitGradients:
-        """For a loss of the global batch; `logits` are all of this rank's."""
-        kinds = ("fake", "real") if self._loss.generator_needs_real else ("fake",)
-        terms, gradients = logit_gradients(self._loss.generator, *(logits[kind] for kind in kinds))
-        return LogitGradients(terms, {"fake": gradients[0]})
 
-
-def _global_loss(
-    logits: dict[str, Tensor], gradients: LogitGradients, micro_batches: int
-) -> Tensor:
-    kinds = gradients.gradients
-    return surrogate_loss(
-        total(gradients.terms),
-        tuple(logits[kind] for kind in kinds),
-        tuple(kinds.values()),
-        scale=get_world_size() * micro_batches,
-    )
+def _terms_and_loss(
+    step: CriticStep | GeneratorStep,
+    logits: Logits,
+    gradients: LogitGradients | None,
+    micro_batches: int,
+) -> tuple[Terms, Tensor]:
+    if not step.needs_global_batch:
+        terms = step.loss_terms(*logits.values())
+        return terms, total(terms)
+    gradients = gradients or logit_gradients(step.loss_terms, logits)
+    scale = get_world_size() * micro_batches
+    return gradients.terms, surrogate_loss(logits, gradients, scale)
 
 
 def _term_meters(network: str, terms: Terms) -> Meters:
@@ -227,7 +193,7 @@ def _term_meters(network: str, terms: Terms) -> Meters:
 
 
 def _logit_meters(real_logits: Tensor, fake_logits: Tensor) -> Meters:
-    """Means over this rank's logits, from which a row derives its metrics (`metrics.rows`)."""
+    """Means over this rank's logits, from which a row derives its metrics (`metrics_row`)."""
     both = torch.stack([real_logits.flatten(), fake_logits.flatten()]).double()
     names = [
         f"logits/{kind}_{statistic}"
@@ -235,6 +201,5 @@ def _logit_meters(real_logits: Tensor, fake_logits: Tensor) -> Meters:
         for kind in ("real", "fake")
     ]
     moments = torch.cat([both, both.square(), both.sign()]).mean(1)
-    meters = dict(zip(names, moments.unbind(), strict=True))
-    meters["logits/pairs_in_order"] = (both[0] > both[1]).double().mean()
-    return meters
+    in_order = {"logits/pairs_in_order": (both[0] > both[1]).double().mean()}
+    return dict(zip(names, moments.unbind(), strict=True)) | in_order

@@ -77,16 +77,13 @@ class Trainer:
         self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
-        checkpoint = runtime.run_on_main(
-            lambda: open_run(self.folder, resolved, self.data.fingerprint)
-        )
+        run = self.folder, resolved, self.data.fingerprint
+        checkpoint = runtime.run_on_main(lambda: open_run(*run))
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            self.changed_settings = runtime.run_on_main(
-                lambda: accept_settings(self.folder, resolved, self.data.fingerprint)
-            )
+            self.changed_settings = runtime.run_on_main(lambda: accept_settings(*run))
         except BaseException:
             self.folder.close()
             raise
@@ -112,30 +109,23 @@ class Trainer:
 
     def _session(self) -> int:
         state, config = self.state, self.config
-        state.sessions.append(
-            {"images_seen": state.images_seen, "world_size": self.runtime.world_size}
-        )
+        rank, world_size = self.runtime.rank, self.runtime.world_size
+        state.sessions.append({"images_seen": state.images_seen, "world_size": world_size})
+        is_cuda = self.runtime.device.type == "cuda"
         loader = start_loader(
             self.data,
-            partial(allocate_batch, is_pinned=self.runtime.device.type == "cuda"),
+            partial(allocate_batch, is_pinned=is_cuda),
             batches_ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
+            rank=rank,
+            world_size=world_size,
             images_seen=state.images_seen,
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            reporter = RunReporter(
-                config,
-                self.objective,
-                self.folder,
-                self.resumed_at,
-                self.changed_settings,
-                self.runtime,
-                state,
-            )
+            history = self.folder, self.resumed_at, self.changed_settings
+            reporter = RunReporter(config, self.objective, *history, self.runtime, state)
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
                 with profile_cycles(self.folder.profile, cycles) as after_cycle:
@@ -189,10 +179,10 @@ class Trainer:
                 wait_seconds = prefetcher.pop_wait_seconds()
                 self.newest_metrics |= reporter.log_metrics(logits, wait_seconds, bad_samples)
 
-            # Samples: the last grid of a run is made even when stopped, for nobody would make it
-            # later; a stop that gives the others up takes effect in this cycle
+            # Samples: a stop gives up all but the last grid of a run, which nobody would make
+            # later; it then takes effect in this cycle
             if is_sampled:
-                reporter.make_samples(self._mark_samples if is_last else self._is_stopped)
+                reporter.make_samples(partial(self._is_stopped, is_last=is_last))
                 votes.append(self._start_vote(prefetcher))
 
             # Audit and checkpoint: only what is the same on all ranks is saved
@@ -237,27 +227,20 @@ class Trainer:
             vote = _STOP_REQUESTED
         return self.runtime.start_max(vote)
 
-    def _is_stopped(self) -> bool:
-        """Asked between chunks of sampled images."""
-        return self._mark_samples() or self.stop.is_requested()
-
-    def _mark_samples(self) -> bool:
+    def _is_stopped(self, *, is_last: bool = False) -> bool:
+        """Asked between chunks of sampled images; the last grid of a run is made in any case."""
         self.progress.mark("samples")
-        return False
+        return self.stop.is_requested() and not is_last
 
     def _stopped(self, ending: int, prefetcher: DevicePrefetcher) -> int:
         """Ends the session on all ranks. Raises the error that ended the data, if one did."""
         if ending == _DATA_FAILED:
             raise prefetcher.failure()
-        reason = "on request"
-        if ending == _CHECKPOINT_FAILED:
-            reason = "since a checkpoint could not be written"
+        by_failure = ending == _CHECKPOINT_FAILED
+        reason = "since a checkpoint could not be written" if by_failure else "on request"
         if self.runtime.is_main:
-            logger.warning(
-                "stopped %s at %s images; the same command continues",
-                reason,
-                f"{self.state.images_seen:,}",
-            )
+            seen = f"{self.state.images_seen:,}"
+            logger.warning("stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
 
     @section("audit")
@@ -269,9 +252,9 @@ class Trainer:
     def _check_finite(
         self, reporter: RunReporter, logits: dict[str, Tensor], is_due: bool = True
     ) -> None:
-        """Raises NonFiniteError once a gradient was not finite: after saving the state of before,
-        which the guard has preserved, and a row that shows what led to it, at the images of that
-        state, so that the resumed run keeps it."""
+        """Raises NonFiniteError once a gradient was not finite: after saving the state before it,
+        which the guard has kept, and, at the images of that state, a row that shows what led to it.
+        """
         state = self.state
         if not is_due or not state.non_finite_guard.has_tripped():
             return
@@ -280,11 +263,9 @@ class Trainer:
         state.images_seen = failed_at
         state.steps -= int(state.generator_updater.skipped_updates.item())
         state.health.non_finite_events += 1
-        is_good = state.is_finite()
-        if is_good:
+        kept = "the weights before it were not finite either; continue from an older checkpoint"
+        if is_good := state.is_finite():
             kept = "the last good state is saved; continue"
-        else:
-            kept = "the weights before it were not finite either; continue from an older checkpoint"
         reason = (
             f"a gradient became NaN or infinite after {failed_at:,} images: {kept} with a lower "
             "learning rate, say, and resume.allow=[optimizer]"
@@ -303,13 +284,14 @@ class Trainer:
         def save() -> None:
             score = self.newest_metrics.get(self.config.checkpoint.best)
             self.writer.save(images_seen, self.state.files(), numbers, score)
-            if must_succeed:
-                try:
-                    self.writer.finish()
-                except OSError as error:
-                    message = f"no checkpoint could be written at {images_seen:,} images: {error}"
-                    kind = UserError if isinstance(error, PermissionError) else UnavailableError
-                    raise kind(message) from error
+            if not must_succeed:
+                return
+            try:
+                self.writer.finish()
+            except OSError as error:
+                message = f"no checkpoint could be written at {images_seen:,} images: {error}"
+                kind = UserError if isinstance(error, PermissionError) else UnavailableError
+                raise kind(message) from error
 
         self.runtime.run_on_main(save)
 

@@ -14,7 +14,7 @@ from ganscale import load_generator
 from ganscale.cli.main import main
 from ganscale.errors import UserError
 from ganscale.evaluation.exported_generator import export_generator
-from ganscale.networks.build import build_generator
+from ganscale.networks.build import build_network
 from tests.helpers.processes import run_python
 from tests.helpers.runs import Runs
 
@@ -32,7 +32,7 @@ def exported(folder: Path, **changes: object) -> Path:
     torch.manual_seed(0)
     target, options = recipe["target"], recipe["options"]
     arguments = {name: recipe[name] for name in ("latent_dim", "sample_shape", "num_classes")}
-    network = build_generator(target, options, **arguments)
+    network = build_network("generator", target, options, **arguments)
     for parameter in network.parameters():  # untrained classes do not differ
         torch.nn.init.normal_(parameter, std=0.3)
     export_generator(folder, network, about={"run": "test"}, **recipe)
@@ -233,8 +233,8 @@ def test_any_damage_is_reported_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
-    wrong = build_generator(
-        "resnet", {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=0
+    wrong = build_network(
+        "generator", "resnet", {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=0
     )
     with pytest.raises(UserError, match="the weights do not fit resnet"):
         export_generator(tmp_path / "deep" / "out", wrong, about={}, **RECIPE)

@@ -14,13 +14,18 @@ from ganscale.evaluation.sampling import (
     sample_labels,
     sample_latents,
 )
-from ganscale.networks.build import build_generator
+from ganscale.networks.build import build_network
 
 
 def small_generator(target: str, num_classes: int = 0) -> nn.Module:
     torch.manual_seed(0)
-    return build_generator(
-        target, {"width": 8}, latent_dim=8, sample_shape=(3, 16, 16), num_classes=num_classes
+    return build_network(
+        "generator",
+        target,
+        {"width": 8},
+        latent_dim=8,
+        sample_shape=(3, 16, 16),
+        num_classes=num_classes,
     )
 
 

@@ -13,12 +13,16 @@ from benchmarks.invariance import Combination, config_of, synthetic_batch
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.metrics.performance import PerformanceMeter
-from ganscale.metrics.rows import derived_metrics, logit_histograms, weight_meters
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
-from ganscale.training.metrics_row import metrics_row
+from ganscale.training.metrics_row import (
+    derived_metrics,
+    logit_histograms,
+    metrics_row,
+    weight_meters,
+)
 from ganscale.training.state import TrainingState
 from tests.helpers.processes import REPOSITORY
 
@@ -54,7 +58,7 @@ def test_a_row_has_mean_deviation_and_signs_of_all_logits_since_the_last_one(
 
     def noting(*arguments: Any) -> Any:
         found = update(*arguments)
-        seen.append(found.logits)
+        seen.append(found[2])
         return found
 
     monkeypatch.setattr(cycle.state.critic_updater, "update", noting)

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from ganscale.errors import UserError
-from ganscale.networks.build import build_critic, build_generator, parameter_count
+from ganscale.networks.build import build_network, parameter_count
 from ganscale.networks.resnet import ResNetCritic
 
 OWN_NETWORKS = """
@@ -44,11 +44,13 @@ def own_networks(tmp_path, monkeypatch):
 
 
 def critic(target, **options):
-    return build_critic(target, options, sample_shape=(3, 32, 32), num_classes=10)
+    return build_network("critic", target, options, sample_shape=(3, 32, 32), num_classes=10)
 
 
 def generator(target, **options):
-    return build_generator(target, options, latent_dim=8, sample_shape=(3, 32, 32), num_classes=10)
+    return build_network(
+        "generator", target, options, latent_dim=8, sample_shape=(3, 32, 32), num_classes=10
+    )
 
 
 def test_a_name_builds_our_network_for_the_runs_shapes_and_classes():

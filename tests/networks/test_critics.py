@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from ganscale.networks.build import build_critic
+from ganscale.networks.build import build_network
 
 CRITICS = {
     "mlp": ("mlp", {"width": 8}),
@@ -20,7 +20,9 @@ CRITICS = {
 def critic(request):
     torch.manual_seed(0)
     target, options = CRITICS[request.param]
-    critic = build_critic(target, options, sample_shape=(1, 16, 16), num_classes=0).double()
+    critic = build_network(
+        "critic", target, options, sample_shape=(1, 16, 16), num_classes=0
+    ).double()
     if options.get("spectral_norm"):
         critic.eval()  # in training, every forward refines the estimate
     return critic

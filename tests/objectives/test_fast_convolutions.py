@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 from ganscale.objectives import fast_convolutions
+from ganscale.objectives.double_backward import _Unpool
 from ganscale.objectives.fast_convolutions import (
     ConvolutionSettings,
     as_matrix_product,
     convolution_gradients,
     convolve,
-    unpool,
 )
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from tests.helpers.networks import draw
@@ -181,7 +181,7 @@ def test_unpool_is_the_gradient_of_an_average_pool(window: int) -> None:
     x = draw(2, 3, 12, 12).requires_grad_()
     gradient = draw(2, 3, 12 // window, 12 // window, seed=1)
     (expected,) = torch.autograd.grad(F.avg_pool2d(x, window), x, gradient)
-    torch.testing.assert_close(unpool(gradient, window), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(_Unpool.apply(gradient, window), expected, rtol=1e-15, atol=0)
 
 
 NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

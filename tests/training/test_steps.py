@@ -135,8 +135,8 @@ def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate
     critic, sums = SmoothCritic(), MeterAccumulator(runtime)
     trained = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
     for step in range(6):
-        update = trained.update(critic_inputs(built, update=step), 0)
-        sums.add(update.meters, update.maxima)
+        meters, maxima, _ = trained.update(critic_inputs(built, update=step), 0)
+        sums.add(meters, maxima)
     row = sums.read()
     penalties = row["loss/penalty_wgan_gp"] + row["loss/penalty_r1"]
     assert row["loss/critic_adversarial"] + penalties == pytest.approx(
