@@ -10,7 +10,7 @@ from pathlib import Path
 from ganscale.errors import EXIT_FAILED, UnavailableError, UserError
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import RecordTail
 from ganscale.tracking.superseded_rows import count_superseded
 from ganscale.tracking.uploader import describe_error, exclusive_upload
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity

@@ -22,7 +22,7 @@ from ganscale.errors import EXIT_DONE, EXIT_FAILED, UnavailableError, UserError
 from ganscale.files import FileLock
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import RecordTail
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, SessionEnd, UploadJob
 from ganscale.tracking.wandb_mode import WandbMode, resolve_mode
 from ganscale.tracking.wandb_run import WandbRun

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ganscale.tracking import read_rows
+from ganscale.tracking.record import read_rows
 from tests.helpers.processes import REPOSITORY, run_python
 
 IMAGES_PER_STEP = 64

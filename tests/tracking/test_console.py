@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ganscale.tracking import Console, setup_logging
+from ganscale.tracking.console import Console, setup_logging
 from tests.helpers.processes import run_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ DATED = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 TRAINING = """
 import logging, sys
 from pathlib import Path
-from ganscale.tracking import Console, setup_logging
+from ganscale.tracking.console import Console, setup_logging
 log_path = Path(sys.argv[1])
 setup_logging(log_path, rank=0)
 console = Console(1000, log_path)
@@ -95,7 +95,7 @@ def test_on_a_terminal_a_bar_is_drawn_with_messages_above_it(log_path):
 
 
 def test_every_line_of_the_log_file_is_dated(log_path, capsys):
-    console = Console(1000, log_path, is_terminal=False)
+    console = Console(1000, log_path)
     console.update(400, 0.0, {})
     console.message("done")
     lines = log_path.read_text().splitlines()
@@ -110,7 +110,7 @@ def test_a_full_disk_under_stdout_and_log_file_does_not_stop_training(monkeypatc
     stdout = full.open("w")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
-        console = Console(1000, full, is_terminal=False)
+        console = Console(1000, full)
         console.update(400, 100.0, {"loss/critic": 0.5})
         console.message("saved a checkpoint")
         ganscale_logger.warning("a shard is damaged")

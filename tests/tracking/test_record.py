@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import ganscale.tracking.record as record_module
-from ganscale.tracking.record import Record, read_rows
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import Record, RecordTail, read_rows
 from tests.helpers.processes import run_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -139,13 +138,13 @@ def test_rewinding_and_skipping_parse_only_the_rows_they_need(path, monkeypatch)
     parsed = []
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    assert [step for step, _ in RecordTail(path).read(1999)] == [1999, 2000]
+    assert len(parsed) == 2
     counted = []
     count = record_module.images_seen_of
     monkeypatch.setattr(
         record_module, "images_seen_of", lambda line: counted.append(line) or count(line)
     )
-    assert [step for step, _ in RecordTail(path).read(1999)] == [1999, 2000]
-    assert len(parsed) == 2
     assert Record(path).rewind(1997) == 3
     assert len(counted) == 4
     assert len(parsed) == 2

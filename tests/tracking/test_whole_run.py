@@ -12,7 +12,7 @@ from sessions import recorded_steps, steps
 from wandb_server import StoredRun, WandbServer
 
 from ganscale.data.manifest import Manifest
-from ganscale.tracking import read_rows
+from ganscale.tracking.record import read_rows
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.runs import TINY
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ganscale.run_folder import RunFolder
-from ganscale.tracking import Tracker, setup_logging
+from ganscale.tracking.console import setup_logging
+from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 IMAGES_PER_STEP = 64
