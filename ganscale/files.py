@@ -7,13 +7,12 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 UNFINISHED = ".unfinished-"
 """How the name of a folder begins until it is complete."""
@@ -91,12 +90,10 @@ def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
 
 
 def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Locks an open file against other processes until it is closed; the system also drops the lock
-    of a process that is killed.
+    """Locks an open file against other processes until it is closed or this process ends.
 
     shared: other shared locks are allowed at the same time
     wait: until the lock is free; else the result is False if another process holds it
-
     Raises OSError on a file system without locks.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -107,21 +104,16 @@ def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False
     return True
 
 
-class FileLock:
-    """An exclusive lock between processes, on a file that is created if need be and stays.
-
-    `with FileLock(path) as lock:` closes it at the end; `acquire` takes the lock. Raises OSError
-    for a file that cannot be opened.
-    """
+class FileLock(AbstractContextManager["FileLock"]):
+    """An exclusive lock between processes, on a file that is created if need be and stays; the end
+    of a `with` block closes it. Raises OSError for a file that cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def acquire(self, timeout_seconds: float = 0.0, poll_seconds: float = 0.005) -> bool:
-        """Whether the lock was free, or became free within `timeout_seconds` (math.inf: waits).
-
-        Raises OSError on a file system without locks.
-        """
+        """Takes the lock; False if it did not become free within `timeout_seconds`. Raises OSError
+        on a file system without locks."""
         deadline = time.monotonic() + timeout_seconds
         while not lock_descriptor(self._descriptor):
             if time.monotonic() >= deadline:
@@ -132,9 +124,6 @@ class FileLock:
     def close(self) -> None:
         """Releases the lock."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> "FileLock":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

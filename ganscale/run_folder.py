@@ -117,8 +117,7 @@ class RunFolder:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of one JSON object a line, without damaged lines; none if there is no
-    such file."""
+    """The objects of a file of one JSON object a line, without damaged lines; it may be missing."""
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):

@@ -1,8 +1,5 @@
-"""Checkpoints that are complete or absent: written under another name, flushed, read back, given
-checksums, then renamed.
-
-A checkpoint is a folder `images-000123456` of safetensors files, `state.json` (plain numbers) and
-`checksums.json`. Nothing in it is ever unpickled.
+"""Checkpoints: folders `images-000123456` of safetensors files, `state.json` (plain numbers) and
+`checksums.json`; written under another name, flushed, read back, then renamed; never unpickled.
 """
 
 import contextlib
@@ -40,8 +37,7 @@ def write_checkpoint(
     state: JSON
     on_progress: called after each file that was written or read back
 
-    Raises OSError after it has restored everything to how it was; also if the folder around `root`
-    is gone, since a run without its settings could not continue.
+    Raises OSError and restores what was there before, also if the folder around `root` is gone.
     """
     folder = root / f"images-{images_seen:09d}"
     replaced = root / f"{_REPLACED}{folder.name}"
@@ -55,7 +51,7 @@ def write_checkpoint(
                 _save_file(unfinished / f"{name}.safetensors", tensors)
                 on_progress()
             write_text(unfinished / STATE, state)
-            checksums: dict[str, Any] = {}
+            checksums = {}
             for path in sorted(unfinished.iterdir()):
                 checksums[path.name] = _size_and_checksum(path)
                 on_progress()
@@ -99,8 +95,8 @@ def delete_checkpoint(folder: Path) -> None:
 def newest_checkpoint(root: Path, *, set_damaged_aside: bool = True) -> Path | None:
     """The newest checkpoint that is not damaged.
 
-    Logs each damaged one and renames it to `damaged-images-...`, unless the caller only reads.
-    Raises OSError if a checkpoint cannot be read at all (see `find_damage`).
+    Logs each damaged one, and renames it to `damaged-images-...` if `set_damaged_aside`. Raises
+    OSError if a checkpoint cannot be read at all (see `find_damage`).
     """
     if set_damaged_aside:
         _restore_replaced(root)
@@ -140,7 +136,6 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, on the CPU."""
     return load_file(folder / f"{name}.safetensors")
 
 

@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.interpolate:
         rows = -(-count // columns)
         latents = interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
-        labels = sample_labels(0, rows, num_classes)
-        labels = None if labels is None else labels.repeat_interleave(columns)[:count]
+        labels = sample_labels(0, rows, num_classes, columns)
+        labels = None if labels is None else labels[:count]
     else:
         latents = sample_latents(arguments.seed, 0, count, latent_dim)
         labels = sample_labels(0, count, num_classes)

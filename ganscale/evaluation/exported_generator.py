@@ -1,9 +1,6 @@
-"""A trained generator in a folder of its own, to be used without its run.
+"""A trained generator in a folder, to be used without its run.
 
-    from ganscale import load_generator
-
-    generator = load_generator("faces")
-    images = generator.sample(16, seed=0)
+    images = ganscale.load_generator("faces").sample(16, seed=0)
 
 `generator.safetensors` holds the weights, `generator.json` the network's class and arguments.
 Nothing is unpickled, and an import path in the JSON must lead to a network's class.
@@ -81,8 +78,7 @@ class ExportedGenerator(nn.Module):
         if count < 1:
             raise UserError(f"the count of samples must be at least 1, not {count}")
         latents = sample_latents(seed, 0, count, self.latent_dim)
-        classes = self._classes(count, labels)
-        chunks = generate_images(self, latents, classes)
+        chunks = generate_images(self, latents, self._classes(count, labels))
         return torch.cat([chunk.float().cpu() for chunk in chunks])
 
     def _classes(self, count: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
@@ -151,25 +147,27 @@ def load_generator(folder: str | Path) -> ExportedGenerator:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not contain an exported generator: {error}") from error
-    target, num_classes = description["target"], description["num_classes"]
-    latent_dim, (channels, height, width) = description["latent_dim"], description["sample_shape"]
-    sample_shape = channels, height, width
-    _check_is_network(target)
-    network = build_generator(
-        target,
-        description["options"],
-        latent_dim=latent_dim,
-        sample_shape=sample_shape,
-        num_classes=num_classes,
-    )
+    target, options, about = (description[name] for name in ("target", "options", "about"))
+    network_class = find(target, GENERATORS, "network")
+    # A folder from elsewhere must not call anything else that can be imported here.
+    if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
+        raise UserError(
+            f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "
+            "such a class"
+        )
+    shapes = {
+        "latent_dim": description["latent_dim"],
+        "sample_shape": tuple(description["sample_shape"]),
+        "num_classes": description["num_classes"],
+    }
+    network = build_generator(target, options, **shapes)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
             f"{folder}: the weights do not fit {target} ({' '.join(str(error).split())[:300]})"
         ) from error
-    about = description["about"]
-    return ExportedGenerator(network, latent_dim, sample_shape, num_classes, about)
+    return ExportedGenerator(network, **shapes, about=about)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -182,13 +180,3 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if [type(size) for size in description["sample_shape"]] != [int] * 3:
         raise ValueError(f"{DESCRIPTION}: `sample_shape` is not channels, height and width")
     return description
-
-
-def _check_is_network(target: str) -> None:
-    """A folder from elsewhere must not call anything else that can be imported here."""
-    network_class = find(target, GENERATORS, "network")
-    if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
-        raise UserError(
-            f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "
-            "such a class"
-        )

@@ -57,35 +57,30 @@ class Console:
 
 
 def setup_logging(log_path: Path, rank: int) -> None:
-    """Sends the messages of the logger `ganscale` to the console and the log file on rank 0, and the
-    warnings of other ranks to stderr. A second call replaces the handlers of the first."""
+    """Sends `ganscale`'s log messages to the console and the log file on rank 0, and warnings of
+    other ranks to stderr. A second call replaces the handlers of the first."""
     ganscale_logger = logging.getLogger("ganscale")
     ganscale_logger.propagate = False
     ganscale_logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank == 0:
         handler = _ConsoleAndFile(log_path)
-        handler.setFormatter(_LevelFormatter())
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"rank {rank}: %(levelname)s: %(message)s"))
     ganscale_logger.handlers[:] = [handler]
 
 
-class _LevelFormatter(logging.Formatter):
-    """The bare message; warnings and errors begin with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
-
-
 class _ConsoleAndFile(logging.Handler):
+    """Logs the bare message; warnings and errors begin with their level."""
+
     def __init__(self, log_path: Path) -> None:
         super().__init__()
         self._log_path = log_path
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname}: {text}"
         _print_above_bar(text)
         append_line(self._log_path, text)
 

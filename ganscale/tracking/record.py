@@ -40,14 +40,9 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost_rows = 0
-        self._pending: deque[bytes] = deque()
+        self.pending_rows: deque[bytes] = deque()  # wait in memory for room on the disk
         self._descriptor: int | None = None
         self._has_warned = False
-
-    @property
-    def pending_rows(self) -> int:
-        """The number of rows that wait in memory for room on the disk."""
-        return len(self._pending)
 
     def append(self, row: Mapping[str, Value]) -> None:
         """Writes one row with its names sorted; values may be numpy scalars.
@@ -58,8 +53,8 @@ class Record:
         if not isinstance(row.get(IMAGES_SEEN), int):
             raise ValueError(f"a row needs an integer {IMAGES_SEEN}, got {row.get(IMAGES_SEEN)!r}")
         line = json.dumps(_to_json(row), sort_keys=True, allow_nan=False)
-        if len(self._pending) < _MAX_PENDING_ROWS:
-            self._pending.append(line.encode() + b"\n")
+        if len(self.pending_rows) < _MAX_PENDING_ROWS:
+            self.pending_rows.append(line.encode() + b"\n")
         else:
             self.lost_rows += 1
         self._write_pending()
@@ -91,7 +86,7 @@ class Record:
     def close(self) -> None:
         """Tries once more to write the pending rows, and warns of those it cannot write."""
         self._write_pending()
-        if unwritten := self.lost_rows + self.pending_rows:
+        if unwritten := self.lost_rows + len(self.pending_rows):
             logger.warning("%s lacks %d rows: no room on the disk", self.path, unwritten)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -99,14 +94,14 @@ class Record:
 
     def _write_pending(self) -> None:
         try:
-            if self._descriptor is None and self._pending:
+            if self._descriptor is None and self.pending_rows:
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            while self._pending and self._descriptor is not None:
+            while self.pending_rows and self._descriptor is not None:
                 # A nearly full disk takes only the start of a line: the rest stays in the queue.
-                written = os.write(self._descriptor, self._pending[0])
-                self._pending[0] = self._pending[0][written:]
-                if not self._pending[0]:
-                    self._pending.popleft()
+                written = os.write(self._descriptor, self.pending_rows[0])
+                self.pending_rows[0] = self.pending_rows[0][written:]
+                if not self.pending_rows[0]:
+                    self.pending_rows.popleft()
         except OSError as error:
             if not self._has_warned:
                 logger.warning("%s cannot be written (%s); rows wait in memory", self.path, error)
@@ -154,16 +149,6 @@ class RecordTail:
                     self.count += 1
                     self._last_step = max(images_seen, self._last_step + 1)
                     yield images_seen, self._last_step, line
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Value]]:
-    """The rows of a record, in order; damaged lines are skipped with a warning."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if (row := parse_row(line)) is not None:
-                yield row
-            else:
-                logger.warning("%s: line %d is damaged", path, number)
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:

@@ -15,8 +15,6 @@ import torch
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
-_GIT_SECONDS = 5.0
-
 
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
     """The entry of a session in `sessions.jsonl`; texts and numbers only."""
@@ -61,7 +59,7 @@ def _git(folder: Path, *arguments: str) -> str:
         capture_output=True,
         text=True,
         check=True,
-        timeout=_GIT_SECONDS,
+        timeout=5.0,
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
     ).stdout
 
@@ -77,7 +75,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _version(package: str) -> str:
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return "none"

@@ -40,9 +40,8 @@ def synchronize(
 ) -> SyncResult:
     """Sends the rows, samples, alerts and checkpoints of a run that its W&B run does not have.
 
-    The server is asked which rows it has, so a second call finds nothing to send. Raises UserError
-    without an API key, while the run is training, or if its folder cannot be written to,
-    UnavailableError if W&B did not take everything.
+    Raises UserError without an API key, while the run is training, or if its folder cannot be
+    written to; UnavailableError if W&B did not take everything.
     """
     resolve_mode("online")
     deadline = time.monotonic() + _UPLOADER_SECONDS

@@ -1,5 +1,6 @@
 """What a run is in W&B, read from its folder: id, name, config and the checkpoints to upload."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -34,13 +35,10 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
 def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
     """The checkpoints that `log.artifacts` asks for, with their aliases in W&B."""
     policy = config.log.artifacts
-    if policy == "none":
-        return []
-    saved = [c for c in inspect_checkpoints(root) if c.damage is None]
-    aliases: dict[Path, list[str]] = {}
-    if saved and policy in ("last", "both"):
-        aliases.setdefault(saved[-1].folder, []).append("last")
-    best = best_checkpoint(saved, config.checkpoint) if policy in ("best", "both") else None
-    if best is not None:
-        aliases.setdefault(best.folder, []).append("best")
-    return [Checkpoint(str(folder), names) for folder, names in aliases.items()]
+    saved = [] if policy == "none" else [c for c in inspect_checkpoints(root) if c.damage is None]
+    aliases: defaultdict[str, list[str]] = defaultdict(list)
+    if saved and policy != "best":
+        aliases[str(saved[-1].folder)].append("last")
+    if policy != "last" and (best := best_checkpoint(saved, config.checkpoint)) is not None:
+        aliases[str(best.folder)].append("best")
+    return [Checkpoint(folder, names) for folder, names in aliases.items()]

@@ -165,7 +165,7 @@ class RunReporter:
 
     def _log_images(self, files: dict[str, Path]) -> None:
         assert self._tracker is not None
-        self._tracker.log_images(files, step=self._state.steps, images_seen=self._state.images_seen)
+        self._tracker.log(files, step=self._state.steps, images_seen=self._state.images_seen)
 
     def close(self, exit_code: int, cause: BaseException | None = None) -> None:
         """Writes the summary, closes the W&B run, and prints where everything is.

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_chosen_by_name_and_nothing_is_overwritten(
     assert f"{out} already exists" in capsys.readouterr().err
     assert (out / "generator.safetensors").read_bytes() == content
     assert main([*export, str(tmp_path / "x"), "--checkpoint", "images-000000065"]) == 2
-    assert "there are images-000000064, images-000000128" in capsys.readouterr().err
+    assert "choose from images-000000064, images-000000128" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
