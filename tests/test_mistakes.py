@@ -40,7 +40,7 @@ def last_words(output: str) -> str:
         ("data.resolution=48", "48"),
         ("generator.target=dcgann", "dcgann"),
         ("critic.options.widht=3", "widht"),
-        ("objective.loss.name=wgann", "there is no loss called 'wgann' (did you mean 'wgan'?)"),
+        ("objective.loss.name=wgann", "unknown loss 'wgann' (did you mean 'wgan'?)"),
         ("training.precision=float16", "`training.precision` must be one of"),
     ],
 )  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_users_network_gets_only_the_arguments_that_it_accepts(own_networks):
     ("target", "options", "sentence"),
     [
         ("resnt", {}, "unknown network 'resnt' .did you mean 'resnet'.*package.module:Name"),
-        ("own_networks.Minimal", {}, "no network called .*your own as package.module:Name"),
+        ("own_networks.Minimal", {}, "unknown network .*your own as package.module:Name"),
         ("missing_networks:Critic", {}, "no module missing_networks in the current folder"),
         ("own_networks:Minimall", {}, "own_networks has no Minimall .did you mean 'Minimal'"),
         ("own_networks:constant", {}, "own_networks:constant is a int, not a network"),

@@ -164,12 +164,12 @@ def test_a_loss_that_compares_images_with_the_whole_batch_is_found_by_trial():
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("wgam", {}, r"no loss called 'wgam' \(did you mean 'wgan'\?\)"),
+        ("wgam", {}, r"unknown loss 'wgam' \(did you mean 'wgan'\?\)"),
         ("non-saturating", {}, "did you mean 'non_saturating'"),
-        ("xyz", {}, "no loss called 'xyz'; there are minimax, non_saturating, lsgan, wgan"),
-        ("lsgan", {"d": 1.0}, "loss lsgan has no option 'd'; there are a, b, c"),
-        ("wgan", {"a": 1.0}, "loss wgan has no option 'a'; it has none"),
-        ("no.such.module:loss", {}, "there is no module no "),
+        ("xyz", {}, "unknown loss 'xyz'; choose from minimax, non_saturating, lsgan, wgan"),
+        ("lsgan", {"d": 1.0}, "loss lsgan has no option 'd'; choose from a, b, c"),
+        ("wgan", {"a": 1.0}, "loss wgan has no option 'a'; it has no options"),
+        ("no.such.module:loss", {}, "no module no in the current folder"),
         ("math:sqrt", {"x": 4.0}, r"(loss math:sqrt (returns|has no option|cannot be built))"),
         ("collections:Counter", {}, "loss collections:Counter returns a Counter, not a Loss"),
     ],
