@@ -45,9 +45,8 @@ class RunFolder:
 
     def sample_grid(self, images_seen: int, kind: str = "ema") -> Path:
         """The file of one grid of samples: a PNG for the EMA generator, a JPEG for other kinds."""
-        if kind == "ema":
-            return self.samples / f"{_EMA_PREFIX}-{images_seen:09d}.png"
-        return self.samples / f"{kind}-{images_seen:09d}.jpg"
+        prefix, extension = (_EMA_PREFIX, "png") if kind == "ema" else (kind, "jpg")
+        return self.samples / f"{prefix}-{images_seen:09d}.{extension}"
 
     def sample_files(self) -> Iterator[tuple[str, int | None, Path]]:
         """(kind, images seen or None, path) of every image file in `samples`, by name."""

@@ -37,14 +37,17 @@ def write_checkpoint(
     state: JSON
     on_progress: called after each file that was written or read back
 
-    Raises OSError and restores what was there before, also if the folder around `root` is gone.
+    Raises OSError, also if the folder around `root` is gone; older checkpoints stay as they were.
     """
     folder = root / f"images-{images_seen:09d}"
     replaced = root / f"{_REPLACED}{folder.name}"
     if not root.exists():
         root.mkdir()
         fsync(root.parent)
-    _remove_leftovers(root)
+    # Left by a process that was killed while it wrote or deleted a checkpoint.
+    _restore_replaced(root)
+    for leftover in (*root.glob(f"{UNFINISHED}*"), *root.glob(f"{_REPLACED}*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with atomic_folder(folder) as unfinished:
             for name, tensors in files.items():
@@ -65,14 +68,6 @@ def write_checkpoint(
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Cleans up after a process that was killed while it wrote or deleted a checkpoint."""
-    _restore_replaced(root)
-    for pattern in (f"{UNFINISHED}*", f"{_REPLACED}*"):
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _restore_replaced(root: Path) -> None:

@@ -40,7 +40,6 @@ _FIELDS = {  # of the JSON
 class ExportedGenerator(nn.Module):
     """A generator in evaluation mode that draws its own latents.
 
-    latent_dim: length of a latent
     sample_shape: (channels, height, width)
     num_classes: 0 if unconditional
     about: the run, images seen and weights it comes from
@@ -155,11 +154,7 @@ def load_generator(folder: str | Path) -> ExportedGenerator:
             f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "
             "such a class"
         )
-    shapes = {
-        "latent_dim": description["latent_dim"],
-        "sample_shape": tuple(description["sample_shape"]),
-        "num_classes": description["num_classes"],
-    }
+    shapes = {name: description[name] for name in ("latent_dim", "sample_shape", "num_classes")}
     network = build_generator(target, options, **shapes)
     try:
         network.load_state_dict(tensors)
@@ -179,4 +174,4 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{DESCRIPTION} has no {kind.__name__} `{name}`")
     if [type(size) for size in description["sample_shape"]] != [int] * 3:
         raise ValueError(f"{DESCRIPTION}: `sample_shape` is not channels, height and width")
-    return description
+    return description | {"sample_shape": tuple(description["sample_shape"])}

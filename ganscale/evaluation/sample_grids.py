@@ -1,8 +1,6 @@
-"""The sample grids of a run, in its folder `samples`.
-
-`images-000123456.png` shows the EMA generator, `non_ema-000123456.jpg` the weights as trained, for
-the same latents; each row of `interpolation-000123456.jpg` goes from one latent to another;
-`real.jpg` shows real images.
+"""The sample grids in a run's folder `samples`: `images-000123456.png` of the EMA generator and
+`non_ema-000123456.jpg` of the weights as trained, for the same latents; `real.jpg`; and
+`interpolation-000123456.jpg`, whose rows go from one latent to another.
 """
 
 import math

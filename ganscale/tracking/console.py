@@ -46,11 +46,6 @@ class Console:
             self._bar.set_postfix_str(progress)
         append_line(self._log_path, line)
 
-    def message(self, text: str) -> None:
-        """Shows `text` above the bar, and logs it."""
-        _print_above_bar(text)
-        append_line(self._log_path, text)
-
     def close(self) -> None:
         """Leaves the bar on the terminal as it is."""
         self._bar.close()

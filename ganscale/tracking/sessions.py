@@ -19,15 +19,7 @@ from ganscale.secrets import without_secrets
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
     """The entry of a session in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
-    cluster = {
-        "world_size": runtime.world_size,
-        "nodes": nodes,
-        "ranks_per_node": runtime.world_size // nodes,
-        "device": _device_name(runtime.device),
-        "host": platform.node(),
-    }
-    if job := os.environ.get("SLURM_JOB_ID"):
-        cluster["slurm_job_id"] = job
+    job = os.environ.get("SLURM_JOB_ID")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "images_seen": images_seen,
@@ -39,7 +31,14 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
             "cuda": torch.version.cuda or "none",
             **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
         },
-        "cluster": cluster,
+        "cluster": {
+            "world_size": runtime.world_size,
+            "nodes": nodes,
+            "ranks_per_node": runtime.world_size // nodes,
+            "device": _device_name(runtime.device),
+            "host": platform.node(),
+            **({"slurm_job_id": job} if job else {}),
+        },
         "data_fingerprint": fingerprint,
     }
 

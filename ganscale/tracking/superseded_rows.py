@@ -1,8 +1,6 @@
-"""Rows in W&B that the record no longer has: W&B cannot change a row once it has it.
-
-A run that resumes under other settings (`resume.allow`) logs other rows from its checkpoint on.
-`wandb/superseded.json` in the run folder keeps where each such stretch begins, and up to which step
-W&B had rows by then.
+"""Rows that W&B keeps and the record no longer has, since a run that resumes under other settings
+(`resume.allow`) logs other rows from its checkpoint on. `wandb/superseded.json` keeps where each
+such stretch begins, and up to which step W&B had rows by then.
 """
 
 import contextlib

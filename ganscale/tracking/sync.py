@@ -17,8 +17,6 @@ from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 from ganscale.tracking.wandb_mode import resolve_mode
 from ganscale.tracking.wandb_run import WandbRun
 
-_UPLOADER_SECONDS = 20.0  # the uploader of a session that was killed ends by then
-
 
 @dataclass(frozen=True)
 class SyncResult:
@@ -44,7 +42,7 @@ def synchronize(
     written to; UnavailableError if W&B did not take everything.
     """
     resolve_mode("online")
-    deadline = time.monotonic() + _UPLOADER_SECONDS
+    deadline = time.monotonic() + 20  # the uploader of a session that was killed ends by then
 
     def wait(seconds: float) -> bool:
         time.sleep(seconds)

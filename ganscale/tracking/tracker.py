@@ -28,8 +28,6 @@ from ganscale.tracking.wandb_mode import RequestedMode
 
 STEP = "progress/step"
 
-_START_SECONDS = 30.0  # only `online` waits, for an answer that takes about one second
-
 logger = logging.getLogger(__name__)
 
 
@@ -81,8 +79,8 @@ class Tracker:
                     finish_seconds=max(finish_seconds - 3, 1.0),
                 )
             )
-        if mode == "online":
-            self._read_messages_until(lambda: self._has_started, _START_SECONDS)
+        if mode == "online":  # the answer takes about one second
+            self._read_messages_until(lambda: self._has_started, 30.0)
             if self._user_error:
                 raise UserError(self._user_error)
 

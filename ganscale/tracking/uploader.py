@@ -83,8 +83,7 @@ class Uploader:
         self._retry_seconds, self._has_failed = job.retry_seconds, False
 
     def run(self) -> None:
-        """Raises UserError if the mode is not possible, UnavailableError if W&B lacks rows in the
-        end."""
+        """Raises UserError for an impossible mode, UnavailableError if W&B lacks rows finally."""
         mode = resolve_mode(self._job.mode)
         self._send_message(mode=mode)
         if mode == "disabled":

@@ -1,9 +1,8 @@
 """What a run is in W&B, read from its folder: id, name, config and the checkpoints to upload."""
 
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
 from ganscale.run_folder import RunFolder
@@ -18,17 +17,13 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
     """The run's id, project and name in W&B, and its config there: the settings and the newest
     sessions (the last one also under `session`, whose entries W&B can show as columns), all without
     passwords and signatures."""
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(settings, dict)
     sessions = folder.read_sessions()[-_SHOWN_SESSIONS:]
+    history = {"session": sessions[-1] if sessions else {}, "sessions": sessions}
     return WandbIdentity(
         run_id=folder.read_identity()["id"],
         project=config.log.project,
         name=config.run.name,
-        config=without_secrets(
-            {str(key): value for key, value in settings.items()}
-            | {"session": sessions[-1] if sessions else {}, "sessions": sessions}
-        ),
+        config=without_secrets(asdict(config) | history),
     )
 
 
