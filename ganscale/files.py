@@ -3,19 +3,14 @@
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-UNFINISHED = ".unfinished-"
-"""How the name of a folder begins until it is complete."""
+UNFINISHED = ".unfinished-"  # begins the name of a folder until it is complete
 
 
 @contextmanager
@@ -67,26 +62,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
-
-    Raises OSError with the system's error number.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(mode)
 
 
 def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:

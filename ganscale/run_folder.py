@@ -69,10 +69,10 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it has no {self.config.name}")
 
     def lock(self, timeout_seconds: float = 0.0) -> bool:
-        """Keeps other processes from training here until `close`, or until this process ends.
+        """Keeps other processes from training here until `close`, or until this process ends. False
+        if another still trains here after `timeout_seconds`.
 
-        Returns False if another process still trains here after `timeout_seconds`. Raises OSError
-        if the folder cannot be written to.
+        Raises OSError if the folder cannot be written to.
         """
         self._lock = FileLock(self.path / ".lock")
         try:

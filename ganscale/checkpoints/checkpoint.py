@@ -6,16 +6,19 @@ import contextlib
 import errno
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ganscale.files import UNFINISHED, atomic_folder, fsync, save_tensors, sha256, write_text
+from ganscale.files import UNFINISHED, atomic_folder, fsync, sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +131,23 @@ def find_damage(folder: Path) -> str | None:
             return str(error)
         raise
     return None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
+
+    Raises OSError with the system's error number.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
-from ganscale.files import atomic_folder, save_tensors, sha256
+from ganscale.files import atomic_folder, sha256
 from ganscale.importing import find
 from ganscale.networks.build import GENERATORS, build_generator
 

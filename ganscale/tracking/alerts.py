@@ -13,9 +13,7 @@ from ganscale.tracking.record import Value
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED = "collapse/alarm"
-"""A row's name: 1 when the generator has collapsed."""
-
+COLLAPSED = "collapse/alarm"  # 1 in a row when the generator has collapsed
 _FINITE = ("loss/", "logits/", "penalty/", "optim/")
 
 

@@ -6,12 +6,13 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ganscale import __version__
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
@@ -24,12 +25,13 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "images_seen": images_seen,
         "command": without_secrets(sys.argv),
-        "git": git_revision(Path.cwd()),
+        "git": _git_revision(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "none",
-            **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
+            "ganscale": __version__,
+            **{name: version(name) for name in ("accelerate", "numpy", "wandb")},
         },
         "cluster": {
             "world_size": runtime.world_size,
@@ -43,18 +45,18 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
     }
 
 
-def git_revision(folder: Path) -> dict[str, Any]:
-    """{"revision", "is_dirty"} of the git working tree around `folder`; {} if there is none."""
+def _git_revision() -> dict[str, Any]:
+    """{"revision", "is_dirty"} of the git working tree here; {} if there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        revision = _git(folder, "rev-parse", "HEAD").strip()
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        revision = _git("rev-parse", "HEAD").strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no")
         return {"revision": revision, "is_dirty": bool(changes.strip())}
     return {}
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     return subprocess.run(
-        ["git", "-C", str(folder), *arguments],
+        ["git", *arguments],
         capture_output=True,
         text=True,
         check=True,
@@ -71,9 +73,3 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _version(package: str) -> str:
-    with contextlib.suppress(PackageNotFoundError):
-        return version(package)
-    return "none"

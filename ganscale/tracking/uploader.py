@@ -43,10 +43,8 @@ class SessionWatcher:
 
     def __init__(self, pipe: TextIO, finish_seconds: float) -> None:
         self.end = SessionEnd()
-        self._finish_seconds = finish_seconds
-        self._pipe = pipe
         self._has_ended = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, args=(pipe, finish_seconds), daemon=True).start()
 
     @property
     def has_ended(self) -> bool:
@@ -56,12 +54,12 @@ class SessionWatcher:
         """Waits for the end of the session, and returns whether it has come."""
         return self._has_ended.wait(seconds)
 
-    def _watch(self) -> None:
+    def _watch(self, pipe: TextIO, finish_seconds: float) -> None:
         with contextlib.suppress(ValueError):
-            if line := self._pipe.readline():
+            if line := pipe.readline():
                 self.end = SessionEnd.from_line(line)
         self._has_ended.set()
-        time.sleep(self._finish_seconds + CHECKPOINT_SECONDS * len(self.end.checkpoints) + 5)
+        time.sleep(finish_seconds + CHECKPOINT_SECONDS * len(self.end.checkpoints) + 5)
         os._exit(EXIT_FAILED)
 
 

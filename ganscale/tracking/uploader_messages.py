@@ -7,8 +7,7 @@ from typing import Any
 from ganscale.errors import EXIT_FAILED
 from ganscale.tracking.wandb_mode import RequestedMode
 
-CHECKPOINT_SECONDS = 300.0
-"""How much each checkpoint uploaded at the end of a run adds to `finish_seconds`."""
+CHECKPOINT_SECONDS = 300.0  # that each checkpoint uploaded at the end adds to `finish_seconds`
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ from ganscale.tracking.superseded_rows import note_connection
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
 from ganscale.tracking.wandb_mode import WandbMode, client_settings, is_reachable
 
-SAMPLES = "samples/"
-"""Names with this prefix have the path of an image in the run folder as their value."""
-
+_SAMPLES = "samples/"  # begins names whose values are the paths of images in the run folder
 _ARRIVAL_SECONDS = 2
 _BATCH_ROWS = 100
 _MAX_SIDE = 2048  # pixels; a browser shows no more, and JPEG ends at 65,535
@@ -83,7 +81,10 @@ class WandbRun:
             self.next_step = self._starting_step = self._run.starting_step
             self.location = str(self._run.url)
             note_connection(folder, self.location, self.next_step)
-            _mark_synchronized(folder, identity.run_id)
+            # W&B gets all rows from the record now, so `wandb sync` must not send them again.
+            for path in folder.wandb.glob(f"offline-run-*/run-{identity.run_id}.wandb"):
+                with contextlib.suppress(OSError):
+                    path.with_name(f"{path.name}.synced").touch()
         else:
             self._offline_progress = folder.offline_progress(identity.run_id)
             self.next_step = _next_offline_step(self._offline_progress)
@@ -207,7 +208,7 @@ class WandbValues:
 
         if isinstance(value, dict):
             return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
-        if not isinstance(value, str) or not name.startswith(SAMPLES):
+        if not isinstance(value, str) or not name.startswith(_SAMPLES):
             return value
         path = self._folder / value
         # Pillow refuses large grids as decompression bombs, but these images are the run's own.
@@ -237,11 +238,3 @@ def _next_offline_step(path: Path) -> int:
     with contextlib.suppress(OSError, ValueError, KeyError):
         return int(json.loads(path.read_text())["step"]) + 1
     return 0
-
-
-def _mark_synchronized(folder: RunFolder, run_id: str) -> None:
-    """Keeps `wandb sync` from sending the rows of offline sessions again: from now on, W&B gets all
-    rows from the record."""
-    for path in folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb"):
-        with contextlib.suppress(OSError):
-            path.with_name(f"{path.name}.synced").touch()

@@ -181,7 +181,7 @@ def test_a_user_defined_network_is_found_by_its_import_path(
     assert load_generator(folder).sample(2).shape == (2, 3, 16, 16)
     monkeypatch.delitem(sys.modules, "nets_of_my_own")
     (tmp_path / "nets_of_my_own.py").unlink()
-    with pytest.raises(UserError, match="there is no module nets_of_my_own"):
+    with pytest.raises(UserError, match="no module nets_of_my_own"):
         load_generator(folder)
 
 
