@@ -21,7 +21,7 @@ Value = float | int | str | dict[str, Any]
 or a histogram: {"counts": n numbers, "edges": n + 1 numbers}."""
 
 # JSON has no such numbers and other readers fail on Python's NaN, so they are written as texts.
-_NON_FINITE = re.compile(rb'(?<!\\)"(nan|-?inf)"(?!:)')
+_NON_FINITE = re.compile(rb'(?<!\\)"(nan|-?inf)"(?!:)')  # but for names and ends of longer texts
 _LITERALS = {b"nan": b"NaN", b"inf": b"Infinity", b"-inf": b"-Infinity"}
 
 _IMAGES_SEEN = re.compile(rb'"%s": (\d{1,15})[,}]' % IMAGES_SEEN.encode())
