@@ -69,11 +69,8 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it has no {self.config.name}")
 
     def lock(self, timeout_seconds: float = 0.0) -> bool:
-        """Keeps other processes from training here until `close`, or until this process ends. False
-        if another still trains here after `timeout_seconds`.
-
-        Raises OSError if the folder cannot be written to.
-        """
+        """Keeps other processes from training here until `close` or the end of this process; False
+        if one still trains after `timeout_seconds`. Raises OSError if it cannot write here."""
         self._lock = FileLock(self.path / ".lock")
         try:
             is_free = self._lock.acquire(timeout_seconds, poll_seconds=1.0)

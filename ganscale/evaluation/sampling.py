@@ -24,8 +24,7 @@ def sample_latents(
 def sample_labels(
     first: int, count: int, num_classes: int, repeats: int = 1
 ) -> Int64[Tensor, " labels"] | None:
-    """The classes of positions [first, first + count), in turn, each `repeats` times; None without
-    classes."""
+    """The classes in turn from position `first` on, each `repeats` times; None without classes."""
     if not num_classes:
         return None
     return (torch.arange(first, first + count) % num_classes).repeat_interleave(repeats)

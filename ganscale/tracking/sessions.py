@@ -6,13 +6,12 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ganscale import __version__
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
@@ -30,8 +29,7 @@ def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "none",
-            "ganscale": __version__,
-            **{name: version(name) for name in ("accelerate", "numpy", "wandb")},
+            **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
         },
         "cluster": {
             "world_size": runtime.world_size,
@@ -73,3 +71,9 @@ def _device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def _version(package: str) -> str:
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return "none"

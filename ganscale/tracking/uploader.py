@@ -46,10 +46,6 @@ class SessionWatcher:
         self._has_ended = threading.Event()
         threading.Thread(target=self._watch, args=(pipe, finish_seconds), daemon=True).start()
 
-    @property
-    def has_ended(self) -> bool:
-        return self._has_ended.is_set()
-
     def wait(self, seconds: float) -> bool:
         """Waits for the end of the session, and returns whether it has come."""
         return self._has_ended.wait(seconds)
@@ -88,7 +84,7 @@ class Uploader:
             return
         with exclusive_upload(self._folder, self._session.wait):
             while True:
-                is_last = self._session.has_ended
+                is_last = self._session.wait(0)
                 try:
                     self._follow(mode)
                     return self._reset_retries()
@@ -124,7 +120,7 @@ class Uploader:
         checked_at = time.monotonic()
         while True:
             # Asked before the rows are read: rows written after the answer are read next time.
-            is_last = self._session.has_ended
+            is_last = self._session.wait(0)
             wandb_run.send(rows.read(wandb_run.next_step))
             wandb_run.send_alerts(read_alerts(self._folder))
             if is_last:
