@@ -115,12 +115,6 @@ def _matches(pattern: str, retry_seconds: float) -> list[str]:
             backoff.wait(error, problem)
 
 
-def read_bytes(url: str, retry_seconds: float) -> bytes:
-    """A whole small object. Raises as `open_stream`."""
-    with open_stream(url, retry_seconds) as stream:
-        return stream.read()
-
-
 @contextmanager
 def open_stream(
     url: str,
