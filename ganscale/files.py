@@ -3,20 +3,14 @@
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-UNFINISHED = ".unfinished-"
-"""How the name of a folder begins until it is complete."""
+UNFINISHED = ".unfinished-"  # begins the name of a folder until it is complete
 
 
 @contextmanager
@@ -70,33 +64,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
-
-    Raises OSError with the system's error number.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
-    try:
-        save_file(dict(tensors), path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(mode)
-
-
 def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False) -> bool:
-    """Locks an open file against other processes until it is closed; the system also drops the lock
-    of a process that is killed.
+    """Locks an open file against other processes until it is closed or this process ends.
 
     shared: other shared locks are allowed at the same time
     wait: until the lock is free; else the result is False if another process holds it
-
     Raises OSError on a file system without locks.
     """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -107,21 +79,16 @@ def lock_descriptor(descriptor: int, *, shared: bool = False, wait: bool = False
     return True
 
 
-class FileLock:
-    """An exclusive lock between processes, on a file that is created if need be and stays.
-
-    `with FileLock(path) as lock:` closes it at the end; `acquire` takes the lock. Raises OSError
-    for a file that cannot be opened.
-    """
+class FileLock(AbstractContextManager["FileLock"]):
+    """An exclusive lock between processes, on a file that is created if need be and stays; the end
+    of a `with` block closes it. Raises OSError for a file that cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def acquire(self, timeout_seconds: float = 0.0, poll_seconds: float = 0.005) -> bool:
-        """Whether the lock was free, or became free within `timeout_seconds` (math.inf: waits).
-
-        Raises OSError on a file system without locks.
-        """
+        """Takes the lock; False if it did not become free within `timeout_seconds`. Raises OSError
+        on a file system without locks."""
         deadline = time.monotonic() + timeout_seconds
         while not lock_descriptor(self._descriptor):
             if time.monotonic() >= deadline:
@@ -132,9 +99,6 @@ class FileLock:
     def close(self) -> None:
         """Releases the lock."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> "FileLock":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -45,9 +45,8 @@ class RunFolder:
 
     def sample_grid(self, images_seen: int, kind: str = "ema") -> Path:
         """The file of one grid of samples: a PNG for the EMA generator, a JPEG for other kinds."""
-        if kind == "ema":
-            return self.samples / f"{_EMA_PREFIX}-{images_seen:09d}.png"
-        return self.samples / f"{kind}-{images_seen:09d}.jpg"
+        prefix, extension = (_EMA_PREFIX, "png") if kind == "ema" else (kind, "jpg")
+        return self.samples / f"{prefix}-{images_seen:09d}.{extension}"
 
     def sample_files(self) -> Iterator[tuple[str, int | None, Path]]:
         """(kind, images seen or None, path) of every image file in `samples`, by name."""
@@ -70,11 +69,8 @@ class RunFolder:
             raise UserError(f"{self.path} is not a run folder: it has no {self.config.name}")
 
     def lock(self, timeout_seconds: float = 0.0) -> bool:
-        """Keeps other processes from training here until `close`, or until this process ends.
-
-        Returns False if another process still trains here after `timeout_seconds`. Raises OSError
-        if the folder cannot be written to.
-        """
+        """Keeps other processes from training here until `close` or the end of this process; False
+        if one still trains after `timeout_seconds`. Raises OSError if it cannot write here."""
         self._lock = FileLock(self.path / ".lock")
         try:
             is_free = self._lock.acquire(timeout_seconds, poll_seconds=1.0)
@@ -117,8 +113,7 @@ class RunFolder:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of one JSON object a line, without damaged lines; none if there is no
-    such file."""
+    """The objects of a file of one JSON object a line, without damaged lines; it may be missing."""
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):

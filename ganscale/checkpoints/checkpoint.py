@@ -1,24 +1,24 @@
-"""Checkpoints that are complete or absent: written under another name, flushed, read back, given
-checksums, then renamed.
-
-A checkpoint is a folder `images-000123456` of safetensors files, `state.json` (plain numbers) and
-`checksums.json`. Nothing in it is ever unpickled.
+"""Checkpoints: folders `images-000123456` of safetensors files, `state.json` (plain numbers) and
+`checksums.json`; written under another name, flushed, read back, then renamed; never unpickled.
 """
 
 import contextlib
 import errno
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ganscale.files import UNFINISHED, atomic_folder, fsync, save_tensors, sha256, write_text
+from ganscale.files import UNFINISHED, atomic_folder, fsync, sha256, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +40,24 @@ def write_checkpoint(
     state: JSON
     on_progress: called after each file that was written or read back
 
-    Raises OSError after it has restored everything to how it was; also if the folder around `root`
-    is gone, since a run without its settings could not continue.
+    Raises OSError, also if the folder around `root` is gone; older checkpoints stay as they were.
     """
     folder = root / f"images-{images_seen:09d}"
     replaced = root / f"{_REPLACED}{folder.name}"
     if not root.exists():
         root.mkdir()
         fsync(root.parent)
-    _remove_leftovers(root)
+    # Left by a process that was killed while it wrote or deleted a checkpoint.
+    _restore_replaced(root)
+    for leftover in (*root.glob(f"{UNFINISHED}*"), *root.glob(f"{_REPLACED}*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with atomic_folder(folder) as unfinished:
             for name, tensors in files.items():
                 _save_file(unfinished / f"{name}.safetensors", tensors)
                 on_progress()
             write_text(unfinished / STATE, state)
-            checksums: dict[str, Any] = {}
+            checksums = {}
             for path in sorted(unfinished.iterdir()):
                 checksums[path.name] = _size_and_checksum(path)
                 on_progress()
@@ -69,14 +71,6 @@ def write_checkpoint(
         raise
     shutil.rmtree(replaced, ignore_errors=True)
     return folder
-
-
-def _remove_leftovers(root: Path) -> None:
-    """Cleans up after a process that was killed while it wrote or deleted a checkpoint."""
-    _restore_replaced(root)
-    for pattern in (f"{UNFINISHED}*", f"{_REPLACED}*"):
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _restore_replaced(root: Path) -> None:
@@ -99,8 +93,8 @@ def delete_checkpoint(folder: Path) -> None:
 def newest_checkpoint(root: Path, *, set_damaged_aside: bool = True) -> Path | None:
     """The newest checkpoint that is not damaged.
 
-    Logs each damaged one and renames it to `damaged-images-...`, unless the caller only reads.
-    Raises OSError if a checkpoint cannot be read at all (see `find_damage`).
+    Logs each damaged one, and renames it to `damaged-images-...` if `set_damaged_aside`. Raises
+    OSError if a checkpoint cannot be read at all (see `find_damage`).
     """
     if set_damaged_aside:
         _restore_replaced(root)
@@ -139,8 +133,24 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes contiguous CPU tensors that share no memory into a new safetensors file.
+
+    Raises OSError with the system's error number.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by one that only its owner may read
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(mode)
+
+
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file, on the CPU."""
     return load_file(folder / f"{name}.safetensors")
 
 

@@ -50,17 +50,15 @@ def score_entry(name: str, value: object) -> dict[str, Any]:
 def best_checkpoint(
     checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
 ) -> CheckpointInfo | None:
-    """The best of those with a score named `config.best`.
-
-    The oldest of equal ones: a later one may carry the score of the same evaluation.
-    """
+    """The best of `checkpoints` (oldest first) with a score named `config.best`; of equal ones the
+    oldest, since a later one may carry the score of the same evaluation."""
     sign = 1 if config.best_is == "lowest" else -1
     candidates = [
-        (sign * checkpoint.score[1], checkpoint.images_seen, checkpoint)
-        for checkpoint in checkpoints
-        if checkpoint.damage is None and checkpoint.score and checkpoint.score[0] == config.best
+        (sign * info.score[1], info)
+        for info in checkpoints
+        if info.damage is None and info.score and info.score[0] == config.best
     ]
-    return min(candidates, key=lambda candidate: candidate[:2])[2] if candidates else None
+    return min(candidates, key=lambda candidate: candidate[0], default=(0.0, None))[1]
 
 
 def prune(
@@ -68,37 +66,31 @@ def prune(
 ) -> list[CheckpointInfo]:
     """Deletes the checkpoints that `config` does not keep; returns them.
 
+    Damaged ones stay for inspection, and do not count towards `keep_last`.
+
     verified: a checkpoint that was just written, which is kept. Without it, prune reads
     checkpoints, first those to keep, until it finds an undamaged one, and keeps that one.
     dry_run: delete nothing
     """
-    checkpoints = inspect_checkpoints(root)
-    expired = [info for info in _expired(checkpoints, config) if info.folder != verified]
+    undamaged = [info for info in inspect_checkpoints(root) if info.damage is None]
+    every, best = config.keep_every_images, best_checkpoint(undamaged, config)
+    expired = [
+        info
+        for info in undamaged[: -config.keep_last]
+        if info is not best and (every == 0 or info.images_seen % every) and info.folder != verified
+    ]
     if verified is None and expired:
-        kept = [info for info in checkpoints if info not in expired]
+        kept = [info for info in undamaged if info not in expired]
         for info in (*reversed(kept), *reversed(expired)):
-            if info.damage is None and find_damage(info.folder) is None:
+            if find_damage(info.folder) is None:
                 expired = [other for other in expired if other is not info]
                 break
         else:
-            return []  # all are damaged: keep them for inspection
+            return []  # all are damaged
     if not dry_run:
         for info in expired:
             delete_checkpoint(info.folder)
     return expired
-
-
-def _expired(
-    checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
-) -> list[CheckpointInfo]:
-    """Those to delete. Damaged ones stay for inspection, and do not count towards `keep_last`."""
-    undamaged = [info for info in checkpoints if info.damage is None]
-    every, best = config.keep_every_images, best_checkpoint(checkpoints, config)
-    return [
-        info
-        for info in undamaged[: -config.keep_last]
-        if info is not best and (every == 0 or info.images_seen % every)
-    ]
 
 
 def _inspect(folder: Path) -> CheckpointInfo:

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.interpolate:
         rows = -(-count // columns)
         latents = sampling.interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
-        labels = sampling.sample_labels(0, rows, num_classes)
-        labels = None if labels is None else labels.repeat_interleave(columns)[:count]
+        labels = sampling.sample_labels(0, rows, num_classes, columns)
+        labels = None if labels is None else labels[:count]
     else:
         latents = sampling.sample_latents(arguments.seed, 0, count, latent_dim)
         labels = sampling.sample_labels(0, count, num_classes)

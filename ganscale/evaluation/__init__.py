@@ -1,1 +1,1 @@
-"""What a generator makes: samples, and (in time) how good they are."""
+"""What a generator makes: sample grids, files of samples, and exports of the generator itself."""

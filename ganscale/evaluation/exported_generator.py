@@ -1,9 +1,6 @@
-"""A trained generator in a folder of its own, to be used without its run.
+"""A trained generator in a folder, to be used without its run.
 
-    from ganscale import load_generator
-
-    generator = load_generator("faces")
-    images = generator.sample(16, seed=0)
+    images = ganscale.load_generator("faces").sample(16, seed=0)
 
 `generator.safetensors` holds the weights, `generator.json` the network's class and arguments.
 Nothing is unpickled, and an import path in the JSON must lead to a network's class.
@@ -20,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
-from ganscale.files import atomic_folder, save_tensors, sha256
+from ganscale.files import atomic_folder, sha256
 from ganscale.importing import find
 from ganscale.networks.build import NETWORKS, build_network
 
@@ -43,7 +41,6 @@ _FIELDS = {  # of the JSON
 class ExportedGenerator(nn.Module):
     """A generator in evaluation mode that draws its own latents.
 
-    latent_dim: length of a latent
     sample_shape: (channels, height, width)
     num_classes: 0 if unconditional
     about: the run, images seen and weights it comes from
@@ -81,8 +78,7 @@ class ExportedGenerator(nn.Module):
         if count < 1:
             raise UserError(f"the count of samples must be at least 1, not {count}")
         latents = sample_latents(seed, 0, count, self.latent_dim)
-        classes = self._classes(count, labels)
-        chunks = generate_images(self, latents, classes)
+        chunks = generate_images(self, latents, self._classes(count, labels))
         return torch.cat([chunk.float().cpu() for chunk in chunks])
 
     def _classes(self, count: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
@@ -151,26 +147,23 @@ def load_generator(folder: str | Path) -> ExportedGenerator:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} does not contain an exported generator: {error}") from error
-    target, num_classes = description["target"], description["num_classes"]
-    latent_dim, (channels, height, width) = description["latent_dim"], description["sample_shape"]
-    sample_shape = channels, height, width
-    _check_is_network(target)
-    network = build_network(
-        "generator",
-        target,
-        description["options"],
-        latent_dim=latent_dim,
-        sample_shape=sample_shape,
-        num_classes=num_classes,
-    )
+    target, options, about = (description[name] for name in ("target", "options", "about"))
+    network_class = find(target, NETWORKS["generator"], "network")
+    # A folder from elsewhere must not call anything else that can be imported here.
+    if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
+        raise UserError(
+            f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "
+            "such a class"
+        )
+    shapes = {name: description[name] for name in ("latent_dim", "sample_shape", "num_classes")}
+    network = build_network("generator", target, options, **shapes)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(
             f"{folder}: the weights do not fit {target} ({' '.join(str(error).split())[:300]})"
         ) from error
-    about = description["about"]
-    return ExportedGenerator(network, latent_dim, sample_shape, num_classes, about)
+    return ExportedGenerator(network, **shapes, about=about)
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -182,14 +175,4 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{DESCRIPTION} has no {kind.__name__} `{name}`")
     if [type(size) for size in description["sample_shape"]] != [int] * 3:
         raise ValueError(f"{DESCRIPTION}: `sample_shape` is not channels, height and width")
-    return description
-
-
-def _check_is_network(target: str) -> None:
-    """A folder from elsewhere must not call anything else that can be imported here."""
-    network_class = find(target, NETWORKS["generator"], "network")
-    if not (isinstance(network_class, type) and issubclass(network_class, nn.Module)):
-        raise UserError(
-            f"{target} is not a subclass of torch.nn.Module: an exported folder can only build "
-            "such a class"
-        )
+    return description | {"sample_shape": tuple(description["sample_shape"])}

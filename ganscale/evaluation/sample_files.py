@@ -12,14 +12,12 @@ from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.errors import UserError
 from ganscale.shards.indexing import build_manifest
 
-SHARD_SAMPLES = 10_000
-
 Chunks = Iterable[UInt8[Tensor, "chunk height width channels"]]
 
 
 def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
     """All images in one picture, row by row; the file name's extension selects the format."""
-    grid = image_grid(np.stack(list(_images(chunks))), columns)
+    grid = image_grid(np.concatenate([chunk.numpy() for chunk in chunks]), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     to_pil_image(grid).save(path)
 
@@ -32,15 +30,13 @@ def write_folder(chunks: Chunks, folder: Path) -> None:
 
 
 def write_shards(chunks: Chunks, folder: Path, labels: Tensor | None) -> None:
-    """Shards of PNGs (and classes) with their manifest, as `ganscale shards write` makes them.
-
-    Raises UserError if the folder contains shards.
-    """
+    """Shards of PNGs (and classes) with their manifest, like those of `ganscale shards write`.
+    Raises UserError if the folder contains shards."""
     from webdataset.writer import ShardWriter
 
     _make_folder(folder, ".tar")
     pattern = str(folder / "shard-%06d.tar")
-    with ShardWriter(pattern, maxcount=SHARD_SAMPLES, encoder=False, verbose=0, mtime=0) as shards:
+    with ShardWriter(pattern, maxcount=10_000, encoder=False, verbose=0, mtime=0) as shards:
         for index, image in enumerate(_images(chunks)):
             stream = io.BytesIO()
             to_pil_image(image).save(stream, "PNG")

@@ -1,8 +1,6 @@
-"""The sample grids of a run, in its folder `samples`.
-
-`images-000123456.png` shows the EMA generator, `non_ema-000123456.jpg` the weights as trained, for
-the same latents; each row of `interpolation-000123456.jpg` goes from one latent to another;
-`real.jpg` shows real images.
+"""The sample grids in a run's folder `samples`: `images-000123456.png` of the EMA generator and
+`non_ema-000123456.jpg` of the weights as trained, for the same latents; `real.jpg`; and
+`interpolation-000123456.jpg`, whose rows go from one latent to another.
 """
 
 import math
@@ -27,9 +25,6 @@ from ganscale.schema import Config
 
 INTERPOLATION_STEPS = 8
 _FORMATS = {".png": ("PNG", {}), ".jpg": ("JPEG", {"quality": 90})}
-
-Grid = np.ndarray
-"""(height, width, channels) uint8"""
 
 
 class SampleGrids:
@@ -61,10 +56,8 @@ class SampleGrids:
         return not self._folder.sample_grid(images_seen).exists()
 
     def make(self, images_seen: int, is_stopped: Callable[[], bool]) -> dict[str, Path]:
-        """The files by the name of their row; none when stopped meanwhile.
-
-        Raises OSError where they cannot be written.
-        """
+        """The files by their name in a row; {} when stopped meanwhile. Raises OSError if a file
+        cannot be written."""
         config = self._config
         latents = sample_latents(self._seed, 0, config.count, self._latent_dim)
         labels = sample_labels(0, config.count, self._num_classes)
@@ -75,16 +68,17 @@ class SampleGrids:
             inputs["non_ema"] = (self._generator, latents, labels, self._columns)
         if rows := config.interpolations:
             latents = interpolate_latents(self._seed, rows, INTERPOLATION_STEPS, self._latent_dim)
-            labels = sample_labels(0, rows, self._num_classes)
-            if labels is not None:
-                labels = labels.repeat_interleave(INTERPOLATION_STEPS)
+            labels = sample_labels(0, rows, self._num_classes, INTERPOLATION_STEPS)
             inputs["interpolation"] = (self._ema, latents, labels, INTERPOLATION_STEPS)
-        grids: dict[str, Grid] = {}
+        grids: dict[str, np.ndarray] = {}
         for kind, (generator, latents, labels, columns) in inputs.items():
-            grid = _grid(generator, latents, labels, columns, is_stopped)
-            if grid is None:
-                return {}
-            grids[kind] = grid
+            images: list[np.ndarray] = []
+            with closing(generate_uint8(generator, latents, labels)) as chunks:
+                for chunk in chunks:
+                    images.append(chunk.numpy())
+                    if is_stopped():
+                        return {}
+            grids[kind] = image_grid(np.concatenate(images), columns)
         return {
             f"samples/{kind}": _write(grid, self._folder.sample_grid(images_seen, kind))
             for kind, grid in grids.items()
@@ -102,24 +96,7 @@ class SampleGrids:
         return _write(image_grid(images, self._columns), self._folder.real_samples)
 
 
-def _grid(
-    generator: nn.Module,
-    latents: Tensor,
-    labels: Tensor | None,
-    columns: int,
-    is_stopped: Callable[[], bool],
-) -> Grid | None:
-    """The images of `latents` in one grid; None when stopped."""
-    images: list[np.ndarray] = []
-    with closing(generate_uint8(generator, latents, labels)) as chunks:  # type: ignore[type-var]
-        for chunk in chunks:
-            images += list(chunk.numpy())
-            if is_stopped():
-                return None
-    return image_grid(np.stack(images), columns)
-
-
-def _write(grid: Grid, path: Path) -> Path:
+def _write(grid: np.ndarray, path: Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     name, options = _FORMATS[path.suffix]
     with atomic_write(path) as file:

@@ -1,6 +1,6 @@
 """Images from a generator as a function of (seed, position)."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -21,9 +21,13 @@ def sample_latents(
     return normal(seed, "samples", torch.arange(first, first + count), latent_dim)
 
 
-def sample_labels(first: int, count: int, num_classes: int) -> Int64[Tensor, " count"] | None:
-    """The classes in turn, starting from position `first`; None without classes."""
-    return torch.arange(first, first + count) % num_classes if num_classes else None
+def sample_labels(
+    first: int, count: int, num_classes: int, repeats: int = 1
+) -> Int64[Tensor, " labels"] | None:
+    """The classes in turn from position `first` on, each `repeats` times; None without classes."""
+    if not num_classes:
+        return None
+    return (torch.arange(first, first + count) % num_classes).repeat_interleave(repeats)
 
 
 def interpolate_latents(
@@ -67,7 +71,7 @@ def generate_images(
 
 def generate_uint8(
     generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
-) -> Iterator[UInt8[Tensor, "chunk height width channels"]]:
+) -> Generator[UInt8[Tensor, "chunk height width channels"], None, None]:
     """`generate_images` as bytes on the host."""
     for images in generate_images(generator, latents, labels):
         yield to_bytes(images).cpu()

@@ -1,7 +1,6 @@
 """Events that a user wants to hear of at once: the first non-finite value, a collapse, the end.
 
-Each kind is sent once per run, also when the run resumes from before it: `alerts.jsonl` in the run
-folder keeps what was sent. The process that copies the record to W&B sends it there.
+`alerts.jsonl` in the run folder keeps what was sent, for W&B and for a run that resumes.
 """
 
 import logging
@@ -14,10 +13,8 @@ from ganscale.tracking.record import Value
 
 logger = logging.getLogger(__name__)
 
-COLLAPSED = "collapse/alarm"
-"""A row's name: 1 when the generator has collapsed."""
-
-_MUST_BE_FINITE = ("loss/", "logits/", "penalty/", "optim/")
+COLLAPSED = "collapse/alarm"  # 1 in a row when the generator has collapsed
+_FINITE = ("loss/", "logits/", "penalty/", "optim/")
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,7 @@ class Alerts:
     def check_row(self, row: Mapping[str, Value], images_seen: int) -> None:
         """Sends an alert for a non-finite value or a collapse in `row`."""
         for name, value in sorted(row.items()):
-            if not name.startswith(_MUST_BE_FINITE) or not isinstance(value, float):
-                continue
-            if not math.isfinite(value):
+            if isinstance(value, float) and name.startswith(_FINITE) and not math.isfinite(value):
                 self.send("nan", "not finite", f"{name} is {value}", images_seen)
         if row.get(COLLAPSED):
             text = "the generator has collapsed: its images are nearly all the same few"

@@ -17,86 +17,65 @@ _SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
 class Console:
     """Shows the progress of a run, and logs it with date and time to `log.txt`."""
 
-    def __init__(
-        self, total_images: int, log_path: Path, *, is_terminal: bool | None = None
-    ) -> None:
-        """`is_terminal`: by default, whether stderr is one; the bar is drawn there."""
+    def __init__(self, total_images: int, log_path: Path) -> None:
         self._total_images = total_images
         self._log_path = log_path
-        self._bar: tqdm | None = None
-        if sys.stderr.isatty() if is_terminal is None else is_terminal:
-            # Rate and time left come from the run: the bar's own start at zero after a resume.
-            self._bar = tqdm(
-                total=total_images,
-                unit="img",
-                unit_scale=True,
-                dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}",
-            )
+        # Rate and time left come from the run: the bar's own start at zero after a resume.
+        self._bar = tqdm(
+            total=total_images,
+            unit="img",
+            unit_scale=True,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit}{postfix}",
+            disable=None,  # if stderr is not a terminal
+        )
 
     def update(self, images_seen: int, images_per_second: float, row: Mapping[str, Value]) -> None:
         """Shows one logging interval; `row` gives `loss/critic` and `loss/generator`."""
         losses = [f"{label} {row[k]:.4f}" for label, k in _SHOWN_LOSSES.items() if k in row]
-        time_left = self._time_left(images_seen, images_per_second)
+        time_left = "unknown time"
+        if images_per_second > 0:
+            seconds = max(self._total_images - images_seen, 0) / images_per_second
+            time_left = str(timedelta(seconds=round(seconds)))
         progress = ", ".join([*losses, f"{images_per_second:,.0f} img/s", f"{time_left} left"])
         line = f"{images_seen:,} of {self._total_images:,} images, {progress}"
-        if self._bar is None:
+        if self._bar.disable:
             _print_above_bar(line)
         else:
             self._bar.n = images_seen
             self._bar.set_postfix_str(progress)
         append_line(self._log_path, line)
 
-    def message(self, text: str) -> None:
-        """Shows `text` above the bar, and logs it."""
-        _print_above_bar(text)
-        append_line(self._log_path, text)
-
     def close(self) -> None:
         """Leaves the bar on the terminal as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _time_left(self, images_seen: int, images_per_second: float) -> str:
-        if not images_per_second > 0:
-            return "unknown time"
-        seconds = max(self._total_images - images_seen, 0) / images_per_second
-        return str(timedelta(seconds=round(seconds)))
+        self._bar.close()
 
 
 def setup_logging(log_path: Path, rank: int) -> None:
-    """Sends the `ganscale` logger's messages to the console and the log file on rank 0; other ranks
-    send warnings to stderr.
-
-    A second call replaces the handlers of the first.
-    """
+    """Sends `ganscale`'s log messages to the console and the log file on rank 0, and warnings of
+    other ranks to stderr. A second call replaces the handlers of the first."""
     ganscale_logger = logging.getLogger("ganscale")
     ganscale_logger.propagate = False
     ganscale_logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if rank == 0:
         handler = _ConsoleAndFile(log_path)
-        handler.setFormatter(_LevelFormatter())
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter(f"rank {rank}: %(levelname)s: %(message)s"))
     ganscale_logger.handlers[:] = [handler]
 
 
-class _LevelFormatter(logging.Formatter):
-    """The bare message; warnings and errors begin with their level."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return f"{record.levelname}: {text}" if record.levelno >= logging.WARNING else text
-
-
 class _ConsoleAndFile(logging.Handler):
+    """Logs the bare message; warnings and errors begin with their level."""
+
     def __init__(self, log_path: Path) -> None:
         super().__init__()
         self._log_path = log_path
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname}: {text}"
         _print_above_bar(text)
         append_line(self._log_path, text)
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run: one JSON object for each logged row."""
+"""`metrics.jsonl`, the record of a run: one JSON object for each row, written, cut and followed."""
 
 import io
 import json
@@ -20,39 +20,29 @@ Value = float | int | str | dict[str, Any]
 """A number (also numpy's), a text, the path of a sample grid in the run folder (under `samples/`),
 or a histogram: {"counts": n numbers, "edges": n + 1 numbers}."""
 
-# JSON has no such numbers, and other readers fail on the literal NaN that Python writes by default.
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_HAS_NON_FINITE = re.compile(rb'"(nan|-?inf)"')
+# JSON has no such numbers and other readers fail on Python's NaN, so they are written as texts.
+_NON_FINITE = re.compile(rb'(?<!\\)"(nan|-?inf)"(?!:)')  # but for names and ends of longer texts
+_LITERALS = {b"nan": b"NaN", b"inf": b"Infinity", b"-inf": b"-Infinity"}
 
 _IMAGES_SEEN = re.compile(rb'"%s": (\d{1,15})[,}]' % IMAGES_SEEN.encode())
 _MAX_IMAGES = 2**53  # beyond it, neither JavaScript nor a float counts by ones
 _BLOCK_BYTES = 1 << 20
-
-# About a day of rows at one every ten seconds, and a few tens of MB.
-_MAX_PENDING_ROWS = 10_000
+_MAX_PENDING_ROWS = 10_000  # about a day at one every ten seconds; a few tens of MB
 
 logger = logging.getLogger(__name__)
 
 
 class Record:
     """Appends rows to a JSONL file and hands each to the operating system at once, so a row
-    survives the death of the process.
-
-    A full disk or an unreachable file system never raises: rows wait in memory, in order, and are
-    written once there is room.
+    survives the death of the process. While the disk is full or unreachable, rows wait in memory.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lost_rows = 0
-        self._pending: deque[bytes] = deque()
+        self.pending_rows: deque[bytes] = deque()  # wait in memory for room on the disk
         self._descriptor: int | None = None
         self._has_warned = False
-
-    @property
-    def pending_rows(self) -> int:
-        """The number of rows that wait in memory for room on the disk."""
-        return len(self._pending)
 
     def append(self, row: Mapping[str, Value]) -> None:
         """Writes one row with its names sorted; values may be numpy scalars.
@@ -63,8 +53,8 @@ class Record:
         if not isinstance(row.get(IMAGES_SEEN), int):
             raise ValueError(f"a row needs an integer {IMAGES_SEEN}, got {row.get(IMAGES_SEEN)!r}")
         line = json.dumps(_to_json(row), sort_keys=True, allow_nan=False)
-        if len(self._pending) < _MAX_PENDING_ROWS:
-            self._pending.append(line.encode() + b"\n")
+        if len(self.pending_rows) < _MAX_PENDING_ROWS:
+            self.pending_rows.append(line.encode() + b"\n")
         else:
             self.lost_rows += 1
         self._write_pending()
@@ -72,9 +62,8 @@ class Record:
     def rewind(self, images_seen: int) -> int:
         """Drops the rows after `images_seen`, and returns how many lines those were.
 
-        Rows are in order of `images_seen`, so one truncation drops them: it needs no disk space,
-        and a crash leaves the old file or the new one. A half-written last line, left by a crash,
-        is dropped too, with a warning.
+        Rows are in order of `images_seen`, so one truncation drops them: it needs no disk space
+        and is atomic. A half-written last line, left by a crash, is dropped too, with a warning.
         """
         if not self.path.exists():
             return 0
@@ -95,9 +84,9 @@ class Record:
         return dropped_lines
 
     def close(self) -> None:
-        """Tries once more to write the pending rows, warns of those it cannot write, and closes."""
+        """Tries once more to write the pending rows, and warns of those it cannot write."""
         self._write_pending()
-        if unwritten := self.lost_rows + self.pending_rows:
+        if unwritten := self.lost_rows + len(self.pending_rows):
             logger.warning("%s lacks %d rows: no room on the disk", self.path, unwritten)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -105,37 +94,68 @@ class Record:
 
     def _write_pending(self) -> None:
         try:
-            if self._descriptor is None and self._pending:
+            if self._descriptor is None and self.pending_rows:
                 self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            while self._pending and self._descriptor is not None:
-                # A nearly full disk takes only the start of a line. The rest stays at the head of
-                # the queue, so that the line is complete once there is room again.
-                written = os.write(self._descriptor, self._pending[0])
-                self._pending[0] = self._pending[0][written:]
-                if not self._pending[0]:
-                    self._pending.popleft()
+            while self.pending_rows and self._descriptor is not None:
+                # A nearly full disk takes only the start of a line: the rest stays in the queue.
+                written = os.write(self._descriptor, self.pending_rows[0])
+                self.pending_rows[0] = self.pending_rows[0][written:]
+                if not self.pending_rows[0]:
+                    self.pending_rows.popleft()
         except OSError as error:
             if not self._has_warned:
                 logger.warning("%s cannot be written (%s); rows wait in memory", self.path, error)
                 self._has_warned = True
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Value]]:
-    """The rows of a record, in order; damaged lines are skipped with a warning."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if (row := parse_row(line)) is not None:
-                yield row
-            else:
-                logger.warning("%s: line %d is damaged", path, number)
+class RecordTail:
+    """The rows of a record that may still be growing.
+
+    W&B keeps one row for each value of its own step and drops later ones with the same step, while
+    a run may log several rows at one moment: metrics, samples, scores. So W&B's step is
+    `images_seen`, or one more than the last row's step if that is taken. It depends on the record
+    alone: any process gives a row the same step at any time. Charts use `progress/images_seen`,
+    which is exact, as their axis.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0  # bytes read so far
+        self._last_step = -1
+        self.count = 0  # rows read so far
+
+    def read(self, first_step: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(W&B's step, row) of the new rows from `first_step` on; an incomplete last line is left
+        for the next call.
+
+        Raises OSError if the file cannot be read; a later call continues without loss.
+        """
+        for _, step, line in self.lines():
+            # Parsing takes most of the time, so rows before `first_step` are not parsed.
+            if step >= first_step and (row := parse_row(line)) is not None:
+                yield step, row
+
+    def lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """(images seen, W&B's step, line) of the new rows, as for `read`."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                if (images_seen := images_seen_of(line)) is not None:
+                    self.count += 1
+                    self._last_step = max(images_seen, self._last_step + 1)
+                    yield images_seen, self._last_step, line
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row of a line; None if the line is damaged or incomplete."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-        if _HAS_NON_FINITE.search(line):
-            row = _from_json(row)
+        literal = _NON_FINITE.sub(lambda match: _LITERALS[match[1]], line)
+        row = json.loads(literal) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
     images_seen = row.get(IMAGES_SEEN) if isinstance(row, dict) else None
@@ -175,14 +195,4 @@ def _to_json(value: Any) -> Any:
         return {name: _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json(item) for item in value]
-    return value
-
-
-def _from_json(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NON_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {name: _from_json(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
     return value

@@ -15,53 +15,50 @@ import torch
 from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
-_GIT_SECONDS = 5.0
-
 
 def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
     """The entry of a session in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
-    cluster = {
-        "world_size": runtime.world_size,
-        "nodes": nodes,
-        "ranks_per_node": runtime.world_size // nodes,
-        "device": _device_name(runtime.device),
-        "host": platform.node(),
-    }
-    if job := os.environ.get("SLURM_JOB_ID"):
-        cluster["slurm_job_id"] = job
+    job = os.environ.get("SLURM_JOB_ID")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "images_seen": images_seen,
         "command": without_secrets(sys.argv),
-        "git": git_revision(Path.cwd()),
+        "git": _git_revision(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "none",
             **{name: _version(name) for name in ("ganscale", "accelerate", "numpy", "wandb")},
         },
-        "cluster": cluster,
+        "cluster": {
+            "world_size": runtime.world_size,
+            "nodes": nodes,
+            "ranks_per_node": runtime.world_size // nodes,
+            "device": _device_name(runtime.device),
+            "host": platform.node(),
+            **({"slurm_job_id": job} if job else {}),
+        },
         "data_fingerprint": fingerprint,
     }
 
 
-def git_revision(folder: Path) -> dict[str, Any]:
-    """{"revision", "is_dirty"} of the git working tree around `folder`; {} if there is none."""
+def _git_revision() -> dict[str, Any]:
+    """{"revision", "is_dirty"} of the git working tree here; {} if there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        revision = _git(folder, "rev-parse", "HEAD").strip()
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        revision = _git("rev-parse", "HEAD").strip()
+        changes = _git("status", "--porcelain", "--untracked-files=no")
         return {"revision": revision, "is_dirty": bool(changes.strip())}
     return {}
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(*arguments: str) -> str:
     return subprocess.run(
-        ["git", "-C", str(folder), *arguments],
+        ["git", *arguments],
         capture_output=True,
         text=True,
         check=True,
-        timeout=_GIT_SECONDS,
+        timeout=5.0,
         env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
     ).stdout
 
@@ -77,7 +74,6 @@ def _device_name(device: torch.device) -> str:
 
 
 def _version(package: str) -> str:
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return "none"

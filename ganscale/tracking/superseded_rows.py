@@ -1,8 +1,6 @@
-"""Rows in W&B that the record no longer has: W&B cannot change a row once it has it.
-
-A run that resumes under other settings (`resume.allow`) logs other rows from its checkpoint on.
-`wandb/superseded.json` in the run folder keeps where each such stretch begins, and up to which step
-W&B had rows by then.
+"""Rows that W&B keeps and the record no longer has, since a run that resumes under other settings
+(`resume.allow`) logs other rows from its checkpoint on. `wandb/superseded.json` keeps where each
+such stretch begins, and up to which step W&B had rows by then.
 """
 
 import contextlib
@@ -15,8 +13,7 @@ from ganscale.run_folder import RunFolder
 
 
 def note_rewind(folder: RunFolder, images_seen: int) -> bool:
-    """Notes that other rows follow after `images_seen` from now on. Returns whether W&B may have
-    some of the old ones, as it may if it was used before."""
+    """Notes that other rows follow after `images_seen`; returns whether W&B may have old ones."""
     if not folder.wandb.is_dir():
         return False
     _write(folder, [*_read(folder), {"after": images_seen, "until": {}}])
@@ -24,12 +21,12 @@ def note_rewind(folder: RunFolder, images_seen: int) -> bool:
 
 
 def note_connection(folder: RunFolder, location: str, next_step: int) -> None:
-    """Notes which of the rows superseded since the last connection the W&B run at `location` has:
-    all with a step below `next_step`."""
+    """Notes that the W&B run at `location` has, of the rows superseded since its last connection,
+    those with a step below `next_step`."""
     rewinds = _read(folder)
-    if new := [rewind for rewind in rewinds if location not in rewind["until"]]:
-        for rewind in new:
-            rewind["until"][location] = next_step
+    for rewind in rewinds:
+        rewind["until"].setdefault(location, next_step)
+    if rewinds:
         _write(folder, rewinds)
 
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from ganscale.errors import EXIT_FAILED, UnavailableError, UserError
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import RecordTail
 from ganscale.tracking.superseded_rows import count_superseded
 from ganscale.tracking.uploader import describe_error, exclusive_upload
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 from ganscale.tracking.wandb_mode import resolve_mode
 from ganscale.tracking.wandb_run import WandbRun
-
-_UPLOADER_SECONDS = 20.0  # the uploader of a session that was killed ends by then
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,11 @@ def synchronize(
 ) -> SyncResult:
     """Sends the rows, samples, alerts and checkpoints of a run that its W&B run does not have.
 
-    The server is asked which rows it has, so a second call finds nothing to send. Raises UserError
-    without an API key, while the run is training, or if its folder cannot be written to,
-    UnavailableError if W&B did not take everything.
+    Raises UserError without an API key, while the run is training, or if its folder cannot be
+    written to; UnavailableError if W&B did not take everything.
     """
     resolve_mode("online")
-    deadline = time.monotonic() + _UPLOADER_SECONDS
+    deadline = time.monotonic() + 20  # the uploader of a session that was killed ends by then
 
     def wait(seconds: float) -> bool:
         time.sleep(seconds)

@@ -1,7 +1,4 @@
-"""How rank 0 logs a run: rows go into the local record, and a process copies them to W&B.
-
-Training waits only for the record to be written.
-"""
+"""How rank 0 logs a run: to the local record, which a process copies to W&B meanwhile."""
 
 import contextlib
 import json
@@ -25,12 +22,11 @@ from ganscale.tracking.uploader_messages import (
     SessionEnd,
     UploadJob,
     WandbIdentity,
+    to_line,
 )
 from ganscale.tracking.wandb_mode import RequestedMode
 
 STEP = "progress/step"
-
-_START_SECONDS = 30.0  # only `online` waits, for an answer that takes about one second
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +34,8 @@ logger = logging.getLogger(__name__)
 class Tracker:
     """Logs rows to `metrics.jsonl`, from where they go to W&B; constructed on rank 0 only.
 
-    A resumed run repeats what it did after its checkpoint. The record is cut back to there; W&B
-    keeps the rows it has and gets only later ones.
+    A resumed run repeats the rows after its checkpoint. The record is cut back to there; W&B keeps
+    the rows it has and gets only later ones.
     """
 
     def __init__(
@@ -57,11 +53,8 @@ class Tracker:
         """`resumed_at`: images seen of the loaded checkpoint, None for a new run.
         `changed_settings`: since that checkpoint; they make the repeated rows differ.
 
-        `auto` is online if an API key is configured and offline otherwise; WANDB_MODE,
-        WANDB_BASE_URL, WANDB_API_KEY and netrc are respected. A server that does not answer is
-        tried again, first after `retry_seconds`.
-
-        Raises UserError for `online` without an API key.
+        A server that does not answer is tried again, first after `retry_seconds`. Raises UserError
+        for the mode `online` without an API key.
         """
         self.location = str(folder.record)
         """Where the run can be viewed: an address, or the folder of an offline run."""
@@ -86,11 +79,16 @@ class Tracker:
                     finish_seconds=max(finish_seconds - 3, 1.0),
                 )
             )
-        if mode == "online":
-            self._wait_until_started()
+        if mode == "online":  # the answer takes about one second
+            self._read_messages_until(lambda: self._has_started, 30.0)
+            if self._user_error:
+                raise UserError(self._user_error)
 
-    def log(self, row: Mapping[str, Value], *, step: int, images_seen: int) -> None:
-        """Logs one row of `section/name` values; `images_seen` never decreases."""
+    def log(self, values: Mapping[str, Value | Path], *, step: int, images_seen: int) -> None:
+        """Logs one row of `section/name` values; `images_seen` never decreases. Files of the run
+        folder have names that begin with `samples/`."""
+        root = self._folder.path
+        row = {k: str(v.relative_to(root)) if isinstance(v, Path) else v for k, v in values.items()}
         self._record.append({**row, STEP: step, IMAGES_SEEN: images_seen})
         if self._alerts is not None:
             self._alerts.check_row(row, images_seen)
@@ -101,26 +99,18 @@ class Tracker:
         if self._alerts is not None:
             self._alerts.send(kind, title, text, images_seen)
 
-    def log_images(self, files: Mapping[str, Path], *, step: int, images_seen: int) -> None:
-        """Logs files of the run folder, under names that begin with `samples/`."""
-        paths = {name: str(path.relative_to(self._folder.path)) for name, path in files.items()}
-        self.log(paths, step=step, images_seen=images_seen)
-
     def finish(
         self, summary: Mapping[str, Any], exit_code: int, checkpoints: Sequence[Checkpoint] = ()
     ) -> None:
-        """Closes the record, and the W&B run, whose page then shows `summary`.
-
-        Takes at most `finish_seconds`, plus five minutes for each of `checkpoints`, which are
-        uploaded.
-        """
+        """Closes the record, uploads `checkpoints`, and closes the W&B run, whose page then shows
+        `summary`. Takes at most `finish_seconds`, plus five minutes for each checkpoint."""
         self._record.close()
         if self._uploader is None:
             return
         end = SessionEnd(exit_code, dict(summary), list(checkpoints))
         with contextlib.suppress(OSError):  # the process has died
             assert self._uploader.stdin is not None
-            self._uploader.stdin.write(end.to_line().encode())
+            self._uploader.stdin.write(to_line(end))
             self._uploader.stdin.close()
         limit = self._finish_seconds + CHECKPOINT_SECONDS * len(checkpoints)
         self._read_messages_until(lambda: False, limit)
@@ -146,31 +136,23 @@ class Tracker:
             )
 
     def _start_uploader(self, job: UploadJob) -> None:
-        """Starts it in its own session, so that Ctrl-C on the terminal does not reach it."""
-        command = [sys.executable, "-m", "ganscale.tracking.uploader"]
         try:
             uploader = subprocess.Popen(
-                command,
+                [sys.executable, "-m", "ganscale.tracking.uploader"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True,  # so that Ctrl-C on the terminal does not reach it
             )
             assert uploader.stdin is not None
             assert uploader.stdout is not None
-            uploader.stdin.write(job.to_line().encode())
+            uploader.stdin.write(to_line(job))
             uploader.stdin.flush()
             os.set_blocking(uploader.stdout.fileno(), False)
         except OSError as error:
             logger.warning("W&B is off in this session, metrics.jsonl continues (%s)", error)
             return
         self._uploader = uploader
-
-    def _wait_until_started(self) -> None:
-        """Raises UserError if the mode is not possible."""
-        self._read_messages_until(lambda: self._has_started, _START_SECONDS)
-        if self._user_error:
-            raise UserError(self._user_error)
 
     def _read_messages_until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Or until the uploader ends."""
@@ -207,8 +189,6 @@ class Tracker:
     def _reap(self, uploader: subprocess.Popen[bytes]) -> int:
         """The exit code of an uploader that has ended, or is about to."""
         self._uploader = None
-        for pipe in (uploader.stdin, uploader.stdout):
-            with contextlib.suppress(OSError):
-                assert pipe is not None
-                pipe.close()
+        with contextlib.suppress(OSError), uploader:  # closes the pipes
+            pass
         return uploader.wait()

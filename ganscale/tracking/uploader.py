@@ -1,7 +1,5 @@
-"""The process that copies a run's record into W&B while the run is training.
-
-W&B is a replica of `metrics.jsonl`, and this process makes it. Whatever fails in the server, the
-client, its service or its disk fails here, where no training step waits for it.
+"""The process that copies a run's record into W&B while the run is training: whatever fails in the
+server, the client, its service or its disk fails here, where no training step waits for it.
 
     python -m ganscale.tracking.uploader
 """
@@ -22,7 +20,7 @@ from ganscale.errors import EXIT_DONE, EXIT_FAILED, UnavailableError, UserError
 from ganscale.files import FileLock
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import RecordTail
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, SessionEnd, UploadJob
 from ganscale.tracking.wandb_mode import WandbMode, resolve_mode
 from ganscale.tracking.wandb_run import WandbRun
@@ -37,8 +35,7 @@ logger = logging.getLogger("ganscale.tracking.uploader")  # `__name__` is `__mai
 
 
 class SessionWatcher:
-    """Follows a session of training through the pipe from its process: one last line says how the
-    session ended, and the pipe closes.
+    """Waits for the last line of a training process, which says how its session ended.
 
     Ends this process some time later, whatever it is waiting for: the next session's uploader waits
     for this one.
@@ -46,25 +43,19 @@ class SessionWatcher:
 
     def __init__(self, pipe: TextIO, finish_seconds: float) -> None:
         self.end = SessionEnd()
-        self._finish_seconds = finish_seconds
-        self._pipe = pipe
         self._has_ended = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    @property
-    def has_ended(self) -> bool:
-        return self._has_ended.is_set()
+        threading.Thread(target=self._watch, args=(pipe, finish_seconds), daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
         """Waits for the end of the session, and returns whether it has come."""
         return self._has_ended.wait(seconds)
 
-    def _watch(self) -> None:
+    def _watch(self, pipe: TextIO, finish_seconds: float) -> None:
         with contextlib.suppress(ValueError):
-            if line := self._pipe.readline():
+            if line := pipe.readline():
                 self.end = SessionEnd.from_line(line)
         self._has_ended.set()
-        time.sleep(self._finish_seconds + CHECKPOINT_SECONDS * len(self.end.checkpoints) + 5)
+        time.sleep(finish_seconds + CHECKPOINT_SECONDS * len(self.end.checkpoints) + 5)
         os._exit(EXIT_FAILED)
 
 
@@ -86,17 +77,16 @@ class Uploader:
         self._retry_seconds, self._has_failed = job.retry_seconds, False
 
     def run(self) -> None:
-        """Raises UserError if the mode is not possible, UnavailableError if W&B lacks rows in the
-        end."""
+        """Raises UserError for an impossible mode, UnavailableError if W&B lacks rows finally."""
         mode = resolve_mode(self._job.mode)
         self._send_message(mode=mode)
         if mode == "disabled":
             return
         with exclusive_upload(self._folder, self._session.wait):
             while True:
-                is_last = self._session.has_ended
+                is_last = self._session.wait(0)
                 try:
-                    self._follow(self._connect(mode))
+                    self._follow(mode)
                     return self._reset_retries()
                 except Exception as error:
                     reason = describe_error(error)
@@ -109,7 +99,13 @@ class Uploader:
                 self._session.wait(self._retry_seconds)
                 self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
 
-    def _connect(self, mode: WandbMode) -> WandbRun:
+    def _reset_retries(self) -> None:
+        """Called once rows have arrived: a server may accept a connection and refuse the rows."""
+        if self._has_failed:
+            logger.info("W&B is back, and gets the missing rows")
+        self._retry_seconds, self._has_failed = self._job.retry_seconds, False
+
+    def _follow(self, mode: WandbMode) -> None:
         wandb_run = WandbRun(
             self._folder,
             self._job.identity,
@@ -119,21 +115,12 @@ class Uploader:
             trainer_pid=self._job.trainer_pid,
         )
         self._send_message(location=wandb_run.location)
-        return wandb_run
-
-    def _reset_retries(self) -> None:
-        """Called once rows have arrived: a server may accept a connection and refuse the rows."""
-        if self._has_failed:
-            logger.info("W&B is back, and gets the missing rows")
-        self._retry_seconds, self._has_failed = self._job.retry_seconds, False
-
-    def _follow(self, wandb_run: WandbRun) -> None:
         rows = RecordTail(self._folder.record)
         first_step = sent_step = wandb_run.next_step
         checked_at = time.monotonic()
         while True:
             # Asked before the rows are read: rows written after the answer are read next time.
-            is_last = self._session.has_ended
+            is_last = self._session.wait(0)
             wandb_run.send(rows.read(wandb_run.next_step))
             wandb_run.send_alerts(read_alerts(self._folder))
             if is_last:
@@ -157,8 +144,8 @@ class Uploader:
 def exclusive_upload(folder: RunFolder, wait: Callable[[float], bool]) -> Iterator[None]:
     """Keeps other processes from sending rows of this run meanwhile: they would arrive twice.
 
-    Waits for the uploader of a session that was killed, with a warning if that takes long. `wait`
-    waits some seconds and returns whether to give up. Raises UnavailableError if it does.
+    Waits for the uploader of a session that was killed. `wait` waits some seconds and returns
+    whether to give up, with UnavailableError.
     """
     folder.wandb.mkdir(exist_ok=True)
     warning_at = time.monotonic() + _LOCK_WARNING_SECONDS
@@ -191,15 +178,6 @@ def _tear_down_client() -> None:
         wandb.teardown()
 
 
-class _TrainerLogHandler(logging.Handler):
-    def __init__(self, send_message: Callable[..., None]) -> None:
-        super().__init__()
-        self._send_message = send_message
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._send_message(level=record.levelno, text=record.getMessage())
-
-
 def main() -> None:
     os.nice(10)  # training comes first, also when cores are few
     # The client's own output must not mix with the messages to the trainer.
@@ -210,9 +188,13 @@ def main() -> None:
         with contextlib.suppress(OSError):  # the trainer has died
             channel.write(json.dumps(content) + "\n")
 
+    class TrainerLogHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            send_message(level=record.levelno, text=record.getMessage())
+
     root = logging.getLogger("ganscale")
     root.setLevel(logging.INFO)
-    root.handlers[:] = [_TrainerLogHandler(send_message)]
+    root.handlers[:] = [TrainerLogHandler()]
     job = UploadJob.from_line(sys.stdin.readline())
     try:
         Uploader(job, SessionWatcher(sys.stdin, job.finish_seconds), send_message).run()

@@ -7,8 +7,7 @@ from typing import Any
 from ganscale.errors import EXIT_FAILED
 from ganscale.tracking.wandb_mode import RequestedMode
 
-CHECKPOINT_SECONDS = 300.0
-"""How much each checkpoint uploaded at the end of a run adds to `finish_seconds`."""
+CHECKPOINT_SECONDS = 300.0  # that each checkpoint uploaded at the end adds to `finish_seconds`
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,6 @@ class UploadJob:
     retry_seconds: float  # before the first retry
     finish_seconds: float  # for uploads that are still pending when the session ends
 
-    def to_line(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
-
     @classmethod
     def from_line(cls, line: str) -> "UploadJob":
         content = json.loads(line)
@@ -57,11 +53,12 @@ class SessionEnd:
     summary: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[Checkpoint] = field(default_factory=list)
 
-    def to_line(self) -> str:
-        return json.dumps(asdict(self)) + "\n"
-
     @classmethod
     def from_line(cls, line: str) -> "SessionEnd":
         content = json.loads(line)
         checkpoints = [Checkpoint(**fields) for fields in content["checkpoints"]]
         return cls(**{**content, "checkpoints": checkpoints})
+
+
+def to_line(message: UploadJob | SessionEnd) -> bytes:
+    return json.dumps(asdict(message)).encode() + b"\n"

@@ -1,8 +1,8 @@
 """What a run is in W&B, read from its folder: id, name, config and the checkpoints to upload."""
 
+from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
 from ganscale.run_folder import RunFolder
@@ -17,30 +17,23 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
     """The run's id, project and name in W&B, and its config there: the settings and the newest
     sessions (the last one also under `session`, whose entries W&B can show as columns), all without
     passwords and signatures."""
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(settings, dict)
     sessions = folder.read_sessions()[-_SHOWN_SESSIONS:]
+    history = {"session": sessions[-1] if sessions else {}, "sessions": sessions}
     return WandbIdentity(
         run_id=folder.read_identity()["id"],
         project=config.log.project,
         name=config.run.name,
-        config=without_secrets(
-            {str(key): value for key, value in settings.items()}
-            | {"session": sessions[-1] if sessions else {}, "sessions": sessions}
-        ),
+        config=without_secrets(asdict(config) | history),
     )
 
 
 def artifacts_to_upload(root: Path, config: Config) -> list[Checkpoint]:
     """The checkpoints that `log.artifacts` asks for, with their aliases in W&B."""
     policy = config.log.artifacts
-    if policy == "none":
-        return []
-    saved = [c for c in inspect_checkpoints(root) if c.damage is None]
-    aliases: dict[Path, list[str]] = {}
-    if saved and policy in ("last", "both"):
-        aliases.setdefault(saved[-1].folder, []).append("last")
-    best = best_checkpoint(saved, config.checkpoint) if policy in ("best", "both") else None
-    if best is not None:
-        aliases.setdefault(best.folder, []).append("best")
-    return [Checkpoint(str(folder), names) for folder, names in aliases.items()]
+    saved = [] if policy == "none" else [c for c in inspect_checkpoints(root) if c.damage is None]
+    aliases: defaultdict[str, list[str]] = defaultdict(list)
+    if saved and policy != "best":
+        aliases[str(saved[-1].folder)].append("last")
+    if policy != "last" and (best := best_checkpoint(saved, config.checkpoint)) is not None:
+        aliases[str(best.folder)].append("best")
+    return [Checkpoint(folder, names) for folder, names in aliases.items()]

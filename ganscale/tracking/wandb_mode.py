@@ -13,8 +13,6 @@ from urllib.parse import urlsplit
 
 from ganscale.errors import UserError
 
-_PROBE_SECONDS = 3.0
-
 WandbMode = Literal["online", "offline", "disabled"]
 RequestedMode = Literal["auto"] | WandbMode
 
@@ -22,11 +20,8 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_mode(mode: RequestedMode) -> WandbMode:
-    """The mode that follows from `log.wandb`, WANDB_MODE and the API key.
-
-    `auto` follows WANDB_MODE; without it, `auto` is online if an API key is configured and offline
-    otherwise. Raises UserError for `online` without a key.
-    """
+    """`auto` follows WANDB_MODE; without it, `auto` is online if an API key is configured and
+    offline otherwise. Raises UserError for `online` without a key."""
     settings = client_settings()
     if mode == "auto":
         preferred = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode)
@@ -34,15 +29,15 @@ def resolve_mode(mode: RequestedMode) -> WandbMode:
             return preferred
     if mode in ("offline", "disabled"):
         return mode
-    if not _has_api_key(settings):
-        if mode == "online":
-            raise UserError(
-                "tracking online needs a Weights & Biases API key: set WANDB_API_KEY or run "
-                "`wandb login`, or train with log.wandb=auto or log.wandb=offline"
-            )
-        logger.info("no Weights & Biases API key: this run is tracked offline")
-        return "offline"
-    return "online"
+    if _has_api_key(settings):
+        return "online"
+    if mode == "online":
+        raise UserError(
+            "tracking online needs a Weights & Biases API key: set WANDB_API_KEY or run "
+            "`wandb login`, or train with log.wandb=auto or log.wandb=offline"
+        )
+    logger.info("no Weights & Biases API key: this run is tracked offline")
+    return "offline"
 
 
 def client_settings() -> Any:
@@ -56,13 +51,11 @@ def client_settings() -> Any:
 def _has_api_key(settings: Any) -> bool:
     if settings.api_key or settings.identity_token_file:
         return True
-    candidates = [Path("~/.netrc").expanduser(), Path("~/_netrc").expanduser()]
-    if "NETRC" in os.environ:
-        candidates = [Path(os.environ["NETRC"]).expanduser()]
-    for path in candidates:
+    host = urlsplit(settings.base_url).netloc
+    for path in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
         # The client cannot read a key from an unreadable file either.
         with contextlib.suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(path).authenticators(urlsplit(settings.base_url).netloc):
+            if netrc.netrc(Path(path).expanduser()).authenticators(host):
                 return True
     return False
 
@@ -76,7 +69,7 @@ def is_reachable(url: str) -> bool:
 
     def request() -> None:
         try:
-            urllib.request.urlopen(url, timeout=_PROBE_SECONDS).close()
+            urllib.request.urlopen(url, timeout=3.0).close()
             has_answered.set()
         except urllib.error.HTTPError as error:
             if error.code < 500:
@@ -87,5 +80,5 @@ def is_reachable(url: str) -> bool:
     # In a thread, since a request's timeout does not cover a name server that does not answer.
     probe = threading.Thread(target=request, daemon=True)
     probe.start()
-    probe.join(_PROBE_SECONDS)
+    probe.join(3.0)
     return has_answered.is_set()

@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
@@ -16,16 +19,17 @@ from ganscale.tracking.record import IMAGES_SEEN
 from ganscale.tracking.superseded_rows import note_connection
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
 from ganscale.tracking.wandb_mode import WandbMode, client_settings, is_reachable
-from ganscale.tracking.wandb_values import WandbValues
 
-_INIT_SECONDS = 30.0
+_SAMPLES = "samples/"  # begins names whose values are the paths of images in the run folder
 _ARRIVAL_SECONDS = 2
 _BATCH_ROWS = 100
+_MAX_SIDE = 2048  # pixels; a browser shows no more, and JPEG ends at 65,535
+
+logger = logging.getLogger(__name__)
 
 
 class WandbRun:
-    """With `WandbValues`, the only class that calls the client. Its calls may raise anything, or
-    hang.
+    """A training's run in W&B. Its calls of the client may raise anything, or hang.
 
     Attributes:
         next_step: W&B has every row with a lower step
@@ -54,10 +58,10 @@ class WandbRun:
         self._artifact_name = f"checkpoint-{identity.run_id}"
         if mode == "online" and not is_reachable(url := client_settings().base_url):
             raise UnavailableError(f"{url} does not answer")
-        # The command as recorded for the session, without secrets.
+        # The client records the session's command, without secrets, and not this process's.
         command = identity.config.get("session", {}).get("command", [])
         settings = _settings(command, finish_seconds, trainer_pid)
-        with _as_command(command):
+        with _replaced(sys, "argv", command or sys.argv):
             self._run = wandb.init(
                 dir=client_folder,
                 project=identity.project,
@@ -77,7 +81,10 @@ class WandbRun:
             self.next_step = self._starting_step = self._run.starting_step
             self.location = str(self._run.url)
             note_connection(folder, self.location, self.next_step)
-            _mark_synchronized(folder, identity.run_id)
+            # W&B gets all rows from the record now, so `wandb sync` must not send them again.
+            for path in folder.wandb.glob(f"offline-run-*/run-{identity.run_id}.wandb"):
+                with contextlib.suppress(OSError):
+                    path.with_name(f"{path.name}.synced").touch()
         else:
             self._offline_progress = folder.offline_progress(identity.run_id)
             self.next_step = _next_offline_step(self._offline_progress)
@@ -156,47 +163,78 @@ class WandbRun:
 def _settings(command: list[str], finish_seconds: float, trainer_pid: int | None) -> Any:
     import wandb
 
-    settings = wandb.Settings(
+    return wandb.Settings(
         silent=True,
         console="off",  # log.txt has it; a progress bar would be uploaded line by line
         disable_code=True,
-        init_timeout=_INIT_SECONDS,
+        init_timeout=30.0,
         finish_timeout=finish_seconds,
         finish_timeout_raises=True,
         # A killed process loses this much of an offline run; the default is 15 s.
         x_transaction_log_flush_interval=1.0,
         x_disable_stats=trainer_pid is None,
+        x_stats_pid=trainer_pid or os.getpid(),
         program=command[0] if command else None,
     )
-    if trainer_pid is not None:
-        settings.x_stats_pid = trainer_pid
-    return settings
+
+
+class WandbValues:
+    """Converts rows to the client's types. A value that W&B cannot take is left out, with a warning
+    for the first, so that it does not hold up later rows."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._has_warned = False
+
+    def convert(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        values = {}
+        for name, value in row.items():
+            try:
+                values[name] = self._convert_value(name, value)
+            except Exception as error:
+                if not self._has_warned:
+                    reason = f"{type(error).__name__}: {error}"
+                    logger.warning(
+                        "W&B cannot take %s (%s); it gets the rows without such values",
+                        name,
+                        reason,
+                    )
+                self._has_warned = True
+        return values
+
+    def _convert_value(self, name: str, value: Any) -> Any:
+        import wandb
+        from PIL import Image
+
+        if isinstance(value, dict):
+            return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
+        if not isinstance(value, str) or not name.startswith(_SAMPLES):
+            return value
+        path = self._folder / value
+        # Pillow refuses large grids as decompression bombs, but these images are the run's own.
+        with _replaced(Image, "MAX_IMAGE_PIXELS", None), Image.open(path) as image:
+            is_large = max(image.size) > _MAX_SIDE
+            if path.suffix == ".jpg" and not is_large:
+                return wandb.Image(str(path))
+            if is_large:
+                image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+            return wandb.Image(image.convert("RGB"), file_type="jpg")
 
 
 @contextlib.contextmanager
-def _as_command(command: list[str]) -> Iterator[None]:
-    """Makes the client record the training's command instead of this process's."""
-    argv, sys.argv = sys.argv, command or sys.argv
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    """Sets a module's variable for the length of the block."""
+    original = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        sys.argv = argv
+        setattr(module, name, original)
 
 
 def _next_offline_step(path: Path) -> int:
-    """One more than the last step that any offline session wrote into its files.
-
-    A resumed run repeats the rows after its checkpoint. Its offline files must not share a step:
-    `wandb sync` of two that do would show the rows of both.
-    """
+    """One more than the last step in the files of any offline session: `wandb sync` of two files
+    that share a step would show the rows of both."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         return int(json.loads(path.read_text())["step"]) + 1
     return 0
-
-
-def _mark_synchronized(folder: RunFolder, run_id: str) -> None:
-    """Keeps `wandb sync` from sending the rows of offline sessions again: from now on, W&B gets all
-    rows from the record."""
-    for path in folder.wandb.glob(f"offline-run-*/run-{run_id}.wandb"):
-        with contextlib.suppress(OSError):
-            path.with_name(f"{path.name}.synced").touch()

@@ -74,7 +74,7 @@ class RunReporter:
         self._grids = SampleGrids(config, folder, *networks, state.num_classes, state.images_seen)
         self._console = Console(config.training.total_images, folder.log)
         if resumed_at is not None:
-            self._console.message(f"continues at {resumed_at:,} images")
+            logger.info("continues at %s images", f"{resumed_at:,}")
 
     @section("logging")
     def log_metrics(
@@ -159,7 +159,7 @@ class RunReporter:
             logger.error("no %s could be written: %s", what, error)
             return
         if files:
-            self._tracker.log_images(files, step=state.steps, images_seen=state.images_seen)
+            self._tracker.log(files, step=state.steps, images_seen=state.images_seen)
 
     def close(self, exit_code: int, cause: BaseException | None = None) -> None:
         """Writes the summary, closes the W&B run, and prints where everything is.
@@ -194,11 +194,12 @@ class RunReporter:
         self._tracker.finish(summary, exit_code, checkpoints)
         self._console.close()
         if state.bad_samples:
-            self._console.message(
-                f"bad data:   {state.bad_samples.total():,} bad samples were replaced by others; "
-                f"see {folder.summary}"
+            logger.info(
+                "bad data:   %s bad samples were replaced by others; see %s",
+                f"{state.bad_samples.total():,}",
+                folder.summary,
             )
-        self._console.message(f"samples:    {folder.sample_grid(state.images_seen)}")
+        logger.info("samples:    %s", folder.sample_grid(state.images_seen))
         saved = checkpoint_folders(folder.checkpoints)
-        self._console.message(f"checkpoint: {saved[-1] if saved else None}")
-        self._console.message(f"W&B record: {self._tracker.location}")
+        logger.info("checkpoint: %s", saved[-1] if saved else None)
+        logger.info("W&B record: %s", self._tracker.location)

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from ganscale.tracking.record import parse_row
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import Ranks
 
@@ -32,6 +35,12 @@ objective: {loss: {name: wgan}}
 optimizer: {critic: {learning_rate: 1e-4}, generator: {learning_rate: 1e-4}}
 training: {total_images: 50k}
 """
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The undamaged rows of a record."""
+    rows = map(parse_row, path.read_bytes().splitlines(keepends=True))
+    return (row for row in rows if row is not None)
 
 
 class Runs:

@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
-from ganscale.tracking import read_rows
 from tests.helpers.processes import REPOSITORY, run_python
+from tests.helpers.runs import read_rows
 
 IMAGES_PER_STEP = 64
 DEADLINE_SECONDS = 300

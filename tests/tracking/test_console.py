@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ganscale.tracking import Console, setup_logging
+from ganscale.tracking.console import Console, setup_logging
 from tests.helpers.processes import run_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -22,14 +22,14 @@ DATED = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 TRAINING = """
 import logging, sys
 from pathlib import Path
-from ganscale.tracking import Console, setup_logging
+from ganscale.tracking.console import Console, setup_logging
 log_path = Path(sys.argv[1])
 setup_logging(log_path, rank=0)
 console = Console(1000, log_path)
 console.update(400, 100.0, {"loss/critic": 0.25, "loss/generator": float("nan")})
 logging.getLogger("ganscale.training").warning("a shard is damaged")
 console.update(800, 100.0, {"loss/critic": 0.125, "loss/generator": 2.0})
-console.message("saved a checkpoint")
+logging.getLogger("ganscale.training").info("saved a checkpoint")
 console.close()
 """
 
@@ -94,10 +94,11 @@ def test_on_a_terminal_a_bar_is_drawn_with_messages_above_it(log_path):
     assert [re.sub(DATED, "", line) for line in log_path.read_text().splitlines()] == LINES
 
 
-def test_every_line_of_the_log_file_is_dated(log_path, capsys):
-    console = Console(1000, log_path, is_terminal=False)
+def test_every_line_of_the_log_file_is_dated(log_path, capsys, ganscale_logger):
+    setup_logging(log_path, rank=0)
+    console = Console(1000, log_path)
     console.update(400, 0.0, {})
-    console.message("done")
+    ganscale_logger.info("done")
     lines = log_path.read_text().splitlines()
     assert len(lines) == 2
     assert all(re.match(DATED, line) for line in lines)
@@ -110,9 +111,9 @@ def test_a_full_disk_under_stdout_and_log_file_does_not_stop_training(monkeypatc
     stdout = full.open("w")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
-        console = Console(1000, full, is_terminal=False)
+        console = Console(1000, full)
         console.update(400, 100.0, {"loss/critic": 0.5})
-        console.message("saved a checkpoint")
+        ganscale_logger.info("saved a checkpoint")
         ganscale_logger.warning("a shard is damaged")
     with pytest.raises(OSError, match="No space left"):  # the lines were really refused
         stdout.close()

@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from ganscale.run_folder import RunFolder
-from ganscale.tracking import Tracker
-from ganscale.tracking.record_tail import RecordTail
+from ganscale.tracking.record import RecordTail
 from ganscale.tracking.superseded_rows import count_superseded, note_connection
+from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.uploader_messages import WandbIdentity
 
 

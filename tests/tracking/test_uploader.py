@@ -35,14 +35,10 @@ class Session(uploader.SessionWatcher):
         self.waits: list[float] = []
         self._clock, self._end_time = clock, seconds
 
-    @property
-    def has_ended(self) -> bool:
-        return self._clock.now >= self._end_time
-
     def wait(self, seconds: float) -> bool:
         self.waits.append(seconds)
         self._clock.now += seconds
-        return self.has_ended
+        return self._clock.now >= self._end_time
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ganscale.tracking.wandb_values import WandbValues
+from ganscale.tracking.wandb_run import WandbValues
 
 
 def save(path: Path, width: int, height: int) -> str:

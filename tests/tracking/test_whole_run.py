@@ -12,9 +12,8 @@ from sessions import recorded_steps, steps
 from wandb_server import StoredRun, WandbServer
 
 from ganscale.data.manifest import Manifest
-from ganscale.tracking import read_rows
 from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import TINY
+from tests.helpers.runs import TINY, read_rows
 
 SETTINGS = [
     *(setting for setting in TINY if not setting.startswith("log.wandb")),

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ganscale.run_folder import RunFolder
-from ganscale.tracking import Tracker, setup_logging
+from ganscale.tracking.console import setup_logging
+from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 
 IMAGES_PER_STEP = 64
@@ -48,7 +49,7 @@ def main(
             path = Path(run_folder) / "samples" / f"images-{step:09d}.png"
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.full((16, 32, 3), step, np.uint8)).save(path)
-            tracker.log_images({"samples/images": path}, **position)
+            tracker.log({"samples/images": path}, **position)
             tracker.log({"logits/wasserstein": 100.0 / step}, **position)
         if step in (pause_at, pause_again_at):
             print(json.dumps({"logged": step}), flush=True)

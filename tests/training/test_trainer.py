@@ -16,9 +16,9 @@ from ganscale.errors import NonFiniteError
 from ganscale.runtime import Runtime
 from ganscale.shards.indexing import build_manifest
 from ganscale.tracking.alerts import read_alerts
-from ganscale.tracking.record import read_rows
 from ganscale.training.trainer import Trainer
 from tests.helpers.images import encoded
+from tests.helpers.runs import read_rows
 from tests.helpers.tars import write_tar
 
 CONFIG = """
