@@ -2,21 +2,18 @@
 
 import argparse
 import os
+from collections import defaultdict
 from pathlib import Path
 
 from ganscale.cli.arguments import positive_int
 
 
 def add_parser(subparsers) -> None:
-    """Registers `shards` and its subcommands; each sets `run`, a function of the parsed arguments
-    that returns the exit code and raises UserError."""
+    """Registers `shards`; each of its commands sets `run(args)`, which returns the exit code."""
     shards = subparsers.add_parser("shards", help="make, index, verify and inspect data sets")
-    commands = shards.add_subparsers(dest="shards_command", required=True, metavar="COMMAND")
-    _add_write(commands)
-    _add_index(commands)
-    _add_verify(commands)
-    _add_show(commands)
-    _add_export(commands)
+    commands = shards.add_subparsers(required=True, metavar="COMMAND")
+    for add_command in (_add_write, _add_index, _add_verify, _add_show, _add_export):
+        add_command(commands)
 
 
 def _add_write(commands) -> None:
@@ -34,11 +31,10 @@ def _add_write(commands) -> None:
     )
     add("output", metavar="OUTPUT", type=Path, help="the folder for the data set")
     add("--resolution", type=positive_int, metavar="PIXELS", help="crop and resize to this square")
-    add(
-        "--channels", type=int, choices=(1, 3), help="grey or RGB (default: 3; 1 for bundled:mnist)"
-    )
+    add("--channels", type=int, choices=(1, 3), help="default: 3 (RGB), for bundled:mnist 1 (grey)")
     add(
         "--format",
+        dest="image_format",
         choices=("png", "webp", "jpeg", "npy", "keep"),
         help="how images are stored (default: keep the files if no image is changed, else png)",
     )
@@ -66,22 +62,12 @@ def _add_write(commands) -> None:
 
 
 def _write(args: argparse.Namespace) -> int:
-    from ganscale.shards.writing import DEFAULT_SHARD_BYTES, describe_bad_images, write_shards
+    from ganscale.shards.writing import describe_bad_images, write_shards
 
-    result = write_shards(
-        args.source,
-        args.output,
-        resolution=args.resolution,
-        channels=args.channels,
-        image_format=args.format,
-        quality=args.quality,
-        classes=args.classes,
-        shard_samples=args.shard_samples,
-        shard_bytes=args.shard_bytes or DEFAULT_SHARD_BYTES,
-        seed=args.seed,
-        workers=args.workers,
-        max_bad=args.max_bad,
-    )
+    # Options have the names of the function's parameters, and its defaults if they are not given.
+    options = {name: value for name, value in vars(args).items() if value is not None}
+    del options["run"]
+    result = write_shards(**options)
     if result.ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.ignored.items())
         print(f"ignored files that are not images: {kinds}")
@@ -155,8 +141,8 @@ def _index(args: argparse.Namespace) -> int:
     if result.kept:
         print(f"not read, since unchanged: {result.kept:,} of {shards:,} shards")
     if args.leave_out:
-        counts = f"{result.excluded_samples:,} samples, {result.excluded_shards:,} whole shards"
-        print(f"left out: {counts}")
+        samples, whole_shards = result.excluded_samples, result.excluded_shards
+        print(f"left out: {samples:,} samples, {whole_shards:,} whole shards")
     if result.restored_samples:
         print(f"restored: {result.restored_samples:,} samples that were left out before")
     if result.manifest is None:
@@ -203,26 +189,19 @@ def _verify(args: argparse.Namespace) -> int:
     from ganscale.shards.verifying import verify_shards
 
     manifest = Manifest.load(args.folder)
-    exclusions = []
-    if (
-        args.leave_out and args.leave_out.exists()
-    ):  # read now: a bad list fails before hours of work
-        exclusions += read_exclusions(args.leave_out)
+    has_list = args.leave_out and args.leave_out.exists()
+    # Read now: a bad list should fail before hours of work.
+    exclusions = read_exclusions(args.leave_out) if has_list else []
     results = verify_shards(manifest, args.shards, args.workers)
     bad_shards = [result for result in results if result.problem or result.bad]
-    unknown = sum(not shard.sha256 for shard in manifest.shards)
-    if unknown:
+    if unknown := sum(not shard.sha256 for shard in manifest.shards):
         print(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
     if args.leave_out:
-        exclusions += [
-            Exclusion(result.shard, key, reason)
-            for result in bad_shards
-            for key, reason in result.bad
-        ]
+        exclusions += [Exclusion(result.shard, *bad) for result in results for bad in result.bad]
         write_exclusions(args.leave_out, dict.fromkeys(exclusions))
     if not bad_shards:
-        counts = f"{len(manifest.samples):,} images in {len(manifest.shards):,}"
-        print(f"all {counts} shard{'s' * (len(manifest.shards) > 1)} are good")
+        shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}"
+        print(f"all {len(manifest.samples):,} images in {shards} are good")
         return 0
     _print_bad(bad_shards)
     bad_images = sum(len(result.bad) for result in bad_shards)
@@ -238,14 +217,14 @@ def _print_bad(bad_shards) -> None:
     """Prints a line for each shard and reason: how many samples, and the first of them."""
     width = max(len(result.shard) for result in bad_shards)
     for shard, samples, problem, bad in bad_shards:
-        reasons: dict[str, list[str]] = {}
-        for key, reason in bad:
-            reasons.setdefault(reason, []).append(key)
         if problem:
             print(f"{shard:<{width}}  {samples:>9,}  {problem}")
+        reasons = defaultdict(list)
+        for key, reason in bad:
+            reasons[reason].append(key)
         for reason, keys in reasons.items():
-            first = f"'{keys[0]}'" + (" and others" if len(keys) > 1 else "")
-            print(f"{shard:<{width}}  {len(keys):>9,}  {first} {reason}")
+            others = " and others" if len(keys) > 1 else ""
+            print(f"{shard:<{width}}  {len(keys):>9,}  '{keys[0]}'{others} {reason}")
 
 
 def _add_show(commands) -> None:
@@ -269,10 +248,8 @@ def _show(args: argparse.Namespace) -> int:
     if args.sheet:
         from ganscale.shards.sample_sheet import write_sheet
 
-        bad_samples = write_sheet(manifest, args.sheet, args.count)
-        print(
-            f"sheet        {args.sheet}" + (f" ({bad_samples} bad, black)" if bad_samples else "")
-        )
+        bad = write_sheet(manifest, args.sheet, args.count)
+        print(f"sheet        {args.sheet}{f' ({bad} bad, black)' if bad else ''}")
     return 0
 
 
@@ -329,19 +306,15 @@ def _add_data_set(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
+    # The affinity respects the limits of a batch system; macOS has none.
+    has_affinity = hasattr(os, "sched_getaffinity")
     parser.add_argument(
         "--workers",
         type=positive_int,
         metavar="N",
-        default=_available_cores(),
+        default=len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1,
         help="processes (default: %(default)s, one per core); they do not change the result",
     )
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # respects the limits of a batch system; not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -8,8 +8,7 @@ from functools import partial
 import numpy as np
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import blocks_per_shard
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import blocks_per_shard, working_set_bytes
 from ganscale.errors import UserError
 from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, nearest, readable_bytes
 from ganscale.plan.shard_reads import expected_fetches, expected_shards, mean_size, ranks_of_lanes

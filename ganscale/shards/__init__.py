@@ -1,8 +1,7 @@
 """Data sets, from image files to shards with a manifest: the steps before a run.
 
-`writing` makes shards from the images of `sources`, each stored by an `encoding`. `indexing` makes
-the manifest of existing shards: `listing` finds them, `shard_index` reads one through `tar_reader`,
-`index_cache` keeps the result, and `manifest_writer` combines all of them. `verifying` compares
-shards with their manifest, `exclusions` are lists of samples to leave out, and `interop` reads and
-writes the indices of other tools.
+`writing` makes shards from the images of `sources`. `indexing` makes the manifest of existing
+shards: `listing` finds them, `shard_index` reads one through `tar_reader`, and `index_cache` keeps
+the results and combines them. `verifying` compares shards with their manifest, `exclusions` are
+lists of samples to leave out, and `interop` reads and writes the indices of other tools.
 """

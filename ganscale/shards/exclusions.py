@@ -21,10 +21,8 @@ def read_exclusions(path: Path) -> list[Exclusion]:
     """The list at `path`. Raises UserError, naming the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"no list of samples to leave out at {path}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a list of samples to leave out: it is not text") from error
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise UserError(f"no list of samples to leave out at {path}: {error}") from error
     entries = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

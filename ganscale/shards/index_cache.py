@@ -1,9 +1,9 @@
-"""The results of earlier indexing, so that unchanged shards are not read again.
+"""The results of indexing: kept, so that unchanged shards are not read again, and combined.
 
 While indexing runs, each shard that was read has a small file in the folder `indexing` beside the
-manifest, written atomically: an interrupted command continues from there, and several machines can
-share the folder. Once the manifest is written, it holds the rows, `indexing.json` holds the rest,
-and the folder is deleted.
+manifest: an interrupted command continues from there, and several machines can share the folder.
+Once the manifest is written, it holds the rows, `indexing.json` holds the rest, and the folder is
+deleted.
 
 A local shard counts as unchanged if its size and modification time are the same, a remote one if
 its size and its ETag or time are; where the server reports neither, if its address is.
@@ -13,20 +13,30 @@ import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ganscale.data.manifest import SAMPLE_ROW, Manifest, Shard
+from ganscale.data.manifest import (
+    CLASSES_NAME,
+    JSON_NAME,
+    ROWS_NAME,
+    SAMPLE_ROW,
+    VERSION,
+    Manifest,
+    Shard,
+    update_fingerprint,
+)
 from ganscale.data.remote import connections, objects
 from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
 from ganscale.shards.shard_index import ShardIndex
 
-FOLDER_NAME, SUMMARY_NAME = "indexing", "indexing.json"
+_FOLDER_NAME, _SUMMARY_NAME = "indexing", "indexing.json"
 
 
 class IndexCache:
@@ -34,61 +44,135 @@ class IndexCache:
 
     def __init__(self, output: Path):
         self._output = output
-        self._folder = output / FOLDER_NAME
+        self._folder = output / _FOLDER_NAME
         self._manifest: Manifest | None = None
         self._records: dict[str, dict[str, Any]] = {}
         self._position: dict[str, int] = {}
-        try:
-            summary = json.loads((output / SUMMARY_NAME).read_bytes())
+        # If these do not fit together, every shard without a file is read again.
+        with suppress(OSError, ValueError, KeyError, TypeError, UserError):
+            summary = json.loads((output / _SUMMARY_NAME).read_bytes())
             manifest = Manifest.load(output)
             if summary["fingerprint"] == manifest.fingerprint:
                 self._manifest, self._records = manifest, summary["shards"]
                 self._position = {shard.name: i for i, shard in enumerate(manifest.shards)}
-        except (OSError, ValueError, KeyError, TypeError, UserError):
-            return  # then every shard without a file is read again
 
     def has_current(self, name: str, stamp: list, options: str) -> bool:
         """Whether the shard was indexed with the same `stamp` and `options`."""
         record = self._record(name)
         return record is not None and (record["stamp"], record["options"]) == (stamp, options)
 
-    def load(self, name: str) -> ShardIndex:
+    def excluded(self, name: str) -> int:
+        """How many samples of a shard were left out of the manifest."""
+        return self._records[name]["left_out"] if name in self._records else 0
+
+    def write_manifest(self, location: str, names: list[str]) -> int:
+        """Combines the indices of the shards `names` into the manifest, and compacts the cache.
+
+        Returns how many samples were left out. Raises UserError for shards that do not go together.
+        """
+        root = self._output
+        shards: list[Shard] = []
+        extensions: set[str] = set()
+        image_sizes: set[tuple[int, int] | None] = set()
+        class_count = excluded = 0
+        digest = hashlib.sha256()
+        with atomic_write(root / ROWS_NAME) as file:
+            write_header = np.lib.format.write_array_header_1_0
+            header = {"descr": SAMPLE_ROW.descr, "fortran_order": False, "shape": (0,)}
+            write_header(file, header)
+            for index in map(self._load, names):
+                excluded += index.excluded
+                if not len(index.rows):
+                    continue
+                largest_label = int(index.rows["label"].max())
+                if shards and (largest_label >= 0) != (class_count > 0):
+                    raise UserError(
+                        f"{index.shard.name} is {'not ' if class_count else ''}labelled, unlike "
+                        f"{shards[0].name}: label all shards of {root} or none"
+                    )
+                class_count = max(class_count, largest_label + 1)
+                shards.append(index.shard)
+                extensions.update(index.extensions)
+                # None counts as another size: then the sizes may differ.
+                image_sizes.update((None,) if index.image_sizes is None else index.image_sizes)
+                update_fingerprint(digest, index.shard, index.rows)
+                file.write(index.rows.tobytes())
+            if not shards:
+                raise UserError(f"no sample is left for the manifest in {root}")
+            # NumPy leaves room in a header for its first dimension to grow.
+            file.seek(0)
+            write_header(file, header | {"shape": (sum(shard.samples for shard in shards),)})
+            class_names = _class_names(root / CLASSES_NAME, class_count)
+            # An old description must never be beside new rows.
+            (root / JSON_NAME).unlink(missing_ok=True)
+        content = {
+            "version": VERSION,
+            "fingerprint": digest.hexdigest(),
+            "location": location,
+            "fields": {
+                "extensions": sorted(extensions),
+                "resolution": next(iter(image_sizes)) if len(image_sizes) == 1 else None,
+                "class_count": len(class_names) or class_count,
+                "class_names": class_names,
+            },
+            "shards": [asdict(shard) for shard in shards],
+        }
+        write_text(root / JSON_NAME, json.dumps(content, indent=1) + "\n")
+        self._compact(digest.hexdigest(), [shard.name for shard in shards])
+        return excluded
+
+    def _load(self, name: str) -> ShardIndex:
         """The index of a shard. Raises UserError if its file has been deleted meanwhile."""
         path = _shard_path(self._folder, name)
         if path.exists():
             with path.open("rb") as file:
                 record = json.loads(file.readline())
                 rows = np.frombuffer(file.read(), SAMPLE_ROW)
-            return _to_index(record, rows)
-        if self._manifest is None or name not in self._position:
+        elif self._manifest is not None and name in self._position:
+            record, position = self._records[name], self._position[name]
+            first, last = self._manifest.first_sample[position : position + 2]
+            rows = self._manifest.samples[first:last]
+        else:
             raise UserError(f"{path} was deleted while shards were indexed: start again")
-        position = self._position[name]
-        first, last = self._manifest.first_sample[position : position + 2]
-        return _to_index(self._records[name], self._manifest.samples[first:last])
+        sizes = record["image_sizes"]
+        return ShardIndex(
+            Shard(**record["shard"]),
+            rows,
+            tuple(record["extensions"]),
+            None if sizes is None else tuple((height, width) for height, width in sizes),
+            record["left_out"],
+        )
 
-    def excluded(self, name: str) -> int:
-        """How many samples of a shard were left out of the manifest."""
-        return self._records[name]["left_out"] if name in self._records else 0
-
-    def compact(self, fingerprint: str, names: Iterable[str]) -> None:
+    def _compact(self, fingerprint: str, names: Iterable[str]) -> None:
         """Replaces the files of single shards by one, without the rows that the manifest has."""
         records = {name: self._record(name) for name in names}
         content = {"fingerprint": fingerprint, "shards": records}
-        write_text(self._output / SUMMARY_NAME, json.dumps(content))
+        write_text(self._output / _SUMMARY_NAME, json.dumps(content))
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _record(self, name: str) -> dict[str, Any] | None:
         path = _shard_path(self._folder, name)
-        try:
-            with path.open("rb") as file:
-                line = file.readline()
+        with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as file:
+            line = file.readline()
             record = json.loads(line)
             row_bytes = record["shard"]["samples"] * SAMPLE_ROW.itemsize
             if path.stat().st_size == len(line) + row_bytes:
                 return record
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         return self._records.get(name)
+
+
+def _class_names(path: Path, class_count: int) -> list[str]:
+    if class_count == 0 or not path.exists():
+        return []
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a list of class names")
+    if len(names) < class_count:
+        raise UserError(f"{path} names {len(names)} classes, but labels go up to {class_count - 1}")
+    return names
 
 
 def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> None:
@@ -101,7 +185,7 @@ def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> No
         "image_sizes": index.image_sizes,
         "left_out": index.excluded,
     }
-    folder = output / FOLDER_NAME
+    folder = output / _FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(_shard_path(folder, index.shard.name)) as file:
         file.write((json.dumps(record) + "\n").encode())
@@ -109,25 +193,7 @@ def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> No
 
 
 def _shard_path(folder: Path, name: str) -> Path:
-    # A name may hold slashes and be of any length.
-    return folder / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
-
-
-def _to_index(record: dict[str, Any], rows: np.ndarray) -> ShardIndex:
-    sizes = record["image_sizes"]
-    return ShardIndex(
-        Shard(**record["shard"]),
-        rows,
-        tuple(record["extensions"]),
-        None if sizes is None else tuple((height, width) for height, width in sizes),
-        record["left_out"],
-    )
-
-
-def options_digest(excluded_keys: Collection[str], uses_idx: bool) -> str:
-    """A digest of the options that change the rows of a shard."""
-    text = json.dumps([sorted(excluded_keys), uses_idx])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return folder / text_digest(name)  # a name may hold slashes and be of any length
 
 
 def stamp_of(address: str) -> list:
@@ -136,8 +202,6 @@ def stamp_of(address: str) -> list:
     Raises UserError for a local shard that is missing. For a remote shard whose server reports
     nothing, the stamp is its address.
     """
-    if address.startswith(objects.PIPE):
-        return _stamp(address, None, None)
     if not objects.is_remote(address):
         try:
             status = Path(address).stat()
@@ -146,14 +210,16 @@ def stamp_of(address: str) -> list:
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
             raise UserError(f"{address} is not a file")
         return [status.st_size, status.st_mtime_ns]
-    try:
-        return _stamp(address, *connections.stat(address, objects.STALL_SECONDS))
-    except Exception:  # any error of a store's client; reading the shard will report it
-        return _stamp(address, None, None)
-
-
-def _stamp(address: str, size: int | None, identity: str | None) -> list:
+    size, identity = None, None
+    if not address.startswith(objects.PIPE):
+        with suppress(Exception):  # any error of a store's client; reading the shard will report it
+            size, identity = connections.stat(address, objects.STALL_SECONDS)
     if size is not None and identity:
         return [size, identity]
     # Hashed, since a command may hold a password, and this is written to disk.
-    return [hashlib.blake2b(objects.shown(address).encode(), digest_size=16).hexdigest(), size]
+    return [text_digest(objects.shown(address)), size]
+
+
+def text_digest(text: str) -> str:
+    """A short digest, in hexadecimal."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

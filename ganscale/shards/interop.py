@@ -7,7 +7,6 @@ README of github.com/rom1504/img2dataset.
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -22,15 +21,11 @@ from ganscale.shards.tar_reader import BLOCK_BYTES, Member, header_size
 WIDS_KIND = "wids-shard-index-v1"
 
 
-def read_wids(address: str, retry_seconds: float) -> list[tuple[str, int]]:
-    """(path or URL, samples) of each shard of a WebDataset index, a local file or a URL.
+def read_wids(address: str, text: bytes) -> list[tuple[str, int]]:
+    """(path or URL, samples) of each shard of the WebDataset index at a path or URL.
 
     Relative addresses are relative to the index, or to its "base". Raises UserError.
     """
-    if objects.is_remote(address):
-        text = objects.read_bytes(address, retry_seconds)
-    else:
-        text = Path(address).read_bytes()
     try:
         content = json.loads(text)
         version = content["wids_version"]
@@ -43,7 +38,7 @@ def read_wids(address: str, retry_seconds: float) -> list[tuple[str, int]]:
     folder = address.rpartition("/")[0] if "/" in address else "."
     if base:
         folder = _resolve(address, folder, base)
-    shards = []
+    shards: list[tuple[str, int]] = []
     for url, samples in entries:
         if not isinstance(url, str) or type(samples) is not int:
             raise UserError(f"{address}: {url!r} with {samples!r} samples is not a shard")
@@ -57,8 +52,9 @@ def write_wids(manifest: Manifest, path: Path, samples: list[int]) -> None:
     Shards in the folder of the index get relative addresses, so that both can be moved together.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_beside = manifest.location == BESIDE and path.parent.resolve() == manifest.root.resolve()
-    base = str(manifest.root.resolve()) if manifest.location == BESIDE else manifest.location
+    root = manifest.root.resolve()
+    base = str(root) if manifest.location == BESIDE else manifest.location
+    is_beside = manifest.location == BESIDE and path.parent.resolve() == root
     shards: list[dict[str, Any]] = [
         {
             "url": shard.name if is_beside else objects.join(base, shard.name),
@@ -97,6 +93,8 @@ class IdxReader:
     Only the headers of members whose data is read are checked. Raises UserError for an .idx that
     cannot belong to this tar.
     """
+
+    sha256 = ""
 
     def __init__(self, descriptor: int, path: Path, idx: Path):
         self.name = str(path)
@@ -142,15 +140,14 @@ class IdxReader:
 def _idx_members(idx: Path) -> list[Member]:
     """The file has the line `v1.2 SAMPLES`, then a line for each sample, with
     `extension offset size name` for each member."""
-    lines = idx.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    first = re.fullmatch(r"v1\.2 (\d+)", lines[0]) if lines else None
-    if first is None or int(first[1]) != len(lines) - 1:
+    first, *lines = idx.read_text(encoding="utf-8", errors="surrogateescape").splitlines() or [""]
+    if first != f"v1.2 {len(lines)}":
         raise UserError(
             f"{idx} is not a complete index of DALI's wds2idx, version v1.2; index without "
             "--trust-idx"
         )
     members = []
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
         words = line.split(" ")
         if len(words) % 4 or not all(word.isdecimal() for word in words[1::4] + words[2::4]):
             raise UserError(

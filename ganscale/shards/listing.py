@@ -4,18 +4,17 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from ganscale.data.remote import objects
+from ganscale.data.remote.connections import WEB
 from ganscale.errors import UserError
 from ganscale.shards.interop import read_wids
 
-DEFAULT_RETRY_SECONDS = 300.0
-
-_WEB = ("http://", "https://")
+RETRY_SECONDS = 300.0
+"""How long a failing network is retried."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,13 @@ class Listing:
 
     @property
     def is_local(self) -> bool:
-        """Whether the shards are files on this machine."""
         return not objects.is_remote(self.base)
 
     def address(self, name: str) -> str:
-        """The path, URL or command of a shard."""
         return objects.join(self.base, name)
 
 
-def list_shards(
-    sources: Sequence[str], names: Sequence[str] = (), retry_seconds: float = 0
-) -> Listing:
+def list_shards(sources: Sequence[str], names: Sequence[str] = ()) -> Listing:
     """The shards given by `sources`; their base is the longest folder that all share.
 
     sources: folders (their *.tar), files and URLs (with {000..099} and wildcards), and WebDataset
@@ -59,7 +54,8 @@ def list_shards(
     counts: dict[str, int] = {}
     for source in sources:
         if source.endswith(".json"):
-            listed = dict(read_wids(source, retry_seconds))
+            with open_shard(source) as file:
+                listed = dict(read_wids(source, file.read()))
             counts |= listed
             addresses += listed
         else:
@@ -68,13 +64,13 @@ def list_shards(
         return Listing(sources[0], tuple(sorted(Path(address).name for address in addresses)))
     if len({objects.is_remote(address) for address in addresses}) > 1:
         raise UserError("some of these shards are local, others remote: index them separately")
-    queries = {urlsplit(address).query for address in addresses if address.startswith(_WEB)}
+    queries = {urlsplit(address).query for address in addresses if address.startswith(WEB)}
     if len(queries) > 1:
         raise UserError("the URLs of these shards have different queries after the ?")
     paths = [_path(address) for address in addresses]
     base = _common_folder(paths)
     relative = [path[len(base) :].lstrip("/") for path in paths]
-    if base.startswith(_WEB):
+    if base.startswith(WEB):
         # Names are unquoted, as on disk; `objects.join` quotes them again.
         relative = [unquote(name) for name in relative]
         base += "".join(f"?{query}" for query in queries if query)
@@ -88,15 +84,15 @@ def list_shards(
 
 def _path(address: str) -> str:
     """An address without its query, or an absolute path."""
-    if address.startswith(_WEB):
+    if address.startswith(WEB):
         return address.partition("?")[0]
     return address if objects.is_remote(address) else os.path.abspath(address)  # noqa: PTH100
 
 
-def open_shard(address: str, retry_seconds: float) -> AbstractContextManager[BinaryIO]:
+def open_shard(address: str) -> AbstractContextManager[BinaryIO]:
     """A sequential reader of the shard at a path, URL or command. Raises as `open_stream`."""
     if objects.is_remote(address):
-        return objects.open_stream(address, retry_seconds)
+        return objects.open_stream(address, RETRY_SECONDS)
     return Path(address).open("rb")
 
 
@@ -131,18 +127,11 @@ def _list_pipe(sources: Sequence[str], names: Sequence[str]) -> Listing:
 def _common_folder(addresses: list[str]) -> str:
     """The longest folder or URL that holds all, without a slash at its end."""
     folders = [address.split("/")[:-1] for address in addresses]
-    shared = common_start(folders)
+    shared = os.path.commonprefix(folders)  # noqa: RUF071 (compares folders, not characters)
     # The first three parts of `https://host/a` are not folders: without them it is not a URL.
     if len(shared) < (3 if objects.is_remote(addresses[0]) else 1):
         raise UserError(f"{addresses[0]} and {addresses[-1]} have no folder in common")
     return "/".join(shared) or "/"
-
-
-def common_start(paths: Sequence[list[str]]) -> list[str]:
-    """The parts that all `paths` begin with."""
-    # All lists sort between the smallest and the largest: what these share, all share.
-    pairs = zip(min(paths), max(paths), strict=False)
-    return [part for part, other in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _checked(names: list[str]) -> tuple[str, ...]:

@@ -34,10 +34,8 @@ def run_all(
         return
     # Not fork: torch has threads, and a child would inherit the locks that they hold.
     spawn = multiprocessing.get_context("spawn")
-    processes = min(workers, len(tasks))
-    pool = ProcessPoolExecutor(
-        processes, spawn, initializer=_end_with_parent, initargs=(os.getpid(),)
-    )
+    size = min(workers, len(tasks))
+    pool = ProcessPoolExecutor(size, spawn, _end_with_parent, (os.getpid(),))
     try:
         futures = {pool.submit(work, task): task for task in tasks}
         for future in as_completed(futures):
@@ -68,9 +66,9 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        limit = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}.get(error.errno or 0)
+        if limit is None:
             raise
-        limit = "quota" if error.errno == errno.EDQUOT else "disk"
         raise UserError(
             f"cannot write to {folder}: the {limit} is full; free some space and run the same "
             "command to continue"

@@ -6,21 +6,32 @@ key of its sample, and the rest is its extension: `key.png` is the image of the 
 an image apart from its label), indexing raises.
 """
 
-import hashlib
 import re
+import struct
+import zlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
+from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UserError
-from ganscale.shards.image_headers import MAGIC_BYTES, is_image, pixel_size
 from ganscale.shards.interop import IdxReader
-from ganscale.shards.tar_reader import Member, Reader, TarReader
+from ganscale.shards.tar_reader import Member, TarReader
 
+try:
+    import simplejpeg
+except ImportError:  # as in decoding
+    simplejpeg = None
+
+_JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
+_PNG_HEADER = _PNG + b"\0\0\0\rIHDR"
+_MAGIC_BYTES = 12  # enough of a file to recognize its format
 _MAX_LABEL_BYTES = 16 << 20
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # skipped by WebDataset too, such as __MACOSX/
 
@@ -58,36 +69,26 @@ class _Sample:
     """By extension; only labels have their contents here."""
 
 
-def read_index(
-    file: Reader, name: str, label: str, excluded_keys: Collection[str] = ()
-) -> ShardIndex:
-    """The contents of a tar, read once from the position of `file` to its end.
-
-    name, label: the shard's name in the manifest, and in messages
+def read_index(reader: MemberReader, name: str, excluded_keys: Collection[str] = ()) -> ShardIndex:
+    """The contents of the shard `name`, read once.
 
     Raises UserError for a tar whose samples cannot be told apart; bad samples are listed instead.
     """
-    digest = hashlib.sha256()
-    reader = TarReader(file, label, digest)
-    index = index_members(reader, excluded_keys)
-    return replace(index, shard=Shard(name, reader.bytes, digest.hexdigest(), len(index.rows)))
-
-
-def index_members(
-    reader: MemberReader, excluded_keys: Collection[str] = (), with_image_sizes: bool = True
-) -> ShardIndex:
-    """The samples that the members form; the index's shard does not have its name and size yet.
-
-    `with_image_sizes` reads images whole until two sizes are known. Raises as `read_index`.
-    """
     samples: list[_Sample] = []
     bad: list[tuple[str, str]] = []
-    sizes: set[tuple[int, int]] = set()
+    # With an .idx, images are not read whole, as their sizes would need.
+    sizes: set[tuple[int, int]] | None = set() if isinstance(reader, TarReader) else None
     excluded = 0
-    for sample in _samples(reader, sizes if with_image_sizes else None):
+    for sample in _samples(reader, sizes):
         if sample.key in excluded_keys:
             excluded += 1
-        elif problem := sample.problem or _missing_image(sample):
+        elif sample.problem:
+            bad.append((sample.key, sample.problem))
+        elif sample.offset < 0:
+            problem = (
+                f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
+                f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
+            )
             bad.append((sample.key, problem))
         else:
             samples.append(sample)
@@ -98,22 +99,15 @@ def index_members(
     rows["offset"] = [sample.offset for sample in samples]
     rows["size"] = [sample.size for sample in samples]
     rows["label"] = labels
+    if unlabelled:  # then all others have a class
+        rows = rows[rows["label"] >= 0]
     return ShardIndex(
-        Shard("", 0, "", len(rows)),
+        Shard(name, reader.bytes, reader.sha256, len(rows)),
         rows,
         tuple(sorted({sample.extension for sample in samples})),
-        tuple(sorted(sizes)) if with_image_sizes else None,
+        None if sizes is None else tuple(sorted(sizes)),
         excluded,
         (*bad, *unlabelled),
-    )
-
-
-def _missing_image(sample: _Sample) -> str:
-    if sample.offset >= 0:
-        return ""
-    return (
-        f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
-        f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
     )
 
 
@@ -147,7 +141,12 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
             continue
         sample.members[extension] = b""
         if extension in IMAGE_EXTENSIONS:
-            _add_image(sample, extension, member, reader, sizes)
+            if sample.offset >= 0:
+                sample.problem = (
+                    f"sample '{key}' has two images, .{sample.extension} and .{extension}"
+                )
+            sample.extension, sample.offset, sample.size = extension, *member[1:]
+            sample.problem = sample.problem or _read_image(member, reader, sizes)
         elif extension in LABEL_EXTENSIONS:
             if member[2] > _MAX_LABEL_BYTES:
                 sample.problem = f"member '{name}' has {member[2]:,} bytes, too many for a label"
@@ -157,33 +156,19 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
         yield sample
 
 
-def _add_image(
-    sample: _Sample,
-    extension: str,
-    member: Member,
-    reader: MemberReader,
-    sizes: set[tuple[int, int]] | None,
-) -> None:
-    name, offset, size = member
-    if sample.offset >= 0:
-        sample.problem = (
-            f"sample '{sample.key}' has two images, .{sample.extension} and .{extension}"
-        )
-    sample.offset, sample.size, sample.extension = offset, size, extension
+def _read_image(member: Member, reader: MemberReader, sizes: set[tuple[int, int]] | None) -> str:
+    """Adds the current member's pixel size to `sizes`; returns what is wrong with it, or ""."""
+    name, _, size = member
     if size > LARGEST_IMAGE_BYTES:
-        sample.problem = (
-            f"member '{name}' has {size:,} bytes, more than the limit of {LARGEST_IMAGE_BYTES:,}"
-        )
-        return
-    needs_size = sizes is not None and len(sizes) < 2
-    data = reader.data(None if needs_size else MAGIC_BYTES)
+        return f"member '{name}' has {size:,} bytes, more than the limit of {LARGEST_IMAGE_BYTES:,}"
+    is_whole = sizes is not None and len(sizes) < 2
+    data = reader.data(None if is_whole else _MAGIC_BYTES)
     if not is_image(data):
-        sample.problem = sample.problem or (
-            f"member '{name}' is not a JPEG, PNG, WebP or .npy: it begins with "
-            f"{data[:MAGIC_BYTES]!r}"
-        )
-    elif sizes is not None and needs_size and (pixels := pixel_size(data)) is not None:
+        begin = data[:_MAGIC_BYTES]
+        return f"member '{name}' is not a JPEG, PNG, WebP or .npy: it begins with {begin!r}"
+    if sizes is not None and is_whole and (pixels := pixel_size(data)) is not None:
         sizes.add(pixels)
+    return ""
 
 
 def _labels(samples: list[_Sample]) -> tuple[list[int], list[tuple[str, str]]]:
@@ -220,3 +205,49 @@ def _labels(samples: list[_Sample]) -> tuple[list[int], list[tuple[str, str]]]:
         if not bad or extension == "cls" or (extension == "json" and has_label):
             return labels, bad
     return [-1] * len(samples), []
+
+
+def is_image(head: bytes) -> bool:
+    """Whether `head`, the first _MAGIC_BYTES of a file, belongs to a format that `decoding.decode`
+    reads."""
+    return head.startswith((_JPEG, _PNG, _NPY)) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def pixel_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) in pixels of a whole image file once decoded; None if its header is bad.
+
+    As `decoding.image_size`, but that uses Pillow, which takes 20 to 60 us.
+    """
+    size = None
+    if data.startswith(_PNG_HEADER):
+        size = _png_size(data)
+    elif data.startswith(_NPY) and data[6:8] == b"\x01\0":
+        return _cached_size(data[: 10 + int.from_bytes(data[8:10], "little")])
+    elif data.startswith(_JPEG) and simplejpeg is not None and b"Exif\0" not in data[:65_536]:
+        with suppress(ValueError):
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            size = (int(height), int(width))
+    if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS:
+        return size
+    return _decoder_size(data)
+
+
+def _decoder_size(data: bytes) -> tuple[int, int] | None:
+    try:
+        return image_size(data)
+    except DecodeError:
+        return None
+
+
+# Arrays of a data set mostly have the same header.
+_cached_size = lru_cache(maxsize=64)(_decoder_size)
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    # Exif can rotate the image; older files have Exif in a text chunk.
+    if b"eXIf" in data or b"EXIF" in data or len(data) < 33:
+        return None
+    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
+        return None
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width

@@ -19,7 +19,6 @@ from ganscale.data.images.decoding import DecodeError
 from ganscale.data.labels import IMAGE_EXTENSIONS
 from ganscale.errors import UserError
 from ganscale.shards import bundled
-from ganscale.shards.listing import common_start
 from ganscale.shards.tar_reader import TarReader
 
 _BUNDLED = "bundled:"
@@ -75,19 +74,24 @@ def list_images(source: str, classes: str = "none") -> Source:
     """
     if source.startswith(_BUNDLED):
         name = source.removeprefix(_BUNDLED)
-        labels = bundled.load(name).labels
+        _, labels, class_names = bundled.load(name)
         size = len(_read_bundled(name, 0))
         images = [SourceImage(f"{i:06d}", size, i, int(label)) for i, label in enumerate(labels)]
-        return Source("bundled", name, images, bundled.load(name).class_names, {})
+        return Source("bundled", name, images, class_names, {})
     path = Path(source)
     if path.is_dir():
         kind, files = "folder", _walk(path)
     elif not path.exists():
         raise UserError(f"no folder, zip or tar at {path}")
     elif zipfile.is_zipfile(path):
-        kind, files = "zip", _list_zip(path)
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+        kind, files = "zip", [SourceImage(item.filename, item.file_size, 0) for item in members]
     elif tarfile.is_tarfile(path):
-        kind, files = "tar", _list_tar(path)
+        with path.open("rb") as file:
+            members = list(TarReader(file, str(path)))
+        kind = "tar"
+        files = [SourceImage(name.removeprefix("./"), size, first) for name, first, size in members]
     else:
         raise UserError(f"{path} is not a folder, zip or uncompressed tar of images")
     images, ignored = _only_images(files)
@@ -111,7 +115,7 @@ def image_reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
     if kind == "folder":
         return lambda image: Path(path, image.name).read_bytes()
     if kind == "tar":
-        return lambda image: _read_at(Path(path), image.size, image.position)
+        return lambda image: np.fromfile(path, "B", image.size, offset=image.position).tobytes()
     archive = zipfile.ZipFile(path)
 
     def read_member(image: SourceImage) -> bytes:
@@ -123,21 +127,10 @@ def image_reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
     return read_member
 
 
-def _read_at(path: Path, size: int, position: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(position)
-        return file.read(size)
-
-
 def _read_bundled(name: str, index: int) -> bytes:
     stream = io.BytesIO()
-    np.save(stream, _bundled_images(name)[index])
+    np.save(stream, bundled.load(name).images[index])
     return stream.getvalue()
-
-
-@lru_cache(maxsize=1)
-def _bundled_images(name: str) -> np.ndarray:
-    return bundled.load(name).images
 
 
 def _walk(root: Path) -> Iterator[SourceImage]:
@@ -148,19 +141,6 @@ def _walk(root: Path) -> Iterator[SourceImage]:
         for name in subfolders:
             if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
                 raise UserError(f"{Path(folder, name)} is a link to a folder; give its target")
-
-
-def _list_zip(path: Path) -> Iterator[SourceImage]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                yield SourceImage(member.filename, member.file_size, 0)
-
-
-def _list_tar(path: Path) -> Iterator[SourceImage]:
-    with path.open("rb") as file:
-        for name, offset, size in TarReader(file, str(path)):
-            yield SourceImage(name.removeprefix("./"), size, offset)
 
 
 def _only_images(files: Iterable[SourceImage]) -> tuple[list[SourceImage], dict[str, int]]:
@@ -183,7 +163,7 @@ def _with_folder_classes(
     images: list[SourceImage], source: str
 ) -> tuple[list[SourceImage], list[str]]:
     folders = [image.name.split("/")[:-1] for image in images]
-    depth = len(common_start(folders))
+    depth = len(os.path.commonprefix(folders))  # noqa: RUF071 (compares folders, not characters)
     for image, parts in zip(images, folders, strict=True):
         if len(parts) <= depth:
             raise UserError(

@@ -2,10 +2,10 @@
 
 It is five times as fast as the standard library's tarfile, and stricter: tarfile takes a damaged
 header or a missing end for the end of the archive; this raises. Formats: V7, ustar, GNU (long
-names, sizes in base 256) and pax (path and size), as described in POSIX.1-2017 (pax) and the GNU
-tar manual.
+names, sizes in base 256) and pax (path, size), see POSIX.1-2017 (pax) and the GNU tar manual.
 """
 
+import hashlib
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
@@ -33,21 +33,10 @@ Member = tuple[str, int, int]
 
 
 @runtime_checkable
-class Digest(Protocol):
-    """A hash object, as in hashlib."""
-
-    def update(self, data: bytes, /) -> None: ...
-
-
-@runtime_checkable
 class Reader(Protocol):
     """A file or stream of bytes. A short read is not the end; an empty one is."""
 
     def read(self, size: int, /) -> bytes: ...
-
-
-class _BadHeader(Exception):
-    pass
 
 
 class TarReader:
@@ -55,18 +44,24 @@ class TarReader:
 
     file: positioned at the tar's first byte; it need not be seekable
     name: the tar's name in messages
-    digest: updated with every byte in order; without one, a seekable file is not read between
-        headers
+    with_sha256: reads every byte; otherwise a seekable file is not read between headers
+
+    Attributes, known after the last member: `bytes`, the tar's size, and `sha256`.
     """
 
-    def __init__(self, file: Reader, name: str, digest: Digest | None = None):
+    def __init__(self, file: Reader, name: str, with_sha256: bool = False):
         self.name = name
         self.bytes = 0
-        """The tar's size, set after the last member."""
-        self._file, self._digest = file, digest
-        self._may_seek = digest is None and getattr(file, "seekable", bool)()
+        self._file = file
+        self._digest = hashlib.sha256() if with_sha256 else None
+        self._may_seek = not with_sha256 and getattr(file, "seekable", bool)()
         self._buffer, self._start = b"", 0  # the tar's bytes from _start on
         self._member: Member = ("", 0, 0)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 in hexadecimal; "" without `with_sha256`."""
+        return self._digest.hexdigest() if self._digest else ""
 
     def __iter__(self) -> Iterator[Member]:
         """Every plain file in order. Raises UserError, and what the file's `read` raises."""
@@ -83,16 +78,18 @@ class TarReader:
                 break
             try:
                 if not _is_checksum(header, checksum):
-                    raise _BadHeader
+                    raise ValueError("the checksum does not match")
                 size, kind = _number(header[124:136]), header[156:157]
                 if kind in _EXTENSION_TYPES:
-                    content = self._extension(offset + BLOCK_BYTES, size)
+                    content = self._at(offset + BLOCK_BYTES, min(size, _MAX_EXTENSION_BYTES))
+                    if len(content) < size:
+                        raise ValueError("the extra header is cut or too long")
                     _add_extension(kind, content, extensions, defaults)
                     offset += BLOCK_BYTES + _whole_blocks(size)
                     continue
                 name, size, kind = _member(header, size, kind, defaults | extensions)
                 extensions = {}
-            except _BadHeader as error:
+            except ValueError as error:
                 raise self._damaged(offset, header) from error
             offset += BLOCK_BYTES
             if kind in _FILE_TYPES:
@@ -142,10 +139,7 @@ class TarReader:
                 return
         pieces = [self._buffer[offset - self._start :]]
         missing = count - len(pieces[0])
-        while missing > 0:
-            piece = self._read(max(missing, _CHUNK_BYTES))
-            if not piece:
-                break
+        while missing > 0 and (piece := self._read(max(missing, _CHUNK_BYTES))):
             pieces.append(piece)
             missing -= len(piece)
         self._buffer, self._start = b"".join(pieces), offset
@@ -156,12 +150,6 @@ class TarReader:
         if self._digest is not None:
             self._digest.update(data)
         return data
-
-    def _extension(self, offset: int, size: int) -> bytes:
-        content = self._at(offset, min(size, _MAX_EXTENSION_BYTES))
-        if len(content) < size:
-            raise _BadHeader
-        return content
 
     def _check_end(self, offset: int) -> None:
         end = self._at(offset, 2 * BLOCK_BYTES)
@@ -181,14 +169,11 @@ class TarReader:
         """The error for a `block` at `offset` that should be a header."""
         name, first, size = self._member
         if offset == 0:
-            for magic, compression in _COMPRESSIONS.items():
-                if block.startswith(magic):
-                    return UserError(
-                        f"{self.name}: not a readable tar: it is compressed ({compression}); "
-                        "shards must be uncompressed, so unpack it first"
-                    )
             reason = "it does not begin with a tar header" if block else "the file is empty"
-            return UserError(f"{self.name}: not a readable tar ({reason})")
+            for magic, kind in _COMPRESSIONS.items():
+                if block.startswith(magic):
+                    reason = f"it is compressed ({kind}); shards must not be: unpack it first"
+            return UserError(f"{self.name}: not a readable tar: {reason}")
         if len(block) < BLOCK_BYTES:
             if self._may_seek:
                 self._start, self._buffer = self._file.seek(0, 2), b""  # type: ignore[attr-defined]
@@ -226,21 +211,22 @@ def _member(
     if not records:
         return name, size, kind
     if "size" in records:
-        size = _decimal(records["size"])
+        digits = records["size"]
+        if not (digits.isascii() and digits.isdigit()) or len(digits) > 19:
+            raise ValueError(f"'{digits}' is not a size")
+        size = int(digits)
     if any(key.startswith("GNU.sparse.") for key in records):
         kind = b"S"
     return records.get("path", name), size, kind
 
 
 def header_size(block: bytes) -> int | None:
-    """The size in a member's 512-byte header; None if it is not a header.
-
-    A pax header before it could state another size.
-    """
+    """The size in a member's 512-byte header, which a pax header may override; None if it is not a
+    header."""
     try:
         checksum = sum(block)
         return _number(block[124:136]) if checksum and _is_checksum(block, checksum) else None
-    except _BadHeader:
+    except ValueError:
         return None
 
 
@@ -248,30 +234,18 @@ def _is_checksum(header: bytes, byte_sum: int) -> bool:
     """Whether the checksum fits: all bytes summed, its own field as spaces. Some old writers
     summed signed bytes."""
     field = header[148:156]
-    stored = _number(field)
-    unsigned = byte_sum - sum(field) + 8 * 32
-    if unsigned == stored:
-        return True
-    return unsigned - 256 * sum(byte >= 128 for byte in header[:148] + header[156:]) == stored
+    excess = byte_sum - sum(field) + 8 * 32 - _number(field)
+    return not excess or excess == 256 * sum(byte >= 128 for byte in header[:148] + header[156:])
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's base 256 for larger numbers."""
+    """Octal digits, or GNU's base 256 for larger numbers. Raises ValueError."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    try:
-        number = int(field.partition(b"\0")[0].strip() or b"0", 8)
-    except ValueError as error:
-        raise _BadHeader from error
+    number = int(field.partition(b"\0")[0].strip() or b"0", 8)
     if number < 0:
-        raise _BadHeader
+        raise ValueError(f"{number} is negative")
     return number
-
-
-def _decimal(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 19:
-        raise _BadHeader
-    return int(text)
 
 
 def _text(field: bytes) -> str:
@@ -279,17 +253,18 @@ def _text(field: bytes) -> str:
 
 
 def _pax_records(content: bytes) -> dict[str, str]:
-    """Lines of `LENGTH KEY=VALUE`, where LENGTH counts the line; keys not used here are dropped."""
+    """Lines of `LENGTH KEY=VALUE`, where LENGTH counts the line; keys not used here are dropped.
+    Raises ValueError."""
     records: dict[str, str] = {}
     position = 0
     while position < len(content) and content[position]:
         digits, space, _ = content[position : position + 20].partition(b" ")
         if not space or not digits.isdigit():
-            raise _BadHeader
+            raise ValueError(f"no length at byte {position}")
         end = position + int(digits)
         key, equals, value = content[position + len(digits) + 1 : end - 1].partition(b"=")
         if not equals or end > len(content) or content[end - 1 : end] != b"\n":
-            raise _BadHeader
+            raise ValueError(f"no pax record at byte {position}")
         if key == b"path":
             records["path"] = value.decode("utf-8", "surrogateescape").rstrip("/")
         elif key == b"size" or key.startswith(b"GNU.sparse."):

@@ -1,6 +1,5 @@
 """Checks that shards still match their manifest, and that all their images can be decoded."""
 
-import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from ganscale.data.images.decoding import DecodeError, decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
-from ganscale.shards.listing import DEFAULT_RETRY_SECONDS, open_shard
+from ganscale.shards.listing import open_shard
 from ganscale.shards.parallel import run_all
 from ganscale.shards.tar_reader import Reader, TarReader
 
@@ -43,15 +42,10 @@ def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> list[
     base: the folder, URL or `pipe:COMMAND {}` of the shards, if not that of the manifest
     workers: processes, each with one shard at a time
     """
-    tasks = [
-        _Task(
-            manifest.root,
-            manifest.fingerprint,
-            position,
-            objects.join(base, shard.name) if base else manifest.address(position),
-        )
-        for position, shard in enumerate(manifest.shards)
-    ]
+    tasks = []
+    for position, shard in enumerate(manifest.shards):
+        address = objects.join(base, shard.name) if base else manifest.address(position)
+        tasks.append(_Task(manifest.root, manifest.fingerprint, position, address))
     results = []
     # disable=None: only on a terminal
     with tqdm(total=len(manifest.samples), unit=" images", disable=None) as progress:
@@ -61,9 +55,8 @@ def verify_shards(manifest: Manifest, base: str = "", workers: int = 1) -> list[
     return sorted(results)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # loaded once per process, not once per shard
 def _load_manifest(root: Path, fingerprint: str) -> Manifest:
-    """Loaded once per process, not once per shard."""
     manifest = Manifest.load(root)
     if manifest.fingerprint != fingerprint:
         raise UserError(f"the manifest in {root} was replaced meanwhile; start again")
@@ -73,13 +66,14 @@ def _load_manifest(root: Path, fingerprint: str) -> Manifest:
 def _verify_shard(task: _Task) -> VerifyResult:
     manifest = _load_manifest(task.manifest, task.fingerprint)
     shard = manifest.shards[task.position]
+    bad: tuple[tuple[str, str], ...] = ()
     try:
-        with open_shard(task.address, DEFAULT_RETRY_SECONDS) as file:
+        with open_shard(task.address) as file:
             problem, bad = _verify(file, manifest, task.position)
     except FileNotFoundError:
-        return VerifyResult(shard.name, shard.samples, "is missing")
+        problem = "is missing"
     except (OSError, UserError, UnavailableError) as error:
-        return VerifyResult(shard.name, shard.samples, f"cannot be read: {error}")
+        problem = f"cannot be read: {error}"
     return VerifyResult(shard.name, shard.samples, problem, bad)
 
 
@@ -92,8 +86,7 @@ def _verify(
     rows = manifest.samples[first:last]
     expected = dict(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True))
     bad: list[tuple[str, str]] = []
-    digest = hashlib.sha256()
-    reader = TarReader(file, "the tar", digest)
+    reader = TarReader(file, "the tar", with_sha256=True)
     changed = "has changed since it was indexed"
     try:
         for name, offset, size in reader:
@@ -109,8 +102,8 @@ def _verify(
         return f"{changed}: {error}", ()
     if reader.bytes != shard.bytes:
         return f"{changed}: it has {reader.bytes:,} bytes, not {shard.bytes:,}", ()
-    if shard.sha256 and digest.hexdigest() != shard.sha256:
-        return f"{changed}: its SHA-256 is {digest.hexdigest()}, not {shard.sha256}", ()
+    if shard.sha256 not in ("", reader.sha256):
+        return f"{changed}: its SHA-256 is {reader.sha256}, not {shard.sha256}", ()
     if expected:
         return f"has no image at byte {min(expected):,}, where the manifest lists one", ()
     return "", tuple(bad)

@@ -6,44 +6,93 @@ are complete, so the same command, run again, continues where it stopped.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from ganscale.data.images.decoding import DecodeError
+from ganscale.data.images.decoding import DecodeError, decode, image_extension
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
-from ganscale.shards.encoding import Encoding
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import explain_full_disk, run_all
 from ganscale.shards.sources import Source, SourceImage, image_reader, list_images
-from ganscale.shards.write_journal import WriteJournal, WrittenShard
+from ganscale.shards.tar_reader import BLOCK_BYTES
 
-DEFAULT_SHARD_BYTES = 128 << 20
-
+_FORMATS = ("png", "webp", "jpeg", "npy", "keep")
+_JOURNAL_NAME = "writing.jsonl"
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of a few kilobytes can contain a "file" of many gigabytes
-_TAR_BLOCK_BYTES = 512  # a member is a header of one block, and whole blocks of data
 _MAX_NAMED = 5
+
+
+BadImages = list[tuple[str, str]]
+"""(name, reason) of images that cannot be decoded and are left out."""
 
 
 class WriteResult(NamedTuple):
     """The result of `write_shards`.
 
     kept_shards: written by an earlier run of the same command
-    bad_images: (name, reason) of the images that could not be decoded and were left out
     ignored: how many files of the source are not images, by extension
     """
 
     manifest: Manifest
     kept_shards: int
-    bad_images: list[tuple[str, str]]
+    bad_images: BadImages
     ignored: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored.
+
+    resolution: height and width in pixels, after a centre crop; None: as in the source
+    channels: 1 or 3
+    image_format: one of _FORMATS; keep stores files as they are, with their own channels
+    quality: 1 to 100 for jpeg and webp; None: 95 for jpeg, lossless for webp
+    """
+
+    resolution: int | None
+    channels: int
+    image_format: str
+    quality: int | None
+
+    def __post_init__(self) -> None:
+        if self.image_format not in _FORMATS:
+            raise UserError(
+                f"unknown format '{self.image_format}': choose from {', '.join(_FORMATS)}"
+            )
+        if self.quality is not None and self.image_format not in ("jpeg", "webp"):
+            raise UserError(f"only jpeg and webp have a quality, not {self.image_format}")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise UserError(f"the quality must be from 1 to 100, not {self.quality}")
+
+    def encode(self, data: bytes) -> tuple[str, bytes]:
+        """(extension, bytes to store) of an image file. Raises DecodeError."""
+        pixels = decode(data, self.resolution, self.channels)
+        if self.image_format == "keep":
+            return image_extension(data), data
+        stream = io.BytesIO()
+        if self.image_format == "npy":
+            np.save(stream, pixels)
+            return "npy", stream.getvalue()
+        image = Image.fromarray(pixels.squeeze(2) if self.channels == 1 else pixels)
+        if self.image_format == "jpeg":
+            # Full-resolution colour: a generator would learn to imitate the blur of 4:2:0.
+            image.save(stream, "JPEG", quality=self.quality or 95, subsampling=0)
+            return "jpg", stream.getvalue()
+        webp = {"lossless": self.quality is None, "quality": self.quality or 80}
+        image.save(stream, self.image_format, **(webp if self.image_format == "webp" else {}))
+        return self.image_format, stream.getvalue()
 
 
 class _ShardTask(NamedTuple):
@@ -53,6 +102,66 @@ class _ShardTask(NamedTuple):
     first_key: int
     images: list[SourceImage]
     encoding: Encoding
+
+
+class _Journal:
+    """The settings of a command, then a line for each complete shard in the folder `root`.
+
+    Continues the journal of an earlier run with the same `settings`. Raises UserError if the folder
+    holds other shards, and as soon as more than a share of `max_bad` of the images are bad.
+    Attributes: `shards`, the bad images of each complete one; `bad_count`, their number.
+    """
+
+    def __init__(self, root: Path, settings: dict[str, Any], max_bad: float):
+        self.shards: dict[str, BadImages] = {}
+        self.bad_count = 0
+        self._path = root / _JOURNAL_NAME
+        self._image_count, self._max_bad = settings["images"], max_bad
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".*.partial"):  # of a run that was killed
+            leftover.unlink()
+        if not self._path.exists():
+            if any(root.glob("*.tar")):
+                raise UserError(f"{root} already contains shards; write into another folder")
+            write_text(self._path, json.dumps(settings) + "\n")
+            return
+        first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        earlier = json.loads(first)
+        changed = [name for name in settings if settings[name] != earlier.get(name)]
+        if changed:
+            raise UserError(
+                f"{root} contains the shards of another `ganscale shards write`, with a different "
+                f"{', '.join(changed)}; write into another folder, or delete it first"
+            )
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # the machine stopped while writing it; the shard is written again
+            write_text(self._path, "".join([first, *lines]))
+        latest = {line[0]: line for line in map(json.loads, lines)}
+        for name, size, bad_images in latest.values():
+            path = root / name
+            if size == 0 or (path.exists() and path.stat().st_size == size):
+                self.shards[name] = [(image, reason) for image, reason in bad_images]
+                self.bad_count += len(bad_images)
+        self._refuse_too_many_bad()
+
+    def add(self, name: str, size: int, bad_images: BadImages) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([name, size, bad_images]) + "\n")
+        self.shards[name] = bad_images
+        self.bad_count += len(bad_images)
+        self._refuse_too_many_bad()
+
+    @property
+    def bad_images(self) -> BadImages:
+        """All bad images, sorted."""
+        return sorted(chain.from_iterable(self.shards.values()))
+
+    def _refuse_too_many_bad(self) -> None:
+        if self.bad_count > self._max_bad * self._image_count:
+            raise UserError(
+                f"{self.bad_count} of {self._image_count} images are bad, more than the allowed "
+                f"share of {self._max_bad:g} (--max-bad): {describe_bad_images(self.bad_images)}"
+            )
 
 
 def write_shards(
@@ -65,7 +174,7 @@ def write_shards(
     quality: int | None = None,
     classes: str = "none",
     shard_samples: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int = 128 << 20,
     seed: int = 0,
     workers: int = 1,
     max_bad: float = 0.01,
@@ -75,25 +184,25 @@ def write_shards(
     resolution, channels, image_format, quality: see Encoding. By default, files are kept as they
         are if no resolution is given, else stored as PNG; channels are 3, or those of a bundled set
     classes: "folder" or "none", see `sources.list_images`
-    shard_samples: images per shard; by default as many as fit about `shard_bytes` bytes, estimated
-        by encoding 64 of them
-    seed: of the order of the images. They are shuffled before they are split into shards, since a
-        training run shuffles only within windows of neighbours: with one class per shard, a batch
-        would contain few classes
+    shard_samples: images per shard; by default about `shard_bytes` bytes, estimated from 64 images
+    seed: of the order of the images. They are shuffled before they are split, since training only
+        shuffles within windows of neighbours: with one class per shard, a batch has few classes
     workers: processes, each with one shard at a time; they do not change the result
-    max_bad: share of bad images above which an error is raised
-
-    Raises UserError.
+    max_bad: share of bad images above which UserError is raised
     """
     listing = list_images(source, classes)
-    encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
+    is_unchanged = resolution is None and channels is None
+    if image_format is None:
+        image_format = "keep" if is_unchanged and listing.kind != "bundled" else "png"
+    if image_format == "keep" and not is_unchanged:
+        raise UserError("the format keep stores files as they are: drop resolution and channels")
+    if channels is None:
+        channels = 1 if (listing.kind, listing.path) == ("bundled", "mnist") else 3
+    encoding = Encoding(resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
     if shard_samples is None:
         shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
     root = Path(output)
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*.partial"):  # of a run that was killed
-        leftover.unlink()
     settings = {
         **asdict(encoding),
         "shard_samples": shard_samples,
@@ -103,43 +212,25 @@ def write_shards(
         "source": listing.digest(),
     }
     with explain_full_disk(root):
-        journal = WriteJournal(root, settings)
+        journal = _Journal(root, settings, max_bad)
         tasks = _plan_shards(root, listing, order, encoding, shard_samples)
         todo = [task for task in tasks if task.path.name not in journal.shards]
         if todo or not (root / JSON_NAME).exists():
-            _write_all(root, todo, journal, workers, len(order), max_bad)
+            (root / JSON_NAME).unlink(missing_ok=True)  # an incomplete data set has no manifest
+            _write_all(todo, journal, workers, len(order))
             if listing.class_names:
                 write_text(root / CLASSES_NAME, json.dumps(listing.class_names) + "\n")
             manifest = build_manifest(root, workers)
         else:
-            _refuse_too_many_bad(journal, len(order), max_bad)
             manifest = Manifest.load(root)
     return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
 
 
-def describe_bad_images(bad_images: list[tuple[str, str]]) -> str:
+def describe_bad_images(bad_images: BadImages) -> str:
     """The first few bad images with their reasons, for a message."""
     named = [f"{name} {reason}" for name, reason in bad_images[:_MAX_NAMED]]
     more = len(bad_images) - len(named)
     return "; ".join(named) + (f"; and {more} more" if more else "")
-
-
-def _choose_encoding(
-    source: Source,
-    resolution: int | None,
-    channels: int | None,
-    image_format: str | None,
-    quality: int | None,
-) -> Encoding:
-    is_bundled = source.kind == "bundled"
-    if image_format is None:
-        is_kept = resolution is None and channels is None and not is_bundled
-        image_format = "keep" if is_kept else "png"
-    if image_format == "keep" and (resolution is not None or channels is not None):
-        raise UserError("the format keep stores files as they are: drop resolution and channels")
-    if channels is None:
-        channels = 1 if is_bundled and source.path == "mnist" else 3
-    return Encoding(resolution, channels, image_format, quality)
 
 
 def _shuffle_key(seed: int, name: str) -> bytes:
@@ -152,17 +243,18 @@ def _estimate_shard_samples(
     source: Source, order: list[SourceImage], encoding: Encoding, shard_bytes: int
 ) -> int:
     read = image_reader(source.kind, source.path)
+    probed = order[:_PROBED_IMAGES]
     sizes = []
     reason = ""
-    for image in order[:_PROBED_IMAGES]:
+    for image in probed:
         try:
-            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // _TAR_BLOCK_BYTES)
-            sizes.append((blocks + 2 * (image.label >= 0)) * _TAR_BLOCK_BYTES)
+            # A member is a header of one block, and whole blocks of data.
+            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // BLOCK_BYTES)
+            sizes.append((blocks + 2 * (image.label >= 0)) * BLOCK_BYTES)
         except DecodeError as error:
             reason = f"{image.name} {error}"
     if not sizes:
-        count = len(order[:_PROBED_IMAGES])
-        raise UserError(f"the first {count} images cannot be decoded; the last: {reason}")
+        raise UserError(f"the first {len(probed)} images cannot be decoded; the last: {reason}")
     return max(1, shard_bytes * len(sizes) // sum(sizes))
 
 
@@ -182,37 +274,20 @@ def _plan_shards(
     ]
 
 
-def _write_all(
-    root: Path,
-    todo: list[_ShardTask],
-    journal: WriteJournal,
-    workers: int,
-    image_count: int,
-    max_bad: float,
-) -> None:
+def _write_all(todo: list[_ShardTask], journal: _Journal, workers: int, image_count: int) -> None:
     """Writes the shards `todo`, and adds each to the journal as it is complete."""
-    _refuse_too_many_bad(journal, image_count, max_bad)
-    (root / JSON_NAME).unlink(missing_ok=True)  # an incomplete data set has no manifest
     # disable=None: only on a terminal
     with tqdm(total=image_count, unit=" images", disable=None) as progress:
         progress.update(image_count - sum(len(task.images) for task in todo))
-        for task, shard in run_all(_write_shard, todo, workers):
-            journal.add(shard)
+        for task, (size, bad_images) in run_all(_write_shard, todo, workers):
+            journal.add(task.path.name, size, bad_images)
             progress.update(len(task.images))
-            _refuse_too_many_bad(journal, image_count, max_bad)
     if journal.bad_count == image_count:
         raise UserError(f"no image can be decoded: {describe_bad_images(journal.bad_images)}")
 
 
-def _refuse_too_many_bad(journal: WriteJournal, image_count: int, max_bad: float) -> None:
-    if journal.bad_count > max_bad * image_count:
-        raise UserError(
-            f"{journal.bad_count} of {image_count} images are bad, more than the allowed share of "
-            f"{max_bad:g} (--max-bad): {describe_bad_images(journal.bad_images)}"
-        )
-
-
-def _write_shard(task: _ShardTask) -> WrittenShard:
+def _write_shard(task: _ShardTask) -> tuple[int, BadImages]:
+    """The shard's bytes and bad images; without a good image, it has 0 bytes and no file."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
     read = image_reader(task.kind, task.source_path)
@@ -235,8 +310,8 @@ def _write_shard(task: _ShardTask) -> WrittenShard:
             tar.write(sample)
     if len(bad_images) == len(task.images):
         task.path.unlink()
-        return WrittenShard(task.path.name, 0, bad_images)
-    return WrittenShard(task.path.name, task.path.stat().st_size, bad_images)
+        return 0, bad_images
+    return task.path.stat().st_size, bad_images
 
 
 def _encode(

@@ -103,7 +103,7 @@ def test_a_checkpoint_is_chosen_by_name_and_nothing_is_overwritten(
     assert f"{out} already exists" in capsys.readouterr().err
     assert (out / "generator.safetensors").read_bytes() == content
     assert main([*export, str(tmp_path / "x"), "--checkpoint", "images-000000065"]) == 2
-    assert "there are images-000000064, images-000000128" in capsys.readouterr().err
+    assert "choose from images-000000064, images-000000128" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_user_defined_network_is_found_by_its_import_path(
     assert load_generator(folder).sample(2).shape == (2, 3, 16, 16)
     monkeypatch.delitem(sys.modules, "nets_of_my_own")
     (tmp_path / "nets_of_my_own.py").unlink()
-    with pytest.raises(UserError, match="there is no module nets_of_my_own"):
+    with pytest.raises(UserError, match="no module nets_of_my_own"):
         load_generator(folder)
 
 

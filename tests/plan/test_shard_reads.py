@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions, blocks_per_shard
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import Order, batch_positions, blocks_per_shard, working_set_bytes
 from ganscale.plan.planning import make_plan
 from ganscale.plan.shard_reads import (
     expected_fetches,

@@ -13,7 +13,7 @@ import pytest
 
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UnavailableError, UserError
-from ganscale.shards import indexing, parallel
+from ganscale.shards import indexing, listing, parallel
 from ganscale.shards.exclusions import Exclusion, read_exclusions
 from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
 from tests.helpers.files import names
@@ -243,8 +243,8 @@ def test_a_shard_that_grows_while_it_is_read_is_refused(shards, monkeypatch):
     """Another program is still writing it."""
     read = indexing.read_index
 
-    def growing(file, name, label, excluded_keys):
-        index = read(file, name, label, excluded_keys)
+    def growing(reader, name, excluded_keys):
+        index = read(reader, name, excluded_keys)
         if name == "5.tar":
             with (shards / name).open("ab") as shard:
                 shard.write(bytes(512))
@@ -287,13 +287,14 @@ def test_an_unreadable_shard_does_not_hide_other_bad_shards(shards):
         assert sentence in str(caught.value)
 
 
-def test_an_unavailable_shard_is_retried_later_and_not_left_out(shards, tmp_path):
+def test_an_unavailable_shard_is_retried_later_and_not_left_out(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(listing, "RETRY_SECONDS", 0.0)
     command = f"pipe:test {{}} != away.tar && cat {shards}/{{}}"
     names = [path.name for path in sorted(shards.glob("*.tar"))]
     output = tmp_path / "output"
     with pytest.raises(UnavailableError, match=r"away\.tar"):
-        index_shards([command], output, names=[*names, "away.tar"], retry_seconds=0)
+        index_shards([command], output, names=[*names, "away.tar"])
     assert not (output / "bad.jsonl").exists()
-    again = index_shards([command], output, names=names, retry_seconds=0)
+    again = index_shards([command], output, names=names)
     assert (again.kept, again.read) == (len(names), 0)
     assert same(again.manifest, build_manifest(shards))

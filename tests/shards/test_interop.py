@@ -131,6 +131,15 @@ def test_a_wids_index_lists_shards_and_their_counts_are_compared(tmp_path):
         index_shards([str(path)], again=True)
 
 
+def test_a_sample_without_a_label_is_named_also_if_a_wids_index_counts_it(tmp_path):
+    members = labelled(3)
+    write_tar(tmp_path / "a.tar", [m for m in members if m[0] != members[-1][0]])
+    shards = [{"url": "a.tar", "nsamples": 3}]
+    (tmp_path / "set.json").write_text(json.dumps({"wids_version": 1, "shardlist": shards}))
+    with pytest.raises(UserError, match=r"has no label, but others have"):
+        index_shards([str(tmp_path / "set.json")])
+
+
 def test_the_shards_of_several_wids_indices_are_indexed_together(tmp_path):
     paths = []
     for name, count in (("a", 3), ("b", 2)):
@@ -157,7 +166,7 @@ def test_a_wids_index_cannot_run_commands(tmp_path):
     ):
         path.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=sentence):
-            read_wids(str(path), 0)
+            _read(path)
 
 
 def test_a_written_wids_index_can_be_read(tmp_path):
@@ -176,12 +185,12 @@ def test_a_written_wids_index_can_be_read(tmp_path):
         "filesize": (folder / "b.tar").stat().st_size,
     }
     moved = folder.rename(tmp_path / "moved")
-    assert read_wids(str(moved / "wids.json"), 0) == [
+    assert _read(moved / "wids.json") == [
         (str(moved / "a.tar"), 3),
         (str(moved / "b.tar"), 2),
     ]
     write_wids(Manifest.load(moved), tmp_path / "elsewhere.json", [3, 2])
-    assert read_wids(str(tmp_path / "elsewhere.json"), 0)[0] == (str(moved / "a.tar"), 3)
+    assert _read(tmp_path / "elsewhere.json")[0] == (str(moved / "a.tar"), 3)
 
 
 def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
@@ -199,3 +208,7 @@ def test_a_shard_with_fewer_samples_than_img2dataset_wrote_is_named(tmp_path):
     assert index_shards([str(tmp_path)], exclusions=exclusions).excluded_samples == 1
     stats.write_text("not JSON")
     index_shards([str(tmp_path)], again=True)
+
+
+def _read(path: Path) -> list[tuple[str, int]]:
+    return read_wids(str(path), path.read_bytes())

@@ -144,9 +144,9 @@ def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
     assert manifest is not None
     assert manifest.location == f"{server.url}/set/train"
     write_wids(manifest, tmp_path / "out" / "wids.json", [4, 4, 4])
-    assert read_wids(str(tmp_path / "out" / "wids.json"), 0) == [
-        (f"{server.url}/set/train/{i:03d}.tar", 4) for i in range(3)
-    ]
+    assert read_wids(
+        str(tmp_path / "out" / "wids.json"), (tmp_path / "out" / "wids.json").read_bytes()
+    ) == [(f"{server.url}/set/train/{i:03d}.tar", 4) for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ licence; `tools/build_bundled.py` makes the files.
 """
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class BundledSet(NamedTuple):
     class_names: list[str]
 
 
+@lru_cache(maxsize=1)
 def load(name: str) -> BundledSet:
     """The bundled set `name`. Raises UserError for a name that is not in NAMES."""
     if name not in NAMES:
