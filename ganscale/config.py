@@ -37,10 +37,7 @@ _IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A complete run.
-
-    origin: the file, or `command line`, that each dotted key came from; defaults are not in it
-    """
+    """A complete run. origin: the file or `command line` of each dotted key that was given"""
 
     config: Config
     origin: Mapping[str, str]
@@ -51,10 +48,8 @@ class Resolved:
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:
-    """The run described by config files and `key=value` overrides.
-
-    Raises UserError naming the file, the key and the nearest valid key.
-    """
+    """The run described by config files and `key=value` overrides. Raises UserError naming the
+    file, the key and the nearest valid key."""
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
     paths = [Path(argument) for argument in arguments if argument not in overrides]
@@ -87,7 +82,10 @@ def load_stored(path: Path) -> Config:
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = _flatten(stored), _flatten(requested)
+    before, after = (
+        dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+        for config in (stored, requested)
+    )
     free = {*FREE_TO_CHANGE}
     if requested.training.schedule != "constant":
         free.discard("training.total_images")  # the learning rates depend on it
@@ -151,11 +149,8 @@ def _merge(base: Any, layer: DictConfig, source: str, origin: dict[str, str]) ->
 
 
 def _leaf_keys(node: DictConfig, section: Any, prefix: str) -> Iterator[str]:
-    """Yields the dotted keys of the leaves of `node`, a section of the type `section`.
-
-    Replaces counts such as `50k` by numbers. Raises UserError for unknown keys and for values where
-    a section belongs.
-    """
+    """Yields the dotted keys of the leaves of `node`, of the type `section`, and replaces counts
+    such as `50k`. Raises UserError for unknown keys and for values where a section belongs."""
     for key in list(node):
         dotted = f"{prefix}{key}"
         expected = child_type(section, str(key))
@@ -257,16 +252,10 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
 
 
-def _flatten(config: Config) -> dict[str, Any]:
-    """Values by dotted key."""
-    flat: dict[str, Any] = {}
-
-    def collect(node: Any, prefix: str) -> None:
-        if isinstance(node, dict) and node:
-            for key, value in node.items():
-                collect(value, f"{prefix}.{key}" if prefix else str(key))
-        else:
-            flat[prefix] = node
-
-    collect(OmegaConf.to_container(OmegaConf.structured(config)), "")
-    return flat
+def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf."""
+    if isinstance(node, dict) and node:
+        for key, value in node.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, node

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, TypeVar
 
 from ganscale.errors import UserError
@@ -16,10 +16,8 @@ T = TypeVar("T")
 
 
 def find(target: str, known: Mapping[str, T], kind: str) -> T | Callable[..., Any]:
-    """The object called `target` in `known`, or at that import path; `kind` is for messages.
-
-    Raises UserError, with the nearest name, if it does not exist or its import fails.
-    """
+    """The object called `target` in `known`, or at that import path; `kind` is for messages. Raises
+    UserError, with the nearest name, if it does not exist or its import fails."""
     if target in known:
         return known[target]
     module_name, _, name = target.partition(":")
@@ -42,12 +40,10 @@ def call(
     function: Callable[..., T],
     options: Mapping[str, Any],
     what: str,
-    run_options: Mapping[str, Any] = MappingProxyType({}),
+    run_options: Mapping[str, Any] = {},
 ) -> T:
-    """Calls `function` with all of `options`, and those of `run_options` that it accepts.
-
-    Raises UserError for an option that it does not have, with the nearest name, or cannot use.
-    """
+    """Calls `function` with all of `options`, and those of `run_options` that it accepts. Raises
+    UserError for an option that it does not have, with the nearest name, or cannot use."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)

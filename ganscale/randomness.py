@@ -1,13 +1,12 @@
 """Random numbers as a pure function of (seed, purpose, position).
 
-There is no generator object and no state to save: the number for a position is the same on every
-rank, for every batch size and after every restart. A position is the slot of an image, counted over
-the global batches since the start of the run, so each rank draws exactly its own slice.
+So there is no state to save, and numbers are the same for every world size, batch size and after
+every restart. A position is the slot of an image, counted over the global batches since the start
+of the run; each rank draws its own slice.
 
 The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), a counter-based generator. It uses integer arithmetic only, so they are equal on
-every device. The four counter words are position (64 bits), column block and purpose; the key is
-the seed.
+1, 2, 3", SC 2011), equal on every device, since it uses integer arithmetic only. The four counter
+words are position (64 bits), column block and purpose; the key is the seed.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ _FEISTEL_ROUNDS = 24
 
 
 def purpose_id(purpose: str) -> int:
-    """A 32-bit hash of `purpose`, which gives every purpose its own draws."""
+    """A 32-bit hash, which gives every purpose its own draws."""
     return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
 
 
@@ -43,8 +42,8 @@ def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Te
 
 
 def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """int64 products wrap around, but their bits are right: a mask takes the low word, a shift and
-    a mask, which removes the extended sign, the high one."""
+    """int64 products wrap around, but their bits are right: masks take the low and the high word,
+    and remove the extended sign of the latter."""
     words = [*counter.unbind(0)]
     key_0, key_1 = key
     for _ in range(10):
@@ -100,11 +99,8 @@ def uniform(
 def normal(
     seed: int, purpose: str, positions: Int64[Tensor, " batch"], columns: int
 ) -> Float[Tensor, "batch columns"]:
-    """Standard normal float32 by the Box-Muller transform of two 24-bit uniforms.
-
-    The bits are equal everywhere; logarithm and cosine may differ by a unit in the last place
-    between kinds of device.
-    """
+    """Standard normal float32 by the Box-Muller transform of two 24-bit uniforms; between kinds of
+    device, logarithm and cosine may differ by a unit in the last place."""
     pairs = -(-columns // 2)
     words = random_words(seed, purpose, positions, 2 * pairs) >> 8
     radius = torch.sqrt(-2.0 * torch.log((words[:, :pairs].float() + 0.5) * 2**-24))
@@ -113,14 +109,9 @@ def normal(
 
 
 def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: int) -> np.ndarray:
-    """A permutation of range(length), (length,) int64, the same on every machine.
-
-    `stream` (epoch, lane, window) selects one of a purpose's permutations. It sorts Philox4x64
-    words, since NumPy may change `Generator.permutation` between versions.
-    """
-    key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
-    bits = np.random.Philox(key=key, counter=[0, *stream])
-    return np.argsort(bits.random_raw(length), kind="stable")
+    """A permutation of range(length), (length,) int64; `stream` (epoch, lane, window) selects one
+    of the purpose's. It sorts Philox4x64 words, since NumPy may change `Generator.permutation`."""
+    return np.argsort(_philox_stream(seed, purpose, stream, length), kind="stable")
 
 
 def permuted(
@@ -134,9 +125,8 @@ def permuted(
 ) -> np.ndarray:
     """Where a random permutation of range(length), or its inverse, sends `indices`; (n,) int64.
 
-    Each index is computed by itself, so a permutation of billions takes no memory. The same on
-    every machine, but not the permutation that `permutation` returns. Raises ValueError for an
-    index outside range(length).
+    Each index is computed by itself, so a permutation of billions takes no memory. It is not the
+    one that `permutation` returns. Raises ValueError for an index outside range(length).
 
     A Feistel network over pairs (left, right) of numbers below two moduli, and cycle walking where
     their product is above `length`: Black and Rogaway, "Ciphers with arbitrary finite domains",
@@ -148,8 +138,7 @@ def permuted(
     """
     if len(indices) and (indices.min() < 0 or indices.max() >= length):
         raise ValueError(f"indices from {indices.min()} to {indices.max()}, length {length}")
-    key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
-    keys = np.random.Philox(key=key, counter=[0, *stream]).random_raw(_FEISTEL_ROUNDS)
+    keys = _philox_stream(seed, purpose, stream, _FEISTEL_ROUNDS)
     # Both about the square root of the length. An even one makes odd permutations possible.
     right_modulus = max(2, 2 * ((math.isqrt(length) + 1) // 2))
     moduli = -(-length // right_modulus), right_modulus
@@ -157,6 +146,12 @@ def permuted(
     while len(outside := np.flatnonzero(values >= length)):
         values[outside] = _feistel(values[outside], keys, moduli, inverse)
     return values.astype(np.int64)
+
+
+def _philox_stream(seed: int, purpose: str, stream: tuple[int, int, int], count: int) -> np.ndarray:
+    """(count,) uint64 words of NumPy's Philox4x64."""
+    key = np.array([seed & (2**64 - 1), purpose_id(purpose)], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=[0, *stream]).random_raw(count)
 
 
 def _feistel(

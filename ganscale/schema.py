@@ -1,20 +1,21 @@
 """Every setting of a run, with its default, unit, limits and explanation.
 
 `ganscale.config` checks files and overrides against these dataclasses; `ganscale config --explain`
-and docs/settings.md print them. A setting without a default is required.
+and docs/settings.md print them. A setting without a default is required; the first choice of
+`choice` is its default.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from ganscale.setting import setting
+from ganscale.setting import choice, setting
 
 
 @dataclass
 class RunConfig:
-    """Where the run is kept."""
+    """Name and folder of the run."""
 
-    name: str = setting("Name of the run. If it is empty, the name of the first config file.", "")
+    name: str = setting("Name of the run; by default the name of the first config file.", "")
     folder: str = setting("Folder of all runs; this one is kept in FOLDER/NAME.", "runs")
 
 
@@ -23,64 +24,41 @@ class DataConfig:
     """The training images and how they are read."""
 
     path: str = setting(
-        "A data set: the folder or URL of a manifest and its shards. Or the shards themselves "
-        "(*.tar, with braces or wildcards), which are then streamed in no reproducible order."
+        "The folder or URL of a data set with a manifest, or shards (*.tar, with braces or "
+        "wildcards) to stream without one, in an order that is not reproducible."
     )
     shards: str = setting(
-        "Where the shards are if not where the manifest says: a folder, a URL or pipe:COMMAND.",
-        "",
+        "Where the shards are if not where the manifest says: folder, URL or pipe:COMMAND.", ""
     )
     cache: str = setting(
-        "Folder for copies of remote shards, shared by all ranks and runs of a machine.",
-        "~/.cache/ganscale",
+        "Folder for copies of remote shards, shared by all runs of a machine.", "~/.cache/ganscale"
     )
     cache_gib: float = setting(
-        "Size of that cache. When it is full, the least recently used shards are deleted.",
-        100.0,
-        unit="GiB",
-        above=0,
+        "Its size. If full, the least recently used shards are deleted.", 100.0, unit="GiB", above=0
     )
     retry_seconds: float = setting(
-        "How long to retry a failing disk or network before the run ends with exit code 75.",
-        300.0,
-        unit="seconds",
-        at_least=0,
+        "How long to retry failing I/O, then exit with code 75.", 300.0, unit="seconds", at_least=0
     )
     resolution: int = setting(
-        "Width and height of the training images. Larger images are downscaled and cropped.",
-        unit="pixels",
-        at_least=1,
+        "Width and height; images are cropped to a square and resized.", unit="pixels", at_least=1
     )
-    channels: int = setting("Color channels.", 3, choices={1: "grey", 3: "RGB"})
+    channels: int = setting("Color channels.", 3, choices={1: "gray", 3: "RGB"})
     flip: bool = setting("Mirror half of the images left to right.", False)
     workers: int = setting(
-        "Decoding threads of each rank, in a separate process. With 0, the rank decodes by itself.",
-        2,
-        unit="threads",
-        at_least=0,
+        "Decoding threads per rank, in a separate process. With 0, in the rank.", 2, at_least=0
     )
     lanes: int = setting(
-        "Interleaved sequences that make up the data order. A multiple of the number of ranks is "
-        "best.",
-        64,
-        at_least=1,
+        "Interleaved sequences of the data; ideally a multiple of the rank count.", 64, at_least=1
     )
-    block_samples: int = setting(
-        "Consecutive samples of a shard that are read together.", 256, unit="samples", at_least=1
-    )
-    window_blocks: int = setting(
-        "Blocks of a lane among which samples are shuffled.", 8, unit="blocks", at_least=1
-    )
+    block_samples: int = setting("Consecutive samples of a shard read together.", 256, at_least=1)
+    window_blocks: int = setting("Blocks of a lane in which samples are shuffled.", 8, at_least=1)
     max_bad_fraction: float = setting(
-        "The run stops when a larger share of the samples read so far is bad.",
+        "The run stops when a larger share of its samples (of at least 1,000) is bad.",
         0.01,
-        unit="share",
         at_least=0,
         below=1,
     )
-    class_count: int = setting(
-        "Number of classes in streamed shards. With a manifest, it is not needed.", 0, at_least=0
-    )
+    class_count: int = setting("Number of classes; only needed for streamed shards.", 0, at_least=0)
 
 
 @dataclass
@@ -117,12 +95,7 @@ class PenaltyConfig:
     your own as package.module:function."""
 
     weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0)
-    interval: int = setting(
-        "Apply the penalty in every n-th critic step only, at n times its weight.",
-        1,
-        unit="critic steps",
-        at_least=1,
-    )
+    interval: int = setting("Apply it every n critic steps, at n times its weight.", 1, at_least=1)
 
 
 @dataclass
@@ -130,13 +103,10 @@ class ClipConfig:
     """Clipping of the critic's weights after each critic step; off unless `value` is given."""
 
     value: float = setting("Bound c: weights are clamped to [-c, c].", above=0)
-    scope: str = setting(
+    scope: str = choice(
         "Parameters to clip.",
-        "weights",
-        choices={
-            "weights": "those with two or more dimensions, so neither biases nor norm layers",
-            "all": "every parameter",
-        },
+        weights="those with two or more dimensions, so neither biases nor norm layers",
+        all="every parameter",
     )
 
 
@@ -148,9 +118,7 @@ class ObjectiveConfig:
     penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
     clip: ClipConfig | None = None
     n_critic: int = setting("Critic steps per generator step.", 1, unit="critic steps", at_least=1)
-    panel: list[str] = setting(
-        "Your own losses (package.module:function) to log beside the built-in ones.", list
-    )
+    panel: list[str] = setting("Your losses to log beside ours, as package.module:function.", list)
 
 
 @dataclass
@@ -159,9 +127,7 @@ class OptimizerConfig:
 
     name: str = setting("Algorithm.", "adam", choices=("adam", "rmsprop", "sgd"))
     learning_rate: float = setting("Learning rate, after warmup.", at_least=0)
-    betas: list[float] = setting(
-        "Decay rates of Adam's two moments, each in [0, 1).", lambda: [0.9, 0.999]
-    )
+    betas: list[float] = setting("Decay rates of Adam's moments, in [0, 1).", lambda: [0.9, 0.999])
     alpha: float = setting("Smoothing of RMSprop's squared gradients.", 0.99, at_least=0, below=1)
     momentum: float = setting("Momentum of RMSprop and SGD.", 0.0, at_least=0, below=1)
     eps: float = setting("Small number added to Adam's and RMSprop's denominator.", 1e-8, above=0)
@@ -183,73 +149,47 @@ class TrainingConfig:
     total_images: int = setting(
         "Real images shown to the critic in the whole run.", unit="images", at_least=1
     )
-    global_batch_size: int = setting(
-        "Images per critic step over all ranks.", 64, unit="images", at_least=1
-    )
+    global_batch_size: int = setting("Images per critic step over all ranks.", 64, at_least=1)
     accumulate: int = setting(
-        "Micro-batches into which each rank splits its share of the global batch, to save memory.",
-        1,
-        unit="micro-batches",
-        at_least=1,
+        "Micro-batches into which a rank splits its share, to save memory.", 1, at_least=1
     )
-    precision: str = setting(
+    precision: str = choice(
         "Floating-point precision of the networks.",
-        "float32",
-        choices={
-            "float32": "full precision",
-            "bfloat16": "autocast over float32 weights",
-            "float64": "slow; to check that two runs agree",
-        },
+        float32="full precision",
+        bfloat16="autocast over float32 weights",
+        float64="slow; to check that two runs agree",
     )
-    conditional: bool = setting("Give class labels to both networks.", False)
-    schedule: str = setting(
-        "Course of both learning rates after warmup.",
-        "constant",
-        choices={
-            "constant": "stays the same",
-            "linear": "falls to zero in a straight line",
-            "cosine": "falls to zero along half a cosine",
-        },
+    conditional: bool = setting("Pass class labels to both networks.", False)
+    schedule: str = choice(
+        "Schedule of both learning rates after warmup.",
+        constant="stays the same",
+        linear="falls linearly to zero",
+        cosine="falls to zero along half a cosine",
     )
     warmup_images: int = setting(
-        "Images over which the learning rates rise linearly from zero.",
-        0,
-        unit="images",
-        at_least=0,
+        "Images over which the learning rates rise linearly from 0.", 0, unit="images", at_least=0
     )
     gradient_clip: float = setting(
-        "Largest norm of all gradients of a network. With 0, gradients are not clipped.",
-        0.0,
-        at_least=0,
+        "Clip the norm of each network's gradient to this; 0: off.", 0.0, at_least=0
     )
     memory_format: str = setting(
-        "Memory layout of images and weights.",
-        "channels_last",
-        choices=("channels_last", "contiguous"),
+        "Layout of images and weights.", "channels_last", choices=("channels_last", "contiguous")
     )
     reuse_fakes: bool = setting(
         "Train the generator on the fakes of the cycle's last critic step, as PyTorch's DCGAN "
         "tutorial does. This saves a forward of the generator per cycle but samples differently.",
         False,
     )
-    penalty_precision: str = setting(
+    penalty_precision: str = choice(
         "Precision of gradient penalties.",
-        "float32",
-        choices={
-            "float32": "full precision",
-            "autocast": "that of training.precision; in bfloat16 the gradient errs by about 2 %",
-        },
+        float32="full precision",
+        autocast="that of training.precision; in bfloat16 the gradient errs by about 2 %",
     )
-    compile: bool = setting(
-        "Use torch.compile for everything but gradient penalties. Slower on a CPU.", False
-    )
-    gradient_compression: str = setting(
+    compile: bool = setting("Use torch.compile, except for penalties; slower on a CPU.", False)
+    gradient_compression: str = choice(
         "Format in which ranks exchange gradients.",
-        "none",
-        choices={
-            "none": "as computed",
-            "bfloat16": "half the traffic; gradients then depend on the number of ranks",
-        },
+        none="as computed",
+        bfloat16="half the traffic; the last digits then depend on the number of ranks",
     )
 
 
@@ -258,26 +198,16 @@ class EMAConfig:
     """The exponential moving average of the generator's weights."""
 
     half_life_images: int = setting(
-        "Half-life of past weights in the average. With 0, the EMA equals the current weights.",
-        10_000,
-        unit="images",
-        at_least=0,
+        "Half-life of past weights; with 0, nothing is averaged.", 10_000, unit="images", at_least=0
     )
-    ramp_up: float = setting(
-        "Upper limit of the half-life, as a share of the images seen so far.",
-        0.05,
-        unit="share",
-        at_least=0,
-    )
+    ramp_up: float = setting("Largest half-life, as a share of the images seen.", 0.05, at_least=0)
 
 
 @dataclass
 class LogConfig:
     """Metrics and Weights & Biases."""
 
-    every_images: int = setting(
-        "Interval between rows of metrics.", 6_400, unit="images", at_least=1
-    )
+    every_images: int = setting("Interval between metric rows.", 6_400, unit="images", at_least=1)
     peak_tflops: float = setting(
         "Peak speed of one device at the run's precision, for perf/peak_share. With 0, it is "
         "looked up for well-known GPUs.",
@@ -285,29 +215,23 @@ class LogConfig:
         unit="TFLOP/s",
         at_least=0,
     )
-    wandb: str = setting(
+    wandb: str = choice(
         "Mode of Weights & Biases.",
-        "auto",
-        choices={
-            "auto": "as WANDB_MODE says, else online if there is an API key, else offline",
-            "online": "upload while training; needs an API key",
-            "offline": "keep files to upload later",
-            "disabled": "do not use it",
-        },
+        auto="WANDB_MODE if set; otherwise online with an API key, offline without",
+        online="upload while training; needs an API key",
+        offline="keep files to upload later",
+        disabled="do not use it",
     )
     project: str = setting("Project on Weights & Biases.", "ganscale")
     alerts: bool = setting(
         "Send an alert at the first NaN or infinity, at a collapse and at the end of the run.", True
     )
-    artifacts: str = setting(
+    artifacts: str = choice(
         "Checkpoints to upload to Weights & Biases when the run is done.",
-        "none",
-        choices={
-            "none": "nothing",
-            "last": "the newest",
-            "best": "the best by checkpoint.best",
-            "both": "the newest and the best",
-        },
+        none="nothing",
+        last="the newest",
+        best="the best by checkpoint.best",
+        both="the newest and the best",
     )
 
 
@@ -318,12 +242,7 @@ class SamplesConfig:
     every_images: int = setting("Interval between sample grids.", 50_000, unit="images", at_least=1)
     count: int = setting("Images in a sample grid.", 64, unit="images", at_least=1)
     non_ema: bool = setting("Also draw the same latents with the non-EMA weights.", True)
-    interpolations: int = setting(
-        "Rows of images that interpolate between two latents. With 0, none are drawn.",
-        4,
-        unit="rows",
-        at_least=0,
-    )
+    interpolations: int = setting("Rows that interpolate two latents. With 0, none.", 4, at_least=0)
     real: bool = setting("Also draw a grid of real images, once.", True)
 
 
@@ -334,17 +253,12 @@ class CheckpointConfig:
     every_images: int = setting("Interval between checkpoints.", 100_000, unit="images", at_least=1)
     keep_last: int = setting("Newest checkpoints to keep.", 3, unit="checkpoints", at_least=1)
     keep_every_images: int = setting(
-        "Also keep checkpoints at multiples of this. With 0, none are kept for that reason.",
-        0,
-        unit="images",
-        at_least=0,
+        "Also keep checkpoints at multiples of this; 0: off.", 0, unit="images", at_least=0
     )
     best: str = setting(
-        "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
+        "Also keep the checkpoint with the best value of this metric (collapse/nearest, say).", ""
     )
-    best_is: str = setting(
-        "Which value of that metric is best.", "lowest", choices=("lowest", "highest")
-    )
+    best_is: str = setting("Which value of it is best.", "lowest", choices=("lowest", "highest"))
     on_failure: str = setting(
         "What to do when a checkpoint cannot be written.",
         "continue",
@@ -354,58 +268,39 @@ class CheckpointConfig:
 
 @dataclass
 class AuditConfig:
-    """The comparison of the ranks' replicas."""
+    """Audits compare weights and optimizer states over all ranks, also before checkpoints."""
 
-    every_images: int = setting(
-        "Interval between comparisons of weights and optimizer states over all ranks. They are "
-        "also compared before each checkpoint.",
-        100_000,
-        unit="images",
-        at_least=1,
-    )
+    every_images: int = setting("Interval between comparisons.", 100_000, unit="images", at_least=1)
 
 
 @dataclass
 class ResumeConfig:
     """Continuing a stored run."""
 
-    allow: list[str] = setting(
-        "Settings that may differ from the stored run although they change its curve.", list
-    )
+    allow: list[str] = setting("Changed settings to accept although they change the curve.", list)
 
 
 @dataclass
 class RuntimeConfig:
-    """Supervision of the ranks."""
+    """Supervision of the ranks. The run also ends when a rank gives no sign of life for a tenth of
+    `timeout_seconds` (but at least 30 s)."""
 
     timeout_seconds: float = setting(
-        "The run ends when no rank makes progress for this long, or when a rank gives no sign of "
-        "life for a tenth of it (but at least 30 s).",
-        600.0,
-        unit="seconds",
-        above=0,
+        "The run ends when no rank makes progress for this long.", 600.0, unit="seconds", above=0
     )
 
 
 @dataclass
 class ProfileConfig:
-    """PyTorch's profiler."""
+    """Profiling of some cycles with PyTorch's profiler."""
 
-    cycles: int = setting(
-        "Training cycles to profile once the run is warm. With 0, none are.",
-        0,
-        unit="cycles",
-        at_least=0,
-    )
+    cycles: int = setting("Cycles to profile once the run is warm; 0: off.", 0, at_least=0)
 
 
 @dataclass
 class Config:
     seed: int = setting(
-        "Seed of the initial weights, the data order and every other random draw.",
-        0,
-        at_least=0,
-        below=2**64,
+        "Seed of initial weights, data order and all other randomness.", 0, at_least=0, below=2**64
     )
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)

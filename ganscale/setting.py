@@ -2,10 +2,10 @@
 
 import difflib
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from operator import ge, gt, lt
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -31,43 +31,38 @@ class Setting:
             close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             return f"must be one of {', '.join(map(str, self.choices))}, not {value}{hint}"
-        for limit, bound, holds in self._limits():
+        for limit, bound, holds in self.limits():
             if not holds(value, bound):
                 return f"must be {limit}, not {value}"
         return None
 
-    def limits(self) -> list[str]:
-        return [limit for limit, _, _ in self._limits()]
-
-    def _limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
-        if self.at_least is not None:
-            yield f"at least {self.at_least}", self.at_least, operator.ge
-        if self.above is not None:
-            yield f"above {self.above}", self.above, operator.gt
-        if self.below is not None:
-            yield f"below {self.below}", self.below, operator.lt
+    def limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
+        """(text such as `at least 1`, bound, comparison of a valid value with the bound)."""
+        for name, holds in (("at_least", ge), ("above", gt), ("below", lt)):
+            if (bound := getattr(self, name)) is not None:
+                yield f"{name.replace('_', ' ')} {bound}", bound, holds
 
 
 def setting(
     sentence: str,
     default: Any = MISSING,
     *,
-    unit: str = "",
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
     choices: Mapping[Any, str] | Sequence[str] = (),
+    **limits: Any,
 ) -> Any:
-    """A field of a config dataclass. Without a default, the user has to give it.
-
-    `default` may be a function that makes the value, for lists and dictionaries.
-    """
+    """A field of a config dataclass, with `limits` as in `Setting`. Without a default, the user has
+    to give it; `default` may be a function that makes a list or dictionary."""
     if not isinstance(choices, Mapping):
         choices = dict.fromkeys(choices, "")
-    metadata = {"setting": Setting(sentence, unit, at_least, above, below, choices)}
+    metadata = {"setting": Setting(sentence, choices=choices, **limits)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def choice(sentence: str, **meanings: str) -> Any:
+    """A setting with a few valid values and their meanings; the first is the default."""
+    return setting(sentence, next(iter(meanings)), choices=meanings)
 
 
 @cache
@@ -83,8 +78,7 @@ def types_of(schema: type) -> dict[str, Any]:
 
 
 def child_type(parent: Any, key: str) -> Any:
-    """The type of `key` in a section of type `parent`, a config dataclass or `dict[str, ...]`; None
-    where the schema does not know it."""
+    """The type of `key` in a section of a dataclass or `dict[str, ...]`; None if unknown."""
     if get_origin(parent) is dict:
         return _without_none(get_args(parent)[1])
     return types_of(parent).get(key) if is_dataclass(parent) else None

@@ -63,11 +63,9 @@ def _comment(section: Any, key: str, column: int) -> list[str]:
         return []
     setting, indent = settings_of(section)[key], " " * column + "# "  # type: ignore[arg-type]
     if setting is None:
-        blank_line = [] if column else [""]
-        return [*blank_line, *_wrap(_section_sentence(child_type(section, key)), indent)]
-    details = _details(setting)
-    text = setting.sentence + (f" ({', '.join(details)})" if details else "")
-    return [*_wrap(text, indent), *_meanings(setting, indent + "  ")]
+        return [*[""] * (column == 0), *_wrap(_doc(child_type(section, key)), indent)]
+    details = f" ({', '.join(_details(setting))})" if _details(setting) else ""
+    return [*_wrap(setting.sentence + details, indent), *_meanings(setting, indent + "  ")]
 
 
 def reference() -> str:
@@ -85,7 +83,8 @@ def _section_reference(section: type, prefix: str) -> Iterator[str]:
             continue
         default = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
         is_required = default == MISSING
-        title = field.name if is_required else f"{field.name} = {_yaml_value(default)}"
+        value = default if isinstance(default, str) and default else json.dumps(default)
+        title = field.name if is_required else f"{field.name} = {value}"
         details = [expected.__name__, *["required"] * is_required, *_details(setting)]
         details += ["free"] * is_within(prefix + field.name, FREE_TO_CHANGE)
         yield from _wrap(f"`{title}` ({', '.join(details)}): {setting.sentence}", "- ")
@@ -96,14 +95,14 @@ def _section_reference(section: type, prefix: str) -> Iterator[str]:
         if get_origin(expected) is dict:
             keys = [f"{key}.NAME" for key in keys]
         yield f"## {' and '.join(keys)}\n"
-        yield from (*_wrap(_section_sentence(expected)), "")
+        yield from (*_wrap(_doc(expected)), "")
         yield from _section_reference(_section_type(expected), keys[0] + ".")
 
 
 def _details(setting: Setting) -> list[str]:
     """Unit, limits and choices; choices with meanings have lines of their own (`_meanings`)."""
     details = [setting.unit] if setting.unit else []
-    details += setting.limits()
+    details += [limit for limit, _, _ in setting.limits()]
     if setting.choices and not any(setting.choices.values()):
         details.append(f"one of {', '.join(setting.choices)}")
     return details
@@ -115,26 +114,21 @@ def _meanings(setting: Setting, indent: str, quote: str = "") -> Iterator[str]:
             yield from _wrap(f"{quote}{choice}{quote}: {meaning}", indent)
 
 
-def _section_sentence(section: Any) -> str:
-    return " ".join((getdoc(_section_type(section)) or "").split())
-
-
 def _section_type(section: Any) -> Any:
     """The dataclass of a section, also of one whose keys the user names."""
     return get_args(section)[1] if get_origin(section) is dict else section
 
 
-def _yaml_value(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
+def _doc(section: Any) -> str:
+    return getdoc(_section_type(section)) or ""
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(
         text,
-        width=100,
+        100,
         initial_indent=indent,
         subsequent_indent=indent.replace("-", " "),
-        break_long_words=False,
         break_on_hyphens=False,
     )
 

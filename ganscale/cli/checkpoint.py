@@ -2,74 +2,64 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ganscale.run_folder import RunFolder
+from ganscale.errors import EXIT_DONE, EXIT_FAILED, UserError
+from ganscale.run_folder import RunFolder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser(
-        "checkpoint", help="list, verify, prune and export a run's checkpoints"
-    )
+    parser = commands.add_parser("checkpoint", help="list, verify, prune or export checkpoints")
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    listing = actions.add_parser(
+    def add_action(
+        name: str, run: Callable[..., int | None], summary: str, description: str
+    ) -> Callable[..., argparse.Action]:
+        action = actions.add_parser(name, help=summary, description=description)
+        action.add_argument("run_folder", metavar="RUN", type=Path, help="for example runs/demo")
+        action.set_defaults(run=run)
+        return action.add_argument
+
+    add_action(
         "list",
-        help="print a run's checkpoints",
-        description="Prints a run's checkpoints with their size, age and score. Checks only "
-        "names and sizes; `verify` reads the contents.",
+        list_checkpoints,
+        "print a run's checkpoints",
+        "Prints a run's checkpoints with their size, age and score. Checks only names and sizes; "
+        "`verify` reads the contents.",
     )
-    listing.set_defaults(run=list_checkpoints)
-
-    verify = actions.add_parser(
+    add_action(
         "verify",
-        help="compare all checkpoints with their checksums",
-        description="Reads a run's checkpoints and compares them with their checksums. Exits with "
-        "code 1 if one is damaged.",
+        verify_checkpoints,
+        "compare all checkpoints with their checksums",
+        "Reads a run's checkpoints and compares them with their checksums. Exits with code 1 if "
+        "one is damaged.",
     )
-    verify.set_defaults(run=verify_checkpoints)
-
-    prune = actions.add_parser(
+    add = add_action(
         "prune",
-        help="delete old checkpoints",
-        description="Deletes all checkpoints but the newest, the multiples and the best. The "
-        "options default to the run's settings. At least one whole checkpoint is always kept.",
+        prune_checkpoints,
+        "delete old checkpoints",
+        "Deletes all checkpoints but the newest, the multiples and the best. The options default "
+        "to the run's settings. At least one whole checkpoint is always kept.",
     )
-    prune.add_argument("--keep-last", metavar="K", help="keep the newest K")
-    prune.add_argument(
-        "--keep-every", metavar="N", help="keep those at multiples of N images, e.g. 500k (0: none)"
-    )
-    prune.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
-    prune.set_defaults(run=prune_checkpoints)
-
-    export = actions.add_parser(
+    add("--keep-last", metavar="K", help="keep the newest K")
+    add("--keep-every", metavar="N", help="keep multiples of N images, e.g. 500k (0: none)")
+    add("--dry-run", action="store_true", help="only print what would be deleted")
+    add = add_action(
         "export",
-        help="write a generator for use elsewhere",
-        description="Writes the generator of a run's newest whole checkpoint into a new folder. "
+        export_generator,
+        "write a generator for use elsewhere",
+        "Writes the generator of a run's newest whole checkpoint into a new folder. "
         "`from ganscale import load_generator` loads it without the run.",
     )
-    export.set_defaults(run=export_generator)
-
-    for action in (listing, verify, prune, export):
-        action.add_argument("run_folder", metavar="RUN", type=Path, help="for example runs/demo")
-    export.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")
-    export.add_argument(
-        "--weights",
-        choices=("ema", "generator"),
-        default="ema",
-        help="ema (default), or the non-EMA weights",
-    )
-    export.add_argument(
-        "--checkpoint", metavar="images-...", help="a checkpoint's name (default: the newest)"
-    )
+    add("folder", metavar="FOLDER", type=Path, help="a new folder")
+    add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
+    add("--checkpoint", metavar="images-...", help="a checkpoint's name (default: the newest)")
 
 
-def list_checkpoints(arguments: argparse.Namespace) -> int:
+def list_checkpoints(arguments: argparse.Namespace) -> None:
     from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
     from ganscale.config import load_stored
-    from ganscale.errors import EXIT_DONE
 
     run = _run(arguments)
     saved = inspect_checkpoints(run.checkpoints)
@@ -77,24 +67,21 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
     rows = [("checkpoint", "images", "MB", "age", "score", "")]
     for checkpoint in saved:
         score = "{} {:.6g}".format(*checkpoint.score) if checkpoint.score else ""
-        note = "best" if checkpoint is best else ""
-        note = f"damaged: {checkpoint.damage}" if checkpoint.damage else note
+        damage = f"damaged: {checkpoint.damage}" if checkpoint.damage else ""
+        note = "best" if checkpoint is best else damage
         age = _age(time.time() - checkpoint.written_at) if checkpoint.written_at else ""
         size, images = f"{checkpoint.bytes / 1e6:,.1f}", f"{checkpoint.images_seen:,}"
         rows.append((checkpoint.folder.name, images, size, age, score, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, images, size, age, score, note in rows:
-        numbers = f"{images:>{widths[1]}}  {size:>{widths[2]}}  {age:>{widths[3]}}"
-        print(f"{name:<{widths[0]}}  {numbers}  {score:<{widths[4]}}  {note}".rstrip())
-    aside = [path.name for path in sorted(run.checkpoints.glob("damaged-*"))]
-    if aside:
+    for row in rows:
+        cells = zip(row, "<>>><<", widths, strict=True)
+        print("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    if aside := [path.name for path in sorted(run.checkpoints.glob("damaged-*"))]:
         print(f"set aside as damaged: {', '.join(aside)}")
-    return EXIT_DONE
 
 
 def verify_checkpoints(arguments: argparse.Namespace) -> int:
     from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage
-    from ganscale.errors import EXIT_DONE, EXIT_FAILED, UserError
 
     run = _run(arguments)
     folders = checkpoint_folders(run.checkpoints)
@@ -113,11 +100,10 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
     return exit_code
 
 
-def prune_checkpoints(arguments: argparse.Namespace) -> int:
+def prune_checkpoints(arguments: argparse.Namespace) -> None:
     from ganscale.checkpoints.checkpoint import checkpoint_folders
     from ganscale.checkpoints.retention import prune
     from ganscale.config import resolve
-    from ganscale.errors import EXIT_DONE
 
     run = _run(arguments)
     count = len(checkpoint_folders(run.checkpoints))
@@ -130,14 +116,12 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
         print(f"{checkpoint.folder.name}: {would}deleted")
     megabytes = sum(checkpoint.bytes for checkpoint in pruned) / 1e6
     print(f"{len(pruned)} of {count} checkpoints {would}deleted: {megabytes:,.1f} MB")
-    return EXIT_DONE
 
 
-def export_generator(arguments: argparse.Namespace) -> int:
+def export_generator(arguments: argparse.Namespace) -> None:
     from ganscale import __version__
     from ganscale.checkpoints.checkpoint import images_seen_of
     from ganscale.config import load_stored
-    from ganscale.errors import EXIT_DONE, UserError
     from ganscale.evaluation import exported_generator
     from ganscale.training.network_setup import load_run_generator, sample_shape
 
@@ -145,12 +129,6 @@ def export_generator(arguments: argparse.Namespace) -> int:
     checkpoint = _select(run, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
     config = load_stored(run.config)
-    about = {
-        "run": config.run.name,
-        "images_seen": images_seen_of(checkpoint),
-        "weights": arguments.weights,
-        "ganscale": __version__,
-    }
     try:
         exported_generator.export_generator(
             arguments.folder,
@@ -160,25 +138,26 @@ def export_generator(arguments: argparse.Namespace) -> int:
             latent_dim=latent_dim,
             sample_shape=sample_shape(config),
             num_classes=num_classes,
-            about=about,
+            about={
+                "run": config.run.name,
+                "images_seen": images_seen_of(checkpoint),
+                "weights": arguments.weights,
+                "ganscale": __version__,
+            },
         )
     except OSError as error:
         raise UserError(f"the generator cannot be written: {error}") from error
     print(f"the {arguments.weights} of {checkpoint.name} in {arguments.folder}")
-    return EXIT_DONE
 
 
-def _run(arguments: argparse.Namespace) -> "RunFolder":
-    from ganscale.run_folder import RunFolder
-
+def _run(arguments: argparse.Namespace) -> RunFolder:
     run = RunFolder(arguments.run_folder)
     run.check_exists()
     return run
 
 
-def _select(run: "RunFolder", name: str | None) -> Path:
+def _select(run: RunFolder, name: str | None) -> Path:
     from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, newest_checkpoint
-    from ganscale.errors import UserError
 
     if name is None:
         newest = newest_checkpoint(run.checkpoints, set_damaged_aside=False)

@@ -10,27 +10,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Prints every setting of the run with the file that it came from. With "
         "--explain, prints what each setting means, its unit and its limits, too.",
     )
-    parser.add_argument("settings", nargs="*", metavar="CONFIG|key=value")
-    parser.add_argument(
-        "--explain",
-        action="store_true",
-        help="explain each setting; without CONFIG, print the reference of all settings",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="also build objective and networks and look at the data, as training would",
-    )
+    add = parser.add_argument
+    add("settings", nargs="*", metavar="CONFIG|key=value")
+    add("--explain", action="store_true", help="explain each setting; without CONFIG, all settings")
+    add("--check", action="store_true", help="also build objective and networks and open the data")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from ganscale.config import resolve
     from ganscale.settings_reference import annotated_yaml, reference
 
     if arguments.explain and not arguments.settings:
         print(reference(), end="")
-        return 0
+        return
     resolved = resolve(arguments.settings)
     if arguments.check:
         from ganscale.data.dataset import open_data
@@ -42,4 +35,3 @@ def run(arguments: argparse.Namespace) -> int:
         data.check(1.0)
         build_networks(resolved.config, class_count(resolved.config, data))
     print(annotated_yaml(resolved, explain=arguments.explain), end="")
-    return 0

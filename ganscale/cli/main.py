@@ -12,7 +12,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from ganscale import __version__
 from ganscale.cli import checkpoint, config, plan, report, sample, shards, sync, train
-from ganscale.errors import EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
+from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        return parsed.run(parsed) or EXIT_DONE
     except GanscaleError as error:
         _print_error(f"error: {error}")
         return error.exit_code

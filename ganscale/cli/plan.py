@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from ganscale.cli.arguments import positive_int
+from ganscale.errors import UserError
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -14,32 +15,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "checkpoints on a cluster, from its settings and its data's manifest. If the run is not "
         "possible there, suggests the nearest one that is and exits with code 2.",
     )
-    parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
-    parser.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
-    parser.add_argument(
-        "--gpus-per-node",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="ranks on each node (default: 1)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    add = parser.add_argument
+    add("settings", nargs="+", metavar="CONFIG|key=value")
+    add("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
+    add("--gpus-per-node", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     import json
+    from dataclasses import asdict
 
     from ganscale.config import resolve
-    from ganscale.errors import EXIT_DONE, UserError
     from ganscale.plan.planning import make_plan
 
     config = resolve(arguments.settings).config
     plan = make_plan(config, arguments.nodes, arguments.gpus_per_node)
     if arguments.json:
         try:
-            arguments.json.write_text(json.dumps(plan.as_dict(), indent=1) + "\n")
+            arguments.json.write_text(json.dumps(asdict(plan), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"the plan cannot be written: {error}") from error
     print(plan.table(), end="")
-    return EXIT_DONE

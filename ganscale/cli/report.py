@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from ganscale.errors import UserError
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
@@ -11,10 +13,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Writes one self-contained HTML page with the curves, samples, faults and "
         "settings of a run, also while it trains. Several runs are compared.",
     )
-    parser.add_argument(
-        "run_folders", metavar="RUN", type=Path, nargs="+", help="for example runs/demo"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("run_folders", metavar="RUN", type=Path, nargs="+", help="for example runs/demo")
+    add(
         "--output",
         type=Path,
         metavar="FILE.html",
@@ -23,10 +24,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> None:
     from datetime import datetime
 
-    from ganscale.errors import EXIT_DONE, UserError
     from ganscale.files import write_text
     from ganscale.report import read_runs, render
 
@@ -41,4 +41,3 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"the report cannot be written: {error}") from error
     subject = runs[0].name if is_single else f"{len(runs)} runs"
     print(f"report of {subject} ({len(page.encode()) / 1e6:.1f} MB): {output}")
-    return EXIT_DONE

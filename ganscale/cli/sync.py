@@ -4,30 +4,25 @@ import argparse
 import sys
 from pathlib import Path
 
+from ganscale.errors import EXIT_DONE, GanscaleError, UserError
+from ganscale.run_folder import RunFolder
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "sync",
         help="send W&B what it lacks of a run",
         description="Sends Weights & Biases the rows, samples and alerts of a run that it does not "
-        "have: of an offline run, or one whose process or server died. Run again, it finds nothing "
-        "to send.",
+        "have: of an offline run, or one whose process or server died.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--project", help="send to this project instead of the run's (log.project)")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=300.0,
-        metavar="SECONDS",
-        help="give up on uploads after this time (default: %(default)g)",
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    add("--project", help="send to this project instead of the run's (log.project)")
+    add("--timeout", type=float, default=300, metavar="SECONDS", help="of uploads (default: 300)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ganscale.errors import EXIT_DONE, GanscaleError
-
     failures: list[int] = []
     for path in arguments.runs:
         try:
@@ -41,8 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> None:
     from ganscale.config import load_stored
-    from ganscale.errors import UserError
-    from ganscale.run_folder import RunFolder
     from ganscale.tracking.sync import synchronize
     from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
 
@@ -61,6 +54,6 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
     if result.superseded:
         print(
             f"{path}: for {result.superseded:,} of them, W&B keeps the rows from before the "
-            "settings were changed (resume.allow), which it cannot change. With --project, another "
-            "project gets the rows of the record"
+            "settings were changed (resume.allow). With --project, another project gets the rows "
+            "of the record"
         )

@@ -4,6 +4,8 @@ import argparse
 import os
 from contextlib import closing
 
+from ganscale.errors import EXIT_DONE
+
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
@@ -22,7 +24,6 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
-    from ganscale.errors import EXIT_DONE
     from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
     from ganscale.supervision.job_history import note_ended

@@ -24,8 +24,7 @@ class Backoff:
     def __init__(self, seconds: float, stopped: threading.Event | None = None) -> None:
         self._seconds = seconds
         self._stopped = stopped or threading.Event()
-        self._failures = 0
-        self._first_failure = 0.0
+        self._failures, self._first_failure = 0, 0.0
 
     def wait(self, error: BaseException, problem: str) -> None:
         """Waits before the next try; at the end, raises UnavailableError "`problem`: `error`"."""
@@ -35,8 +34,8 @@ class Backoff:
         left = self._first_failure + self._seconds - now
         message = f"{problem}: {str(error) or type(error).__name__}"
         if left <= 0:
-            tried = f"tried for {self._seconds:g} s (data.retry_seconds)"
-            raise UnavailableError(f"{message}; {tried}") from error
+            message += f"; tried for {self._seconds:g} s (data.retry_seconds)"
+            raise UnavailableError(message) from error
         if self._failures & (self._failures + 1) == 0:  # the first, second, fourth, eighth one
             logger.warning("%s; trying again for up to %.0f s", message, left)
         ceiling = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0**self._failures)

@@ -1,7 +1,6 @@
 """Samples that cannot be used: how they are counted and logged, and when there are too many.
 
-A bad sample is counted whenever its own position comes up, whichever sample replaces it. So the
-counts are a function of the images seen, the same on every cluster.
+A bad sample is counted when its own position comes up: counts are a function of the images seen.
 """
 
 import logging
@@ -40,6 +39,14 @@ class BadSample(NamedTuple):
         return f"{where} {self.shard} {self.detail}"
 
 
+class BadSampleError(Exception):
+    """A sample that cannot be used, however often one tries. detail, reason: as in `BadSample`."""
+
+    def __init__(self, detail: str, reason: str = "cannot be decoded") -> None:
+        super().__init__(detail)
+        self.detail, self.reason = detail, reason
+
+
 def too_many_in_a_row(last: BadSample) -> UserError:
     return UserError(f"{SAMPLES_TRIED} samples in a row could not be used; the last: {last}")
 
@@ -50,7 +57,6 @@ class BadSampleLog:
 
     def __init__(self) -> None:
         self._count = 0
-        self._next_line = 1 << _LOGGED_IN_FULL.bit_length()
         self._places: set[tuple[str, str]] = set()
 
     def warn(self, bad_samples: Iterable[BadSample]) -> None:
@@ -64,16 +70,14 @@ class BadSampleLog:
                 logger.warning("%s; another sample replaces it", bad_sample)
             if self._count == _LOGGED_IN_FULL:
                 logger.warning("from now on, only one bad sample per shard and reason is logged")
-            if self._count == self._next_line:
-                self._next_line *= 2
+            elif self._count > _LOGGED_IN_FULL and self._count.bit_count() == 1:
                 logger.warning("%s bad samples so far on this rank", f"{self._count:,}")
 
 
 def check_bad_sample_limit(counts: Counter[tuple[str, str]], read: int, limit: float) -> None:
-    """Raises UserError when more than the share `limit` of the samples read was bad.
+    """Raises UserError when more than the share `limit` of the `read` samples of all ranks was bad.
 
     counts: of bad samples by (shard, reason), over all ranks
-    read: samples over all ranks, the bad ones included
     """
     bad = counts.total()
     if bad <= limit * max(read, _FEWEST_READ):
@@ -92,11 +96,7 @@ def bad_sample_rows(
     """{"shard", "reason", "count"} for summaries, the most frequent first; beyond `most` rows, a
     last one has the sum of the others."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    rows: list[dict[str, str | int]] = [
-        {"shard": shard, "reason": reason, "count": count}
-        for (shard, reason), count in ordered[:most]
-    ]
+    rows = ordered[:most]
     if rest := sum(count for _, count in ordered[most:]):
-        more = f"({len(ordered) - most:,} more)"
-        rows.append({"shard": more, "reason": "any", "count": rest})
-    return rows
+        rows.append(((f"({len(ordered) - most:,} more)", "any"), rest))
+    return [{"shard": shard, "reason": reason, "count": n} for (shard, reason), n in rows]

@@ -15,10 +15,8 @@ BatchAllocator = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's share of a global batch, on the host until it is copied to a device.
-
-    bad_samples: those that were replaced by other samples, in the order of the rows
-    """
+    """This rank's share of a global batch. `bad_samples` were replaced by others, in order of the
+    rows."""
 
     images: UInt8[Tensor, "batch height width channels"]
     labels: Int64[Tensor, " batch"]  # -1 where the data set has none
@@ -26,10 +24,6 @@ class Batch:
     bad_samples: tuple[BadSample, ...] = ()
 
 
-def allocate_batch(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.uint8)
-
-
-def allocate_pinned_batch(shape: tuple[int, ...]) -> Tensor:
-    """Page-locked memory, which a GPU copies from while the processor continues."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+def allocate_batch(shape: tuple[int, ...], is_pinned: bool = False) -> Tensor:
+    """is_pinned: in page-locked memory, which a GPU copies from while the processor continues"""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest, check_shards
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import working_set_bytes
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.schema import DataConfig
@@ -23,7 +23,7 @@ class DataSet:
 
     fingerprint: a run is resumed only with the same one
     class_count: 0 without labels
-    manifest: None for tars that are streamed; `urls` are theirs
+    urls: of tars that are streamed, without a `manifest`
     """
 
     config: DataConfig
@@ -38,15 +38,13 @@ class DataSet:
 
         node_share: the share of all ranks that one machine has
         """
-        if self.manifest is None:
+        config, manifest = self.config, self.manifest
+        if manifest is None:
             check_urls(self.urls)
             return
-        check_shards(self.manifest, self.config.retry_seconds)
-        if self.manifest.is_remote:
-            self._check_cache(self.manifest, node_share)
-
-    def _check_cache(self, manifest: Manifest, node_share: float) -> None:
-        config = self.config
+        check_shards(manifest, config.retry_seconds)
+        if not manifest.is_remote:
+            return
         need = working_set_bytes(
             np.array([shard.bytes for shard in manifest.shards]),
             np.diff(manifest.first_sample),
@@ -57,10 +55,9 @@ class DataSet:
         )
         if need > config.cache_gib * 2**30:
             logger.warning(
-                "data.cache_gib=%g is less than the %.3g GiB of shards that a machine reads at one "
-                "time: they will be fetched again and again (see `ganscale plan`)",
-                config.cache_gib,
-                need / 2**30,
+                f"data.cache_gib={config.cache_gib:g} is less than the {need / 2**30:.3g} GiB of "
+                "shards that a machine reads at one time: they will be fetched again and again "
+                "(see `ganscale plan`)"
             )
 
     def make_loader(self, **arguments: Any) -> Loader | StreamLoader:
@@ -77,9 +74,6 @@ def open_data(config: DataConfig) -> DataSet:
         urls = tuple(stream_urls(config.path, config.retry_seconds))
         return DataSet(config, stream_identity(urls), config.class_count, urls=urls)
     manifest = Manifest.load(
-        config.path,
-        shards=config.shards,
-        cache=config.cache,
-        retry_seconds=config.retry_seconds,
+        config.path, shards=config.shards, cache=config.cache, retry_seconds=config.retry_seconds
     )
     return DataSet(config, manifest.fingerprint, manifest.class_count, manifest)

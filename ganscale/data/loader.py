@@ -1,8 +1,7 @@
 """The batches of one rank: positions -> samples -> bytes -> pixels, decoded ahead by threads.
 
-Threads, since the decoders release Python's lock. All of them fill the same batch, cut into chunks
-of rows, so that the first batch is ready soon. In training they run in another process
-(`data.loader_process`).
+Threads, since the decoders release Python's lock. All of them fill chunks of the same batch, so
+that the first one is ready soon. In training they run in another process (`data.loader_process`).
 """
 
 import logging
@@ -14,13 +13,18 @@ from functools import partial
 import numpy as np
 import torch
 
-from ganscale.data.bad_samples import SAMPLES_TRIED, BadSample, BadSampleLog, too_many_in_a_row
+from ganscale.data.bad_samples import (
+    SAMPLES_TRIED,
+    BadSample,
+    BadSampleError,
+    BadSampleLog,
+    too_many_in_a_row,
+)  # fmt: skip
 from ganscale.data.batch import Batch, BatchAllocator, allocate_batch
-from ganscale.data.images.decoding import DecodeError, decode_into
+from ganscale.data.images.decoding import decode_into
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions
-from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
-from ganscale.data.shard_reader import BadSampleError, SampleLocation, open_shard_reader
+from ganscale.data.order import Order, WindowTracker, batch_positions, shards_ahead
+from ganscale.data.shard_reader import SampleLocation, ShardReader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.schema import DataConfig
 
@@ -61,7 +65,7 @@ class Loader(Iterator[Batch]):
             window_blocks=config.window_blocks,
         )
         self._manifest = manifest
-        self._reader = open_shard_reader(manifest, config)
+        self._reader = ShardReader(manifest, config)
         self._windows = WindowTracker(self.order)
         share = global_batch_size // world_size
         self._shape = (share, config.resolution, config.resolution, config.channels)
@@ -87,8 +91,7 @@ class Loader(Iterator[Batch]):
         return Batch(batch.images, batch.labels, batch.slots, tuple(bad_samples))
 
     def close(self) -> None:
-        """Ends the threads within seconds and drops the batches that were decoded ahead; a thread
-        that hangs in a read is left behind."""
+        """Ends the threads within seconds; one that hangs in a read is left behind."""
         self._started.clear()
         if not self._threads.close(_CLOSE_SECONDS):
             logger.warning("a thread still hangs in a read; it ends with this process")
@@ -102,7 +105,7 @@ class Loader(Iterator[Batch]):
         columns = (positions, images.numpy(), labels.numpy())
         chunks = zip(*(np.array_split(rows, self._chunks) for rows in columns), strict=True)
         tasks = [partial(self._fill, *chunk) for chunk in chunks]
-        if self._reader.is_remote and len(entered := self._windows.entered(positions)):
+        if self._manifest.is_remote and len(entered := self._windows.entered(positions)):
             tasks.insert(0, partial(self._prefetch, entered))
         batch = Batch(images, labels, torch.from_numpy(slots))
         return batch, [self._threads.submit(task) for task in tasks]
@@ -119,23 +122,18 @@ class Loader(Iterator[Batch]):
         samples = self.order.samples(positions)
         bad_samples: list[BadSample] = []
         for row, location in enumerate(self._reader.locations(samples)):
-            bad_sample = self._decode(location, pixels[row])
-            if bad_sample is not None:
+            if (bad_sample := self._decode(location, pixels[row])) is not None:
                 bad_samples.append(bad_sample)
                 samples[row] = self._replace(bad_sample, int(positions[row]), pixels[row])
         labels[...] = self._manifest.samples["label"][samples]
         return bad_samples
 
     def _replace(self, bad_sample: BadSample, position: int, pixels: np.ndarray) -> int:
-        """Fills `pixels` from the next usable sample of the lane; returns which one that is.
-
-        Bad ones on the way are counted where their own position comes up.
-        """
+        """Fills `pixels` from the next usable sample of the lane; returns which one that is."""
         for _ in range(SAMPLES_TRIED - 1):
             position += self.order.lanes
             (location,) = self._reader.locations(self.order.samples(np.array([position])))
-            last = self._decode(location, pixels)
-            if last is None:
+            if (last := self._decode(location, pixels)) is None:
                 return location.sample
             bad_sample = last
         raise too_many_in_a_row(bad_sample)
@@ -144,7 +142,7 @@ class Loader(Iterator[Batch]):
         """Fills `pixels` from a sample, or returns what is wrong with it."""
         try:
             decode_into(self._reader.read_location(location), pixels)
-        except (BadSampleError, DecodeError) as error:
+        except BadSampleError as error:
             shard, key = self._reader.shard_and_key(location.sample)
             return BadSample(shard, error.reason, key, error.detail)
         return None

@@ -1,10 +1,10 @@
 """A rank's batches from another process, some of them ready before the training asks for them.
 
-Threads decode without Python's lock, but not everything around it: with small images, the rest
-takes the lock thousands of times a second, and each time a training step may have to wait for it.
+Threads decode without Python's lock; but with small images, the rest takes that lock thousands of
+times a second, and each time a training step may have to wait.
 
-The other process (`data.loader_worker`) is started afresh, not forked: it has none of the files,
-locks, threads and GPU contexts of the training. It ends when the training does, however that ends.
+The other process (`data.loader_worker`) is started afresh, not forked: it inherits no files, locks,
+threads or GPU contexts of the training. It ends when the training does, however that ends.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from ganscale.data.batch import Batch, BatchAllocator
 from ganscale.data.dataset import DataSet
 from ganscale.data.loader import Loader
-from ganscale.data.loader_messages import BatchReady, LoaderJob, LogMessage, SharedBatches
+from ganscale.data.loader_worker import BatchReady, LoaderJob, LogMessage, SharedBatches
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import GanscaleError, UnavailableError
@@ -46,7 +47,6 @@ def start_loader(
 
     allocate: makes the tensors in which images are returned
     batches_ahead: how many batches are kept ready
-    arguments: the other arguments of `data.make_loader`
     """
     if data.config.workers > 0 and hasattr(os, "memfd_create"):
         return LoaderProcess(data, allocate, batches_ahead, **arguments)
@@ -59,15 +59,14 @@ class LoaderThread(Iterator[Batch]):
     def __init__(self, loader: Loader | StreamLoader, batches_ahead: int) -> None:
         self._loader = loader
         self._thread = DaemonThreadPool(1, "loader")
-        self._requested: deque[Future[Batch]] = deque()
-        for _ in range(batches_ahead):
-            self._request()
+        self._next = partial(next, loader)
+        self._requested = deque(self._thread.submit(self._next) for _ in range(batches_ahead))
 
     def __next__(self) -> Batch:
         """Raises as the loader does, also at every further call."""
         batch = self._requested[0].result()
         self._requested.popleft()
-        self._request()
+        self._requested.append(self._thread.submit(self._next))
         return batch
 
     def wait(self, seconds: float) -> bool:
@@ -80,16 +79,10 @@ class LoaderThread(Iterator[Batch]):
         self._thread.close(_THREAD_CLOSE_SECONDS)
         self._loader.close()
 
-    def _request(self) -> None:
-        self._requested.append(self._thread.submit(lambda: next(self._loader)))
-
 
 class LoaderProcess(Iterator[Batch]):
-    """The batches of `data.make_loader` from another process.
-
-    `batches_ahead` are requested at the start, and another one whenever one is returned. Images are
-    copied out of the shared memory at once, so that their place there is free again.
-    """
+    """The batches of `data.make_loader` from another process: `batches_ahead` are requested at the
+    start, and another one whenever one is returned."""
 
     def __init__(
         self, data: DataSet, allocate: BatchAllocator, batches_ahead: int, **arguments: Any
@@ -127,7 +120,7 @@ class LoaderProcess(Iterator[Batch]):
             raise answer
         images = self._allocate(self._shape)
         images.copy_(self._shared.images[answer.index])
-        self._send(answer.index)
+        self._send(answer.index)  # whose place in the shared memory is free again
         labels, slots = torch.from_numpy(answer.labels), torch.from_numpy(answer.slots)
         return Batch(images, labels, slots, answer.bad_samples)
 

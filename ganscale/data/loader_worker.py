@@ -1,22 +1,83 @@
-"""The process of a rank's loader: the other end of `data.loader_process`."""
+"""The process of a rank's loader: the other end of `data.loader_process`.
+
+Over the connection, the trainer sends a LoaderJob, then a request for each batch: the index of a
+place in the shared memory that is free again, or None. The loader answers each request with a
+BatchReady or an exception, and sends LogMessages in between.
+"""
 
 import contextlib
 import logging
+import mmap
 import os
 import pickle
 import signal
 import sys
 import threading
 import traceback
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ganscale.data.bad_samples import BadSample
+from ganscale.data.dataset import DataSet
 from ganscale.data.loader import Loader
-from ganscale.data.loader_messages import BatchReady, LoaderJob, LogMessage, SharedBatches
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.errors import GanscaleError
+
+
+@dataclass(frozen=True)
+class LoaderJob:
+    """Load `data` into shared memory for `count` batches of images of `shape`. arguments: of
+    `data.make_loader`"""
+
+    data: DataSet
+    arguments: dict[str, Any]
+    shape: tuple[int, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class LogMessage:
+    logger: str
+    level: int
+    text: str
+
+
+@dataclass(frozen=True)
+class BatchReady:
+    """A batch, whose images are at `index` of the shared memory."""
+
+    index: int
+    labels: np.ndarray
+    slots: np.ndarray
+    bad_samples: tuple[BadSample, ...]
+
+
+class SharedBatches:
+    """Memory of both processes for uint8 images: `images`, (count, *shape), a batch at each index;
+    the trainer only reads."""
+
+    def __init__(self, file: int, shape: tuple[int, ...], count: int) -> None:
+        size = count * int(np.prod(shape))
+        os.ftruncate(file, size)
+        values = np.frombuffer(mmap.mmap(file, size), dtype=np.uint8)
+        self.images = torch.from_numpy(values).view(count, *shape)
+        self.free = list(range(count))  # indices
+
+    def allocate(self, shape: tuple[int, ...]) -> Tensor:
+        """Free memory for a batch: what was freed last, whose pages are there already."""
+        images = self.images[self.free.pop()]
+        assert images.shape == shape
+        return images
+
+    def index(self, images: Tensor) -> int:
+        """Which batch of the memory `images` is."""
+        return (images.data_ptr() - self.images.data_ptr()) // images.nbytes
 
 
 class _LogForwarder(logging.Handler):
@@ -36,24 +97,19 @@ class _LogForwarder(logging.Handler):
 
 
 class _LoaderServer:
-    """Answers requests for batches."""
+    """Answers requests for batches, which are in the shared memory `file`."""
 
     def __init__(self, connection: Connection, file: int) -> None:
-        self._connection = connection
+        self._connection, self._file = connection, file
         self._send_lock = threading.Lock()
-        self._file = file
         self._requests: SimpleQueue[int | None] = SimpleQueue()
         self._loader: Loader | StreamLoader | None = None
         self._is_closing = False
 
-    def run(self) -> None:
-        """Until the other end is closed."""
+    def run_until_closed(self) -> None:
         try:
-            logging.basicConfig(
-                level=logging.INFO,
-                format="%(message)s",
-                handlers=[_LogForwarder(self._connection, self._send_lock)],
-            )
+            forwarder = _LogForwarder(self._connection, self._send_lock)
+            logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[forwarder])
             job = self._connection.recv_bytes()
             threading.Thread(target=self._serve, args=(job,), daemon=True).start()
             while True:
@@ -84,14 +140,10 @@ class _LoaderServer:
                     shared = SharedBatches(self._file, job.shape, job.count)
                     self._loader = job.data.make_loader(allocate=shared.allocate, **job.arguments)
                 if freed is not None:
-                    shared.free(freed)
+                    shared.free.append(freed)
                 batch = next(self._loader)
-                answer: object = BatchReady(
-                    shared.index(batch.images),
-                    batch.labels.numpy(),
-                    batch.slots.numpy(),
-                    batch.bad_samples,
-                )
+                index, labels, slots = shared.index(batch.images), batch.labels, batch.slots
+                answer: object = BatchReady(index, labels.numpy(), slots.numpy(), batch.bad_samples)
             except (GanscaleError, OSError) as error:
                 answer = error
             with self._send_lock:
@@ -103,6 +155,6 @@ def main() -> None:
     torch.set_num_threads(1)  # each of its threads decodes by itself
     connection, file = map(int, sys.argv[1:3])
     with contextlib.suppress(Exception):
-        _LoaderServer(Connection(connection), file).run()
+        _LoaderServer(Connection(connection), file).run_until_closed()
     sys.stderr.flush()
     os._exit(0)  # threads may hang in a read

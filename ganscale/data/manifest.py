@@ -1,8 +1,8 @@
 """The list of a data set's shards and of every sample in them.
 
 `manifest.json` describes the shards; `manifest.npy` has one row per sample, in shard order, and is
-memory-mapped: a data set of ten billion samples costs a reader no more memory than a small one.
-Both are beside the tars, or apart from them with the place of the tars as `location`.
+memory-mapped: ten billion samples cost a reader no more memory than a few. Both are beside the
+tars, or apart from them with the place of the tars as `location`.
 
 A manifest may come from anyone: it can name objects in public stores, but not a command and, if it
 was downloaded, nothing on this machine's disks.
@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,6 @@ JSON_NAME, ROWS_NAME = "manifest.json", "manifest.npy"
 CLASSES_NAME = "classes.json"
 """An optional list of class names beside the shards; a file of its own survives indexing again."""
 
-DEFAULT_CACHE = "~/.cache/ganscale"
 BESIDE = "."
 """The location of shards that are in the folder of their manifest."""
 
@@ -44,8 +44,7 @@ _STAT_THREADS = 32
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a data set: its file name, size, SHA-256 in hexadecimal ("" if unknown), and
-    number of samples."""
+    """One tar: its file name, size, SHA-256 in hexadecimal ("" if unknown), number of samples."""
 
     name: str
     bytes: int
@@ -60,7 +59,7 @@ class Manifest:
     root: the folder of the two files; in the cache if they were downloaded
     source: the folder or URL that the user gave
     location: of the shards: "." for beside the manifest, another folder, a URL, or pipe:COMMAND
-    samples: (samples,) SAMPLE_ROW, memory-mapped: offset (bytes), size (bytes), label (-1: none)
+    samples: (samples,) SAMPLE_ROW, memory-mapped
     first_sample: (shards + 1,) int64; shard i holds samples first_sample[i] to first_sample[i + 1]
     extensions: those of the images, sorted, without dot
     resolution: (height, width) in pixels when all images have the same, else None
@@ -87,13 +86,13 @@ class Manifest:
         path: Path | str,
         *,
         shards: str = "",
-        cache: Path | str = DEFAULT_CACHE,
+        cache: Path | str = "~/.cache/ganscale",
         retry_seconds: float = 300.0,
     ) -> "Manifest":
         """The manifest of the data set at `path`: a folder, its URL, or the manifest.json in it.
 
         shards: their location, if it is not to be taken from the manifest
-        cache: a remote manifest is copied there, again when it has changed
+        cache: for a copy of a remote manifest
         Raises UserError for one that is missing, damaged, of another version, or points to where it
         must not, and UnavailableError as `objects.open_stream`.
         """
@@ -114,11 +113,10 @@ class Manifest:
     def _read(cls, root: Path, source: str, shards_at: str) -> "Manifest":
         description = root / JSON_NAME
         where = source if objects.is_remote(source) else str(root)
+        index = f"with: ganscale shards index {where}"
         if not description.is_file():
-            raise UserError(
-                f"no {JSON_NAME} in {where}; make one with: ganscale shards index {where}"
-            )
-        again = f"make it again with: ganscale shards index {where}"
+            raise UserError(f"no {JSON_NAME} in {where}; make one {index}")
+        again = f"make it again {index}"
         try:
             content = json.loads(description.read_text(encoding="utf-8"))
             version = content["version"]
@@ -184,43 +182,41 @@ def update_fingerprint(digest: Any, shard: Shard, rows: np.ndarray) -> None:
 
 
 def check_shards(manifest: Manifest, retry_seconds: float = 300.0) -> None:
-    """Raises UserError for the first shard that is missing or has another size than recorded.
-
-    On disk, this is one `stat` per shard; contents are not read. Of remote shards only the first is
-    opened, to find a wrong address or credential early; a command is not run.
-    """
-    if not manifest.shards:
-        return
-    address, shard = manifest.address(0), manifest.shards[0]
+    """Raises UserError for a shard that is missing or has another size than recorded. Of remote
+    shards only the first is opened, to find a wrong address or credential early; a command is not
+    run."""
     if not manifest.is_remote:
         with ThreadPoolExecutor(min(_STAT_THREADS, 1 + len(manifest.shards) // 64)) as pool:
             # On a parallel file system each stat waits for the network: many at the same time.
-            for problem in pool.map(partial(_shard_problem, manifest), range(len(manifest.shards))):
-                if problem:
-                    pool.shutdown(cancel_futures=True)
-                    raise UserError(problem)
-    elif not manifest.location.startswith(objects.PIPE):
-        with objects.RemoteObject(address, retry_seconds) as source:
-            if source.size not in (None, shard.bytes):
-                raise UserError(_other_size(manifest, objects.shown(address), source.size, shard))
+            try:
+                list(pool.map(partial(_check_local_shard, manifest), range(len(manifest.shards))))
+            except UserError:
+                pool.shutdown(cancel_futures=True)
+                raise
+    elif manifest.shards and not manifest.location.startswith(objects.PIPE):
+        with objects.RemoteObject(manifest.address(0), retry_seconds) as source:
+            _check_size(manifest, 0, source.size)
 
 
-def _shard_problem(manifest: Manifest, index: int) -> str:
-    path, shard = Path(manifest.address(index)), manifest.shards[index]
+def _check_local_shard(manifest: Manifest, index: int) -> None:
+    path = Path(manifest.address(index))
     try:
         size = path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return f"the shard {path} of the manifest is missing"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"the shard {path} of the manifest is missing") from error
     except OSError as error:
-        return f"the shard {path} cannot be read: {error.strerror}"
-    return "" if size == shard.bytes else _other_size(manifest, str(path), size, shard)
+        raise UserError(f"the shard {path} cannot be read: {error.strerror}") from error
+    _check_size(manifest, index, size)
 
 
-def _other_size(manifest: Manifest, address: str, size: int | None, shard: Shard) -> str:
-    return (
-        f"the shard {address} has {size:,} bytes, but {shard.bytes:,} when it was indexed; "
-        f"if that is intended: ganscale shards index {manifest.source}"
-    )
+def _check_size(manifest: Manifest, index: int, size: int | None) -> None:
+    expected = manifest.shards[index].bytes
+    if size not in (None, expected):
+        raise UserError(
+            f"the shard {objects.shown(manifest.address(index))} has {size:,} bytes, but "
+            f"{expected:,} when it was indexed; if that is intended: "
+            f"ganscale shards index {manifest.source}"
+        )
 
 
 def _checked(shard: Shard) -> Shard:
@@ -237,18 +233,14 @@ def _checked(shard: Shard) -> Shard:
 
 
 def _location(recorded: Any, source: str) -> str:
-    """The location of a manifest's shards, as recorded in it. Raises UserError for one that a
-    manifest must not name.
-
-    source: where the manifest itself comes from
-    """
+    """The location of the shards, as `recorded` in a manifest from `source`. Raises UserError for
+    one that a manifest must not name."""
     if type(recorded) is not str:
         raise ValueError("the location must be text")
     if objects.is_object_store(recorded):
         return recorded
-    is_here = not objects.is_remote(source)
     is_path = not objects.is_remote(recorded) and not recorded.startswith("file://")
-    if is_path and is_here:
+    if is_path and not objects.is_remote(source):
         return recorded or BESIDE
     parts = recorded.split("/")
     if is_path and not recorded.startswith(("/", "~")) and ".." not in parts:
@@ -263,8 +255,7 @@ def _location(recorded: Any, source: str) -> str:
 def _download(source: str, folder: Path, retry_seconds: float) -> Path:
     """The folder with a copy of a remote manifest, fetched once for all processes.
 
-    It is named by the contents: another version of the manifest gets another folder, and processes
-    that have mapped the first one keep it.
+    It is named by the contents, so processes that have mapped an older version keep it.
     """
     key = hashlib.sha256(source.encode()).hexdigest()[:32]
     try:
@@ -274,13 +265,15 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
         raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
     with lock:
         lock.acquire(math.inf, poll_seconds=0.1)
-        known = folder / f"{key}.json"
+        known = folder / f"{key}.json"  # which copy was made of which version
         with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
-            copy = _find_copy(known, description.identity)
-            if copy is not None:
-                return copy
-            content = description.readall()
             identity = description.identity
+            with suppress(FileNotFoundError, ValueError):
+                record = json.loads(known.read_text())
+                copy = folder / record["folder"]
+                if identity and record["identity"] == identity and (copy / JSON_NAME).is_file():
+                    return copy
+            content = description.readall()
         copy = folder / hashlib.sha256(content).hexdigest()[:32]
         if not copy.exists():
             partial = folder / f"{key}.partial"
@@ -296,17 +289,6 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
             partial.rename(copy)
         write_text(known, json.dumps({"identity": identity, "folder": copy.name}))
         return copy
-
-
-def _find_copy(known: Path, identity: str) -> Path | None:
-    """An earlier copy of the same manifest, as recorded in the file `known`."""
-    try:
-        record = json.loads(known.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    copy = known.parent / record["folder"]
-    is_same = bool(identity) and record["identity"] == identity
-    return copy if is_same and (copy / JSON_NAME).is_file() else None
 
 
 def _verify(manifest: Manifest) -> None:

@@ -1,7 +1,8 @@
-"""The order of the data: which sample comes at which position of the run.
+"""The order of the data: which sample comes at which position of the run, and which shards are
+needed next.
 
-A pure function of (seed, fingerprint, position); it does not depend on the ranks, the loader's
-workers or restarts. An epoch is made in four steps:
+A pure function of (seed, fingerprint, position): ranks, workers and restarts do not change it. An
+epoch is made in four steps:
 
 1. every shard is cut into blocks of consecutive samples; what is left at the shards' ends, laid end
    to end, is cut into further blocks; all blocks are permuted;
@@ -13,11 +14,11 @@ So a lane reads few blocks at a time, nearly in sequence, and a rank that owns l
 part of the data. Because lanes have equal length, each epoch leaves out fewer samples than there
 are lanes (others every time); epochs follow each other as one endless stream.
 
-All blocks but the last have the same size, and their permutation is computed block by block,
-without a list of blocks. Memory and start-up grow with the number of shards only, and every
-position is found equally fast.
+The permutation is computed block by block, without a list of blocks: memory and start-up grow with
+the number of shards only, and every position is found equally fast.
 """
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -26,6 +27,7 @@ from threading import Lock
 
 import numpy as np
 
+from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.randomness import derived_seed, permutation, permuted
 
@@ -35,9 +37,8 @@ def batch_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A rank's share of the global batch that starts at `images_seen`: (positions, slots).
 
-    Both (global_batch_size / world_size,) int64. The slots of the batch are sorted by lane, and a
-    rank takes a contiguous run of them: the same lanes batch after batch. Slots count from
-    `images_seen`; noise and other random draws are functions of them.
+    Both (global_batch_size / world_size,) int64. Slots count from `images_seen` and are sorted by
+    lane, so a rank's contiguous run of them has the same lanes batch after batch.
     """
     positions = images_seen + np.arange(global_batch_size)
     positions = positions[np.argsort(positions % lanes, kind="stable")]
@@ -49,10 +50,9 @@ def batch_positions(
 class Order:
     """The order of one data set under one seed; may be used by many threads.
 
-    Attributes: `lanes`, at most the number of samples; `epoch_length`, in samples, a multiple of
-    `lanes`; `lane_length`, the samples of one lane in an epoch; `window_length`, the samples of a
-    lane that are shuffled together (fewer in the last window of an epoch). Raises UserError without
-    samples.
+    Attributes: `lanes`, at most the number of samples; in samples, `lane_length` and `epoch_length`
+    (of all lanes), and `window_length`, shuffled together (fewer in a lane's last window of an
+    epoch). Raises UserError without samples.
     """
 
     def __init__(
@@ -76,18 +76,15 @@ class Order:
         self.epoch_length = self.lanes * self.lane_length
         self.window_length = min(block_samples * window_blocks, self.lane_length)
         self._last_block_position = lru_cache(maxsize=4)(self._find_last_block)
-        # For each lane, the two windows used last: batches that are decoded at the same time
-        # straddle two.
+        # For each lane, the two windows used last: batches decoded at the same time straddle two.
         self._recent: defaultdict[int, OrderedDict[tuple[int, int], np.ndarray]]
         self._recent = defaultdict(OrderedDict)
         self._recent_lock = Lock()
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
-        """The samples (indices into the manifest) at `positions`, both (n,) int64.
-
-        Fastest if the positions of a lane are next to each other, as from `batch_positions`.
-        """
-        epochs, lanes, windows, offsets = self._locate(positions)
+        """The samples (indices into the manifest) at `positions`, both (n,) int64; fastest if those
+        of a lane are next to each other, as from `batch_positions`."""
+        epochs, lanes, windows, offsets = self.locate(positions)
         samples = np.empty(len(positions), dtype=np.int64)
         is_cut = (np.diff(epochs) != 0) | (np.diff(lanes) != 0) | (np.diff(windows) != 0)
         cuts = [0, *(np.flatnonzero(is_cut) + 1).tolist(), len(positions)]
@@ -97,15 +94,13 @@ class Order:
         return samples
 
     def window(self, position: int) -> np.ndarray:
-        """All samples of the window that `position` is in, in the order of its lane, (n,) int64.
-
-        Computed again each time, so that looking ahead does not evict what `samples` caches.
-        """
-        epoch, lane, window, _ = (int(column[0]) for column in self._locate(np.array([position])))
+        """All samples of the window that `position` is in, in the order of its lane, (n,) int64. It
+        is not cached: looking ahead must not evict what `samples` caches."""
+        epoch, lane, window, _ = (int(column[0]) for column in self.locate(np.array([position])))
         return self._shuffled_window(epoch, lane, window)
 
-    def _locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(epoch, lane, window of the lane, offset in the window) of each position."""
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(epoch, lane, window of the lane, offset in the window) of each position, (n,) int64."""
         epochs, within = np.divmod(positions, self.epoch_length)
         indices, lanes = np.divmod(within, self.lanes)
         return epochs, lanes, *np.divmod(indices, self.window_length)
@@ -138,31 +133,24 @@ class Order:
         # As if the shorter block were filled up: then a division gives the block.
         indices[indices >= self._last_block_position(epoch) * size + short] += size - short
         positions, offsets = np.divmod(indices, size)
-        low = int(positions[0])
-        blocks = permuted(
-            self._seed,
-            "order/blocks",
-            (epoch, 0, 0),
-            np.arange(low, int(positions[-1]) + 1),
-            self._blocks.count,
-        )
-        return self._blocks.samples(blocks[positions - low], offsets)
+        blocks = self._permuted_blocks(epoch, np.arange(positions[0], positions[-1] + 1))
+        return self._blocks.samples(blocks[positions - positions[0]], offsets)
 
     def _find_last_block(self, epoch: int) -> int:
         """The position, among the epoch's permuted blocks, of the last one, which may be short."""
         last = np.array([self._blocks.count - 1])
-        position = permuted(
-            self._seed, "order/blocks", (epoch, 0, 0), last, self._blocks.count, inverse=True
-        )
-        return int(position[0])
+        return int(self._permuted_blocks(epoch, last, inverse=True)[0])
+
+    def _permuted_blocks(
+        self, epoch: int, indices: np.ndarray, inverse: bool = False
+    ) -> np.ndarray:
+        stream, count = (epoch, 0, 0), self._blocks.count
+        return permuted(self._seed, "order/blocks", stream, indices, count, inverse=inverse)
 
 
 def blocks_per_shard(shard_samples: np.ndarray, block_samples: int) -> np.ndarray:
-    """In how many blocks of the order each shard has samples, (shards,) int64.
-
-    Full blocks are within a shard. What is left at the shards' ends is laid end to end and cut
-    again, so the end of a shard may be in several blocks.
-    """
+    """In how many blocks of the order each shard has samples, (shards,) int64: its full ones, and
+    those mixed ones that have samples of its end."""
     full, rest = np.divmod(shard_samples, block_samples)
     stop = np.cumsum(rest)
     pieces = (stop - 1) // block_samples - (stop - rest) // block_samples + 1
@@ -170,10 +158,10 @@ def blocks_per_shard(shard_samples: np.ndarray, block_samples: int) -> np.ndarra
 
 
 class _Blocks:
-    """The samples of a data set, cut into blocks of `size` (the last one: of `last_size`).
+    """The samples of a data set, cut into `count` blocks of `size` (the last one: of `last_size`).
 
-    First come the full blocks, aligned to the start of their shard. Then the mixed ones: what is
-    left at the shards' ends, shard after shard, cut without regard to the shards.
+    First come the full blocks of each shard, from its start. Then the mixed ones: what is left at
+    the shards' ends, shard after shard, cut without regard to the shards.
     """
 
     def __init__(self, shard_sizes: np.ndarray, size: int) -> None:
@@ -201,3 +189,57 @@ class _Blocks:
         )
         shards = np.minimum(shards, len(self._full_end) - 1)
         return indices + np.where(mixed, self._from_rest[shards], self._from_full[shards])
+
+
+class WindowTracker:
+    """Notices when a lane enters a window: only then are there new shards to fetch."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._windows_per_epoch = -(-order.lane_length // order.window_length)
+        self._newest = np.full(order.lanes, -1, dtype=np.int64)
+
+    def entered(self, positions: np.ndarray) -> np.ndarray:
+        """The first of `positions` in each window that had none before, (n,) int64."""
+        epochs, lanes, windows, _ = self._order.locate(positions)
+        windows += epochs * self._windows_per_epoch
+        new = windows > self._newest[lanes]
+        if not new.any():
+            return positions[:0]
+        np.maximum.at(self._newest, lanes, windows)
+        _, first = np.unique(np.stack([windows[new], lanes[new]]), axis=1, return_index=True)
+        return positions[new][first]
+
+
+def shards_ahead(manifest: Manifest, order: Order, positions: np.ndarray) -> np.ndarray:
+    """The shards that the lanes of `positions`, (m,) int64, read from there to the end of their
+    next window: (n,) int64, each once, in order of need, counted in samples of a lane."""
+    shards, needs = [], []
+    for position, offset in zip(positions.tolist(), order.locate(positions)[3], strict=True):
+        rest = order.window(position)[offset:]
+        samples = np.concatenate([rest, order.window(position + len(rest) * order.lanes)])
+        shards.append(manifest.shards_of(samples))
+        needs.append(np.arange(len(samples)))
+    ordered = np.concatenate(shards)[np.argsort(np.concatenate(needs), kind="stable")]
+    unique, first = np.unique(ordered, return_index=True)
+    return unique[np.argsort(first)]
+
+
+def working_set_bytes(
+    shard_bytes: np.ndarray,
+    shard_samples: np.ndarray,
+    *,
+    node_lanes: int,
+    lanes: int,
+    block_samples: int,
+    window_blocks: int,
+) -> int:
+    """The bytes of the shards that the ranks of a node read, or have fetched ahead, at one time:
+    two windows of each of its `node_lanes` of all `lanes`, in shards of mean size. Windows begin
+    and end inside blocks, so they touch one block more than they are long."""
+    shards, samples = len(shard_samples), int(shard_samples.sum())
+    blocks = -(-samples // block_samples)
+    pieces = int(blocks_per_shard(shard_samples, block_samples).sum())
+    lane_blocks = 2 * (min(window_blocks, blocks / lanes) + 1)  # windows of two epochs are apart
+    per_lane = min(shards, math.ceil(lane_blocks * pieces / blocks))
+    return round(min(shards, node_lanes * per_lane) * float(shard_bytes.mean()))

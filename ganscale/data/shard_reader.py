@@ -7,11 +7,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
 from ganscale.data.backoff import Backoff
+from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.manifest import Manifest
 from ganscale.data.remote import objects
 from ganscale.data.remote.cache_files import OpenShard
@@ -27,19 +29,9 @@ _TRANSIENT = {
     errno.EHOSTUNREACH, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOLINK, errno.ENOTCONN,
     errno.EREMOTEIO, errno.ESHUTDOWN, errno.ESTALE, errno.ETIMEDOUT,
 }  # fmt: skip
+# Of local files. Cached copies are opened for each read (9 us): an open one cannot be evicted.
+_MAX_OPEN_SHARDS = 64
 _SECOND_LOOK_SECONDS = 0.2  # a network file system may miss a file for a moment
-
-
-class BadSampleError(Exception):
-    """A sample whose bytes cannot be read, however often one tries.
-
-    shard: the tar's file name; sample: its index in the manifest
-    reason, detail: as in `BadSample`
-    """
-
-    def __init__(self, shard: str, sample: int, reason: str, detail: str):
-        super().__init__(f"sample {sample} of shard {shard} {detail}")
-        self.shard, self.sample, self.reason, self.detail = shard, sample, reason, detail
 
 
 class SampleLocation(NamedTuple):
@@ -52,35 +44,18 @@ class SampleLocation(NamedTuple):
 
 
 class ShardReader:
-    """Reads samples by index, from any number of threads.
+    """Reads samples by index, from any number of threads; remote shards are copied into the cache
+    of the config."""
 
-    cache: for copies of remote shards; needed for these only
-    retry_seconds: how long a disk may fail
-    max_open_shards: how many local files are kept open; the least recently used is closed first.
-        Cached copies are opened for each read (9 us): one that is open cannot be evicted.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        cache: ShardCache | None = None,
-        *,
-        retry_seconds: float = 300.0,
-        max_open_shards: int = 64,
-    ):
-        if manifest.is_remote and cache is None:
-            raise ValueError("remote shards need a cache")
+    def __init__(self, manifest: Manifest, config: DataConfig) -> None:
         self.manifest = manifest
-        self._retry_seconds = retry_seconds
-        self._max_open_shards = max_open_shards
-        self._cache = cache if manifest.is_remote else None
+        self._retry_seconds = config.retry_seconds
+        self._cache: ShardCache | None = None
+        if manifest.is_remote:
+            capacity_bytes = round(config.cache_gib * 2**30)
+            self._cache = ShardCache(config.cache, capacity_bytes, config.retry_seconds)
         self._lock = threading.Lock()
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether shards are fetched before they are read, so that `prefetch` helps."""
-        return self._cache is not None
 
     def locations(self, samples: np.ndarray) -> list[SampleLocation]:
         """Where the samples are; for many at once, at a tenth of the cost of one by one."""
@@ -100,39 +75,37 @@ class ShardReader:
         Raises BadSampleError when the shard ends before it does, UserError when the shard is
         missing or may not be read, and UnavailableError when a disk or network fails for too long.
         """
-        sample, shard, offset, size = location
-        name, shard_bytes = self.manifest.shards[shard].name, self.manifest.shards[shard].bytes
+        _, shard, offset, size = location
+        shard_bytes = self.manifest.shards[shard].bytes
         if size > LARGEST_IMAGE_BYTES:
-            detail = f"has {size:,} bytes, more than {LARGEST_IMAGE_BYTES >> 20} MiB"
-            raise BadSampleError(name, sample, "too large", detail)
+            raise too_large(size)
         if offset + size > shard_bytes:
             detail = f"has {size:,} bytes at byte {offset:,} of {shard_bytes:,}"
-            raise BadSampleError(name, sample, "cut", detail)
+            raise BadSampleError(detail, "cut")
         data = self._pread(shard, size, offset)
         if len(data) < size:
             detail = f"is cut: {len(data):,} of {size:,} bytes at byte {offset:,}"
-            raise BadSampleError(name, sample, "cut", detail)
+            raise BadSampleError(detail, "cut")
         return data
 
     def shard_and_key(self, sample: int) -> tuple[str, str]:
         """Names of a sample, for messages; "byte N" as the key where its header is unreadable."""
-        ((_, shard, offset, _),) = self.locations(np.array([sample]))
-        name = self.manifest.shards[shard].name
-        if not tarfile.BLOCKSIZE <= offset <= self.manifest.shards[shard].bytes:
-            return name, f"byte {offset}"
-        header = self._pread(shard, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        except tarfile.TarError:
-            return name, f"byte {offset}"
-        folder, slash, base = member.rpartition("/")
-        return name, folder + slash + base.split(".")[0]
+        ((_, index, offset, _),) = self.locations(np.array([sample]))
+        shard, key = self.manifest.shards[index], f"byte {offset}"
+        if tarfile.BLOCKSIZE <= offset <= shard.bytes:
+            header = self._pread(index, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+            with suppress(tarfile.TarError):
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+                folder, slash, base = member.rpartition("/")
+                key = folder + slash + base.split(".")[0]
+        return shard.name, key
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Starts to fetch the remote shards that are needed next, in this order."""
         if self._cache is not None:
-            manifest = self.manifest
-            self._cache.prefetch((manifest.address(i), manifest.shards[i]) for i in shards)
+            self._cache.prefetch(
+                (self.manifest.address(i), self.manifest.shards[i]) for i in shards
+            )
 
     def close(self) -> None:
         """Ends fetching ahead and closes files, those that a thread is reading from when it is
@@ -158,8 +131,7 @@ class ShardReader:
             except OSError as error:
                 with self._lock:
                     self._open.pop(shard, None)  # a stale handle does not recover
-                path = objects.shown(self.manifest.address(shard))
-                problem = f"the shard {path} cannot be read"
+                problem = f"the shard {objects.shown(self.manifest.address(shard))} cannot be read"
                 if error.errno not in _TRANSIENT:
                     raise UserError(f"{problem}: {error.strerror}") from error
                 backoff = backoff or Backoff(self._retry_seconds)
@@ -177,24 +149,19 @@ class ShardReader:
         file = OpenShard(self.manifest.address(shard))
         with self._lock:
             self._open[shard] = file
-            while len(self._open) > self._max_open_shards:
+            while len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
 
 
-def open_shard_reader(manifest: Manifest, config: DataConfig) -> ShardReader:
-    """A reader of a run's shards; remote ones are copied into the cache of the config."""
-    cache = None
-    if manifest.is_remote:
-        cache = ShardCache(config.cache, round(config.cache_gib * 2**30), config.retry_seconds)
-    return ShardReader(manifest, cache, retry_seconds=config.retry_seconds)
+def too_large(size: int) -> BadSampleError:
+    detail = f"has {size:,} bytes, more than {LARGEST_IMAGE_BYTES >> 20} MiB"
+    return BadSampleError(detail, "too large")
 
 
 def _read_up_to(file: OpenShard, size: int, offset: int) -> bytes:
-    data = os.pread(file.descriptor, size, offset)
-    while 0 < len(data) < size:  # a read may be interrupted, and never exceeds 2 GiB
+    data = more = os.pread(file.descriptor, size, offset)
+    while more and len(data) < size:  # a read may be interrupted, and never exceeds 2 GiB
         more = os.pread(file.descriptor, size - len(data), offset + len(data))
-        if not more:
-            break
         data += more
     return data

@@ -1,8 +1,5 @@
-"""Threads that never keep a process from ending.
-
-The threads of an executor are joined when the interpreter exits, however long a read from a dead
-server takes. These are daemons, and `close` waits for a given time only.
-"""
+"""Threads that never keep a process from ending, unlike those of an executor, which the interpreter
+joins at exit, however long a read from a dead server takes."""
 
 import threading
 import time

@@ -1,6 +1,6 @@
 """What the ranks exchange in a cycle: collectives and their bytes."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,22 +16,19 @@ from ganscale.training.network_setup import sample_shape
 
 # DistributedDataParallel's defaults: it reduces a bucket of gradients as soon as it is full.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
-_VOTE_BYTES = 8  # one int64 per cycle, between the hosts
 # Means, maxima, bad samples, images for `collapse/`, edges and counts of histograms.
 _LOG_ROW_COLLECTIVES = 6
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """The collectives of a section of a cycle.
-
-    reduced_bytes: all-reduced over the ranks
-    gathered_bytes: that each rank contributes to all-gathers
-    """
+class Exchange(NamedTuple):
+    """The collectives of a section of a cycle."""
 
     reduced_bytes: int
-    gathered_bytes: int
+    gathered_bytes: int  # that each rank contributes
     collectives: int
+
+
+_VOTE = Exchange(8, 0, 1)  # on stopping: one int64 per cycle, between the hosts
 
 
 def communication(
@@ -44,15 +41,12 @@ def communication(
 ) -> Communication:
     if ranks == 1:
         return Communication()
-    fakes, critic_step, generator_step = cycle_exchanges(
-        config, objective, generator, critic, ranks
-    )
+    exchanges = cycle_exchanges(config, objective, generator, critic, ranks)
+    fakes, critic_step, generator_step = exchanges
     n_critic = config.objective.n_critic
     images = n_critic * config.training.global_batch_size
-    exchanges = [fakes, generator_step, *[critic_step] * n_critic]
-    reduced = sum(exchange.reduced_bytes for exchange in exchanges) + _VOTE_BYTES
-    gathered = sum(exchange.gathered_bytes for exchange in exchanges)
-    collectives = sum(exchange.collectives for exchange in exchanges) + 1
+    cycle = [fakes, *[critic_step] * n_critic, generator_step, _VOTE]
+    reduced, gathered, collectives = map(sum, zip(*cycle, strict=True))
     traffic = round(2 * (ranks - 1) / ranks * reduced) + (ranks - 1) * gathered
     return Communication(
         fakes_bytes=fakes.reduced_bytes,
@@ -82,27 +76,27 @@ def cycle_exchanges(
     norm_bytes = sum(2 * 8 * norm.running_mean.numel() for norm in norms)
     has_dragan = "dragan" in objective.penalties  # two float64 for the deviation of the batch
     is_global = objective.loss.needs_global_batch  # gathers the logits
-    logit_bytes = 0
-    if is_global:
-        images = config.training.global_batch_size // ranks
-        logit_bytes = images * _logit_bytes(config, critic)
+    images_per_rank = config.training.global_batch_size // ranks
+    logit_bytes = images_per_rank * _logit_bytes(config, critic) if is_global else 0
     forwards = (1 if reuses_fakes else 2) * micro_batches
     if is_global and micro_batches > 1:
         forwards += micro_batches
     fakes_forwards = n_critic
     if makes_fakes_together(config, generator, ranks):
         fakes_forwards = min(n_critic, 1 + reuses_fakes)
+    critic_bytes, critic_buckets = _gradients(config, critic)
+    generator_bytes, generator_buckets = _gradients(config, generator)
     return (
         Exchange(n_critic * norm_bytes, 0, fakes_forwards * len(norms)),
         Exchange(
-            _gradient_bytes(config, critic) + 16 * has_dragan,
+            critic_bytes + 16 * has_dragan,
             2 * logit_bytes,
-            _buckets(trainable(critic)) + has_dragan + 2 * is_global,
+            critic_buckets + has_dragan + 2 * is_global,
         ),
         Exchange(
-            _gradient_bytes(config, generator) + forwards * norm_bytes,
+            generator_bytes + forwards * norm_bytes,
             2 * logit_bytes,
-            _buckets(trainable(generator)) + forwards * len(norms) + 2 * is_global,
+            generator_buckets + forwards * len(norms) + 2 * is_global,
         ),
     )
 
@@ -120,18 +114,13 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
         return dtype.itemsize
 
 
-def _gradient_bytes(config: Config, network: nn.Module) -> int:
-    """Bytes of the gradients in the format in which they are exchanged."""
-    if config.training.gradient_compression == "bfloat16":
-        return sum(2 * parameter.numel() for parameter in trainable(network))
-    return sum(parameter.nbytes for parameter in trainable(network))
-
-
-def _buckets(parameters: list[nn.Parameter]) -> int:
-    """The number of buckets that DDP fills with gradients, which arrive last layer first."""
-    buckets, filled, limit = 0, 0, _FIRST_BUCKET_BYTES
-    for parameter in reversed(parameters):
+def _gradients(config: Config, network: nn.Module) -> tuple[int, int]:
+    """(bytes of the gradients as exchanged, buckets that DDP fills with them, last layer first)."""
+    is_compressed = config.training.gradient_compression == "bfloat16"
+    exchanged, buckets, filled, limit = 0, 0, 0, _FIRST_BUCKET_BYTES
+    for parameter in reversed(trainable(network)):
+        exchanged += 2 * parameter.numel() if is_compressed else parameter.nbytes
         filled += parameter.nbytes
         if filled >= limit:
             buckets, filled, limit = buckets + 1, 0, _BUCKET_BYTES
-    return buckets + (filled > 0)
+    return exchanged, buckets + (filled > 0)

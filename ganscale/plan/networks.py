@@ -67,7 +67,7 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
         start, end = end, end + tensors[name].nbytes
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensors[name].dtype],
+            "dtype": _dtype_name(tensors[name].dtype),
             "shape": list(tensors[name].shape),
             "data_offsets": [start, end],
         }
@@ -75,18 +75,10 @@ def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + -(-header_bytes // 8) * 8 + end
 
 
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+def _dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> BF16, torch.uint8 -> U8"""
+    name = str(dtype).removeprefix("torch.").replace("float", "F")
+    return name.replace("uint", "U").replace("int", "I").upper()
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:

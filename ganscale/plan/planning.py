@@ -7,29 +7,19 @@ import numpy as np
 
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import chunks_and_depth
-from ganscale.data.manifest import Manifest, Shard
+from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.networks.build import parameter_count
 from ganscale.objectives.objective import build_objective
 from ganscale.plan.communication import communication
 from ganscale.plan.data import DataPlan, plan_data
-from ganscale.plan.networks import (
-    device_bytes,
-    planned_files,
-    planned_networks,
-    safetensors_bytes,
-)
-from ganscale.plan.sections import Batches, Cluster, HostMemory, Networks, Plan, Run
-from ganscale.plan.suggestions import either, nearest
+from ganscale.plan.networks import device_bytes, planned_files, planned_networks, safetensors_bytes
+from ganscale.plan.sections import Batches, Cluster, HostMemory, Networks, Plan, Run, nearest
 from ganscale.schema import Config
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 
 _LOADER_BYTES = 160 << 20  # measured; Python and torch, without memory-mapped files
-_NO_MANIFEST = (
-    "without a manifest, epochs, bytes read, lanes and the size of the cache are unknown (make a "
-    "manifest with `ganscale shards index`)"
-)
 
 
 def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
@@ -43,28 +33,25 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
     objective = build_objective(config.objective)
     data_set = open_data(config.data)
     num_classes = class_count(config, data_set)
-    data, remarks = None, (_NO_MANIFEST,)
-    if data_set.manifest is not None:
-        data = plan_data(config, cluster, data_set.manifest)
-        remarks = data.remarks
+    manifest = data_set.manifest
+    data = DataPlan() if manifest is None else plan_data(config, cluster, manifest)
     generator, critic = planned_networks(config, num_classes)
     files = planned_files(config, generator, critic)
     saved_at = checkpoint_positions(config)
-    checkpoint_bytes = sum(safetensors_bytes(tensors) for tensors in files.values())
-    batches = _batches(config, cluster)
+    checkpoint_bytes = sum(map(safetensors_bytes, files.values()))
+    tensors = sum(map(len, files.values()))
+    batch = config.training.global_batch_size
+    images_per_rank = batch // cluster.ranks
     return Plan(
         cluster=cluster,
-        batches=batches,
+        batches=Batches(batch, images_per_rank, images_per_rank // config.training.accumulate),
         run=Run(
             total_images=config.training.total_images,
-            cycles=-(-config.training.total_images // _cycle_images(config)),
+            cycles=-(-config.training.total_images // (config.objective.n_critic * batch)),
             checkpoints=len(saved_at),
         ),
-        epochs=data and data.epochs,
-        lanes=data and data.lanes,
-        reading=data and data.reading,
-        cache=data and data.cache,
-        host_memory=_host_memory(config, batches.images_per_rank, data_set.manifest, data),
+        **vars(data),
+        host_memory=_host_memory(config, images_per_rank, manifest, data),
         networks=Networks(
             generator_parameters=parameter_count(generator),
             critic_parameters=parameter_count(critic),
@@ -72,29 +59,8 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
             checkpoint_bytes=checkpoint_bytes,
             checkpoints_kept_bytes=_checkpoints_kept(config, saved_at) * checkpoint_bytes,
         ),
-        communication=communication(
-            config,
-            objective,
-            generator,
-            critic,
-            cluster.ranks,
-            audited_tensors=sum(map(len, files.values())),
-        ),
-        remarks=remarks,
+        communication=communication(config, objective, generator, critic, cluster.ranks, tensors),
     )
-
-
-def _batches(config: Config, cluster: Cluster) -> Batches:
-    images_per_rank = config.training.global_batch_size // cluster.ranks
-    return Batches(
-        global_batch_size=config.training.global_batch_size,
-        images_per_rank=images_per_rank,
-        images_per_micro_batch=images_per_rank // config.training.accumulate,
-    )
-
-
-def _cycle_images(config: Config) -> int:
-    return config.objective.n_critic * config.training.global_batch_size
 
 
 def _refuse_batch(config: Config, cluster: Cluster) -> None:
@@ -104,27 +70,23 @@ def _refuse_batch(config: Config, cluster: Cluster) -> None:
     except UserError as error:
         batch, accumulate = config.training.global_batch_size, config.training.accumulate
 
-        def divides(nodes: int) -> bool:
-            return batch % (nodes * cluster.gpus_per_node * accumulate) == 0
+        def choose(value: int, times: int) -> str:
+            return nearest(value, lambda n: batch % (n * times) == 0, at_most=batch)
 
         choices = []
-        if nodes := nearest(cluster.nodes, divides, at_most=batch):
-            choices.append(f"{either(nodes)} nodes of {cluster.gpus_per_node}")
-        elif ranks := nearest(
-            cluster.ranks, lambda n: batch % (n * accumulate) == 0, at_most=batch
-        ):
-            choices.append(f"{either(ranks)} ranks")
-        if micro_batches := nearest(
-            accumulate, lambda n: batch % (n * cluster.ranks) == 0, at_most=batch
-        ):
-            choices.append(f"training.accumulate={either(micro_batches)}")
+        if nodes := choose(cluster.nodes, cluster.gpus_per_node * accumulate):
+            choices.append(f"{nodes} nodes of {cluster.gpus_per_node}")
+        elif ranks := choose(cluster.ranks, accumulate):
+            choices.append(f"{ranks} ranks")
+        if micro_batches := choose(accumulate, cluster.ranks):
+            choices.append(f"training.accumulate={micro_batches}")
         alternatives = f"; or, with this batch, {'; or '.join(choices)}" if choices else ""
         raise UserError(f"{error}{alternatives}") from None
 
 
 def checkpoint_positions(config: Config) -> np.ndarray:
     """The images seen at each checkpoint of the run, (checkpoints,) int64, ascending."""
-    images = _cycle_images(config)
+    images = config.objective.n_critic * config.training.global_batch_size
     cycles = -(-config.training.total_images // images)
     # At the end of the cycle that reaches each multiple, and at the end of the run.
     every = max(config.checkpoint.every_images, images)
@@ -133,17 +95,14 @@ def checkpoint_positions(config: Config) -> np.ndarray:
 
 
 def _checkpoints_kept(config: Config, saved_at: np.ndarray) -> int:
-    """The number of checkpoints at the end of the run."""
-    keep = config.checkpoint
-    older = saved_at[: -keep.keep_last]
-    every = keep.keep_every_images
-    multiples = int((older % every == 0).sum()) if every else 0
-    best = 1 if keep.best else 0  # counted even if it is among the others
-    return min(len(saved_at), keep.keep_last + multiples + best)
+    """The number of checkpoints at the end of the run; the best, even if it is kept anyway."""
+    keep, every = config.checkpoint, config.checkpoint.keep_every_images
+    multiples = int((saved_at[: -keep.keep_last] % every == 0).sum()) if every else 0
+    return min(len(saved_at), keep.keep_last + multiples + bool(keep.best))
 
 
 def _host_memory(
-    config: Config, images_per_rank: int, manifest: Manifest | None, data: DataPlan | None
+    config: Config, images_per_rank: int, manifest: Manifest | None, data: DataPlan
 ) -> HostMemory:
     # All batches of this cycle and the next, all but the last of the one after, and those that are
     # being decoded.
@@ -151,16 +110,15 @@ def _host_memory(
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1
-    if manifest is not None and data is not None:
-        shards, lanes = len(manifest.shards), data.lanes
-        window = min(
-            config.data.block_samples * config.data.window_blocks,
-            data.epochs.epoch_images // lanes.lanes,
-        )
+    if manifest is not None and data.lanes is not None:
+        shards, lanes = manifest.shards, data.lanes
+        lane_samples = len(manifest.samples) // lanes.lanes
+        window = min(config.data.block_samples * config.data.window_blocks, lane_samples)
         # Five columns of the order, one of the manifest, and two windows of each lane.
-        order_bytes = 8 * (6 * shards + 2 * lanes.lanes_per_rank * window)
-        entry_bytes = _object_bytes(manifest.shards[0]) if shards else 0
-        shard_list_bytes = processes * shards * entry_bytes
+        order_bytes = 8 * (6 * len(shards) + 2 * lanes.lanes_per_rank * window)
+        # An entry of the list, with the reference to it.
+        entry_bytes = 8 + sum(map(sys.getsizeof, (shards[0], *astuple(shards[0]))))
+        shard_list_bytes = processes * len(shards) * entry_bytes
         manifest_bytes = manifest.samples.nbytes
     return HostMemory(
         batches=batches,
@@ -170,8 +128,3 @@ def _host_memory(
         manifest_bytes=manifest_bytes,
         loader_bytes=(processes - 1) * _LOADER_BYTES,
     )
-
-
-def _object_bytes(shard: Shard) -> int:
-    """Bytes of an entry of the manifest's list, with the reference to it."""
-    return 8 + sum(map(sys.getsizeof, (shard, *astuple(shard))))

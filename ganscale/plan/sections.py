@@ -1,8 +1,9 @@
 """The sections of a plan. Each field is a row of the printed table, annotated with its note, and a
 key of the JSON file."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -121,18 +122,13 @@ class Plan:
     communication: Communication
     remarks: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The numbers by section."""
-        return asdict(self)
-
     def table(self) -> str:
         """The numbers and notes as aligned text."""
         lines: list[str] = []
-        for field in fields(self):
-            section = getattr(self, field.name)
-            if field.name == "remarks" or section is None:
+        for title, section in vars(self).items():
+            if title == "remarks" or section is None:
                 continue
-            lines += ["", field.name.replace("_", " ")]
+            lines += ["", title.replace("_", " ")]
             for name, hint in get_type_hints(type(section), include_extras=True).items():
                 label, value = name.replace("_", " "), _readable(name, getattr(section, name))
                 (note,) = getattr(hint, "__metadata__", ("",))
@@ -158,3 +154,10 @@ def readable_bytes(count: float) -> str:
             break
         count /= 1024
     return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+
+
+def nearest(value: int, is_valid: Callable[[int], bool], at_most: int) -> str:
+    """`a or b`, the nearest valid numbers below and above `value`, from 1 to `at_most`."""
+    below = next((n for n in range(min(value - 1, at_most), 0, -1) if is_valid(n)), None)
+    above = next((n for n in range(value + 1, at_most + 1) if is_valid(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)

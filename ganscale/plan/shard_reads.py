@@ -5,7 +5,7 @@ over all permutations.
 """
 
 import math
-from dataclasses import dataclass
+from collections import Counter
 
 import numpy as np
 
@@ -16,24 +16,11 @@ _MAX_SIZES = 1 << 22
 _STRETCH = 1 << 14
 
 
-@dataclass(frozen=True)
-class LaneReaders:
-    """Which ranks read which lanes.
+def ranks_of_lanes(global_batch_size: int, lanes: int, ranks: int) -> tuple[np.ndarray, bool]:
+    """(which ranks read which lanes, (ranks, lanes) bool; whether that is complete).
 
-    by_rank: (ranks, lanes) bool
-    is_complete: whether all steps were counted until they repeat
+    Counted batch by batch; they repeat after lanes / gcd(lanes, global_batch_size) batches.
     """
-
-    by_rank: np.ndarray
-    is_complete: bool
-
-    def by_node(self, nodes: int) -> np.ndarray:
-        """(nodes, lanes) bool, where ranks are numbered node by node."""
-        return np.logical_or.reduce(self.by_rank.reshape(nodes, -1, self.by_rank.shape[1]), axis=1)
-
-
-def lane_readers(global_batch_size: int, lanes: int, ranks: int) -> LaneReaders:
-    """Counts batch after batch; they repeat after lanes / gcd(lanes, global_batch_size) batches."""
     period = lanes // math.gcd(lanes, global_batch_size)
     steps = min(period, max(1, _MAX_POSITIONS // global_batch_size))
     by_rank = np.zeros((ranks, lanes), dtype=bool)
@@ -42,7 +29,7 @@ def lane_readers(global_batch_size: int, lanes: int, ranks: int) -> LaneReaders:
         positions, _ = batch_positions(start, global_batch_size, lanes, 0, 1)
         lanes_read = (positions % lanes).reshape(ranks, -1)
         by_rank[np.arange(ranks)[:, None], lanes_read] = True
-    return LaneReaders(by_rank, steps == period)
+    return by_rank, steps == period
 
 
 def expected_shards(shard_blocks: np.ndarray, blocks: int, read: float) -> float:
@@ -51,22 +38,20 @@ def expected_shards(shard_blocks: np.ndarray, blocks: int, read: float) -> float
     shard_blocks: (shards,), how many blocks contain samples of each shard
     """
     read = min(read, blocks)
-    counts, shards = np.unique(shard_blocks, return_counts=True)
+
+    def log_draws(items: int) -> float:
+        return math.lgamma(items + 1) - math.lgamma(items - read + 1)
+
     expected = 0.0
-    for count, number in zip(counts.tolist(), shards.tolist(), strict=True):
+    for count, shards in Counter(shard_blocks.tolist()).items():
         missed = 0.0
         if blocks - count >= read:  # hypergeometric: C(blocks - count, read) / C(blocks, read)
-            missed = math.exp(
-                math.lgamma(blocks - count + 1)
-                - math.lgamma(blocks - count - read + 1)
-                - math.lgamma(blocks + 1)
-                + math.lgamma(blocks - read + 1)
-            )
-        expected += number * (1 - missed)
+            missed = math.exp(log_draws(blocks - count) - log_draws(blocks))
+        expected += shards * (1 - missed)
     return expected
 
 
-def mean_image_bytes(sizes: np.ndarray) -> tuple[float, bool]:
+def mean_size(sizes: np.ndarray) -> tuple[float, bool]:
     """(mean of the samples' `sizes` in bytes, whether it is exact). Large sets are sampled."""
     if len(sizes) <= _MAX_SIZES:
         return float(sizes.mean(dtype=np.float64)), True

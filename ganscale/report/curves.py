@@ -13,32 +13,25 @@ from ganscale.report.run_reader import Curve, Run
 COLOURS = 6
 """The number of line colours in style.css."""
 
+_MINUS = "\N{MINUS SIGN}"
 # Of one curve. A card is some 500 pixels wide, and a bucket of rows gives two points.
 _MOST_POINTS = 2000
 _FEWEST_POINTS = 400
-_NON_FINITE_SHOWN = 50  # marks of one curve
+_MARKS_SHOWN = 50  # of the non-finite values of one curve
 
-SECTIONS = {
-    "eval": ("Evaluation", "Scores of generated images; lower is better for distances."),
+_PANEL = (
+    "Every loss on the same logits, whichever one the run trains: these can be compared between "
+    "runs with different objectives."
+)
+_SECTIONS = {
     "collapse": (
         "Diversity",
         "Distances among generated images divided by those among real ones: 1 is as diverse as "
         "the data; near 0 for long means that the generator has collapsed.",
     ),
-    "panel": (
-        "Panel",
-        "Every loss on the same logits, whichever one the run trains: these can be compared "
-        "between runs with different objectives.",
-    ),
-    "panel/critic": (
-        "Panel: critic",
-        "Every critic loss on the run's logits, whichever one it trains: these can be compared "
-        "between runs with different objectives.",
-    ),
-    "panel/generator": (
-        "Panel: generator",
-        "Every generator loss on the run's logits, whichever one it trains.",
-    ),
+    "panel": ("Panel", _PANEL),
+    "panel/critic": ("Panel: critic", _PANEL),
+    "panel/generator": ("Panel: generator", _PANEL),
     "loss": ("Loss", "The trained loss and its terms; comparable within one objective."),
     "logits": ("Logits", "The critic's raw scores of real and generated images."),
     "penalty": ("Penalties", "Gradient penalties and the gradient norms they use."),
@@ -68,14 +61,10 @@ _PERCENTILES = ("p50", "p05", "p95")
 _ORDER = ("sum", "cycle", "critic", "generator", "real", "fake", *_STATISTICS)
 
 _UNITS = (
-    (r"_per_second(_|$)", "1/s"),
-    (r"_seconds(_|$)", "s"),
+    (r"images_per_second", "images/s"),
     (r"_ms(_|$)", "ms"),
-    (r"_us(_|$)", "µs"),
-    (r"_bytes(_|$)", "bytes"),
     (r"_gib(_|$)", "GiB"),
-    (r"_mib(_|$)", "MiB"),
-    (r"(_|/)(share|fraction)(_(min|mean|max))?$", "share"),
+    (r"[_/](share|fraction)(_max)?$", "share"),
 )
 
 
@@ -101,24 +90,24 @@ def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Ch
     by_section: dict[str, list[str]] = {}
     for name in sorted(set(names)):
         by_section.setdefault(_section(name, overlays_runs), []).append(name)
-    known = list(SECTIONS)
-    ordered = sorted(
-        by_section,
-        key=lambda name: (known.index(name) if name in known else len(known), name == "", name),
-    )
     make = _single_charts if overlays_runs else _shared_charts
+    ordered = known_first(by_section, _SECTIONS)
     return {section: make(section, by_section[section]) for section in ordered}
+
+
+def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Each of `names` once: the known ones in their order, then others, then ""."""
+    rank = {name: number for number, name in enumerate(known)}
+    return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name == "", name))
 
 
 def title_of_section(section: str) -> tuple[str, str]:
     """(title, description) for a heading; an unknown section has its name as the title."""
-    return SECTIONS.get(section, (section.replace("_", " ").capitalize() or "Other", ""))
+    return _SECTIONS.get(section, (section.replace("_", " ").capitalize() or "Other", ""))
 
 
 def unit_of(name: str) -> str:
     """The unit that a row's name ends with, or ""."""
-    if "images_per_second" in name:
-        return "images/s"
     return next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "")
 
 
@@ -137,13 +126,8 @@ def drawable(curve: Curve, most: int) -> dict[str, Any]:
     """
     is_finite = np.isfinite(curve.y)
     nonfinite = np.flatnonzero(~is_finite)
-    line: dict[str, Any] = {
-        "rows": len(curve.x),
-        "nonfinite": [
-            [int(curve.x[i]), _word(float(curve.y[i]))] for i in nonfinite[:_NON_FINITE_SHOWN]
-        ],
-        "nonfinite_rows": len(nonfinite),
-    }
+    shown = [(int(curve.x[i]), format_number(curve.y.item(i))) for i in nonfinite[:_MARKS_SHOWN]]
+    line = {"rows": len(curve.x), "nonfinite": shown, "nonfinite_rows": len(nonfinite)}
     if len(curve.x) <= most:
         return {**line, "x": curve.x.tolist(), "y": _numbers(curve.y)}
     kept, mean_x, mean_y = [0, len(curve.x) - 1], [], []
@@ -157,13 +141,8 @@ def drawable(curve: Curve, most: int) -> dict[str, Any]:
             mean_x.append(int(curve.x[finite].mean()))
             mean_y.append(float(f"{values.mean():.6g}"))  # enough to draw
     rows = np.unique(kept)
-    return {
-        **line,
-        "x": curve.x[rows].tolist(),
-        "y": _numbers(curve.y[rows]),
-        "mean_x": mean_x,
-        "mean_y": mean_y,
-    }
+    drawn = {"x": curve.x[rows].tolist(), "y": _numbers(curve.y[rows])}
+    return {**line, **drawn, "mean_x": mean_x, "mean_y": mean_y}
 
 
 def late_mean(curve: Curve) -> float:
@@ -175,27 +154,22 @@ def late_mean(curve: Curve) -> float:
 
 def all_names(runs: Sequence[Run]) -> list[str]:
     """The row names of all runs."""
-    return sorted({name for run in runs for name in run.metrics.curves})
+    return [name for run in runs for name in run.metrics.curves]
 
 
 def trained_by(chart: Chart, runs: Sequence[Run]) -> list[int]:
     """The numbers of the runs that train the loss shown in a chart of the panel."""
     name = chart.lines[0][0]
-    loss = name.rpartition("/")[2] if name.startswith("panel/") else None
-    return [
-        number
-        for number, run in enumerate(runs)
-        if loss is not None and run.setting("objective.loss.name") == loss
-    ]
+    if not name.startswith("panel/"):
+        return []
+    trained = [run.setting("objective.loss.name") for run in runs]
+    return [number for number, loss in enumerate(trained) if loss == name.rpartition("/")[2]]
 
 
 def _section(name: str, overlays_runs: bool) -> str:
-    parts = name.split("/")
-    if len(parts) == 1:
-        return ""
-    if overlays_runs and len(parts) > 2 and parts[0] == "panel":
-        return "/".join(parts[:2])
-    return parts[0]
+    if overlays_runs and (match := re.match(r"panel/[^/]*(?=/)", name)) is not None:
+        return match[0]
+    return name.rpartition("/")[0].partition("/")[0]
 
 
 def _single_charts(section: str, names: list[str]) -> list[Chart]:
@@ -236,16 +210,11 @@ def _shared(section: str, name: str, names: set[str]) -> tuple[str, str]:
                 shared = "".join([*words[:i], *words[i + 2 :]]).rstrip("_/")
                 return _title(section, shared), word
     stem, _, statistic = name.rpartition("_")
-    if statistic in _STATISTICS and _has_statistics(stem, names):
-        return _title(section, stem), statistic
-    if _has_statistics(name, names):
-        return _title(section, name), "mean"
+    for base, label in ((stem, statistic), (name, "mean")):
+        siblings = {base, *(f"{base}_{statistic}" for statistic in _STATISTICS)}
+        if label in _STATISTICS and len(siblings & names) > 1:
+            return _title(section, base), label
     return _title(section, name), ""
-
-
-def _has_statistics(stem: str, names: set[str]) -> bool:
-    statistics = {stem, *(f"{stem}_{statistic}" for statistic in _STATISTICS)}
-    return len(statistics & names) > 1
 
 
 def _order(label: str) -> tuple[int, int]:
@@ -261,13 +230,19 @@ def _title(section: str, name: str) -> str:
     elif name == section:
         return title_of_section(section)[0].lower()
     words = name.replace("_", " ").replace("/", " / ")
-    # The unit is shown next to the title.
-    return re.sub(r" (ms|us|bytes|seconds|gib|mib|share)$", "", words)
+    return re.sub(r" (ms|gib|share)$", "", words)  # the unit is shown next to the title
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _word(value: float) -> str:
-    return "NaN" if math.isnan(value) else "+infinity" if value > 0 else "-infinity"
+def format_number(value: float) -> str:
+    """A number with four significant digits, for tables."""
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else f"{_MINUS}∞"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        text = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    else:
+        text = f"{value:.3e}"
+    return text.replace("-", _MINUS)

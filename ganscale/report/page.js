@@ -167,7 +167,7 @@ function layout(chart, element) {
     yaxis: {
       ...axis, type: isLog ? "log" : "linear", range: yRange(chart, isLog), nticks: 6,
       fixedrange: true, zeroline: !isLog, zerolinecolor: theme.edge,
-      ...(chart.unit === "bytes" && { tickformat: "~s" }), exponentformat: "e", minexponent: 5,
+      exponentformat: "e", minexponent: 5,
     },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     shapes: restarts.map((at) => ({

@@ -10,6 +10,7 @@ import gzip
 import json
 import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
@@ -19,38 +20,43 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from ganscale import __version__
-from ganscale.report.comparison import (
-    EMPTY,
-    differing_settings,
-    final_values,
-    format_number,
-    objective_of,
-)
 from ganscale.report.curves import (
     COLOURS,
     Chart,
     all_names,
     drawable,
+    format_number,
+    known_first,
+    late_mean,
     layout_of,
     most_points,
     title_of_section,
     trained_by,
 )
-from ganscale.report.faults import faults_of, read_log, run_state
-from ganscale.report.run_reader import Run
-from ganscale.report.samples import order_of_kinds, read_grids, title_of_kind
-from ganscale.report.sessions import Session, sessions_of
+from ganscale.report.history import Session, faults_of, run_state, sessions_of
+from ganscale.report.run_reader import Run, flattened
+from ganscale.report.samples import KIND_TITLES, read_grids, title_of_kind
+
+EMPTY = "\N{EN DASH}"  # in an empty cell
+_LOCATION = ("run.name", "run.folder")  # they always differ
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a name, and one cell for each run; `notes` are shown on hover."""
+
+    name: str
+    cells: list[str]
+    notes: Sequence[str] = ()
 
 
 def render(runs: Sequence[Run], now: datetime) -> str:
     """The page of one run, or of several in comparison; `now` is shown as its date."""
-    sections = _sections(runs)
-    sample_kinds = _sample_kinds(runs)
+    resources = files("ganscale.report")
+    sections, sample_kinds = _sections(runs), _sample_kinds(runs)
     views = [_run_view(run) for run in runs]
-    data = {
-        "runs": [{"name": view["name"], "restarts": view["restarts"]} for view in views],
-        "sections": sections,
-    }
+    names = [{"name": view["name"], "restarts": view["restarts"]} for view in views]
+    data = {"runs": names, "sections": sections}
     environment = Environment(
         loader=PackageLoader("ganscale.report", "."),
         autoescape=True,
@@ -63,8 +69,8 @@ def render(runs: Sequence[Run], now: datetime) -> str:
         version=__version__,
         now=f"{now:%Y-%m-%d %H:%M}",
         nonce=secrets.token_urlsafe(16),
-        style=_read_resource("style.css"),
-        script=_read_resource("page.js"),
+        style=resources.joinpath("style.css").read_text(encoding="utf-8"),
+        script=resources.joinpath("page.js").read_text(encoding="utf-8"),
         plotly=_compressed_plotly(),
         data=_compress(json.dumps(data, allow_nan=False, separators=(",", ":")).encode()),
         runs=views,
@@ -82,9 +88,8 @@ def render(runs: Sequence[Run], now: datetime) -> str:
 
 def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every section's charts, as page.js draws them."""
-    layout = layout_of(all_names(runs), overlays_runs=len(runs) > 1)
     sections = []
-    for section, charts in layout.items():
+    for section, charts in layout_of(all_names(runs), overlays_runs=len(runs) > 1).items():
         title, description = title_of_section(section)
         views = [_chart_view(chart, runs) for chart in charts]
         sections.append({"title": title, "description": description, "charts": views})
@@ -118,9 +123,7 @@ def _is_thinned(sections: list[dict[str, Any]]) -> bool:
 def _run_view(run: Run) -> dict[str, Any]:
     """One run as the template shows it."""
     state, level = run_state(run)
-    faults = faults_of(run, read_log(run.folder.log))
-    sessions = sessions_of(run)
-    starts = dict.fromkeys(session.images_seen for session in sessions)
+    faults, sessions = faults_of(run), sessions_of(run)
     return {
         "name": run.name,
         "objective": objective_of(run),
@@ -129,7 +132,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "faults": faults,
         "serious": sum(fault.level != "note" for fault in faults),
         "sessions": sessions,
-        "restarts": [start for start in starts if start > 0],
+        "restarts": sorted({session.images_seen for session in sessions} - {0}),
         "config": run.config_text,
         "summary": json.dumps(run.summary, indent=1, ensure_ascii=False) if run.summary else "",
         "tiles": _tiles(run, sessions),
@@ -139,9 +142,8 @@ def _run_view(run: Run) -> dict[str, Any]:
 def _tiles(run: Run, sessions: Sequence[Session]) -> list[tuple[str, str, str]]:
     """(label, value, note) of the few values that come first."""
     total = run.setting("training.total_images")
-    share = ""
-    if isinstance(total, int) and total > 0:
-        share = f"{run.images_seen / total:.0%} of {total:,}"
+    is_known = isinstance(total, int) and total > 0
+    share = f"{run.images_seen / total:.0%} of {total:,}" if is_known else ""
     ranks = list(dict.fromkeys(session.ranks for session in sessions if session.ranks))
     on = f"on {', '.join(ranks)} rank{'s' if ranks != ['1'] else ''}" if ranks else ""
     return [
@@ -169,6 +171,50 @@ def _duration(seconds: Any) -> str:
     return f"{minutes:,} min" if minutes < 120 else f"{hours:,.1f} h"
 
 
+def objective_of(run: Run) -> str:
+    """The objective in a few words, such as `wgan + 10 wgan_gp, n_critic 2`; "" if unknown."""
+    loss = run.setting("objective.loss.name")
+    if not isinstance(loss, str):
+        return ""
+    terms = [loss]
+    penalties = run.setting("objective.penalties")
+    for name, penalty in (penalties if isinstance(penalties, dict) else {}).items():
+        weight = penalty.get("weight") if isinstance(penalty, dict) else None
+        terms.append(f"{weight:g} {name}" if isinstance(weight, int | float) else str(name))
+    text = " + ".join(terms)
+    if (clip := run.setting("objective.clip.value")) is not None:
+        text += f", clipped to {clip}"
+    if isinstance(n_critic := run.setting("objective.n_critic"), int) and n_critic != 1:
+        text += f", n_critic {n_critic}"
+    return text
+
+
+def differing_settings(runs: Sequence[Run]) -> list[Row]:
+    """The settings in which the runs differ; a run without a setting has an EMPTY cell."""
+    settings = [flattened(run.config) for run in runs]
+    rows = []
+    for key in dict.fromkeys(key for run_settings in settings for key in run_settings):
+        cells = [run_settings.get(key, EMPTY) for run_settings in settings]
+        if key not in _LOCATION and len(set(cells)) > 1:
+            rows.append(Row(key, cells))
+    return rows
+
+
+def final_values(runs: Sequence[Run]) -> list[tuple[str, list[Row]]]:
+    """(section's title, its rows): means over the last tenth of each run's images, with the last
+    value as the note."""
+    tables = []
+    for section, charts in layout_of(all_names(runs), overlays_runs=True).items():
+        rows = []
+        for name in (name for chart in charts for name, _ in chart.lines):
+            curves = [run.metrics.curves.get(name) for run in runs]
+            cells = [format_number(late_mean(curve)) if curve else EMPTY for curve in curves]
+            notes = [f"last: {c.last!r} at {c.x[-1]:,} images" if c else "" for c in curves]
+            rows.append(Row(name, cells, notes))
+        tables.append((title_of_section(section)[0], rows))
+    return tables
+
+
 def _sample_kinds(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The kinds of sample grids, each with the series of every run that has it.
 
@@ -176,7 +222,7 @@ def _sample_kinds(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """
     series = [read_grids(run.folder, len(runs)) for run in runs]
     kinds: list[dict[str, Any]] = []
-    for kind in order_of_kinds(kind for by_kind in series for kind in by_kind):
+    for kind in known_first((kind for by_kind in series for kind in by_kind), KIND_TITLES):
         panels = [
             {"run": number, "name": runs[number].name, "series": by_kind[kind]}
             for number, by_kind in enumerate(series)
@@ -201,14 +247,10 @@ def _times(sample_kinds: list[dict[str, Any]]) -> list[int]:
 
 @cache
 def _compressed_plotly() -> str:
-    """The library: 1.9 MB, from 4.8 MB of text."""
+    # 1.9 MB, from 4.8 MB of text
     return _compress(get_plotlyjs().encode())
 
 
 def _compress(content: bytes) -> str:
     """gzip in base64."""
     return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
-
-
-def _read_resource(name: str) -> str:
-    return files("ganscale.report").joinpath(name).read_text(encoding="utf-8")

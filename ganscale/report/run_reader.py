@@ -7,9 +7,10 @@ page names what is missing; only a folder without any run is a user's mistake.
 import json
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,7 @@ def read_metrics(path: Path) -> Metrics:
     Each curve is sorted by images seen; of two values at the same images, the later one counts.
     """
     metrics = Metrics()
-    xs: dict[str, array] = {}
-    ys: dict[str, array] = {}
+    columns: dict[str, tuple[array, array]] = defaultdict(lambda: (array("q"), array("d")))
     if not path.is_file():
         return metrics
     with path.open("rb") as file:
@@ -137,11 +137,10 @@ def read_metrics(path: Path) -> Metrics:
                 images_seen = row[IMAGES_SEEN]
                 metrics.images_seen = max(metrics.images_seen, images_seen)
                 for name, value in _numbers(row):
-                    if name not in xs:
-                        xs[name], ys[name] = array("q"), array("d")
-                    xs[name].append(images_seen)
-                    ys[name].append(value)
-    metrics.curves = {name: _curve(xs[name], ys[name]) for name in xs}
+                    xs, ys = columns[name]
+                    xs.append(images_seen)
+                    ys.append(value)
+    metrics.curves = {name: _curve(*column) for name, column in columns.items()}
     return metrics
 
 
@@ -166,8 +165,8 @@ def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def _percentiles(name: str, histogram: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """`NAME_p05` and so on of a histogram, with its counts spread evenly between edges."""
     try:
-        counts = np.array(histogram.get("counts"), dtype=np.float64)
-        edges = np.array(histogram.get("edges"), dtype=np.float64)
+        columns = (histogram.get("counts"), histogram.get("edges"))
+        counts, edges = (np.array(column, dtype=np.float64) for column in columns)
     except (TypeError, ValueError, OverflowError):
         return
     is_histogram = counts.ndim == 1 and counts.size > 0 and edges.shape == (counts.size + 1,)
@@ -223,8 +222,5 @@ def _settings(value: Any, key: str, depth: int = 0) -> Iterator[tuple[str, str]]
 
 def _names(folders: list[Path]) -> list[str]:
     """The shortest ends of the paths that distinguish the folders."""
-    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    candidates = (["/".join(folder.parts[-n:]) for folder in folders] for n in count(1))
+    return next(names for names in candidates if len(set(names)) == len(names))

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ganscale.data.images.decoding import DecodeError, decode
+from ganscale.data.bad_samples import BadSampleError
+from ganscale.data.images.decoding import decode
 from ganscale.data.images.grid import image_grid
 from ganscale.data.manifest import Manifest
-from ganscale.data.shard_reader import BadSampleError, open_shard_reader
+from ganscale.data.shard_reader import ShardReader
 from ganscale.schema import DataConfig
 
 _MAX_RESOLUTION = 128  # the sheet should fit on a screen
@@ -19,12 +20,12 @@ def write_sheet(manifest: Manifest, path: Path, count: int) -> int:
     count = min(count, len(manifest.samples))
     resolution = min((_MAX_RESOLUTION, *(manifest.resolution or ())))
     images = np.zeros((count, resolution, resolution, 3), np.uint8)
-    reader = open_shard_reader(manifest, DataConfig(path=manifest.source))
+    reader = ShardReader(manifest, DataConfig(path=manifest.source))
     bad_samples = 0
     for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
         try:
             images[cell] = decode(reader.read(int(sample)), resolution, 3)
-        except (BadSampleError, DecodeError):
+        except BadSampleError:
             bad_samples += 1
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = int(np.ceil(np.sqrt(count)))

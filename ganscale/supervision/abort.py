@@ -71,7 +71,7 @@ def _write_stacks(rank: int, progress: Progress) -> None:
     if progress.run_folder is None:
         faulthandler.dump_traceback(file=STDERR)
         return
-    path = progress.run_folder.path / "stacks" / f"rank-{rank:04d}.txt"
+    path = progress.run_folder.stack(rank)
     path.parent.mkdir(exist_ok=True)
     with path.open("w") as file:
         faulthandler.dump_traceback(file)

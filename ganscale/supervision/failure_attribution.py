@@ -61,11 +61,8 @@ def is_for_users(error: BaseException) -> bool:
 def attribute_failure(
     ranks: Sequence[RankStatus], now: float, limit_seconds: float, silence_seconds: float
 ) -> FailureCause | None:
-    """Why the run has to end; None while all is well.
-
-    limit_seconds: without progress on any rank
-    silence_seconds: without a sign of life from a rank
-    """
+    """Why the run has to end; None while all is well. It may be `limit_seconds` without progress on
+    any rank, and `silence_seconds` without a sign of life from one."""
     ranks = [rank for rank in ranks if not rank.has_left]
     if not ranks:
         return None
@@ -74,15 +71,13 @@ def attribute_failure(
     silent = [r for r in ranks if r.disconnected_at is None and now - r.heard_at > silence_seconds]
     if silent:
         seconds = now - min(rank.heard_at for rank in silent)
-        return FailureCause(
-            EXIT_RANK_LOST,
+        message = (
             f"{_name_all(silent)} was lost: no sign of life for {seconds:.0f} s; its process is "
-            "stopped, or its machine cannot be reached",
-            is_hang=True,
+            "stopped, or its machine cannot be reached"
         )
-    last_progress_at = max(rank.progressed_at for rank in ranks)
-    extra_seconds = max(rank.mark.extra_seconds for rank in ranks)
-    if now - last_progress_at <= limit_seconds + extra_seconds:
+        return FailureCause(EXIT_RANK_LOST, message, is_hang=True)
+    limit_seconds += max(rank.mark.extra_seconds for rank in ranks)
+    if now - max(rank.progressed_at for rank in ranks) <= limit_seconds:
         return None
     lowest_count = min(rank.mark.count for rank in ranks)
     behind = [rank for rank in ranks if rank.mark.count == lowest_count]
@@ -105,8 +100,7 @@ def _death_or_error(ranks: Sequence[RankStatus], now: float) -> FailureCause | N
     if len(failed) < len(ranks) and now - first_at < _GRACE_SECONDS:
         return None
     if dead:
-        stage = dead[0].mark.stage
-        message = f"{_name_all(dead)} was lost: the process died in `{stage}`"
+        message = f"{_name_all(dead)} was lost: the process died in `{dead[0].mark.stage}`"
         return FailureCause(EXIT_RANK_LOST, message)
     causes = [(rank, failure) for rank, failure in failed if not failure.is_consequence] or failed
     rank, failure = causes[0]
@@ -116,5 +110,4 @@ def _death_or_error(ranks: Sequence[RankStatus], now: float) -> FailureCause | N
 
 
 def _name_all(ranks: Sequence[RankStatus]) -> str:
-    more = f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else ""
-    return f"{ranks[0].name}{more}"
+    return ranks[0].name + (f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else "")

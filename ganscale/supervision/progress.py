@@ -8,13 +8,9 @@ from ganscale.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class ProgressMark:
-    """count: grows with every stage that a rank enters
-    extra_seconds: how much longer than the limit this stage may take
-    """
-
-    count: int = 0
+    count: int = 0  # of the stages that the rank has entered
     stage: str = "start"
-    extra_seconds: float = 0.0
+    extra_seconds: float = 0.0  # how much longer than the limit this stage may take
 
 
 class Progress:
@@ -25,5 +21,5 @@ class Progress:
         """Gets some seconds before this rank leaves because another one was lost."""
 
     def mark(self, stage: str, extra_seconds: float = 0.0) -> None:
-        """Enters the next stage, which may take that much longer than the limit."""
+        """Enters the next stage."""
         self.current = ProgressMark(self.current.count + 1, stage, extra_seconds)

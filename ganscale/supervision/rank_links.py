@@ -81,10 +81,8 @@ class RankLink:
 
 
 def connect_ranks(runtime: Runtime) -> list[RankLink]:
-    """Rank 0's links to all others, or another rank's only link, to rank 0. On every rank.
-
-    Raises UserError if a rank cannot be reached.
-    """
+    """Rank 0's links to all others, or another rank's only link, to rank 0. On every rank. Raises
+    UserError if a rank cannot be reached."""
     if runtime.world_size == 1:
         return []
     listeners: list[socket.socket] = []
@@ -105,8 +103,7 @@ def connect_ranks(runtime: Runtime) -> list[RankLink]:
             with listeners[0]:
                 links = _accept(listeners[0], token, runtime.world_size - 1)
         else:
-            # The launcher's address of rank 0.
-            address = (os.environ.get("MASTER_ADDR", "localhost"), port)
+            address = (os.environ.get("MASTER_ADDR", "localhost"), port)  # of rank 0
             connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
             hello = {"token": token, "name": rank_name(runtime.rank)}
             connection.sendall(json.dumps(hello).encode() + b"\n")

@@ -7,10 +7,6 @@ import threading
 
 from ganscale.errors import EXIT_INTERRUPTED
 
-# Time limit or preemption (SLURM sends what the batch script asks for), scancel, Ctrl-C.
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
-
 PARENT_PID = os.getppid()
 """The process that started this one; read early, before it can die."""
 
@@ -30,7 +26,8 @@ class StopRequest:
         processes that we start, which inherit the mask.
         """
         request = cls()
-        signals = {*_SIGNALS}
+        # Time limit or preemption (SLURM sends what the batch script asks for), scancel, Ctrl-C.
+        signals = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job
             signals.remove(signal.SIGINT)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)

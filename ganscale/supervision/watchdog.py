@@ -37,21 +37,17 @@ _WAITING_FOLDERS = ("/torch/distributed/", "/torch/autograd/")
 
 
 class Watchdog:
-    """Watches from its construction to the end of its `with` block.
+    """Watches from its construction to the end of its `with` block. On every rank.
 
     An error that leaves the block ends all ranks; a single rank then only stops watching.
+    limit_seconds: without progress on any rank, until the run is ended
+    stop: requested when this rank's launcher dies and leaves it behind
+    Raises UserError if a rank cannot be reached.
     """
 
     def __init__(
         self, runtime: Runtime, progress: Progress, limit_seconds: float, stop: StopRequest
     ) -> None:
-        """Connects the ranks and begins to watch. On every rank.
-
-        limit_seconds: without progress on any rank, until the run is ended
-        stop: requested when this rank's launcher dies and leaves it behind
-
-        Raises UserError if a rank cannot be reached.
-        """
         self._runtime = runtime
         self._progress = progress
         self._stop = stop
@@ -78,8 +74,12 @@ class Watchdog:
         """Without an error, all ranks have to be past their last collective."""
         if error is not None and self._links:
             self._fail(error)
-        else:
-            self._close()
+            return
+        self._is_closing.set()
+        self._thread.join(_CLOSE_SECONDS)
+        faulthandler.cancel_dump_traceback_later()
+        for link in self._links:
+            link.send(goodbye=True)
 
     def _fail(self, error: BaseException) -> None:
         failure = Failure.from_error(error)
@@ -90,13 +90,6 @@ class Watchdog:
             self._links[0].send(failure=astuple(failure))
         # The watchdog's thread ends this process. If it does not, the error is raised after all.
         time.sleep(self._silence + ABORT_SECONDS + _CLOSE_SECONDS)
-
-    def _close(self) -> None:
-        self._is_closing.set()
-        self._thread.join(_CLOSE_SECONDS)
-        faulthandler.cancel_dump_traceback_later()
-        for link in self._links:
-            link.send(goodbye=True)
 
     def _run(self) -> None:
         try:

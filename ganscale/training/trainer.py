@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.config import Resolved
-from ganscale.data.batch import allocate_batch, allocate_pinned_batch
+from ganscale.data.batch import allocate_batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader_process import start_loader
 from ganscale.errors import (
@@ -111,10 +111,9 @@ class Trainer:
         state, config = self.state, self.config
         rank, world_size = self.runtime.rank, self.runtime.world_size
         state.sessions.append({"images_seen": state.images_seen, "world_size": world_size})
-        is_cuda = self.runtime.device.type == "cuda"
         loader = start_loader(
             self.data,
-            allocate_pinned_batch if is_cuda else allocate_batch,
+            partial(allocate_batch, is_pinned=self.runtime.device.type == "cuda"),
             batches_ahead=config.objective.n_critic,
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,

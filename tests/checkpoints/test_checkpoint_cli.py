@@ -12,7 +12,7 @@ from ganscale.cli.main import main
 from tests.checkpoints.helpers import save_checkpoint
 from tests.helpers.runs import MINIMAL
 
-KEPT = "checkpoint: {keep_last: 2, keep_every_images: 300, best: eval/fid}\n"
+KEPT = "checkpoint: {keep_last: 2, keep_every_images: 300, best: logits/wasserstein}\n"
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     for images_seen, score in enumerate((None, 40.0, 8.25, 30.0, 20.0, 9.0, 10.0)):
         files = {"generator": {"weight": torch.zeros(250_000)}}
         if images_seen:
-            numbers = score_entry("eval/fid", score)
+            numbers = score_entry("logits/wasserstein", score)
             save_checkpoint(folder / "checkpoints", 100 * images_seen, files, numbers)
     return folder
 
@@ -46,8 +46,8 @@ def test_list_shows_size_score_best_and_truncated_files(run: Path, capsys) -> No
     os.utime(path, (two_hours_ago, two_hours_ago))
     assert main(["checkpoint", "list", str(run)]) == 0
     lines = printed(capsys)
-    assert lines[1] == ["images-000000100", "100", "1.0", "2", "h", "eval/fid", "40"]
-    assert lines[2][-3:] == ["eval/fid", "8.25", "best"]
+    assert lines[1] == ["images-000000100", "100", "1.0", "2", "h", "logits/wasserstein", "40"]
+    assert lines[2][-3:] == ["logits/wasserstein", "8.25", "best"]
     assert (
         " ".join(lines[4]).endswith("has 12 bytes instead of 1,000,080") or "damaged:" in lines[4]
     )

@@ -340,7 +340,7 @@ def test_checkpoint_files_have_the_permissions_of_the_umask(root):
 
 
 def test_scores_are_stored_and_the_best_checkpoint_is_kept(root, caplog):
-    writer = CheckpointWriter(root, CheckpointConfig(keep_last=1, best="eval/fid"))
+    writer = CheckpointWriter(root, CheckpointConfig(keep_last=1, best="logits/wasserstein"))
     scores = [None, 30.0, 10.0, 20.0, float("nan"), [1.0], 10.0, 11.0]
     for images_seen, score in enumerate(scores):
         writer.save(images_seen, files_of(1.0), {"steps": 3}, score)
@@ -348,11 +348,10 @@ def test_scores_are_stored_and_the_best_checkpoint_is_kept(root, caplog):
     # The older of equal scores: the later one may be from the same evaluation.
     assert names(root) == ["images-000000002", "images-000000007"]
     state = json.loads((root / "images-000000002" / "state.json").read_text())
-    assert state == {"steps": 3, "score": {"name": "eval/fid", "value": 10.0}}
+    assert state == {"steps": 3, "score": {"name": "logits/wasserstein", "value": 10.0}}
     (record,) = caplog.records
-    assert (
-        "no row so far has a number `eval/fid`, which checkpoint.best names" in record.getMessage()
-    )
+    text = "no row so far has a number `logits/wasserstein`, which checkpoint.best names"
+    assert text in record.getMessage()
 
 
 def test_rows_are_flushed_before_the_checkpoint_they_led_to(root, monkeypatch):

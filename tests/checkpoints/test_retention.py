@@ -15,7 +15,7 @@ def names(root) -> list[int]:
     return sorted(int(path.name[-9:]) for path in root.glob("images-*"))
 
 
-def save(root, images_seen, score=None, name="eval/fid"):
+def save(root, images_seen, score=None, name="logits/wasserstein"):
     files = {"generator": {"weight": torch.full((4,), float(images_seen))}}
     return save_checkpoint(root, images_seen, files, score_entry(name, score))
 
@@ -61,7 +61,7 @@ def test_the_checkpoint_with_the_best_score_is_kept(tmp_path, scores, best_is, b
     for images_seen, score in enumerate(scores):
         save(tmp_path, images_seen, score)
     save(tmp_path, 9)
-    prune(tmp_path, CheckpointConfig(keep_last=1, best="eval/fid", best_is=best_is))
+    prune(tmp_path, CheckpointConfig(keep_last=1, best="logits/wasserstein", best_is=best_is))
     assert names(tmp_path) == ([9] if best is None else [best, 9])
 
 
@@ -69,7 +69,7 @@ def test_a_score_with_another_name_does_not_count(tmp_path):
     save(tmp_path, 1, 1.0, "loss/critic")
     save(tmp_path, 2, 7.0)
     save(tmp_path, 3)
-    prune(tmp_path, CheckpointConfig(keep_last=1, best="eval/fid"))
+    prune(tmp_path, CheckpointConfig(keep_last=1, best="logits/wasserstein"))
     assert names(tmp_path) == [2, 3]
 
 
@@ -78,7 +78,7 @@ def test_a_truncated_best_checkpoint_does_not_count(tmp_path):
         save(tmp_path, images_seen, score)
     cut = tmp_path / "images-000000002" / "generator.safetensors"
     os.truncate(cut, 10)
-    prune(tmp_path, CheckpointConfig(keep_last=1, best="eval/fid"))
+    prune(tmp_path, CheckpointConfig(keep_last=1, best="logits/wasserstein"))
     assert names(tmp_path) == [1, 2, 4]  # the damaged one is left for inspection
 
 
@@ -91,7 +91,7 @@ def test_inspection_does_not_read_the_tensors(tmp_path):
     whole, truncated, empty_folder, flipped = inspect_checkpoints(tmp_path)
     files = [*whole.folder.glob("*.safetensors"), whole.folder / "state.json"]
     assert whole.bytes == sum(path.stat().st_size for path in files)
-    assert whole.score == ("eval/fid", 1.5)
+    assert whole.score == ("logits/wasserstein", 1.5)
     assert whole.damage is None
     assert abs(whole.written_at - whole.folder.stat().st_mtime) < 1
     assert truncated.damage is not None

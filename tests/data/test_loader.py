@@ -24,8 +24,7 @@ from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import Loader
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions
-from ganscale.data.shard_lookahead import WindowTracker, shards_ahead
+from ganscale.data.order import Order, WindowTracker, batch_positions, shards_ahead
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest

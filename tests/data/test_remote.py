@@ -112,8 +112,7 @@ def test_an_object_is_streamed_with_exact_reads_in_one_request(server):
         assert stream.read(512) == CONTENT[:512]
         assert stream.read(100_000) == CONTENT[512:100_512]
         assert stream.read() == CONTENT[100_512:]
-    assert objects.RemoteObject(server.url + PATH, 0).readall() == CONTENT
-    assert (server.gets[PATH], server.heads[PATH]) == (2, 0)
+    assert (server.gets[PATH], server.heads[PATH]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,8 @@ def test_a_process_that_has_read_ends_without_warnings_of_open_sessions(server, 
     s3.put("a.tar", CONTENT)
     program = (
         "import sys; from ganscale.data.remote import objects\n"
-        "for url in sys.argv[1:]: print(len(objects.RemoteObject(url, 5).readall()))\n"
+        "for url in sys.argv[1:]:\n"
+        "    with objects.open_stream(url, 5) as stream: print(len(stream.read()))\n"
         "with objects.open_stream(sys.argv[1], 5) as stream: stream.read(10); sys.exit(0)\n"
     )
     ended = run_python("-W", "error", "-c", program, server.url + PATH, "s3://bucket/a.tar")
@@ -292,7 +292,7 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it():
     program = (
         "import sys; sys.modules['s3fs'] = None\n"
         "from ganscale.data.remote import objects; from ganscale.errors import UserError\n"
-        "try: objects.RemoteObject('s3://bucket/a.tar', 60).readall()\n"
+        "try: objects.open_stream('s3://bucket/a.tar', 60)\n"
         "except UserError as error: print(error)"
     )
     said = run_python("-c", program).stdout

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ganscale.data.order import working_set_bytes
 from ganscale.data.remote.shard_cache import ShardCache
-from ganscale.data.shard_lookahead import working_set_bytes
 from ganscale.errors import UnavailableError, UserError
 from tests.data.shard_caches import SHARD_BYTES, SHARDS, bytes_in, content_of
 from tests.helpers.fault_server import Fault

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.manifest import Manifest
-from ganscale.data.shard_reader import BadSampleError, ShardReader, open_shard_reader
+from ganscale.data.shard_reader import ShardReader
 from ganscale.errors import UnavailableError, UserError
 from ganscale.schema import DataConfig
 from tests.helpers.fault_server import Fault, FaultServer
@@ -31,7 +32,7 @@ def stores(tmp_path) -> Iterator:
     def store(path: str, **settings) -> ShardReader:
         config = DataConfig(path=path, resolution=4, cache=str(tmp_path / "cache"), **settings)
         manifest = Manifest.load(config.path, shards=config.shards, cache=config.cache)
-        made.append(open_shard_reader(manifest, config))
+        made.append(ShardReader(manifest, config))
         return made[-1]
 
     yield store
@@ -68,7 +69,7 @@ def test_samples_are_the_same_from_disk_server_store_and_command(data_set, serve
 
 def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
     store = stores(f"{server.url}/set")
-    assert store.is_remote
+    assert store.manifest.is_remote
     store.prefetch([2, 0])
     wait_until(lambda: len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 2)
     server.faults["/set/2.tar"].append(Fault(status=404))
@@ -78,15 +79,9 @@ def test_shards_are_fetched_ahead_when_they_are_named(server, stores, tmp_path):
 
 def test_on_disk_there_is_nothing_to_fetch(data_set, stores, tmp_path):
     store = stores(str(data_set))
-    assert not store.is_remote
+    assert not store.manifest.is_remote
     store.prefetch([0, 1, 2])
     assert not (tmp_path / "cache").exists()
-
-
-def test_remote_shards_cannot_be_read_without_a_cache(server, tmp_path):
-    manifest = Manifest.load(f"{server.url}/set", cache=tmp_path)
-    with pytest.raises(ValueError, match="need a cache"):
-        ShardReader(manifest)
 
 
 def test_a_sample_that_cannot_be_there_is_bad_and_nothing_is_read(data_set):
@@ -95,7 +90,7 @@ def test_a_sample_that_cannot_be_there_is_bad_and_nothing_is_read(data_set):
     rows[2]["offset"] = 2**63
     rows[3]["offset"] = 10
     np.save(data_set / "manifest.npy", rows)
-    store = ShardReader(Manifest.load(data_set))
+    store = ShardReader(Manifest.load(data_set), DataConfig(path=""))
     with pytest.raises(BadSampleError, match=r"has 268,435,457 bytes, more than 256 MiB"):
         store.read(1)
     with pytest.raises(BadSampleError, match=r"bytes at byte 9,223,372,036,854,775,808 of"):
@@ -125,16 +120,16 @@ def test_a_disk_that_stumbles_is_retried_and_one_that_stays_down_asks_for_a_requ
 ):
     manifest = Manifest.load(data_set)
     Stumbling(monkeypatch, code, times=2)
-    assert ShardReader(manifest, retry_seconds=30).read(5) == png(5)
+    assert ShardReader(manifest, DataConfig(path="", retry_seconds=30)).read(5) == png(5)
     Stumbling(monkeypatch, code, times=10**9)
     with pytest.raises(UnavailableError, match=r"set/1\.tar cannot be read: .*tried for 0\.1 s"):
-        ShardReader(manifest, retry_seconds=0.1).read(5)
+        ShardReader(manifest, DataConfig(path="", retry_seconds=0.1)).read(5)
 
 
 def test_permanent_failures_of_a_disk_are_reported_at_once(data_set, monkeypatch):
     (data_set / "1.tar").unlink()
     (data_set / "1.tar").mkdir()
-    store = ShardReader(Manifest.load(data_set), retry_seconds=600)
+    store = ShardReader(Manifest.load(data_set), DataConfig(path="", retry_seconds=600))
     with pytest.raises(UserError, match=r"set/1\.tar cannot be read: Is a directory"):
         store.read(5)
     (data_set / "2.tar").unlink()

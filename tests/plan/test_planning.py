@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from ganscale.cli.main import main
@@ -102,7 +103,7 @@ def test_the_json_file_holds_the_numbers_of_the_table(capsys, tmp_path, digits):
     assert main(["plan", *arguments]) == 0
     table = capsys.readouterr().out
     written = json.loads(file.read_text())
-    assert written == json.loads(json.dumps(make_plan(config_of(digits), 2, 1).as_dict()))
+    assert written == json.loads(json.dumps(asdict(make_plan(config_of(digits), 2, 1))))
     for section, rows in written.items():
         if isinstance(rows, dict):
             assert f"\n{section.replace('_', ' ')}\n" in f"\n{table}"

@@ -8,13 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.data.manifest import Manifest
-from ganscale.data.order import Order, batch_positions, blocks_per_shard
-from ganscale.data.shard_lookahead import working_set_bytes
+from ganscale.data.order import Order, batch_positions, blocks_per_shard, working_set_bytes
 from ganscale.plan.planning import make_plan
 from ganscale.plan.shard_reads import (
     expected_fetches,
     expected_shards,
-    lane_readers,
+    ranks_of_lanes,
 )
 from tests.plan.conftest import config_of
 
@@ -46,9 +45,9 @@ def test_lanes_of_ranks_are_those_that_their_batches_come_from(batch, lanes, ran
         for rank in range(ranks):
             positions, _ = batch_positions(step * batch, batch, lanes, rank, ranks)
             counted[rank, positions % lanes] = True
-    readers = lane_readers(batch, lanes, ranks)
-    assert readers.is_complete
-    assert np.array_equal(readers.by_rank, counted)
+    by_rank, is_complete = ranks_of_lanes(batch, lanes, ranks)
+    assert is_complete
+    assert np.array_equal(by_rank, counted)
 
 
 SHARDS = [300, 280, 300, 100, 290, 300, 250, 300] * 5

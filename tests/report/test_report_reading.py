@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 from made_rows import MakeRun, row
 
 from ganscale.errors import UserError
-from ganscale.report.comparison import differing_settings, format_number, objective_of
-from ganscale.report.curves import drawable, late_mean, layout_of, trained_by, unit_of
-from ganscale.report.faults import faults_of, read_log, run_state
+from ganscale.report.curves import (
+    drawable,
+    format_number,
+    late_mean,
+    layout_of,
+    trained_by,
+    unit_of,
+)
+from ganscale.report.history import Session, faults_of, read_log, run_state, sessions_of
+from ganscale.report.page import differing_settings, objective_of
 from ganscale.report.run_reader import Curve, flattened, read_metrics, read_runs
 from ganscale.report.samples import read_grids
-from ganscale.report.sessions import Session, sessions_of
 from ganscale.run_folder import RunFolder
 
 
@@ -187,12 +193,12 @@ def test_log_lines_of_one_kind_are_one_fault(make_run: MakeRun) -> None:
     ]
     lines += ["2026-01-01 10:01:00 ERROR: no samples could be written", "a traceback's line"]
     (folder / "log.txt").write_text("\n".join(lines) + "\n")
-    log = read_log(folder / "log.txt")
-    assert [(fault.level, fault.text, fault.times) for fault in log.faults] == [
+    faults, last_time = read_log(folder / "log.txt")
+    assert [(fault.level, fault.text, fault.times) for fault in faults] == [
         ("warning", "sample 0 of shard a.tar is cut", 9),
         ("error", "no samples could be written", 1),
     ]
-    assert log.last_time == "2026-01-01 10:01:00"
+    assert last_time == "2026-01-01 10:01:00"
 
 
 def test_sessions_faults_and_state_come_from_summary_and_rows(make_run: MakeRun) -> None:
@@ -206,10 +212,9 @@ def test_sessions_faults_and_state_come_from_summary_and_rows(make_run: MakeRun)
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (run,) = read_runs([folder])
-    log = read_log(folder / "log.txt")
     assert run_state(run) == ("stopped; the same command continues it", "warning")
     assert sessions_of(run) == [Session(0, ranks="2"), Session(1280, ranks="4")]
-    texts = [fault.text for fault in faults_of(run, log)]
+    texts = [fault.text for fault in faults_of(run)]
     assert texts == ["3 bad samples, replaced by others", "bad samples in a.tar: cut"]
 
     with (folder / "metrics.jsonl").open("a") as file:  # it goes on after that summary
@@ -217,7 +222,7 @@ def test_sessions_faults_and_state_come_from_summary_and_rows(make_run: MakeRun)
         file.write(json.dumps(more) + "\n")
     (run,) = read_runs([folder])
     assert run_state(run) == ("in progress or killed", "note")
-    faults = faults_of(run, log)
+    faults = faults_of(run)
     assert (faults[0].text, faults[0].when) == ("loss/critic was not finite", "at 7,040 images")
 
 
@@ -343,7 +348,7 @@ def test_passwords_signatures_and_commands_of_a_run_are_not_shown(make_run: Make
         with (folder / "log.txt").open("a") as file:
             file.write("2026-01-01 10:00:00 WARNING: https://user:SECRET@host/set is slow\n")
         (run,) = read_runs([folder])
-        faults = faults_of(run, read_log(folder / "log.txt"))
+        faults = faults_of(run)
         assert "SECRET" not in run.config_text + str(flattened(run.config)) + str(faults)
         assert "https://host/set" in run.config_text
         assert "https://host/set is slow" in str(faults)

@@ -18,6 +18,7 @@ from ganscale.data.images.decoding import decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.shard_reader import ShardReader
 from ganscale.errors import UserError
+from ganscale.schema import DataConfig
 from ganscale.shards import bundled, sources
 from ganscale.shards.writing import write_shards
 from tests.helpers.disks import remount, small_disk
@@ -52,7 +53,7 @@ def shard_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def contents(manifest: Manifest) -> dict[bytes, int]:
-    store = ShardReader(manifest)
+    store = ShardReader(manifest, DataConfig(path=""))
     labels = manifest.samples["label"].tolist()
     return {store.read(i): label for i, label in enumerate(labels)}
 
@@ -86,7 +87,7 @@ def test_webdataset_sees_the_samples_that_the_manifest_lists(photos, tmp_path):
     manifest = write_shards(
         str(photos), tmp_path, resolution=8, classes="folder", shard_samples=15
     ).manifest
-    store = ShardReader(manifest)
+    store = ShardReader(manifest, DataConfig(path=""))
     urls = [str(tmp_path / shard.name) for shard in manifest.shards]
     samples = list(WebDataset(urls, shardshuffle=False))
     assert len(samples) == 40

@@ -64,7 +64,7 @@ def sent(server: WandbServer, name: str = "loss/critic") -> list[int]:
 
 def expect_all_rows_once(server: WandbServer) -> None:
     assert sent(server) == list(range(1, LAST_STEP + 1))
-    assert sent(server, "eval/fid") == sent(server, "samples/images") == [10, 20, 30]
+    assert sent(server, "logits/wasserstein") == sent(server, "samples/images") == [10, 20, 30]
 
 
 @pytest.mark.parametrize("fault", [401, 429, 503, "hang", "dead"])

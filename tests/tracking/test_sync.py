@@ -31,7 +31,7 @@ def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:
     """Every row of the record is at the server, exactly once and in order, with its sample grid."""
     history = server.runs[run_id].history
     assert steps(history) == recorded_steps(run_folder)
-    for name in ("eval/fid", "samples/images"):
+    for name in ("logits/wasserstein", "samples/images"):
         assert steps(history, name) == recorded_steps(run_folder, name)
     assert all(row["progress/images_seen"] == 64 * row["progress/step"] for row in history)
 

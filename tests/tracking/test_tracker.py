@@ -21,7 +21,7 @@ def test_an_offline_run_has_every_row_once_over_images_seen(environment, run_fol
 
     rows = [record["item"] for record in offline_records(run_folder, "history")]
     assert steps(rows) == list(range(1, 21))
-    assert steps(rows, "eval/fid") == [10, 20]
+    assert steps(rows, "logits/wasserstein") == [10, 20]
     assert all(row["progress/images_seen"] == 64 * row["progress/step"] for row in rows)
     assert all(row["loss/generator"] == "NaN" for row in rows if "loss/generator" in row)
     images = [row for row in rows if "samples/images.path" in row]
@@ -38,7 +38,7 @@ def test_fragments_of_a_run_resumed_twice_share_no_step(environment, run_folder)
         train(environment, run_folder=run_folder, mode="offline", first_step=first, last_step=last)
     rows = [record["item"] for record in offline_records(run_folder, "history")]
     assert steps(rows) == recorded_steps(run_folder) == list(range(1, 31))
-    assert steps(rows, "eval/fid") == [10, 20, 30]
+    assert steps(rows, "logits/wasserstein") == [10, 20, 30]
     wandb_steps = [row["_step"] for row in rows]
     assert wandb_steps == sorted(set(wandb_steps))
 
@@ -51,7 +51,7 @@ def test_a_run_resumed_twice_arrives_once_at_the_server(with_account, run_folder
         assert outcome["location"].startswith(server.url)
     run = server.runs["same-run"]
     assert steps(run.history) == recorded_steps(run_folder) == list(range(1, 31))
-    assert steps(run.history, "eval/fid") == [10, 20, 30]
+    assert steps(run.history, "logits/wasserstein") == [10, 20, 30]
     assert steps(run.history, "samples/images") == [10, 20, 30]
     assert run.summary["final/critic"] == 0.5
     assert run.exit_code == 0
@@ -78,7 +78,7 @@ def test_a_score_whose_evaluation_was_cut_short_is_not_counted_as_sent(
     train(with_account, **arguments, first_step=1, last_step=10, evaluation_interval=0)
     train(with_account, **arguments, first_step=6, last_step=12)
     assert steps(server.runs["same-run"].history) == list(range(1, 13))
-    assert steps(server.runs["same-run"].history, "eval/fid") == [10]
+    assert steps(server.runs["same-run"].history, "logits/wasserstein") == [10]
 
 
 def test_rows_of_sessions_without_wandb_are_sent_by_the_next_one_that_has_it(

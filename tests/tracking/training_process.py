@@ -49,7 +49,7 @@ def main(
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(np.full((16, 32, 3), step, np.uint8)).save(path)
             tracker.log_images({"samples/images": path}, **position)
-            tracker.log({"eval/fid": 100.0 / step}, **position)
+            tracker.log({"logits/wasserstein": 100.0 / step}, **position)
         if step in (pause_at, pause_again_at):
             print(json.dumps({"logged": step}), flush=True)
             sys.stdin.readline()

@@ -5,15 +5,13 @@ here runs code from a file: of an array, only plain uint8 values are read.
 
 Common files are decoded on fast paths, all others by Pillow:
 
-- JPEGs by simplejpeg if it is installed (twice as fast as Pillow), straight into their place in a
-  batch. Both use libjpeg-turbo with the same settings and give the same pixels, except that
-  simplejpeg rejects more of the *damaged* files.
+- JPEGs by simplejpeg if it is installed (twice as fast as Pillow), straight into a batch. Both use
+  libjpeg-turbo with the same settings and give the same pixels, except that simplejpeg rejects more
+  of the *damaged* files.
 - Plain PNGs by imagecodecs if it is installed (in two thirds of Pillow's time). Else Pillow gets
   only the compressed pixels: for an image of 32 pixels, its own parsing of the file costs more.
 - Resizing is torch's, in 8 bits: a Lanczos filter like Pillow's (no value differs by more than
   one), in a fifth of the time.
-
-The decoders release Python's lock.
 """
 
 import io
@@ -23,6 +21,8 @@ import zlib
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ganscale.data.bad_samples import BadSampleError
 
 try:
     import simplejpeg
@@ -42,17 +42,13 @@ _PNG_CHUNK = struct.Struct(">I4s")  # bytes of its body, kind
 _PNG_HEADER = struct.Struct(">IIBBBBB")  # width, height, depth, colour, two constants, interlaced
 _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter per channel
 _PNG_PLAIN_CHUNKS = frozenset(
-    b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split(),
+    b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split()
 )
 """Chunks of a PNG that do not change its pixels, as palettes, transparency and animations do."""
 
 
-class DecodeError(Exception):
-    """The bytes are not an image that can be used. reason, detail: as in `BadSample`."""
-
-    def __init__(self, detail: str, reason: str = "cannot be decoded"):
-        super().__init__(detail)
-        self.detail, self.reason = detail, reason
+class DecodeError(BadSampleError):
+    """The bytes are not an image that can be used."""
 
 
 def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
@@ -70,9 +66,7 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
 
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """Fills `out`, (resolution, resolution, channels) uint8, with what `decode` would return.
-
-    Cheaper than a copy of that. Raises DecodeError as `decode` does; `out` may then be half filled.
-    """
+    Raises DecodeError as `decode` does; `out` may then be half filled."""
     pixels = _decode(data, out.shape[0], out.shape[2], out)
     if pixels is not out:
         out[...] = pixels
@@ -110,17 +104,16 @@ def _decode_error(problem: str, error: Exception) -> DecodeError:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width) in pixels as `decode(data, None, ...)` would give it, from the header alone.
-
-    Raises DecodeError without a readable header.
-    """
+    """(height, width) of what `decode(data, None, ...)` would return, from the header alone. Raises
+    DecodeError without a readable one."""
     try:
         if data.startswith(_NPY):
             height, width = _array_header(data)[0][:2]
             return height, width
         image = _open(data)
         width, height = image.size
-        return (width, height) if _orientation(image, data) >= 5 else (height, width)
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if _may_have_exif(data) else 1
+        return (width, height) if orientation >= 5 else (height, width)
     except DecodeError:
         raise
     except Exception as error:
@@ -129,15 +122,12 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def image_extension(data: bytes) -> str:
     """The usual extension, without dot, of an image file that `decode` can read."""
-    if data.startswith(_JPEG):
-        return "jpg"
-    if data.startswith(_PNG):
-        return "png"
-    return "npy" if data.startswith(_NPY) else "webp"
+    extensions = {_JPEG: "jpg", _PNG: "png", _NPY: "npy"}
+    return next((name for magic, name in extensions.items() if data.startswith(magic)), "webp")
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image with only its header read. Raises DecodeError when it is too large."""
+    """By Pillow, with only its header read. Raises DecodeError when it is too large."""
     image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
     _refuse_bomb(image.height, image.width)
     return image
@@ -162,26 +152,22 @@ def _may_have_exif(data: bytes) -> bool:
     return False
 
 
-def _orientation(image: Image.Image, data: bytes) -> int:
-    """The Exif orientation, 1 (upright) to 8."""
-    return image.getexif().get(_EXIF_ORIENTATION, 1) if _may_have_exif(data) else 1
-
-
 def _open_upright(data: bytes, resolution: int | None, channels: int) -> Image.Image:
-    """By Pillow, for any image but an array."""
     image = _open(data)
     if image.format == "JPEG":
-        _draft(image, resolution, channels)
-    return ImageOps.exif_transpose(image) if _orientation(image, data) != 1 else image
+        scale = _jpeg_scale(image.height, image.width, resolution)
+        # Also with scale 1: a draft in mode L takes the luma as it is stored, as simplejpeg does.
+        image.draft("L" if channels == 1 else None, (image.width // scale, image.height // scale))
+    if _may_have_exif(data):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _decode_jpeg(
     data: bytes, resolution: int | None, channels: int, out: np.ndarray | None
 ) -> np.ndarray | None:
-    """(height, width, channels) uint8 of a plain JPEG: in `out` if that has this shape.
-
-    None for those that Pillow must decode.
-    """
+    """(height, width, channels) uint8 of a plain JPEG, in `out` if that has this shape; None for
+    one that Pillow must decode."""
     if simplejpeg is None or _may_have_exif(data):
         return None
     try:
@@ -194,37 +180,31 @@ def _decode_jpeg(
     _refuse_bomb(height, width)
     scale = _jpeg_scale(height, width, resolution)
     height, width = -(-height // scale), -(-width // scale)
-    buffer = _writable(out, (height, width, channels))
-    pixels = simplejpeg.decode_jpeg(
-        data,
-        colorspace="GRAY" if channels == 1 else "RGB",
-        min_height=height,
-        min_width=width,
-        buffer=buffer,
-    )
-    return pixels if buffer is None else buffer
+    pixels = _memory(out, (height, width, channels))
+    colorspace = "GRAY" if channels == 1 else "RGB"
+    simplejpeg.decode_jpeg(data, colorspace, min_height=height, min_width=width, buffer=pixels)
+    return pixels
 
 
-def _writable(out: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """`out` if a decoder can write an image of this shape into it."""
-    can_be_written = out is not None and out.shape == shape and out.flags.c_contiguous
-    return out if can_be_written else None
+def _memory(out: np.ndarray | None, shape: tuple[int, int, int]) -> np.ndarray:
+    """`out` if a decoder can write an image of this shape into it, else new memory."""
+    if out is not None and out.shape == shape and out.flags.c_contiguous:
+        return out
+    return np.empty(shape, np.uint8)
 
 
 def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
-    """(height, width, 1 to 4) uint8 of an 8-bit PNG in grey or colours, perhaps with opacity: in
-    `out` if that has this shape. None for others.
-
-    Raises DecodeError for a damaged chunk: Pillow ignores the checksums of the pixels.
-    """
-    kinds, pixels, position = set(), [], len(_PNG)
+    """(height, width, 1 to 4) uint8 of an 8-bit PNG without a palette, in `out` if that has this
+    shape; None for others. Raises DecodeError for a damaged chunk: Pillow ignores the checksums of
+    the pixels."""
+    kinds, bodies, position = set(), [], len(_PNG)
     while len(data) - position >= _PNG_CHUNK.size and b"IEND" not in kinds:
         length, kind = _PNG_CHUNK.unpack_from(data, position)
         end = position + _PNG_CHUNK.size + length
         if zlib.crc32(data[position + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise DecodeError(f"cannot be decoded: its {kind.decode('latin-1')} chunk is damaged")
         if kind == b"IDAT":
-            pixels.append(data[position + _PNG_CHUNK.size : end])
+            bodies.append(data[position + _PNG_CHUNK.size : end])
         kinds.add(kind)
         position = end + 4
     width, height, depth, colour, *_, is_interlaced = _PNG_HEADER.unpack_from(data, 16)
@@ -237,30 +217,16 @@ def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
         return None
     shape = height, width, len(mode)
     if png_decode is None:
-        image = Image.frombytes(mode, (width, height), b"".join(pixels), "zip", mode, 0)
+        image = Image.frombytes(mode, (width, height), b"".join(bodies), "zip", mode, 0)
         return np.asarray(image).reshape(shape)
-    buffer = _writable(out, shape)
-    if buffer is None:
-        return png_decode(data).reshape(shape)
-    png_decode(data, out=buffer.squeeze(2) if mode == "L" else buffer)
-    return buffer
-
-
-def _draft(image: Image.Image, resolution: int | None, channels: int) -> None:
-    """Makes Pillow decode a JPEG at the scale that `_decode_jpeg` would choose.
-
-    Also with scale 1: a draft in mode L takes the luma as it is stored, as simplejpeg does.
-    """
-    scale = _jpeg_scale(image.height, image.width, resolution)
-    size = (image.width // scale, image.height // scale)
-    image.draft("L" if channels == 1 else None, size)
+    pixels = _memory(out, shape)
+    png_decode(data, out=pixels.squeeze(2) if mode == "L" else pixels)
+    return pixels
 
 
 def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
-    """8, 4, 2 or 1: the largest divisor of the image's size that still covers the resolution.
-
-    The decoder then skips the high frequencies, most of its work, and does the averaging.
-    """
+    """8, 4, 2 or 1: the largest divisor of the image's size that still covers the resolution. The
+    decoder then skips the high frequencies, most of its work."""
     if resolution is None:
         return 1
     return next((s for s in (8, 4, 2) if min(height, width) // s >= resolution), 1)
@@ -269,11 +235,10 @@ def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, int]:
     """Of an .npy file: its shape, whether it is in Fortran order, and where the values begin."""
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    else:
-        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+    npy = np.lib.format
+    is_first = npy.read_magic(stream) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(stream)
     has_image_shape = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
     if dtype != np.uint8 or not has_image_shape or 0 in shape:
         raise DecodeError(
@@ -295,8 +260,7 @@ def _load_array(data: bytes) -> np.ndarray:
 def _opaque(image: Image.Image, channels: int) -> np.ndarray:
     """(height, width, channels) uint8, transparent pixels blended with white."""
     if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip at 255. Of 16-bit colours, Pillow itself
-        # takes the high byte.
+        # 16-bit grey: Pillow would clip it at 255. Of 16-bit colours, it takes the high byte.
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -304,7 +268,7 @@ def _opaque(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
     mode = "L" if channels == 1 else "RGB"
-    if image.mode == "CMYK":
+    if image.mode == "CMYK":  # to grey by way of RGB
         image = image.convert("RGB")
     if image.mode != mode:
         image = image.convert(mode)
@@ -315,13 +279,11 @@ def _fit(pixels: np.ndarray, resolution: int) -> np.ndarray:
     """The largest centred square of `pixels`, resized to (resolution, resolution, channels)."""
     height, width = pixels.shape[:2]
     side = min(height, width)
-    if height != width:
-        top, left = (height - side) // 2, (width - side) // 2
-        pixels = pixels[top : top + side, left : left + side]
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
     if side == resolution:
         return pixels
-    # Imported only here: listing and indexing shards does not need torch, which takes a second.
-    import torch
+    import torch  # takes a second, and is not needed to list and index shards
     from torch.nn.functional import interpolate
 
     if not (pixels.flags.c_contiguous and pixels.flags.writeable):  # torch warns of the latter

@@ -20,7 +20,7 @@ _POLL_SECONDS = 0.05
 
 class OpenShard:
     """A descriptor of a shard's file, closed with the last reference to this object: a thread can
-    still read what another one drops. A copy in the cache is not evicted while it is open."""
+    still read what another one drops."""
 
     def __init__(self, path: Path | str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -46,14 +46,12 @@ def list_cache(folder: Path) -> Iterator[CacheFile]:
     with os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
-                status = entry.stat()
-                path, size, used_at = Path(entry.path), status.st_size, status.st_mtime
-                if path.suffix == ".tar":
-                    yield CacheFile(path, size, size, True, used_at)
-                elif path.suffix == ".partial":
-                    stated = entry.name.split(".")[-2]
-                    reserved = max(int(stated) if stated.isdigit() else 0, size)
-                    yield CacheFile(path, size, reserved, False, used_at)
+                status, path = entry.stat(), Path(entry.path)
+                size, is_whole = status.st_size, path.suffix == ".tar"
+                if is_whole or path.suffix == ".partial":
+                    stated = path.stem.rpartition(".")[2]
+                    reserved = int(stated) if stated.isdigit() and not is_whole else 0
+                    yield CacheFile(path, size, max(reserved, size), is_whole, status.st_mtime)
 
 
 def evict(path: Path) -> bool:
@@ -94,8 +92,8 @@ class StallTimer:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._files: object = None
-        self._changed_at = time.monotonic()
+        self._files: list[tuple[str, int]] | None = None
+        self._changed_at = 0.0
 
     def wait(self, folder: Path, url: str) -> None:
         """Waits for a moment. Raises UnavailableError when others have stalled."""

@@ -1,7 +1,6 @@
 """Single connections to remote objects: the only module that uses fsspec.
 
-fsspec takes the user's settings (`~/.config/fsspec`, `FSSPEC_...`), and credentials from where each
-store's own tools take them.
+fsspec finds the user's settings (`~/.config/fsspec`, `FSSPEC_...`) and each store's credentials.
 """
 
 import os
@@ -32,12 +31,13 @@ _WEB_BUFFER_BYTES = 256 << 10  # twice as much is lost when a connection is cut
 _TEMPORARY_STATUS = (408, 421, 425, 429)  # of those from 400 to 499
 _COMMAND_NOT_FOUND = (126, 127)
 _IDENTITIES = ("ETag", "etag", "md5Hash", "blob_id", "generation", "LastModified", "mtime")
-_USER_ERRORS = (
-    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError,
-    TypeError, NotImplementedError,
-)  # fmt: skip
+_USER_ERRORS = (IsADirectoryError, NotADirectoryError, ValueError, TypeError, NotImplementedError)
 _POLL_SECONDS = 0.2  # how often the wait for a silent command looks whether it was stopped
 _lock = threading.Lock()
+
+
+class _PastEnd(Exception):
+    status = 416  # as of an HTTP answer
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Connection:
 def connect(
     url: str, start: int, stall_seconds: float, stopped: threading.Event | None = None
 ) -> Connection:
-    """A connection to the object from byte `start` on. Raises whatever the store's library does,
-    and UserError for an unknown kind of address. `stopped` ends the wait for a command."""
+    """A connection to the object from byte `start` on; `stopped` ends the wait for a command.
+    Raises what the store's library raises, and UserError for an unknown kind of address."""
     if url.startswith(PIPE):
         return _run(url.removeprefix(PIPE), stall_seconds, stopped or threading.Event())
     if url.startswith(WEB):
@@ -135,12 +135,9 @@ def _filesystem(url: str, stall_seconds: float) -> Any:
     protocol = url.partition("://")[0]
     try:
         filesystem = fsspec.get_filesystem_class(protocol)
-        options = filesystem._get_kwargs_from_urls(url)
-        # All threads share one, unlike in fsspec's own cache, and so its connections.
-        with _lock:
-            return _create_filesystem(
-                filesystem, protocol, stall_seconds, tuple(sorted(options.items()))
-            )
+        options = tuple(sorted(filesystem._get_kwargs_from_urls(url).items()))
+        with _lock:  # all threads share one and its connections, unlike in fsspec's own cache
+            return _create_filesystem(filesystem, protocol, stall_seconds, options)
     except ImportError as error:
         problem = f"{protocol}:// needs a package that is not installed ({error})"
         if protocol in _IN_EXTRA:
@@ -153,21 +150,16 @@ def _filesystem(url: str, stall_seconds: float) -> Any:
 @lru_cache(maxsize=16)
 def _create_filesystem(filesystem: Any, protocol: str, stall_seconds: float, options: tuple) -> Any:
     settings: dict[str, Any] = {"skip_instance_cache": True, **dict(options)}
-    configured = fsspec.config.conf.get(protocol, {})
+    configured, stall = fsspec.config.conf.get(protocol, {}), stall_seconds
     if protocol in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=stall_seconds, sock_read=stall_seconds
-        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
         ours = {"timeout": timeout, "trust_env": True, "read_bufsize": _WEB_BUFFER_BYTES}
         settings["client_kwargs"] = ours | configured.get("client_kwargs", {})
     elif protocol in ("s3", "s3a"):
-        ours = {
-            "connect_timeout": stall_seconds,
-            "read_timeout": stall_seconds,
-            "retries": {"max_attempts": 0},  # we retry
-        }
+        no_retries = {"max_attempts": 0}  # we retry
+        ours = {"connect_timeout": stall, "read_timeout": stall, "retries": no_retries}
         settings["config_kwargs"] = ours | configured.get("config_kwargs", {})
     elif protocol in ("gs", "gcs"):
         settings["requests_timeout"] = max(stall_seconds, 60.0)  # for a whole piece, not a silence
@@ -229,10 +221,6 @@ def _open(url: str, start: int, stall_seconds: float) -> Connection:
         return data
 
     return Connection(start, size, identity, read, file.close)
-
-
-class _PastEnd(Exception):
-    status = 416
 
 
 def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connection:

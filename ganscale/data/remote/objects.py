@@ -1,8 +1,8 @@
 """Remote objects (http, s3, gs, hf, ..., or the output of a command), read from start to end.
 
 A location is a folder on disk, a URL that fsspec knows, or `pipe:COMMAND {}`, a shell command that
-prints the object whose quoted name replaces the {}. Commands are run as they are written, so they
-may come from the user's config and command line only, never from a manifest.
+prints the object whose quoted name replaces the {}. Commands may come from the user's config and
+command line only, never from a manifest.
 """
 
 import glob
@@ -10,9 +10,7 @@ import io
 import re
 import shlex
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import braceexpand
@@ -36,22 +34,17 @@ class ObjectChanged(UserError):
 
 def is_remote(location: str) -> bool:
     """Whether the location is a URL or a command rather than a path on disk."""
-    if location.startswith("file://"):
-        return False
-    return location.startswith(PIPE) or "://" in location
+    is_url = "://" in location and not location.startswith("file://")
+    return is_url or location.startswith(PIPE)
 
 
 def is_object_store(location: str) -> bool:
-    """Whether the location is a URL that a downloaded file may point to: not a command, and nothing
-    on this machine's disks."""
+    """Whether the location is a URL that a downloaded manifest may point to."""
     return _STORES.match(location) is not None
 
 
 def join(base: str, name: str) -> str:
-    """The address of the object `name` in `base`.
-
-    Raises UserError for a command without {}.
-    """
+    """The address of the object `name` in `base`. Raises UserError for a command without {}."""
     if base.startswith(PIPE):
         if "{}" not in base:
             raise UserError(f"{base!r} needs a {{}}, which the shard's name replaces")
@@ -64,8 +57,7 @@ def join(base: str, name: str) -> str:
 
 
 def shown(address: str) -> str:
-    """The address for messages, without password and signature. Commands stay whole: only the
-    shard's name tells them apart."""
+    """The address for messages, without password and signature; commands stay whole."""
     return address if address.startswith(PIPE) else without_secrets(address)
 
 
@@ -81,16 +73,16 @@ def expand_braces(pattern: str) -> list[str]:
 def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
     """The addresses that `pattern` stands for: braces in order, wildcards sorted.
 
-    Raises UserError for a missing local file and for wildcards that match nothing, and
-    UnavailableError for a store that could not be listed for `retry_seconds`. Whether a single
-    remote object exists shows only when it is opened.
+    Raises UserError for a missing local file, for wildcards that match nothing and for braces that
+    are not closed, and UnavailableError for a store that could not be listed for `retry_seconds`.
+    A single remote object is not looked up.
     """
     addresses: list[str] = []
-    for each in expand_braces(pattern):
-        matches = _matches(each, retry_seconds)
+    for expanded in expand_braces(pattern):
+        matches = _matches(expanded, retry_seconds)
         if not matches:
-            source = "" if each == pattern else f", from {pattern}"
-            raise UserError(f"no file matches {shown(each)}{source}")
+            source = "" if expanded == pattern else f", from {pattern}"
+            raise UserError(f"no file matches {shown(expanded)}{source}")
         addresses += matches
     return addresses
 
@@ -115,23 +107,13 @@ def _matches(pattern: str, retry_seconds: float) -> list[str]:
             backoff.wait(error, problem)
 
 
-@contextmanager
-def open_stream(
-    url: str,
-    retry_seconds: float,
-    *,
-    stall_seconds: float = STALL_SECONDS,
-    stopped: threading.Event | None = None,
-) -> Iterator[BinaryIO]:
-    """A sequential reader of an object from its first to its last byte; `read(n)` is complete.
+def open_stream(url: str, retry_seconds: float, **options: Any) -> io.BufferedReader:
+    """A sequential reader of an object; `read(n)` is complete. options: of `RemoteObject`
 
     Opening and reading raise UserError where trying again is useless (a missing object, no access,
-    an object that changes meanwhile), and UnavailableError for what failed for longer than
-    `retry_seconds`. `stopped` as in `RemoteObject`.
+    an object that changes), and UnavailableError for what failed for longer than `retry_seconds`.
     """
-    source = RemoteObject(url, retry_seconds, stall_seconds=stall_seconds, stopped=stopped)
-    with io.BufferedReader(source, _BUFFER_BYTES) as stream:
-        yield stream
+    return io.BufferedReader(RemoteObject(url, retry_seconds, **options), _BUFFER_BYTES)
 
 
 class RemoteObject(io.RawIOBase):
@@ -139,11 +121,9 @@ class RemoteObject(io.RawIOBase):
     the start, skipping what was read.
 
     start: the first byte to read
-    expected_size: of the whole object, in bytes: shows a short body where the server does not state
-        the size
+    expected_size: of the whole object in bytes, for servers that do not state it
     stopped: set by another thread, it ends commands and waits; reading then raises any exception
-    Attributes: `size`, of the whole object as its server states it, or None; `identity`, which
-    changes when the object does (an ETag), or "".
+    Attributes: `size` and `identity`, as in `Connection`.
     """
 
     def __init__(
@@ -157,8 +137,7 @@ class RemoteObject(io.RawIOBase):
         stopped: threading.Event | None = None,
     ) -> None:
         super().__init__()
-        self.url = url
-        self.position = start
+        self.url, self.position = url, start
         self.size: int | None = None
         self.identity = ""
         self._expected_size = expected_size
@@ -167,7 +146,6 @@ class RemoteObject(io.RawIOBase):
         self._backoff = Backoff(retry_seconds, self._stopped)
         self._connection: Connection | None = None
         self._ended_at = -1
-        self._has_begun = False
         self._connect()
 
     def readable(self) -> bool:
@@ -184,10 +162,10 @@ class RemoteObject(io.RawIOBase):
             except Exception as error:
                 self._handle_failure(error)
                 continue
-            view[: len(data)] = data
-            self.position += len(data)
             if data:
                 self._backoff.reset()
+            view[: len(data)] = data
+            self.position += len(data)
             return len(data)
 
     def readall(self) -> bytes:
@@ -197,8 +175,7 @@ class RemoteObject(io.RawIOBase):
         return b"".join(pieces)
 
     def close(self) -> None:
-        if not self.closed:
-            self._disconnect()
+        self._disconnect()
         super().close()
 
     def _connect(self) -> Connection:
@@ -208,23 +185,18 @@ class RemoteObject(io.RawIOBase):
                 self._connection = connections.connect(
                     self.url, self.position, self._stall_seconds, self._stopped
                 )
-                self._check_unchanged(self._connection)
-                self._skip(self._connection, self.position - self._connection.start)
+                self._continue_on(self._connection)
             except Exception as error:
                 self._handle_failure(error)
         return self._connection
 
-    def _check_unchanged(self, connection: Connection) -> None:
-        """Raises ObjectChanged when another object is there now."""
-        if self._has_begun:
-            before, now = (self.size, self.identity), (connection.size, connection.identity)
-            if any(b and n and b != n for b, n in zip(before, now, strict=True)):
-                raise ObjectChanged(f"{shown(self.url)} changed while it was read")
-        self._has_begun = True
-        self.size, self.identity = connection.size, connection.identity
-
-    @staticmethod
-    def _skip(connection: Connection, count: int) -> None:
+    def _continue_on(self, connection: Connection) -> None:
+        """Skips what was read already. Raises ObjectChanged when another object is there now."""
+        before, now = (self.size, self.identity), (connection.size, connection.identity)
+        if any(b and n and b != n for b, n in zip(before, now, strict=True)):
+            raise ObjectChanged(f"{shown(self.url)} changed while it was read")
+        self.size, self.identity = now
+        count = self.position - connection.start
         while count:
             data = connection.read(min(count, connections.PIECE_BYTES))
             if not data:

@@ -1,9 +1,8 @@
 """Copies of remote shards on a disk of this machine, shared by its ranks and by other runs.
 
-A copy is named `<SHA-256 of its contents>.tar`, so data sets that share shards share copies. While
-it is fetched it is `<name>.<bytes>.partial`, locked by the process that fetches it, and renamed
-once it is verified. A process that is killed leaves a partial without a lock, which the next one
-completes or removes.
+A copy is named by the SHA-256 of its contents, so data sets that share shards share copies. It is
+fetched as a partial (`cache_files`), and renamed once it is verified. A process that is killed
+leaves a partial without a lock, which the next one completes or removes.
 """
 
 import errno
@@ -14,20 +13,13 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ganscale.data.manifest import Shard
-from ganscale.data.remote import objects
-from ganscale.data.remote.cache_files import (
-    OpenShard,
-    StallTimer,
-    evict,
-    is_at,
-    list_cache,
-    open_locked,
-)
+from ganscale.data.remote import cache_files, objects
+from ganscale.data.remote.cache_files import OpenShard, StallTimer, evict, list_cache
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
 from ganscale.files import FileLock, lock_descriptor
@@ -42,8 +34,7 @@ class ShardCache:
     """Fetches shards whole, also ahead of need, for any number of threads and processes.
 
     folder: the copies are in its sub-folder `shards`
-    capacity_bytes: of all copies, also those being fetched; the least recently used are evicted
-    retry_seconds: how long a fetch may fail before UnavailableError
+    capacity_bytes: of all copies, also partial ones; the least recently used are evicted
     """
 
     def __init__(
@@ -56,8 +47,9 @@ class ShardCache:
     ) -> None:
         self.folder = Path(folder).expanduser() / "shards"
         self.capacity_bytes = capacity_bytes
-        self.retry_seconds = retry_seconds
-        self.stall_seconds = stall_seconds
+        self.retry_seconds, self.stall_seconds = retry_seconds, stall_seconds
+        # How long other processes may make no progress.
+        self._stall_timeout = retry_seconds + 2 * stall_seconds
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._folder_lock():
@@ -68,37 +60,35 @@ class ShardCache:
                 "disk of this machine"
             ) from error
         self._lock = threading.Lock()
-        self._fetching: dict[str, Future[None]] = {}
-        self._queued: set[str] = set()  # to be fetched ahead
+        self._fetching: dict[Path, Future[None]] = {}
+        self._queued: set[Path] = set()  # to be fetched ahead
         self._threads: DaemonThreadPool | None = None
         self._is_closed = False
 
     def open(self, url: str, shard: Shard) -> OpenShard:
-        """The copy of a shard, fetched from `url` first if need be.
-
-        Raises UserError for a shard that is missing or has changed since it was indexed, and for a
-        cache without space for it; UnavailableError when the network fails for too long.
-        """
-        name = _name(url, shard)
-        while (copy := self._open_copy(name, shard)) is None:
+        """The copy of a shard, fetched from `url` first if need be. Raises UserError for a shard
+        that is missing or has changed since it was indexed, and for a cache without space for it;
+        UnavailableError when the network fails for `retry_seconds`."""
+        path = self._path(url, shard)
+        while (copy := self._open_copy(path, shard)) is None:
             with self._lock:
-                self._queued.discard(name)
-            self._fetch_or_wait(url, shard, name)
+                self._queued.discard(path)
+            self._fetch_or_wait(url, shard, path)
         return copy
 
     def prefetch(self, shards: Iterable[tuple[str, Shard]]) -> None:
         """Starts to fetch (url, shard) in this order, in a few threads. Errors are left to `open`,
         which tries again."""
         for url, shard in shards:
-            name = _name(url, shard)
-            if self._copy(name).exists():
+            path = self._path(url, shard)
+            if path.exists():
                 continue
             with self._lock:
-                if self._is_closed or name in self._queued or name in self._fetching:
+                if self._is_closed or path in self._queued or path in self._fetching:
                     continue
-                self._queued.add(name)
+                self._queued.add(path)
                 self._threads = self._threads or DaemonThreadPool(_PREFETCHING_THREADS, "prefetch")
-                self._threads.submit(lambda job=(url, shard, name): self._prefetch(*job))
+                self._threads.submit(lambda job=(url, shard, path): self._prefetch(*job))
 
     def close(self, seconds: float = 5.0) -> None:
         """Ends prefetching within that time; copies stay, also partial ones."""
@@ -109,22 +99,22 @@ class ShardCache:
         if threads is not None:
             threads.close(seconds)
 
-    def _copy(self, name: str) -> Path:
+    def _path(self, url: str, shard: Shard) -> Path:
+        name = shard.sha256 or hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
         return self.folder / f"{name}.tar"
 
-    def _prefetch(self, url: str, shard: Shard, name: str) -> None:
+    def _prefetch(self, url: str, shard: Shard, path: Path) -> None:
         with self._lock:
-            if name not in self._queued:
+            if path not in self._queued:
                 return
-        with suppress(UserError, UnavailableError, OSError, _Closed):
-            if not self._copy(name).exists():
-                self._fetch_or_wait(url, shard, name)
+        with suppress(UserError, UnavailableError, OSError, CancelledError):
+            if not path.exists():
+                self._fetch_or_wait(url, shard, path)
         with self._lock:
-            self._queued.discard(name)
+            self._queued.discard(path)
 
-    def _open_copy(self, name: str, shard: Shard) -> OpenShard | None:
+    def _open_copy(self, path: Path, shard: Shard) -> OpenShard | None:
         """The copy, locked against eviction, or None; one of a wrong size is removed."""
-        path = self._copy(name)
         try:
             copy = OpenShard(path)
         except FileNotFoundError:
@@ -135,7 +125,7 @@ class ShardCache:
             return None
         if status.st_size != shard.bytes:
             with self._folder_lock():
-                if is_at(copy.descriptor, path):
+                if cache_files.is_at(copy.descriptor, path):
                     path.unlink()
             return None
         if time.time() - status.st_mtime > _TOUCH_SECONDS:
@@ -143,28 +133,27 @@ class ShardCache:
                 os.utime(copy.descriptor)
         return copy
 
-    def _fetch_or_wait(self, url: str, shard: Shard, name: str) -> None:
+    def _fetch_or_wait(self, url: str, shard: Shard, path: Path) -> None:
         """Fetches the copy, or waits for the thread or process that does."""
         with self._lock:
-            other = self._fetching.get(name)
-            fetch = self._fetching.setdefault(name, Future())
+            other = self._fetching.get(path)
+            fetch = self._fetching.setdefault(path, Future())
         if other is not None:
             other.result()
             return
         try:
-            self._fetch(url, shard, name)
+            self._fetch(url, shard, path)
+            fetch.set_result(None)
         except BaseException as error:
             fetch.set_exception(error)
             raise
-        else:
-            fetch.set_result(None)
         finally:
             with self._lock:
-                del self._fetching[name]
+                del self._fetching[path]
 
-    def _fetch(self, url: str, shard: Shard, name: str) -> None:
+    def _fetch(self, url: str, shard: Shard, copy: Path) -> None:
         """Fetches the copy, unless another process does, which is waited for then."""
-        copy, partial = self._copy(name), self.folder / f"{name}.{shard.bytes}.partial"
+        partial = copy.with_suffix(f".{shard.bytes}.partial")
         timer = StallTimer(self._stall_timeout)
         while not copy.exists():
             descriptor = self._open_partial(copy, partial, shard)
@@ -172,13 +161,20 @@ class ShardCache:
                 timer.wait(self.folder, objects.shown(url))
                 continue
             try:
-                self._fill(url, shard, partial, descriptor)
+                try:
+                    self._download(url, shard, partial, descriptor)
+                except objects.ObjectChanged:  # once more, from the start
+                    os.ftruncate(descriptor, 0)
+                    self._download(url, shard, partial, descriptor)
                 os.fsync(descriptor)
                 partial.replace(copy)
             except OSError as error:
                 raise UserError(
                     f"data.cache={self.folder.parent} cannot be written: {error.strerror}"
                 ) from error
+            except objects.ObjectChanged:
+                partial.unlink(missing_ok=True)
+                raise
             finally:
                 os.close(descriptor)
 
@@ -186,7 +182,7 @@ class ShardCache:
         """The partial, locked, with space for all of it; None while another process has it, or
         while there is not enough space beside what others fetch."""
         with self._folder_lock():
-            descriptor = open_locked(partial)
+            descriptor = cache_files.open_locked(partial)
             if descriptor is not None:
                 return descriptor  # left behind: its space has been reserved all along
             # In this order: a partial may just have been renamed.
@@ -200,8 +196,7 @@ class ShardCache:
         """Evicts until the shard fits, with the folder locked; False if others have to finish
         first. Raises UserError when it can never fit."""
         if shard.bytes > self.capacity_bytes:
-            problem = f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less"
-            raise self._no_space(shard, problem)
+            raise self._no_space(shard, f"data.cache_gib={self.capacity_bytes / 2**30:.4g} is less")
         files = sorted(list_cache(self.folder), key=lambda file: (file.is_whole, file.used_at))
         used = sum(file.reserved for file in files)
         free = shutil.disk_usage(self.folder).free
@@ -209,11 +204,9 @@ class ShardCache:
         missing = shard.bytes - min(self.capacity_bytes - used, free)
         is_in_use = False
         for file in files:
-            if missing <= 0:
-                break
-            if evict(file.path):
+            if missing > 0 and evict(file.path):
                 missing -= file.reserved
-            else:
+            elif missing > 0:
                 is_in_use = True
         if missing > 0 and not is_in_use:
             problem = f"the disk has {max(0, shard.bytes - missing):,} bytes left, without any copy"
@@ -228,19 +221,6 @@ class ShardCache:
             "disk with as much space"
         )
 
-    def _fill(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
-        """Completes the partial; tries once more from the start if it is not the shard. Raises
-        ObjectChanged."""
-        try:
-            self._download(url, shard, partial, descriptor)
-        except objects.ObjectChanged:
-            os.ftruncate(descriptor, 0)
-            try:
-                self._download(url, shard, partial, descriptor)
-            except objects.ObjectChanged:
-                partial.unlink(missing_ok=True)
-                raise
-
     def _download(self, url: str, shard: Shard, partial: Path, descriptor: int) -> None:
         """Completes the partial. Raises ObjectChanged unless it then is the shard."""
         digest = hashlib.sha256()
@@ -251,18 +231,15 @@ class ShardCache:
             digest.update(data)
             position += len(data)
         if position < shard.bytes:
+            size, stall = shard.bytes, self.stall_seconds
             with objects.RemoteObject(
-                url,
-                self.retry_seconds,
-                start=position,
-                expected_size=shard.bytes,
-                stall_seconds=self.stall_seconds,
+                url, self.retry_seconds, start=position, expected_size=size, stall_seconds=stall
             ) as source:
-                if source.size is not None and source.size != shard.bytes:
+                if source.size not in (None, size):
                     raise _changed(url, f"{source.size:,} bytes, not {shard.bytes:,}")
                 while data := source.read(_PIECE_BYTES):
                     if self._is_closed:
-                        raise _Closed
+                        raise CancelledError
                     position += len(data)
                     if position > shard.bytes:
                         break
@@ -286,31 +263,17 @@ class ShardCache:
                     if not any(evict(file.path) for file in files if file.path != partial):
                         raise self._no_space(shard, "the disk is full") from error
 
-    @property
-    def _stall_timeout(self) -> float:
-        """For how many seconds other processes may make no progress."""
-        return self.retry_seconds + 2 * self.stall_seconds
-
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:
         """Held for moments only, and never while waiting for another lock. Raises UnavailableError
         when another process keeps it, because it was stopped, say."""
-        seconds = self._stall_timeout
         with FileLock(self.folder / "lock") as lock:
-            if not lock.acquire(seconds):
+            if not lock.acquire(self._stall_timeout):
                 raise UnavailableError(
                     f"data.cache={self.folder.parent} cannot be used: another process has kept it "
-                    f"locked for {seconds:.0f} s"
+                    f"locked for {self._stall_timeout:.0f} s"
                 )
             yield
-
-
-class _Closed(Exception):
-    """The cache was closed while a shard was being fetched ahead."""
-
-
-def _name(url: str, shard: Shard) -> str:
-    return shard.sha256 or hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
 
 
 def _changed(url: str, found: str) -> objects.ObjectChanged:

@@ -1,15 +1,16 @@
 """Batches from tars without a manifest, as WebDataset streams them: at once, but not exact.
 
 Each rank and worker draws shards at random with replacement (`ResampledShards`), reads them from
-their beginning and shuffles samples in a buffer. So nothing has to be split between ranks and no
-rank runs dry; but the images seen depend on the cluster, an epoch repeats some samples and leaves
-others out, and a resumed run sees other images than an uninterrupted one.
+their beginning and shuffles samples in a buffer. So no rank runs dry; but the images seen depend on
+the cluster, an epoch repeats some samples and leaves others out, and a resumed run sees other
+images than an uninterrupted one.
 
 webdataset draws, groups and shuffles; its `.decode()`, which runs code from some members, is never
-called. `tar_stream` opens and parses tars, from wherever `remote` reads.
+called.
 """
 
 import contextlib
+import itertools
 import logging
 import random
 import time
@@ -25,12 +26,18 @@ from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 from webdataset.shardlists import ResampledShards
 
-from ganscale.data.bad_samples import SAMPLES_TRIED, BadSample, BadSampleLog, too_many_in_a_row
+from ganscale.data.bad_samples import (
+    SAMPLES_TRIED,
+    BadSample,
+    BadSampleError,
+    BadSampleLog,
+    too_many_in_a_row,
+)  # fmt: skip
 from ganscale.data.batch import Batch, BatchAllocator, allocate_batch
-from ganscale.data.images.decoding import DecodeError, decode_into
+from ganscale.data.images.decoding import decode_into
 from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.remote import objects
-from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
+from ganscale.data.shard_reader import too_large
 from ganscale.data.streaming.tar_stream import StreamedTars, shard_name
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
@@ -45,11 +52,8 @@ _CLOSE_SECONDS = 5.0
 
 
 class StreamLoader(Iterator[Batch]):
-    """The endless stream of this rank's batches, with slots from `images_seen` on.
-
-    Used as `Loader`, but the images are another random choice for each `images_seen`, rank, world
-    size and number of workers.
-    """
+    """The endless stream of this rank's batches, as from `Loader`, but with another random choice
+    of images for each `images_seen`, rank, world size and number of workers."""
 
     def __init__(
         self,
@@ -65,10 +69,9 @@ class StreamLoader(Iterator[Batch]):
     ) -> None:
         if rank == 0:
             logger.warning(
-                "data.path=%s is streamed in random order: the images seen depend on the number of "
-                "ranks and workers, and a resumed run sees others than an uninterrupted one "
-                "(`ganscale shards index` makes the order exact)",
-                config.path,
+                f"data.path={config.path} is streamed in random order: the images seen depend on "
+                "the number of ranks and workers, and a resumed run sees others than an "
+                "uninterrupted one (`ganscale shards index` makes the order exact)"
             )
         share = global_batch_size // world_size
         self._slots = images_seen + rank * share + torch.arange(share)
@@ -81,18 +84,15 @@ class StreamLoader(Iterator[Batch]):
         self._streams = [_Stream(urls, config, seed, share, allocate, count) for seed in seeds]
         # One thread each, also without workers: the caller has to notice a dead server.
         self._threads = [DaemonThreadPool(1, f"stream-{i}") for i in range(count)]
+        self._turns = itertools.cycle(zip(self._streams, self._threads, strict=True))
         self._started: deque[tuple[_Stream, Future[Batch]]] = deque()
-        self._next_stream = 0
 
     def __next__(self) -> Batch:
-        """Raises UserError when the shards hold nothing that can be used, and UnavailableError when
-        nothing comes from them; again at every further call."""
+        """Raises UserError when no sample can be used, and UnavailableError when no data arrives;
+        again at every further call."""
         while len(self._started) < 2 * len(self._streams):
-            i = self._next_stream
-            self._started.append(
-                (self._streams[i], self._threads[i].submit(self._streams[i].batch))
-            )
-            self._next_stream = (i + 1) % len(self._streams)
+            stream, thread = next(self._turns)
+            self._started.append((stream, thread.submit(stream.batch)))
         batch = self._wait(*self._started[0])
         self._started.popleft()
         slots, self._slots = self._slots, self._slots + self._global_batch_size
@@ -153,7 +153,7 @@ class _Stream:
         self._samples: Iterator[dict[str, Any]] = iter(pipeline)
 
     def batch(self) -> Batch:
-        """The next images and labels; slots are not known here."""
+        """The next images and labels; slots are set by StreamLoader."""
         self._started_at = time.monotonic()
         self._bad_samples.clear()
         images = self._allocate(self._shape)
@@ -174,12 +174,14 @@ class _Stream:
         """Fills `pixels` from the next usable sample; returns its label."""
         for _ in range(SAMPLES_TRIED):
             sample = next(self._samples)
-            shard, key = shard_name(sample["__url__"]), sample["__key__"]
             try:
-                _check_sizes(sample)
+                for member in sample.values():
+                    if isinstance(member, int):  # its size: it was not read
+                        raise too_large(member)
                 label = self._label(sample)
                 decode_into(_image(sample), pixels)
-            except DecodeError as error:
+            except BadSampleError as error:
+                shard, key = shard_name(sample["__url__"]), sample["__key__"]
                 self._bad_samples.append(BadSample(shard, error.reason, key, error.detail))
                 continue
             self._has_yielded = True
@@ -187,19 +189,18 @@ class _Stream:
         raise too_many_in_a_row(self._bad_samples[-1])
 
     def _label(self, sample: dict[str, Any]) -> int:
-        """-1 without one. Raises DecodeError when it is not one of the expected classes."""
+        """-1 without one. Raises BadSampleError when it is not one of the expected classes."""
         labels = (parse_label(sample.get(extension), extension) for extension in LABEL_EXTENSIONS)
         label = next((label for label in labels if label is not None), -1)
         classes = self._config.class_count
         if classes and not 0 <= label < classes:
             has = "has no label" if label < 0 else f"has label {label}"
             expected = f"not one of data.class_count={classes} classes"
-            raise DecodeError(f"{has}, {expected}", "no class")
+            raise BadSampleError(f"{has}, {expected}", "no class")
         return label
 
     def _samples_of_shards(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """WebDataset's samples, shard by shard: the rest of a damaged one is never joined with
-        members of the next one."""
+        """Shard by shard: the rest of a damaged one is never joined with members of the next."""
         empty = 0
         for shard in shards:
             empty += 1
@@ -214,16 +215,8 @@ class _Stream:
                 )
 
 
-def _check_sizes(sample: dict[str, Any]) -> None:
-    """Raises DecodeError when a member was too large to be read."""
-    for size in sample.values():
-        if isinstance(size, int):
-            detail = f"has {size:,} bytes, more than {LARGEST_IMAGE_BYTES >> 20} MiB"
-            raise DecodeError(detail, "too large")
-
-
 def _image(sample: dict[str, Any]) -> bytes:
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
             return sample[extension]
-    raise DecodeError("has no image", "no image")
+    raise BadSampleError("has no image", "no image")

@@ -31,18 +31,14 @@ _LONG_HEADERS = (
 
 def is_streamed(path: str) -> bool:
     """Whether `data.path` names tars rather than a data set with a manifest."""
-    if path.startswith("pipe:") or path.endswith(".tar"):
-        return True
-    return ".tar" in path and any(character in path for character in "{*?[")
+    is_pattern = ".tar" in path and any(character in path for character in "{*?[")
+    return is_pattern or path.startswith(objects.PIPE) or path.endswith(".tar")
 
 
 def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
     """The shards that `path` names: patterns joined by ::, with braces, and with wildcards on disk
-    and in stores that can be listed.
-
-    Raises UserError for wildcards that match nothing, for braces that are not closed, and for
-    commands that WDS_SECURE forbids; UnavailableError as `objects.expand`.
-    """
+    and in stores that can be listed. Raises as `objects.expand`, and UserError for commands that
+    WDS_SECURE forbids."""
     urls: list[str] = []
     for pattern in path.split("::"):
         if not objects.is_remote(pattern):
@@ -52,9 +48,8 @@ def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
                 urls.extend(objects.expand_braces(pattern))
                 continue
         urls.extend(objects.expand(pattern, retry_seconds))
-    if utils.enforce_security and any(  # pyright: ignore[reportAttributeAccessIssue]
-        url.startswith(objects.PIPE) for url in urls
-    ):
+    is_secured = utils.enforce_security  # pyright: ignore[reportAttributeAccessIssue]
+    if is_secured and any(url.startswith(objects.PIPE) for url in urls):
         raise UserError(f"WDS_SECURE=1 in the environment forbids the command data.path={path}")
     return urls
 
@@ -74,7 +69,6 @@ def stream_identity(urls: Sequence[str]) -> str:
 class StreamedTars:
     """Reads one tar after the other, in one thread; any other thread may `stop` it.
 
-    retry_seconds: how long a store or command may fail
     report: called with each tar that is damaged
     Attributes: `url`, the tar being read; `last_read_at`, when bytes last came, in monotonic
     seconds; `damage`, what is wrong with the last tar, if anything.
@@ -93,11 +87,9 @@ class StreamedTars:
 
     def samples(self, url: str) -> Iterator[dict[str, Any]]:
         """WebDataset's samples of the tar at `url`: dicts of bytes by extension, and __key__. A
-        member of more than LARGEST_IMAGE_BYTES is replaced by its size, an int.
-
-        A tar that cannot be opened or is damaged ends early and is reported. Raises
-        UnavailableError for a store or command that failed for too long.
-        """
+        member of more than LARGEST_IMAGE_BYTES is replaced by its size, an int. A tar that cannot
+        be opened or is damaged ends early and is reported. Raises UnavailableError for a store or
+        command that failed for too long."""
         self.url, self.damage = url, ""
         problem: Exception | None = None
 
@@ -129,10 +121,9 @@ class StreamedTars:
 
     def _opened(self, url: str) -> AbstractContextManager[Any]:
         self._check_stopped()
-        if not objects.is_remote(url):
-            return open(url, "rb")  # noqa: PTH123
-        seconds, stall = self._retry_seconds, objects.STALL_SECONDS
-        return objects.open_stream(url, seconds, stall_seconds=stall, stopped=self._stopped)
+        if objects.is_remote(url):
+            return objects.open_stream(url, self._retry_seconds, stopped=self._stopped)
+        return Path(url).open("rb")
 
     def _on_read(self, data: bytes) -> None:
         if data:
@@ -153,31 +144,25 @@ class _CutError(tarfile.ReadError):
 
 
 class _TarBytes:
-    """A stream that knows whether it is at its end, and whether that is the end of a tar: two
-    blocks of zeros."""
+    """A stream that counts reads at its end, and knows whether that is the end of a tar: two blocks
+    of zeros."""
 
     def __init__(self, stream: Any, on_read: Callable[[bytes], None]) -> None:
-        self._stream = stream
-        self._on_read = on_read
+        self._stream, self._on_read = stream, on_read
         self._last = b""
-        self._reads_at_end = 0
+        self.reads_at_end = 0
         self.is_compressed = False
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
         self._on_read(data)
-        if not data:
-            self._reads_at_end += 1
-            if self._reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
-                raise _CutError("unexpected end of data")
+        self.reads_at_end += not data
+        if self.reads_at_end > _READS_AT_END:  # tarfile goes on, 10 KiB at a time
+            raise _CutError("unexpected end of data")
         if not self._last:
             self.is_compressed = data.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
         self._last = (self._last + data[-_END_BYTES:])[-_END_BYTES:]
         return data
-
-    @property
-    def is_at_end(self) -> bool:
-        return self._reads_at_end > 0
 
     @property
     def is_complete(self) -> bool:
@@ -212,7 +197,7 @@ def _members(
                 yield {"fname": member.name, "data": data, "__url__": url}
     except Exception as error:
         # tarfile has one error for a cut archive and for a file that is not an archive.
-        is_cut = isinstance(error, (tarfile.TarError, EOFError)) and has_header and tar.is_at_end
+        is_cut = isinstance(error, (tarfile.TarError, EOFError)) and has_header and tar.reads_at_end
         note(_CutError(*error.args) if is_cut else error)
 
 
@@ -220,14 +205,13 @@ def _damaged_tar(url: str, error: Exception) -> BadSample:
     detail = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, OSError):
         detail = error.strerror or detail
-    if isinstance(error, _CutError):
-        reason, sentence = "cut", "is cut"
-    elif isinstance(error, (tarfile.TarError, EOFError)):
-        reason, sentence = "no tar", "is not a tar"
-    elif isinstance(error, (OSError, UserError)):
-        reason, sentence = "cannot be read", "cannot be read"
-    else:
-        reason, sentence = "damaged", "is damaged"
+    kinds = (
+        (_CutError, "cut", "is cut"),
+        ((tarfile.TarError, EOFError), "no tar", "is not a tar"),
+        ((OSError, UserError), "cannot be read", "cannot be read"),
+        (Exception, "damaged", "is damaged"),
+    )
+    reason, sentence = next(texts for kind, *texts in kinds if isinstance(error, kind))
     detail = detail.removeprefix(f"{objects.shown(url)}: ")
     return BadSample(shard_name(url), reason, "", f"{sentence}: {detail[:200]}")
 
