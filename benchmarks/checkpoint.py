@@ -27,9 +27,9 @@ import torch
 from benchmarks.ours import Ours, config_of, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import spread
+from ganscale.checkpoints.background_writer import CheckpointWriter, HostMemory
 from ganscale.checkpoints.checkpoint import write_checkpoint
 from ganscale.checkpoints.retention import prune
-from ganscale.checkpoints.writer import CheckpointWriter, HostMemory
 from ganscale.runtime import Runtime
 from ganscale.schema import CheckpointConfig
 from ganscale.training.state import TrainingState

@@ -2,10 +2,12 @@
 
 A convolution and a mean over 2x2 pixels are together a convolution with stride 2 and a kernel
 larger by one. So are, transposed, a nearest up-sampling and a convolution. That takes 4/9 of the
-multiplications of a 3x3 kernel. The functions here are the definition; in a training step
-`objectives.fast_derivatives.FastDerivatives` replaces them with the faster form.
+multiplications of a 3x3 kernel. The two convolutions here are the definition; in a training step
+`objectives.fast_derivatives.FastDerivatives` replaces them with the faster form, whose kernels
+`pooled_kernel` and `upsampled_kernel` make.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import wrap_torch_function
@@ -33,6 +35,28 @@ def upsample_and_convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -
     """
     larger = F.interpolate(images, scale_factor=2.0, mode="nearest")
     return F.conv2d(larger, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def pooled_kernel(weight: Tensor) -> Tensor:
+    """The kernel that, with stride 2, does the work of `weight` and a mean over 2x2 pixels.
+
+    The mean of the convolution at four neighbouring pixels is one convolution with the mean of the
+    kernel at four neighbouring positions.
+    (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the same memory format.
+    """
+    return F.avg_pool2d(F.pad(weight, [1] * 4), 2, stride=1)
+
+
+def upsampled_kernel(weight: Tensor) -> Tensor:
+    """The kernel of the transposed convolution with stride 2 that does the work of a nearest
+    up-sampling and `weight`: `pooled_kernel` transposed, with a sum for the mean.
+
+    (outputs, inputs, k, k) to (inputs, outputs, k + 1, k + 1), in the same memory format.
+    """
+    is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_channels_last else torch.contiguous_format
+    flipped = weight.transpose(0, 1).contiguous(memory_format=layout).flip(2, 3)
+    return 4 * pooled_kernel(flipped)
 
 
 class _SameConv2d(nn.Conv2d):

@@ -209,24 +209,3 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
         return rows.view(len(rows), *like.shape[1:])
     channels, height, width = like.shape[1:]
     return rows.view(len(rows), height, width, channels).permute(0, 3, 1, 2)
-
-
-def pooled_kernel(weight: Tensor) -> Tensor:
-    """The kernel that, with stride 2, does the work of `weight` and a mean over 2x2 pixels.
-
-    The mean of the convolution at four neighbouring pixels is one convolution with the mean of the
-    kernel at four neighbouring positions.
-    (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the same memory format.
-    """
-    return F.avg_pool2d(F.pad(weight, [1] * 4), 2, stride=1)
-
-
-def upsampled_kernel(weight: Tensor) -> Tensor:
-    """The kernel of the transposed convolution with stride 2 that does the work of a nearest
-    up-sampling and `weight`: `pooled_kernel` transposed, with a sum for the mean.
-
-    (outputs, inputs, k, k) to (inputs, outputs, k + 1, k + 1), in the same memory format.
-    """
-    layout = torch.channels_last if _is_channels_last(weight) else torch.contiguous_format
-    flipped = weight.transpose(0, 1).contiguous(memory_format=layout).flip(2, 3)
-    return 4 * pooled_kernel(flipped)

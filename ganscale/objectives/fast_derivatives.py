@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ganscale.networks.resampling import convolve_and_pool, upsample_and_convolve
+from ganscale.networks.resampling import (
+    convolve_and_pool,
+    pooled_kernel,
+    upsample_and_convolve,
+    upsampled_kernel,
+)
 from ganscale.objectives.double_backward import FastAvgPool2d, FastConvolution, FastLeakyReLU
 from ganscale.objectives.fast_convolutions import (
     ConvolutionSettings,
@@ -26,8 +31,6 @@ from ganscale.objectives.fast_convolutions import (
     convolve,
     is_im2col_faster,
     is_subpixel_faster,
-    pooled_kernel,
-    upsampled_kernel,
 )
 
 Sizes = int | Sequence[int]

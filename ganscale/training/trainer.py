@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ganscale.checkpoints.writer import CheckpointWriter
+from ganscale.checkpoints.background_writer import CheckpointWriter
 from ganscale.config import Resolved
 from ganscale.data.batch import allocate_batch
 from ganscale.data.dataset import open_data

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from ganscale.checkpoints.background_writer import CheckpointWriter
 from ganscale.checkpoints.checkpoint import find_damage, load_state, load_tensors, newest_checkpoint
-from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
 
 KEEP = CheckpointConfig(keep_last=2)

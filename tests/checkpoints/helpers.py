@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ganscale.checkpoints.background_writer import Files, HostMemory
 from ganscale.checkpoints.checkpoint import write_checkpoint
-from ganscale.checkpoints.writer import Files, HostMemory
 
 
 def save_checkpoint(root: Path, images_seen: int, files: Files, state: Mapping[str, Any]) -> Path:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from ganscale.checkpoints import checkpoint
+from ganscale.checkpoints.background_writer import CheckpointWriter
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
-from ganscale.checkpoints.writer import CheckpointWriter
 from ganscale.schema import CheckpointConfig
 from tests.helpers.disks import remount, small_disk
 from tests.helpers.files import bytes_of, names
