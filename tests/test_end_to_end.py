@@ -56,9 +56,9 @@ def test_a_run_leaves_its_folder_as_documented(trained: Path) -> None:
 def test_every_loss_stands_in_the_panel_of_every_row(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if "loss/critic" in row):
-        for player in ("critic", "generator"):
+        for role in ("critic", "generator"):
             for loss in LOSSES:
-                assert math.isfinite(row[f"panel/{player}/{loss}"])
+                assert math.isfinite(row[f"panel/{role}/{loss}"])
 
 
 def test_samples_are_the_same_for_any_count_and_go_to_grid_folder_and_shards(

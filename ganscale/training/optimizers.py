@@ -76,7 +76,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
         if key not in expected:
-            raise ValueError(f"{key} is no state of {type(optimizer).__name__}")
+            raise ValueError(f"{key} is not a state of {type(optimizer).__name__}")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
             tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -90,8 +90,8 @@ def test_a_penaltys_gradient_norms_have_mean_deviation_and_maximum(runtime, monk
         found = points(*arguments)
         for image in found["wgan_gp"]:
             image = image[None].clone().requires_grad_()
-            (slope,) = torch.autograd.grad(critic(image).sum(), image)
-            norms.append(slope.norm().item())
+            (gradient,) = torch.autograd.grad(critic(image).sum(), image)
+            norms.append(gradient.norm().item())
         return found
 
     monkeypatch.setattr(type(cycle.objective), "penalty_points", lambda _, *rest: noting(*rest))
@@ -114,8 +114,8 @@ def test_without_a_penalty_the_critics_input_gradient_norm_is_measured(runtime, 
     norms = []
     for image in seen:
         image = image[None].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(critic(image).mean(), image)
-        norms.append(slope.norm().item())
+        (gradient,) = torch.autograd.grad(critic(image).mean(), image)
+        norms.append(gradient.norm().item())
     assert len(norms) == 8
     assert row["input_gradient_norm/real_mean"] == pytest.approx(np.mean(norms), rel=1e-9)
     assert row["input_gradient_norm/real_std"] == pytest.approx(np.std(norms), rel=1e-6)
