@@ -133,7 +133,7 @@ def test_a_row_with_a_loss_that_is_no_number_counts_it(folder, runtime, monkeypa
 
 
 def test_weights_do_not_depend_on_how_often_rows_are_logged(folder, runtime):
-    """With a penalty, with a lazy one, and without: then the gradient norm at real images is measured."""
+    """With a penalty, a lazy one and none, when the gradient norm at real images is measured."""
     for name, setting in (("always", "weight=10"), ("lazy", "interval=3"), ("never", "weight=0")):
         ends = []
         for every in (8, 80):
