@@ -104,7 +104,7 @@ def test_a_server_that_comes_back_gets_all_rows_within_the_session(
     with_account, run_folder, server
 ):
     server.stop()
-    process = paused(with_account, run_folder, finish_seconds=30)
+    process = paused(with_account, run_folder, finish_seconds=DEADLINE_SECONDS // 2)
     time.sleep(1)
     # The client gives rows up when they are refused, and does not say so.
     server.fault = lambda path: 403 if path.endswith("file_stream") else None
@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_for_a_while(with_account, run_folder, server):
 def test_rows_of_a_training_that_is_killed_are_sent_after_its_death(
     with_account, run_folder, server
 ):
-    process = paused(with_account, run_folder)
+    process = paused(with_account, run_folder, finish_seconds=DEADLINE_SECONDS // 2)
     (uploader,) = psutil.Process(process.pid).children()
     process.kill()
     process.communicate(timeout=DEADLINE_SECONDS)
