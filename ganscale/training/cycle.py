@@ -121,15 +121,13 @@ class Cycle:
         """The fakes of these batches from one forward, where that saves collectives; else none."""
         if not self._makes_fakes_together or len(batches) < 2:
             return ()
-        device = self.runtime.device
+        device, has_classes = self.runtime.device, self.state.num_classes > 0
         slots = torch.cat([batch.slots.to(device) for batch in batches])
-        labels = None
-        if self.state.num_classes:
-            labels = torch.cat([batch.labels.to(device) for batch in batches])  # type: ignore[union-attr]
+        labels = [b.labels.to(device) for b in batches if has_classes and b.labels is not None]
         if is_logged:  # time spent waiting for other ranks is not the fakes'
             self.runtime.barrier()
         with section("fakes together"), concatenated_batches(len(batches)):
-            return self._fakes(slots, labels).chunk(len(batches))
+            return self._fakes(slots, torch.cat(labels) if labels else None).chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
         """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
