@@ -210,7 +210,7 @@ def test_shards_that_do_not_go_together_are_named(data_set):
     write_tar(data_set / "c.tar", [("0.png", png(0))])
     with pytest.raises(UserError, match=r"c\.tar is not labelled, unlike a\.tar"):
         build_manifest(data_set)
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="neither a folder, nor a shard"):
         build_manifest(data_set / "nowhere")
     (data_set / "empty").mkdir()
     with pytest.raises(UserError, match=r"no \*\.tar in"):
