@@ -80,7 +80,7 @@ class Runs:
             printed = "".join(map(processes.printed, range(ranks)))
         finally:
             processes.end()
-        assert exit_codes == [exit_code] * ranks, printed
+        assert exit_codes == [exit_code] * ranks, f"{exit_codes}: {printed}"
         return printed
 
     def rows(self, name: str) -> list[dict]:
