@@ -191,14 +191,7 @@ def write_shards(
     max_bad: share of bad images above which UserError is raised
     """
     listing = list_images(source, classes)
-    is_unchanged = resolution is None and channels is None
-    if image_format is None:
-        image_format = "keep" if is_unchanged and listing.kind != "bundled" else "png"
-    if image_format == "keep" and not is_unchanged:
-        raise UserError("the format keep stores files as they are: drop resolution and channels")
-    if channels is None:
-        channels = 1 if (listing.kind, listing.path) == ("bundled", "mnist") else 3
-    encoding = Encoding(resolution, channels, image_format, quality)
+    encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
     if shard_samples is None:
         shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
@@ -224,6 +217,23 @@ def write_shards(
         else:
             manifest = Manifest.load(root)
     return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
+
+
+def _choose_encoding(
+    listing: Source,
+    resolution: int | None,
+    channels: int | None,
+    image_format: str | None,
+    quality: int | None,
+) -> Encoding:
+    is_unchanged = resolution is None and channels is None
+    if image_format is None:
+        image_format = "keep" if is_unchanged and listing.kind != "bundled" else "png"
+    if image_format == "keep" and not is_unchanged:
+        raise UserError("the format keep stores files as they are: drop resolution and channels")
+    if channels is None:
+        channels = 1 if (listing.kind, listing.path) == ("bundled", "mnist") else 3
+    return Encoding(resolution, channels, image_format, quality)
 
 
 def describe_bad_images(bad_images: BadImages) -> str:
