@@ -7,7 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.invariance import Combination, config_of, synthetic_batch
+from ganscale.objectives.objective import build_objective
+from ganscale.training.cycle import Cycle
 from ganscale.training.ema import ema_copy, ema_decay, update_ema
+from ganscale.training.state import TrainingState
 
 
 def network(value: float) -> nn.Sequential:
@@ -101,3 +105,29 @@ def test_early_on_the_half_life_is_a_fraction_of_the_images_seen():
 def test_a_half_life_of_zero_keeps_nothing(seen, half_life, ramp_up):
     assert ema_decay(64, seen, half_life, ramp_up) == 0
     assert ema_decay(10**9, 1, 1e-300, 1) == 0
+
+
+def test_a_cycle_updates_the_ema_once_after_the_generator_for_the_images_it_has_seen(runtime):
+    """Written out: a half-life of min(h, r n) images after n; e <- d e + (1 - d) g per cycle."""
+    config = config_of(Combination("wgan", "wgan_gp"), 1, "float64")
+    config.ema.half_life_images, config.ema.ramp_up = 40, 1.5
+    objective = build_objective(config.objective)
+    state = TrainingState(config, objective, runtime, 0)
+    cycle = Cycle(config, objective, runtime, state)
+    assert cycle.images == 16
+
+    def weights(network: nn.Module) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in network.parameters()])
+
+    before: list[torch.Tensor] = []
+    expected = weights(state.ema)
+    for seen, half_life in ((16, 24), (32, 40), (48, 40)):
+        batches = [synthetic_batch(config, runtime, state.images_seen + 8 * k) for k in range(2)]
+        start = weights(state.generator)
+        cycle.run(batches, is_logged=False, before_ema=lambda _: before.append(weights(state.ema)))
+        assert state.images_seen == seen
+        torch.testing.assert_close(before[-1], expected, rtol=1e-12, atol=1e-14)
+        assert not torch.equal(start, weights(state.generator))
+        decay = 0.5 ** (16 / half_life)
+        expected = decay * expected + (1 - decay) * weights(state.generator)
+        torch.testing.assert_close(weights(state.ema), expected, rtol=1e-12, atol=1e-14)
