@@ -2,6 +2,8 @@
 
 import argparse
 
+ALLOW_CHANGED_CODE = "use the weights although the network's code has changed since"
+
 
 def positive_int(text: str) -> int:
     """The integer in `text`. Raises ArgumentTypeError if it is below 1."""

@@ -26,12 +26,15 @@ def run(arguments: argparse.Namespace) -> None:
         return
     resolved = resolve(arguments.settings)
     if arguments.check:
+        import torch
+
         from ganscale.data.dataset import open_data
         from ganscale.objectives.objective import build_objective
         from ganscale.training.network_setup import build_networks, class_count
 
-        build_objective(resolved.config.objective)
+        objective = build_objective(resolved.config.objective)
         data = open_data(resolved.config.data)
         data.check(1.0)
-        build_networks(resolved.config, class_count(resolved.config, data))
+        num_classes = class_count(resolved.config, data)
+        build_networks(resolved.config, objective, num_classes, torch.device("cpu"))
     print(annotated_yaml(resolved, explain=arguments.explain), end="")

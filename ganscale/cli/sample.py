@@ -5,7 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from ganscale.cli.arguments import positive_int
+from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
 from ganscale.errors import UserError
 
 
@@ -27,6 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--class", dest="label", type=int, metavar="N", help="class (default: all in turn)")
     add("--interpolate", action="store_true", help="interpolate two latents in each row")
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
+    add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
     parser.set_defaults(run=run)
 
 
@@ -40,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("choose an output: --grid PNG, --folder DIR or --shards DIR")
     count = arguments.count
     columns = arguments.columns or max(1, round(math.sqrt(count)))
-    generator, latent_dim, num_classes = load_run_generator(arguments.run_folder, arguments.weights)
+    generator, latent_dim, num_classes = load_run_generator(
+        arguments.run_folder, arguments.weights, allow_changed_code=arguments.allow_changed_code
+    )
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise UserError(f"--class {arguments.label}: this run has {classes}")
