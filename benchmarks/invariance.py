@@ -187,7 +187,8 @@ def record(config: Config, runtime: Runtime) -> Record:
     found: Record = {}
     while state.images_seen < config.training.total_images:
         steps, seen = range(config.objective.n_critic), state.images_seen
-        batches = [synthetic_batch(config, runtime, seen + GLOBAL_BATCH * step) for step in steps]
+        size = config.training.global_batch_size
+        batches = [synthetic_batch(config, runtime, seen + size * step) for step in steps]
 
         def record_critic(phase: str, start: int = seen) -> None:
             if state.images_seen > start:  # a phase that follows a critic step
@@ -249,10 +250,10 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def largest_error(found: Record, expected: Record) -> tuple[float, str]:
+def largest_error(found: Record, expected: Record, floor: float = 0.0) -> tuple[float, str]:
     """(the largest relative error, where it is); infinite if anything is missing or NaN.
 
-    Relative to the largest element of its kind; for a meter, to itself or 1.
+    Relative to the largest element of its kind, or to `floor`; for a meter, to itself or 1.
     """
     worst = (0.0, "no difference")
     for kind, tensors in expected.items():
@@ -261,7 +262,7 @@ def largest_error(found: Record, expected: Record) -> tuple[float, str]:
         sizes = {name: tensor.abs().max().item() for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             is_meter = kind.startswith("meters")
-            size = max(sizes[name], 1.0) if is_meter else max(sizes.values())
+            size = max(sizes[name], 1.0) if is_meter else max(floor, *sizes.values())
             difference = (found[kind][name].double() - tensor.double()).abs().max().item()
             error = difference / size if size > 0 else difference
             if not math.isfinite(error):

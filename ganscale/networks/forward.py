@@ -21,7 +21,10 @@ def run_network(
     Raises UserCodeError for whatever the network raises, with the line of its code.
     """
     try:
-        return network(inputs) if labels is None else network(inputs, labels)
+        outputs = network(inputs) if labels is None else network(inputs, labels)
+        # A critic that squeezes its output returns a scalar for a batch of one.
+        is_scalar = isinstance(outputs, Tensor) and outputs.ndim == 0 and len(inputs) == 1
+        return outputs[None] if is_scalar else outputs
     except (GanscaleError, torch.OutOfMemoryError):
         raise
     except Exception as error:

@@ -48,6 +48,8 @@ class GlobalBatchNorm(nn.Module):
         if self.training and _batch_count > 1:
             return self._forward_concatenated(images.chunk(_batch_count))
         affine = self.weight, self.bias
+        if len(images) == 1:  # see _BatchNormFunction.backward
+            images = images.contiguous()
         if not self.training or get_world_size() == 1:
             running = self.running_mean, self.running_var
             return F.batch_norm(images, *running, *affine, self.training, self.momentum, self.eps)
@@ -125,6 +127,10 @@ class _BatchNormFunction(torch.autograd.Function):
         """Ioffe & Szegedy 2015, the equations after algorithm 1: the gradient of an image comes
         from its own output, and, through mean and variance, from the outputs of all ranks."""
         images, weight, mean, variance = ctx.saved_tensors
+        if len(images) == 1:
+            # On a CPU, torch 2.13 misreads a single image or gradient in channels last whose stride
+            # over the batch is not that of a whole image.
+            grad = grad.contiguous()
         # Terms cancel below: in bfloat16 they would be rounded first.
         wide_images, grad = images.to(mean.dtype), grad.to(mean.dtype)
         deviation = (variance + ctx.eps).sqrt()

@@ -8,7 +8,7 @@ implementation is as good.
 derivatives; the two mix freely. `order=1` is for forwards that are differentiated once or never: it
 replaces average pools and the convolutions that `fast_convolutions` speeds up.
 
-Both correct torch's instance norm, which has a wrong gradient for a batch of one image.
+Both work around two errors of torch's norms on a CPU (`_norm_per_channel`, `_group_norm`).
 """
 
 from collections.abc import Callable, Sequence
@@ -52,13 +52,12 @@ class FastDerivatives(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if (norm := _NORMS.get(func)) is not None and not torch.compiler.is_compiling():
+            return norm(func, *args, **kwargs)
         output, replacement = None, _REPLACEMENTS.get(func)
         if replacement is not None and not _is_traced():
             output = replacement(*args, **kwargs, order=self._order)
-        output = func(*args, **kwargs) if output is None else output
-        if func in _INSTANCE_NORMS and len(output) == 1 and output.requires_grad:
-            output.register_hook(_in_canonical_layout)
-        return output
+        return func(*args, **kwargs) if output is None else output
 
 
 # Each of these has the parameters of the function that it replaces, plus `order`.
@@ -170,13 +169,31 @@ def _upsample_and_convolve(
     return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
 
 
-def _in_canonical_layout(grad: Tensor) -> Tensor:
-    """On a CPU, torch's instance norm takes the gradient of a batch of one image, which may be in
-    channels last, for contiguous, and returns a wrong one (seen in torch 2.13)."""
-    return grad.contiguous()
+def _norm_per_channel(
+    func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """On a CPU, torch 2.13 misreads a single image or gradient in channels last whose stride over
+    the batch is not that of a whole image, and returns a wrong gradient."""
+    if len(input) > 1 or input.device.type != "cpu":
+        return func(input, *args, **kwargs)
+    output = func(input.contiguous(), *args, **kwargs)
+    if output.requires_grad:
+        output.register_hook(lambda grad: grad.contiguous())
+    return output
 
 
-_INSTANCE_NORMS = F.instance_norm, torch.instance_norm
+def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """torch 2.13 crashes on a CPU in a backward that needs the gradient of a weight, but not that
+    of images in channels last, such as the images of a batch."""
+    is_at_risk = input.device.type == "cpu" and torch.is_grad_enabled()
+    return func(input.contiguous() if is_at_risk else input, *args, **kwargs)
+
+
+_NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys([F.instance_norm, torch.instance_norm], _norm_per_channel),
+    **dict.fromkeys([F.batch_norm, torch.batch_norm], _norm_per_channel),
+    **dict.fromkeys([F.group_norm, torch.group_norm], _group_norm),
+}
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),

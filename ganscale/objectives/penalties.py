@@ -8,7 +8,7 @@ of all when the norm is near 1.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,8 @@ def input_gradients(
     patch_score: "mean" takes the mean of an image's logits for its score
     is_differentiable: whether the gradients can be differentiated again
     """
-    # Of torch's attention kernels, only the one made of other operators has second derivatives.
-    kernels = sdpa_kernel(SDPBackend.MATH) if is_differentiable else nullcontext()
-    with autocast(images.device, precision), kernels:
+    attention = twice_differentiable_attention(is_differentiable)
+    with autocast(images.device, precision), attention:
         images = at_least_float32(images.detach()).requires_grad_()
         with FastDerivatives(order=2 if is_differentiable else 1):
             logits = at_least_float32(critic(images, labels))
@@ -79,6 +78,15 @@ def input_gradients(
         score = logits.sum() if patch_score == "sum" else logits.sum() / logits[0].numel()
         (gradients,) = torch.autograd.grad(score, images, create_graph=is_differentiable)
         return gradients
+
+
+def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[None]:
+    """Within, scaled dot product attention has second derivatives if they are needed. torch's fused
+    kernels are faster, but have none.
+
+    For the backward, too: activation checkpointing repeats forwards there.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if is_needed else nullcontext()
 
 
 def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:

@@ -13,6 +13,7 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import buffers_restored
 from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
 from ganscale.objectives.losses import Logits
+from ganscale.objectives.penalties import twice_differentiable_attention
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import build_optimizer, learning_rate_factor
@@ -75,11 +76,13 @@ class NetworkUpdater:
         if count > 1 and self._step.needs_global_batch:
             inputs = {**inputs, "gradients": self._logit_gradients(inputs, count)}
         outputs: list[StepOutput] = []
+        has_penalties = bool(inputs.get("points"))
         for index in range(count):
             # Forward and backward both inside `no_sync`: with only one of them inside, DDP skips
             # the averaging silently.
             is_last = index == count - 1
-            with nullcontext() if is_last else self._runtime.no_sync(self._wrapped):
+            sync = nullcontext() if is_last else self._runtime.no_sync(self._wrapped)
+            with sync, twice_differentiable_attention(has_penalties):
                 with section(f"{self.name} forward"):
                     micro_batch = _micro_batch(inputs, index, count)
                     output: StepOutput = self._wrapped(**micro_batch, micro_batches=count)

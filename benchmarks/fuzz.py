@@ -1,0 +1,308 @@
+"""Random networks are refused with a sentence, or train alike on any cluster.
+
+    python -m benchmarks.fuzz [--quick] [--count N] [--first N] [--json FILE]
+
+Pairs of a random critic and a random generator (`benchmarks.fuzz_networks`) train for two cycles in
+float64, with a loss, penalties, a memory format and a batch size that are random, too: on one rank,
+on two (over gloo), and in a loop of plain autograd that has nothing of ganscale's steps and
+derivatives. The gradients of every update and the final weights have to agree.
+
+A refusal has to be right, too: if networks are refused because they fail, they also fail in plain
+autograd, and if for depending on the cluster, one has a layer that was made to.
+
+`ratio` is the largest difference, relative to the largest element of its kind. Each row counts the
+pairs that ended in one way. The exit code is 1 if any pair failed.
+"""
+
+import json
+import random
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.fuzz_networks import Offence
+from benchmarks.invariance import (
+    Combination,
+    Record,
+    config_of,
+    gradients,
+    largest_error,
+    record,
+    synthetic_batch,
+)
+from benchmarks.ranks import run_ranks
+from benchmarks.report import Row, argument_parser, report
+from benchmarks.rivals import formulas
+from ganscale.data.images.preprocessing import to_network_range
+from ganscale.errors import UserCodeError, UserError
+from ganscale.networks.forward import update_spectral_norms
+from ganscale.objectives.objective import build_objective
+from ganscale.objectives.penalties import Draws
+from ganscale.randomness import normal
+from ganscale.runtime import Runtime
+from ganscale.schema import Config, CriticConfig, GeneratorConfig
+from ganscale.training.network_setup import build_unchecked_networks
+
+TOLERANCE, FLOAT32_TOLERANCE = 1e-8, 1e-4  # the latter for networks that cast to float32
+# A difference that is this many times what a disturbance of the size of rounding makes is an error.
+_DISTURBANCE, _AMPLIFICATION = 1e-14, 100
+_SMALLEST = 1e-4  # gradients below may cancel to rounding
+CHUNK = 250  # pairs per start of the ranks
+COUNT, QUICK_COUNT = 5000, 60
+_LOSSES = ("wgan", "non_saturating", "hinge", "relativistic", "relativistic_average", "lsgan")
+_PENALTIES = ("none", "wgan_gp", "wgan_gp", "r1+r2", "lazy_r1", "wgan_lp")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a pair ended. what: "agrees", or the first words of the refusal or the error"""
+
+    number: int
+    what: str
+    error: float = 0.0
+
+
+def config_of_pair(number: int) -> Config:
+    chance = random.Random(number)
+    combination = Combination(chance.choice(_LOSSES), chance.choice(_PENALTIES))
+    config = config_of(combination, 1, "float64")
+    networks = "benchmarks.fuzz_networks"
+    config.generator = GeneratorConfig(f"{networks}:RandomGenerator", 6, {"number": number})
+    config.critic = CriticConfig(f"{networks}:RandomCritic", {"number": number})
+    config.training.memory_format = chance.choice(("channels_last", "contiguous"))
+    batch = chance.choice((2, 4, 8))  # with two ranks, down to one image each
+    config.training.global_batch_size = batch
+    config.training.total_images = 4 * batch
+    return config
+
+
+class ContiguousGroupNorms(TorchFunctionMode):
+    """In channels last, torch 2.13 can crash in their backward."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.group_norm:
+            args = args[0].contiguous(), *args[1:]
+        return func(*args, **(kwargs or {}))
+
+
+def plain_record(
+    config: Config,
+    runtime: Runtime,
+    layout: torch.memory_format = torch.contiguous_format,
+    disturbance: float = 0.0,
+) -> Record:
+    """The gradients of every update and the final weights, by plain autograd and torch's Adam.
+
+    disturbance: of all initial weights, relative
+    """
+    generator, critic = (
+        network.double().to(memory_format=layout)  # type: ignore[call-overload]
+        for network in build_unchecked_networks(config, 0)
+    )
+    with torch.no_grad():
+        for parameter in (*generator.parameters(), *critic.parameters()):
+            parameter *= 1 + disturbance
+    # torch's fused attention has no second derivatives.
+    with ContiguousGroupNorms(), sdpa_kernel(SDPBackend.MATH):
+        return _plain_record(generator, critic, config, runtime, layout, disturbance)
+
+
+def _plain_record(
+    generator: nn.Module,
+    critic: nn.Module,
+    config: Config,
+    runtime: Runtime,
+    layout: torch.memory_format,
+    disturbance: float,
+) -> Record:
+    settings = {"lr": 5e-3, "betas": (0.5, 0.9), "eps": 1e-2}
+    optimizers = [torch.optim.Adam(n.parameters(), **settings) for n in (critic, generator)]
+    loss = formulas.LOSSES[config.objective.loss.name]
+    objective = build_objective(config.objective)
+    batch_size, found = config.training.global_batch_size, {}
+    for network in (generator, critic):
+        update_spectral_norms(network)  # also before each update of the network
+    for step in range(config.training.total_images // batch_size):
+        batch = synthetic_batch(config, runtime, step * batch_size)
+        real = to_network_range(batch.images).double().contiguous(memory_format=layout)
+
+        def latents(purpose: str, slots: Tensor = batch.slots) -> Tensor:
+            return normal(config.seed, purpose, slots, config.generator.latent_dim).double()
+
+        with torch.no_grad():
+            fake = generator(latents("latents/critic"))
+        update_spectral_norms(critic)
+        terms = loss.critic(critic(real), critic(fake))
+        value = torch.stack(terms).sum()
+        draws = Draws(config.seed, batch.slots, step * batch_size)
+        for name, points in objective.penalty_points(real, fake, draws, step).items():
+            weighted = config.objective.penalties[name]
+            value = value + weighted.weight * weighted.interval * _penalty(name, critic, points)
+        _update(critic, value, optimizers[0])
+        images = (step + 1) * batch_size
+        found[f"critic gradients at {images} images"] = gradients(critic)
+        if step % 2 == 1:
+            update_spectral_norms(generator)
+            of_fake = critic(generator(latents("latents/generator")))
+            of_real = critic(real).detach() if loss.generator_needs_real else None
+            _update(generator, loss.generator(of_fake, of_real), optimizers[1])
+            found[f"generator gradients at {images} images"] = gradients(generator)
+    for role, network in (("critic", critic), ("generator", generator)):
+        found[role] = {name: p.detach().clone() for name, p in network.named_parameters()}
+    return found
+
+
+def _penalty(name: str, critic: nn.Module, points: Tensor) -> Tensor:
+    points = points.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+    squares = slopes.flatten(1).square().sum(1)
+    if name in ("r1", "r2"):
+        return squares.mean() / 2
+    distances = slopes.flatten(1).norm(dim=1) - 1
+    return (distances.relu() if name == "wgan_lp" else distances).square().mean()
+
+
+def _update(network: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    parameters = list(network.parameters())
+    found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.grad = gradient.contiguous()
+    optimizer.step()
+
+
+def try_pair(number: int, runtime: Runtime, expected: Record | None) -> tuple[Outcome, Record]:
+    """expected: what one rank found; None on that rank, which is compared with plain autograd"""
+    config = config_of_pair(number)
+    networks = build_unchecked_networks(config, 0)
+    try:
+        found = record(config, runtime)
+    except UserError as error:
+        is_right = _is_right(error, networks, config, runtime)
+        verdict = "refused" if is_right else "FAILED: refused without a reason"
+        return Outcome(number, f"{verdict}: {_kind(str(error))}"), {}
+    except Exception as error:
+        return Outcome(number, f"FAILED: {type(error).__name__}: {error}"[:300]), {}
+    if expected is None:
+        expected = plain_record(config, runtime)
+    found = {kind: tensors for kind, tensors in found.items() if kind in expected}
+    for role in ("critic", "generator"):  # without buffers
+        found[role] = {n: t for n, t in found[role].items() if n in expected.get(role, {})}
+    error, where = largest_error(found, expected, _SMALLEST)
+    is_float32 = any(getattr(m, "name", "") == "float32" for n in networks for m in n.modules())
+    if error <= (FLOAT32_TOLERANCE if is_float32 else TOLERANCE):
+        return Outcome(number, "agrees", error), found
+    if not all(t.isfinite().all() for tensors in expected.values() for t in tensors.values()):
+        return Outcome(number, "agrees: diverges in plain autograd, too"), found
+    disturbed = plain_record(config, runtime, disturbance=_DISTURBANCE)
+    by_rounding, _ = largest_error(disturbed, plain_record(config, runtime), _SMALLEST)
+    if error <= _AMPLIFICATION * by_rounding:
+        return Outcome(number, "agrees as far as rounding allows", error), found
+    return Outcome(number, f"FAILED: differs at {where}", error), found
+
+
+def _is_right(
+    error: UserError, networks: Sequence[nn.Module], config: Config, runtime: Runtime
+) -> bool:
+    """Whether the networks deserve this refusal."""
+    if not isinstance(error, UserCodeError):  # plain autograd need not notice
+        return any(isinstance(module, Offence) for n in networks for module in n.modules())
+    is_last = config.training.memory_format == "channels_last"
+    try:
+        plain_record(config, runtime, torch.channels_last if is_last else torch.contiguous_format)
+    except Exception:
+        return True
+    return any(
+        getattr(n, "how", "") == "reentrant checkpoint" for net in networks for n in net.modules()
+    )
+
+
+def _kind(sentence: str) -> str:
+    """A refusal without what differs from network to network."""
+    sentence = re.sub(r"benchmarks\.fuzz_networks:|\(/[^)]*\)|`[^`]*`|\d+", "", sentence)
+    return " ".join(sentence.split()[:12])
+
+
+def run_rank(folder: Path) -> None:
+    """One rank of one world size: all pairs of a chunk."""
+    torch.set_num_threads(1)
+    runtime = Runtime.start(timeout_seconds=120)
+    first, count = json.loads((folder / "task.json").read_text())
+    is_alone = runtime.world_size == 1
+    records: dict[int, Record] = {} if is_alone else torch.load(folder / "records.pt")
+    outcomes = []
+    for number in range(first, first + count):
+        expected = None if is_alone else records.get(number, {})
+        outcome, found = try_pair(number, runtime, expected)
+        outcomes.append([outcome.number, outcome.what, outcome.error])
+        if is_alone and found:
+            records[number] = found
+    if is_alone:
+        torch.save(records, folder / "records.pt")
+    if runtime.is_main:
+        (folder / f"outcomes{runtime.world_size}.json").write_text(json.dumps(outcomes))
+    runtime.close()
+
+
+def try_pairs(first: int, count: int, seconds: float = 3600) -> list[tuple[Outcome, Outcome]]:
+    """The outcomes of each pair on one rank and on two. Raises RuntimeError for a rank that dies or
+    takes longer than `seconds`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "task.json").write_text(json.dumps([first, count]))
+        outcomes = []
+        for world_size in (1, 2):
+            run_ranks("benchmarks.fuzz:run_rank", folder, world_size, seconds)
+            read = json.loads((folder / f"outcomes{world_size}.json").read_text())
+            outcomes.append([Outcome(*each) for each in read])
+    return [*zip(*outcomes, strict=True)]
+
+
+def verdict(alone: Outcome, two: Outcome) -> str:
+    for outcome in (alone, two):
+        if outcome.what.startswith("FAILED"):
+            return f"{outcome.what} (pair {outcome.number})"
+    if alone.what != two.what:
+        return f"FAILED: {alone.what} on one rank, {two.what} on two (pair {alone.number})"
+    return alone.what
+
+
+def rows_of(outcomes: list[tuple[Outcome, Outcome]]) -> list[Row]:
+    counts = Counter(verdict(*pair) for pair in outcomes)
+    worst: dict[str, float] = {}
+    for pair in outcomes:
+        error = max(outcome.error for outcome in pair)
+        worst[verdict(*pair)] = max(worst.get(verdict(*pair), 0.0), error)
+    return [
+        Row(f"{count} of {len(outcomes)}", "", worst[what], unit="relative error", note=what)
+        for what, count in sorted(counts.items(), key=lambda item: -item[1])
+    ]
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--count", type=int, default=COUNT, help="pairs of networks")
+    parser.add_argument("--first", type=int, default=0, help="number of the first pair")
+    chosen = parser.parse_args()
+    count = QUICK_COUNT if chosen.quick else chosen.count
+    outcomes: list[tuple[Outcome, Outcome]] = []
+    for start in range(chosen.first, chosen.first + count, CHUNK):
+        outcomes += try_pairs(start, min(CHUNK, chosen.first + count - start))
+        if not chosen.quick:
+            failed = sum(verdict(*pair).startswith("FAILED") for pair in outcomes)
+            print(f"{len(outcomes)} pairs, {failed} failed", flush=True)
+    report(rows_of(outcomes), chosen.json)
+    return int(any(verdict(*pair).startswith("FAILED") for pair in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

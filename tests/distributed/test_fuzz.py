@@ -1,0 +1,25 @@
+"""Random networks are refused for a reason, or train alike on one rank, two and in plain autograd."""
+
+from collections import Counter
+
+from benchmarks.fuzz import Outcome, try_pairs, verdict
+
+FIRST, COUNT = 300, 60
+DEADLINE_SECONDS = 600
+
+
+def test_random_networks_are_refused_for_a_reason_or_train_alike_on_any_cluster() -> None:
+    outcomes = try_pairs(FIRST, COUNT, seconds=DEADLINE_SECONDS)
+    counts = Counter(verdict(*pair) for pair in outcomes)
+    wrong = [what for what in counts if what.startswith("FAILED")]
+    assert not wrong, "\n".join(wrong)
+    assert sum(counts.values()) == COUNT
+    assert counts["agrees"] > COUNT // 3
+    assert len([what for what in counts if what.startswith("refused")]) > 5
+
+
+def test_ranks_that_disagree_on_a_refusal_are_a_failure() -> None:
+    agrees, refused = Outcome(7, "agrees"), Outcome(7, "refused: because")
+    assert verdict(agrees, refused).startswith("FAILED: agrees on one rank, refused")
+    assert verdict(agrees, Outcome(7, "FAILED: differs", 1.0)) == "FAILED: differs (pair 7)"
+    assert verdict(refused, refused) == "refused: because"
