@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ganscale.errors import UserError
+from ganscale.networks.forward import run_network
 from ganscale.randomness import normal
 
 _SAMPLES = 2
@@ -20,7 +21,7 @@ _TOLERANCES = {"float64": 1e-6, "float32": 1e-2}  # relative to the outputs; cov
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The outputs of a network in evaluation, for two fixed inputs, as a few sums.
+    """The outputs of a network for two fixed inputs, as a few sums.
 
     dtype: in which they were computed: float64, unless the code of the network allows only float32
     scale: root mean square of all outputs
@@ -65,8 +66,11 @@ class Fingerprint:
 
 
 @torch.no_grad()
-def fingerprint(network: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> Fingerprint:
-    """Of a network with inputs of (batch, *input_shape); it is left as it was."""
+def fingerprint(
+    network: nn.Module, input_shape: tuple[int, ...], num_classes: int, *, is_critic: bool = False
+) -> Fingerprint:
+    """Of a network with inputs of (batch, *input_shape), which is left as it was: a generator in
+    evaluation, as it makes samples, a critic in training, as it is always used."""
     first = next(network.parameters())
     slots = torch.arange(_SAMPLES)
     inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
@@ -74,11 +78,11 @@ def fingerprint(network: nn.Module, input_shape: tuple[int, ...], num_classes: i
     labels = [(slots % num_classes).to(first.device)] if num_classes else []
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
-    with _in_evaluation(network):
+    with nullcontext() if is_critic else _in_evaluation(network):
         try:
             outputs = functional_call(network, wide, (inputs.double(), *labels))
         except (RuntimeError, TypeError, ValueError):  # its code has a float32 in it
-            outputs = network(inputs.to(first.dtype), *labels)
+            outputs = run_network(network, inputs.to(first.dtype), *labels)
     dtype = "float64" if outputs.dtype == torch.float64 else "float32"
     flat = outputs.double().reshape(_SAMPLES, -1)
     positions = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)

@@ -10,6 +10,7 @@ of all when the norm is near 1.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -80,7 +81,7 @@ def input_gradients(
         return gradients
 
 
-def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[None]:
+def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[Any]:
     """Within, scaled dot product attention has second derivatives if they are needed. torch's fused
     kernels are faster, but have none.
 

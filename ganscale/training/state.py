@@ -89,6 +89,7 @@ class TrainingState:
         self.health = Health()
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
+        self._check_equal_code(runtime)
 
     def files(self) -> Files:
         return checkpoint_files(
@@ -121,7 +122,7 @@ class TrainingState:
         return {
             "generator": fingerprint(self.generator, latents, self.num_classes),
             "ema": fingerprint(self.ema, latents, self.num_classes),
-            "critic": fingerprint(self.critic, images, self.num_classes),
+            "critic": fingerprint(self.critic, images, self.num_classes, is_critic=True),
         }
 
     def load(self, folder: Path) -> None:
@@ -148,6 +149,19 @@ class TrainingState:
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.health = Health(**numbers.get("health", {}))
         self.meters.load_state(numbers["meters"])
+
+    def _check_equal_code(self, runtime: Runtime) -> None:
+        """Raises UserError if the networks of two ranks compute different things."""
+        if runtime.world_size == 1:
+            return
+        first, *others = runtime.all_gather_object(self._fingerprints())
+        for rank, other in enumerate(others, start=1):
+            for name, found in other.items():
+                if not found.is_close(first[name]):
+                    raise UserError(
+                        f"the {name} of rank {rank} computes something else than that of rank 0: "
+                        "is its code the same on all machines, and independent of the rank?"
+                    )
 
     def _check_code(self, stored: dict[str, Any]) -> None:
         """Raises UserError if a loaded network computes something else than when it was saved."""

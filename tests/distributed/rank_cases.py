@@ -18,6 +18,7 @@ from ganscale.networks.normalization import convert_global_batch_norm
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import global_deviation
 from ganscale.runtime import Runtime, all_gather_batch, all_reduce_sum_with_grad
+from ganscale.schema import CriticConfig
 from ganscale.training.cycle import Cycle
 from ganscale.training.network_updater import NetworkUpdater
 from ganscale.training.replica_audit import audit_replicas
@@ -46,9 +47,21 @@ def run(folder: Path) -> None:
             for accumulate in (1, 2)
         },
         "disturbed": disturbed_run(folder, runtime),
+        "other code": other_code(runtime),
     }
     torch.save(found, folder / f"found{runtime.rank}.pt")
     runtime.close()
+
+
+def other_code(runtime: Runtime) -> str:
+    """The error of a critic that computes something else on each rank."""
+    config = config_of(Combination("wgan", "none"), 1, "float32")
+    config.critic = CriticConfig("tests.helpers.users_networks:CriticOfTheRank")
+    try:
+        TrainingState(config, build_objective(config.objective), runtime, 0)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def share(tensor: Tensor, runtime: Runtime) -> Tensor:

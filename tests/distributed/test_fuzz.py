@@ -1,4 +1,4 @@
-"""Random networks are refused for a reason, or train alike on one rank, two and in plain autograd."""
+"""Random networks are refused for a reason, or train as plain autograd does on one rank and two."""
 
 from collections import Counter
 

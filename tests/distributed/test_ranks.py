@@ -89,6 +89,13 @@ def test_one_unit_in_the_last_place_of_one_element_is_reported_on_every_rank(
         assert "(1 of " in said
 
 
+def test_networks_that_compute_something_else_on_another_rank_are_refused(found: Found) -> None:
+    for rank in found:
+        assert (
+            "the critic of rank 1 computes something else than that of rank 0" in rank["other code"]
+        )
+
+
 def test_a_run_whose_replicas_part_ends_and_leaves_its_checkpoints_alone(found: Found) -> None:
     for rank in found:
         run = rank["disturbed"]

@@ -1,5 +1,6 @@
 """Networks as users write them, most of which a run must refuse."""
 
+import os
 import random
 from collections.abc import Callable
 from itertools import count
@@ -86,6 +87,13 @@ class Critic(nn.Module):
             maps = _FEATURES[self.features](self, maps)
         mixed = torch.einsum("oc,nchw->nohw", self.matrix, maps) + self.gate
         return self.last(self.second(mixed).flatten(1)).squeeze(1)
+
+
+class CriticOfTheRank(Critic):
+    """As if a machine had an older version of the code."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (1 + 0.01 * int(os.environ.get("RANK", "0"))) * super().forward(images)
 
 
 class FailingCritic(Critic):
