@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from ganscale.data.missing_manifest import how_to_make_a_data_set
 from ganscale.data.remote import objects
 from ganscale.data.remote.connections import WEB
 from ganscale.errors import UserError
@@ -103,7 +104,7 @@ def _expand(source: str) -> list[str]:
     if path.is_dir():
         shards = [str(shard) for shard in sorted(path.glob("*.tar"))]
         if not shards:
-            raise UserError(f"no *.tar in {source}")
+            raise UserError(f"no *.tar in {source}; {how_to_make_a_data_set(source, path)}")
         return shards
     if path.is_file():
         return [source]

@@ -1,0 +1,200 @@
+"""No image of a source is lost without a word, and no file of it makes the command hang."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ganscale.data.images.decoding import decode
+from ganscale.data.manifest import Manifest
+from ganscale.errors import UserError
+from ganscale.shards.writing import write_shards
+from tests.helpers.images import encoded, noise, png
+from tests.helpers.processes import HANG_SECONDS
+from tests.shards.test_source_classes import as_folder, labelled
+
+WITHOUT_ROOTS_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+
+def write(*arguments: object, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `ganscale shards write`."""
+    command = [*prefix, sys.executable, "-m", "ganscale", "shards", "write", *map(str, arguments)]
+    process = subprocess.run(
+        [*command, "--workers", "1"],
+        capture_output=True, text=True, timeout=HANG_SECONDS, errors="surrogateescape",
+    )  # fmt: skip
+    return process.returncode, process.stdout, process.stderr
+
+
+def pixels(manifest: Manifest, images: dict[bytes, int]) -> set[bytes]:
+    return {decode(data, None, 3).tobytes() for data in images}
+
+
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv (util-linux)"
+)
+def test_a_folder_that_cannot_be_listed_is_an_error_and_no_class_is_lost(tmp_path):
+    files = {f"{name}/{i}.png": png(i) for name in ("ant", "bee", "cat") for i in range(2)}
+    source = as_folder(tmp_path / "source", files)
+    Path(source, "bee").chmod(0o000)
+    prefix = WITHOUT_ROOTS_RIGHTS if os.geteuid() == 0 else ()
+    try:
+        for options in ((), ("--classes", "folder")):
+            code, _, stderr = write(source, tmp_path / "shards", *options, prefix=prefix)
+            assert (code, stderr) == (
+                2,
+                f"error: cannot list the folder {source}/bee: Permission denied\n",
+            )
+    finally:
+        Path(source, "bee").chmod(0o755)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_images_of_one_name_in_an_archive_are_all_stored(tmp_path):
+    with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        warnings.simplefilter("ignore")  # of the duplicate name
+        for i in range(3):
+            archive.writestr("photo.png", png(i))
+    result = write_shards(str(tmp_path / "a.zip"), tmp_path / "1")
+    assert set(labelled(result)) == {png(0), png(1), png(2)}
+    assert result.notes == ["names of several images, which are all stored: 1, as photo.png"]
+
+
+def test_images_of_formats_that_training_does_not_read_are_stored_as_png(tmp_path):
+    """Of a mixed folder, also under a wrong name and in other pixel types."""
+    pictures = [noise(i, 8) for i in range(8)]
+    grey = pictures[6][:, :, 0]
+    files = {
+        "a.bmp": encoded(pictures[0], "BMP"),
+        "b.TIFF": encoded(pictures[1], "TIFF"),
+        "c.ppm": encoded(pictures[2], "PPM"),
+        "d.tga": encoded(pictures[3], "TGA"),
+        "e.jpg": encoded(pictures[4], "BMP"),
+        "f.png": encoded(pictures[5]),
+        "g.tif": encoded(grey.astype(np.uint16) << 8, "TIFF"),
+    }
+    source = as_folder(tmp_path / "a", files)
+    result = write_shards(source, tmp_path / "1")
+    expected = [*pictures[:6], np.stack([grey] * 3, axis=2)]
+    images = labelled(result)
+    assert pixels(result.manifest, images) == {picture.tobytes() for picture in expected}
+    assert files["f.png"] in images
+    assert (result.manifest.extensions, result.ignored) == (("png",), {})
+    assert result.notes == [
+        "BMP files are stored as PNG: 2",
+        "PPM files are stored as PNG: 1",
+        "TGA files are stored as PNG: 1",
+        "TIFF files are stored as PNG: 2",
+    ]
+    again = write_shards(source, tmp_path / "1")
+    assert (again.kept_shards, again.notes) == (1, result.notes)
+    resized = write_shards(source, tmp_path / "2", resolution=8)
+    assert (len(resized.manifest.samples), resized.notes) == (7, [])
+
+
+def test_what_cannot_be_decoded_counts_as_a_bad_image_not_as_another_file(tmp_path):
+    files = {f"{i}.png": png(i) for i in range(8)}
+    files |= {"a.heic": b"\0\0\0\x18ftypheic", "b.gif": b"GIF89a?"}
+    files["c.tiff"] = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+    source = as_folder(tmp_path / "a", files)
+    with pytest.raises(UserError, match=r"3 of 11 images are bad.*a\.heic.*c\.tiff has floats as"):
+        write_shards(source, tmp_path / "1")
+    result = write_shards(source, tmp_path / "1", max_bad=0.5)
+    assert [name for name, _ in result.bad_images] == ["a.heic", "b.gif", "c.tiff"]
+
+
+def test_frames_that_are_not_stored_are_counted(tmp_path):
+    frames = [Image.fromarray(noise(i, 8)) for i in range(3)]
+    files = {
+        "a.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "b.tif": encoded(frames[1], "TIFF", save_all=True, append_images=frames[1:]),
+    }
+    result = write_shards(as_folder(tmp_path / "a", files), tmp_path / "1", resolution=8)
+    assert result.notes == [
+        "GIF files have several frames or pages; only the first is stored: 1",
+        "TIFF files have several frames or pages; only the first is stored: 1",
+    ]
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, make_socket, lambda path: path.symlink_to("/dev/zero")],
+    ids=["named pipe", "socket", "device"],
+)  # fmt: skip
+def test_what_is_not_a_file_is_counted_and_never_opened(
+    tmp_path, monkeypatch, make: Callable[[Path], object]
+):
+    source = as_folder(tmp_path / "a", {"0.png": png(0)})
+    monkeypatch.chdir(source)  # the path of a socket must be short
+    make(Path("x.png"))
+    code, stdout, _ = write(source, tmp_path / "1")
+    assert code == 0
+    assert "files that are not stored: 1 (pipe, socket or device)" in stdout
+    code, _, stderr = write(f"{source}/x.png", tmp_path / "2")
+    assert (code, stderr) == (
+        2,
+        f"error: {source}/x.png is not a folder, zip or tar, but a pipe or device\n",
+    )
+
+
+def test_a_broken_link_to_an_image_is_named_and_one_to_another_file_is_counted(tmp_path):
+    source = as_folder(tmp_path / "a", {"0.png": png(0)})
+    Path(source, "readme.md").symlink_to("nowhere")
+    Path(source, "1.png").symlink_to(Path(source, "0.png"))
+    code, stdout, _ = write(source, tmp_path / "1")
+    assert code == 0
+    assert "files that are not stored: 1 (broken link)" in stdout
+    assert "samples      2" in stdout
+    for target in ("nowhere", "2.png"):  # the second points to itself
+        Path(source, "2.png").unlink(missing_ok=True)
+        Path(source, "2.png").symlink_to(target)
+        code, _, stderr = write(source, tmp_path / "2")
+        assert code == 2
+        assert stderr.startswith(f"error: cannot read {source}/2.png: ")
+        assert stderr.endswith(" (a broken link)\n")
+
+
+def test_names_that_are_not_utf_8_are_stored_and_shown(tmp_path):
+    source = as_folder(tmp_path / "a", {"caf\udce9/0.png": png(0), "th\udce9/\udcff.png": png(1)})
+    result = write_shards(source, tmp_path / "1", classes="folder")
+    assert labelled(result) == {png(0): 0, png(1): 1}
+    Path(source, "caf\udce9", "bad\udcff.png").write_bytes(b"?")
+    code, stdout, _ = write(source, tmp_path / "2", "--classes", "folder", "--max-bad", "0.9")
+    assert code == 0
+    assert r"left out 1 bad images: caf\xe9/bad\xff.png cannot be decoded" in stdout
+    assert "  class     0             1  caf\\xe9\n" in stdout
+
+
+def test_a_data_set_within_the_source_is_not_part_of_it(tmp_path):
+    """Its manifest.npy has the extension of an image."""
+    source = as_folder(tmp_path / "a", {f"{i}.png": png(i) for i in range(3)})
+    output = Path(source, "out", "8")
+    for ignored in ({}, {"(folder of a data set)": 1}):
+        result = write_shards(source, output, resolution=8, image_format="npy")
+        assert (len(result.manifest.samples), result.ignored) == (3, ignored)
+    assert len(write_shards(source, Path(source, "out", "4"), resolution=4).manifest.samples) == 3
+    with pytest.raises(UserError, match="the shards need another folder than that of the images"):
+        write_shards(source, source)
+
+
+def test_only_images_of_the_chosen_extension_are_stored(tmp_path):
+    files = {"0.left.png": png(0), "0.right.png": png(1), "0.npy": b"\x93NUMPY"}
+    source = as_folder(tmp_path / "a", files)
+    result = write_shards(source, tmp_path / "1", image="left.png")
+    assert labelled(result) == {png(0): -1}
+    assert result.ignored == {"npy": 1, "png": 1}
+    with pytest.raises(UserError, match=r"no images in .* \(looked for: middle\.png\)"):
+        write_shards(source, tmp_path / "2", image="middle.png")
