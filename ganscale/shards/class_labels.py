@@ -14,13 +14,18 @@ class MemberChoice(NamedTuple):
     """Which members of a sample are used.
 
     image: the extension of its image; "": the only image that it has
-    classes: the extension of its class, or none; "": the first of LABEL_EXTENSIONS with classes
+    classes: the extension of its class, or none; "": the first of LABEL_EXTENSIONS with classes,
+        and json with a `class_key`
     class_key: where JSON has the class; "": the usual keys
     """
 
     image: str = ""
     classes: str = ""
     class_key: str = ""
+
+    @property
+    def label_extension(self) -> str:
+        return self.classes or ("json" if self.class_key else "")
 
 
 USUAL_MEMBERS = MemberChoice()
@@ -48,8 +53,9 @@ def find_labels(
     extension."""
     keys = [key for key, _ in samples]
     json_keys: tuple[str, ...] = ()
-    for extension in (choice.classes,) if choice.classes else LABEL_EXTENSIONS:
-        is_there = choice.classes or any(extension in members for _, members in samples)
+    chosen = choice.label_extension
+    for extension in (chosen,) if chosen else LABEL_EXTENSIONS:
+        is_there = chosen or any(extension in members for _, members in samples)
         if extension == "none" or not is_there:
             continue
         labels: list[int | str | ValueError | None] = []
@@ -62,7 +68,7 @@ def find_labels(
         numbers = sum(isinstance(label, int) for label in labels)
         is_caption = extension == "txt" and 2 * numbers <= len(labels)
         is_other = extension == "json" and not any(label is not None for label in labels)
-        if choice.classes or not (is_caption or is_other):
+        if chosen or not (is_caption or is_other):
             return number_labels(keys, labels, extension)
         if extension == "json":
             json_keys = _json_keys(next(text for _, m in samples if (text := m.get("json"))))

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, decode, image_extension
+from ganscale.data.images.orientation import orientation, turned_upright
 from ganscale.data.images.sixteen_bits import has_few_bits
 from ganscale.errors import UserError
 from ganscale.shards.shard_index import is_image
@@ -119,6 +120,7 @@ def _as_png(data: bytes) -> tuple[str, bool, bytes]:
     try:
         is_whole = getattr(image, "n_frames", 1) == 1
         image.load()
+        image = turned_upright(image, orientation(image))
         if image.mode.startswith(("I", "F")):
             image = _sixteen_bits(image)
         elif image.mode not in _PNG_MODES:

@@ -15,7 +15,12 @@ from ganscale.errors import UserError
 from ganscale.shards.class_labels import Labels, MemberChoice, find_labels, number_labels
 
 _DATASET_JSON = "dataset.json"
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+_SPLIT = re.compile(
+    r"(train(ing)?|val(id|idation)?|test(ing)?|dev|eval)[-_ ]?(images?|set|data|\d+|[AB])?",
+    re.IGNORECASE,
+)
+"""Names of parts of a data set, such as train, val2017, test_images and CycleGAN's trainA."""
+
 _NUMBERED = re.compile(r"(?:^|/)(\d{5})/(?:img)?\1\d+\.\w+$")
 """How StyleGAN and img2dataset spread images over folders: 00012/img00012345.png."""
 
@@ -123,13 +128,13 @@ def _label(value: Any) -> int | str | ValueError | None:
 def _labels_beside(
     names: list[str], others: list[str], read: Callable[[str], bytes], choice: MemberChoice
 ) -> Labels | None:
-    """The labels in files named like the images; None without `choice.classes` and such files."""
+    """The labels in files named like the images; None if none are chosen and there are none."""
     if choice.classes == "none":
         return None
-    wanted = choice.classes or "cls"
+    wanted = choice.label_extension or "cls"
     parts = [(file, *file.rpartition(".")[::2]) for file in others]
     files = {stem: file for file, stem, extension in parts if extension.lower() == wanted}
-    if not (choice.classes or files):
+    if not (choice.label_extension or files):
         return None
     samples = []
     for name in names:
@@ -184,7 +189,7 @@ def _folder_notes(names: list[str], splits: Sequence[str]) -> Iterator[str]:
 
 def _splits_among(folders: list[str]) -> list[str]:
     """The folders named like parts of a data set, if there are several; one may be a class."""
-    found = [name for name in folders if name.lower() in _SPLITS]
+    found = [name for name in folders if _SPLIT.fullmatch(name)]
     return found if len(found) > 1 else []
 
 

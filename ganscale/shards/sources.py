@@ -3,6 +3,7 @@
 Nothing is left out without being counted: a folder that cannot be listed is an error.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -21,7 +22,7 @@ import numpy as np
 
 from ganscale.data.images.decoding import DecodeError
 from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS
-from ganscale.data.manifest import JSON_NAME
+from ganscale.data.manifest import JSON_NAME, ROWS_NAME
 from ganscale.errors import UserError
 from ganscale.shards import bundled
 from ganscale.shards.class_labels import USUAL_MEMBERS, MemberChoice
@@ -33,7 +34,6 @@ JOURNAL_NAME = "writing.jsonl"
 
 _BUNDLED = "bundled:"
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CONVERTED_EXTENSIONS)
-_OURS = {JSON_NAME, JOURNAL_NAME}
 
 
 class SourceImage(NamedTuple):
@@ -93,6 +93,8 @@ def list_images(
         name = source.removeprefix(_BUNDLED)
         _, labels, class_names = bundled.load(name)
         size = len(_read_bundled(name, 0))
+        if choice.classes == "none":
+            labels, class_names = np.full_like(labels, -1), []
         images = [SourceImage(f"{i:06d}", size, i, int(label)) for i, label in enumerate(labels)]
         return Source("bundled", name, images, class_names, {})
     splits = [split.strip("/") for split in splits]
@@ -103,12 +105,19 @@ def list_images(
         below = f" below {' or '.join(splits)}" if splits else ""
         expected = choice.image or ", ".join(_EXTENSIONS)
         raise UserError(f"no images in {source}{below} (looked for: {expected})")
-    read, file_of = image_reader(kind, source), {file.name: file for file in others}
+    file_of = {file.name: file for file in others}
+
+    def read(name: str) -> bytes:
+        try:
+            return image_reader(kind, source)(file_of[name])
+        except (OSError, DecodeError) as error:
+            raise UserError(f"cannot read {name} of {source}: {error}") from error
+
     numbers, class_names, notes = find_classes(
         source,
         [image.name for image in images],
         list(file_of),
-        lambda name: read(file_of[name]),
+        read,
         choice,
         splits,
     )
@@ -180,11 +189,14 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
         raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        if Path(folder) != root and _OURS.intersection(names):
+        if Path(folder) != root and (JOURNAL_NAME in names or {JSON_NAME, ROWS_NAME} <= {*names}):
             ignored["(folder of a data set)"] += 1
             subfolders.clear()
             continue
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        shown = [name for name in subfolders if not _is_hidden(name)]
+        if len(shown) < len(subfolders):
+            ignored["(hidden)"] += len(subfolders) - len(shown)
+        subfolders[:] = shown
         if not names and Path(folder) != root:
             yield SourceImage(f"{Path(folder).relative_to(root).as_posix()}/", 0, 0)
         for name in names:
@@ -192,11 +204,12 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
             try:
                 status = path.stat()
             except OSError as error:
-                if _extension(name) in _EXTENSIONS:
-                    link = " (a broken link)" if path.is_symlink() else ""
-                    raise UserError(f"cannot read {path}: {error.strerror}{link}") from error
-                ignored["(broken link)"] += 1
-                continue
+                is_link = error.errno in (errno.ENOENT, errno.ELOOP)
+                if is_link and _extension(name) not in _EXTENSIONS:
+                    ignored["(broken link)"] += 1
+                    continue
+                reason = f"{error.strerror}{' (a broken link)' if is_link else ''}"
+                raise UserError(f"cannot read {path}: {reason}") from error
             if stat.S_ISREG(status.st_mode):
                 yield SourceImage(path.relative_to(root).as_posix(), status.st_size, 0)
             else:  # to open a named pipe would block

@@ -140,6 +140,14 @@ def test_the_chosen_label_wins_over_the_usual_order(tmp_path):
     assert found == [[1], [1], [2], [3]]
 
 
+def test_a_key_of_json_wins_over_other_labels(tmp_path):
+    members = [("0.png", png(0)), ("0.cls", b"1"), ("0.json", b'{"id": 5}')]
+    write_tar(tmp_path / "a.tar", members)
+    assert labels(index(tmp_path, MemberChoice(class_key="id"))) == [5]
+    with pytest.raises(UserError, match=r"sample '0' has no label \(json\)"):
+        index(tmp_path, MemberChoice(class_key="other"))
+
+
 def test_classes_are_printed_with_their_counts_also_the_empty_ones(tmp_path, capsys):
     folder = shard(tmp_path / "a.tar", [b"24", b"0", b"0"], "cls").parent
     run("index", str(folder), "--workers", "1")

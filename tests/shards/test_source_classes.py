@@ -159,6 +159,9 @@ def test_splits_below_other_folders_and_of_other_names_are_recognized(tmp_path):
     nested = {f"images/{name}": data for name, data in image_folder("Train", "TEST").items()}
     with pytest.raises(UserError, match=r"`--split images/TEST`, or take all with `--split images"):
         write_shards(as_folder(tmp_path / "nested", nested), tmp_path / "1", classes="folder")
+    coco = as_folder(tmp_path / "coco", {f"{name}2017/0.png": png(0) for name in ("train", "val")})
+    with pytest.raises(UserError, match=r"train2017 and val2017 are splits"):
+        write_shards(coco, tmp_path / "0", classes="folder")
     flat = image_folder("train") | {"test/0.png": png(999)}
     with pytest.raises(UserError, match=r"test and train are splits"):
         write_shards(as_folder(tmp_path / "flat", flat), tmp_path / "2", classes="folder")

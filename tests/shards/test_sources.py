@@ -112,6 +112,33 @@ def test_what_cannot_be_decoded_counts_as_a_bad_image_not_as_another_file(tmp_pa
     assert [name for name, _ in result.bad_images] == ["a.heic", "b.gif", "c.tiff"]
 
 
+def test_images_of_other_formats_are_stored_upright(tmp_path):
+    upright = noise(0, 8, 16)
+    stored = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view
+    for name, options in (("TIFF", {}), ("AVIF", {"quality": 100, "subsampling": "4:4:4"})):
+        files = {f"a.{name.lower()}": encoded(stored, name, exif=exif, **options)}
+        result = write_shards(as_folder(tmp_path / name, files), tmp_path / f"{name}-shards")
+        assert result.manifest.resolution == (8, 16)
+        (data,) = labelled(result)
+        assert np.abs(decode(data, None, 3).astype(int) - upright).mean() < 3
+
+
+def test_images_that_come_out_nearly_black_are_counted(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (8, 8), dtype=np.uint16)
+    files = {"a.png": encoded(values), "b.tif": encoded(values, "TIFF"), "c.png": png(0)}
+    result = write_shards(as_folder(tmp_path / "a", files), tmp_path / "1", resolution=4)
+    sentence = "16-bit images with values below 4,096 are nearly black; scale them first"
+    assert result.notes == [f"{sentence}: 2"]
+
+
+def test_folders_that_are_hidden_are_counted(tmp_path):
+    files = {f"{folder}/0.png": png(0) for folder in ("a", ".cache", "__MACOSX", "a/.trash")}
+    result = write_shards(as_folder(tmp_path / "a", files), tmp_path / "1")
+    assert (len(result.manifest.samples), result.ignored) == (1, {"(hidden)": 3})
+
+
 def test_frames_that_are_not_stored_are_counted(tmp_path):
     frames = [Image.fromarray(noise(i, 8)) for i in range(3)]
     files = {
@@ -181,11 +208,12 @@ def test_names_that_are_not_utf_8_are_stored_and_shown(tmp_path):
 def test_a_data_set_within_the_source_is_not_part_of_it(tmp_path):
     """Its manifest.npy has the extension of an image."""
     source = as_folder(tmp_path / "a", {f"{i}.png": png(i) for i in range(3)})
+    as_folder(tmp_path / "a" / "app", {"manifest.json": b"{}", "3.png": png(3)})
     output = Path(source, "out", "8")
     for ignored in ({}, {"(folder of a data set)": 1}):
         result = write_shards(source, output, resolution=8, image_format="npy")
-        assert (len(result.manifest.samples), result.ignored) == (3, ignored)
-    assert len(write_shards(source, Path(source, "out", "4"), resolution=4).manifest.samples) == 3
+        assert (len(result.manifest.samples), result.ignored) == (4, ignored | {"json": 1})
+    assert len(write_shards(source, Path(source, "out", "4"), resolution=4).manifest.samples) == 4
     with pytest.raises(UserError, match="the shards need another folder than that of the images"):
         write_shards(source, source)
 

@@ -174,6 +174,11 @@ def test_bundled_sets_keep_pixels_labels_and_names(tmp_path):
     }
 
 
+def test_bundled_sets_are_stored_without_classes_when_asked(tmp_path):
+    manifest = write_shards("bundled:mnist", tmp_path, classes="none").manifest
+    assert (manifest.class_count, manifest.class_names) == (0, ())
+
+
 def test_shards_have_about_the_requested_size(photos, tmp_path):
     manifest = write_shards(
         str(photos),
