@@ -16,6 +16,11 @@ LABEL_EXTENSIONS = ("cls", "json", "txt")
 JSON_KEYS = ("label", "class")
 """Where a JSON object has its class, unless another key is given."""
 
+
+class NotJsonError(ValueError):
+    """A .json does not hold JSON."""
+
+
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
 
 
@@ -36,7 +41,7 @@ def parse_label(text: bytes | None, extension: str, json_key: str = "") -> int |
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
-        raise ValueError(f"is not JSON: {text[:40]!r}") from None
+        raise NotJsonError(f"is not JSON: {text[:40]!r}") from None
     if not isinstance(content, dict):
         return None
     keys = (json_key,) if json_key else JSON_KEYS

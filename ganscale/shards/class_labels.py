@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
-from ganscale.data.labels import LABEL_EXTENSIONS, parse_label
+from ganscale.data.labels import LABEL_EXTENSIONS, NotJsonError, parse_label
 
 _CLASS_LIMIT = 1 << 31
 _MAX_NAMED = 10
@@ -67,17 +68,21 @@ def find_labels(
         # Most texts are captions, of which a few may be numbers; most JSON has no class.
         numbers = sum(isinstance(label, int) for label in labels)
         is_caption = extension == "txt" and 2 * numbers <= len(labels)
-        is_other = extension == "json" and not any(label is not None for label in labels)
+        is_other = extension == "json" and all(
+            label is None or isinstance(label, NotJsonError) for label in labels
+        )
         if chosen or not (is_caption or is_other):
             return number_labels(keys, labels, extension)
         if extension == "json":
-            json_keys = _json_keys(next(text for _, m in samples if (text := m.get("json"))))
+            json_keys = _json_keys(samples)
     return Labels([-1] * len(samples), [], [], json_keys)
 
 
-def _json_keys(text: bytes) -> tuple[str, ...]:
-    content = json.loads(text)
-    return tuple(content)[:_MAX_NAMED] if isinstance(content, dict) else ()
+def _json_keys(samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> tuple[str, ...]:
+    with suppress(ValueError, RecursionError):
+        content = json.loads(next(members["json"] for _, members in samples if "json" in members))
+        return tuple(content)[:_MAX_NAMED] if isinstance(content, dict) else ()
+    return ()
 
 
 def number_labels(
@@ -86,6 +91,7 @@ def number_labels(
     """The classes of samples with these labels, where None is a missing one and an error one that
     cannot be used. They come from members with `extension`, or from a dataset.json."""
     has_numbers = any(isinstance(label, int) for label in labels)
+    others = ", but others have" if any(label is not None for label in labels) else ""
     found = {label for label in labels if isinstance(label, str)}
     names = [] if has_numbers else sorted(found)  # among numbers, a name is a mistake
     number_of = {name: number for number, name in enumerate(names)}
@@ -100,7 +106,6 @@ def number_labels(
         place = f"'{key}.{extension}'" if extension else "dataset.json"
         problem = f"the label of sample '{key}' in {place} "
         if label is None:
-            others = ", but others have" if any(label is not None for label in labels) else ""
             problem = f"sample '{key}' has no label{others} ({extension or 'dataset.json'})"
         elif isinstance(label, str):
             problem += f"is {label[:40]!r}, but others are numbers"

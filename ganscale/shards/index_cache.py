@@ -78,8 +78,11 @@ class IndexCache:
         Returns how many samples were left out. Raises UserError for shards that do not go together.
         """
         root = self._output
-        class_names, has_named_labels = self._class_names(names)
-        number_of = {name: number for number, name in enumerate(class_names)}
+        classes_path = root / CLASSES_NAME
+        named_labels = self._named_labels(names)
+        class_names: list[str] = []
+        if named_labels:
+            class_names = _read_class_names(classes_path) or named_labels
         shards: list[Shard] = []
         extensions: set[str] = set()
         image_sizes: set[tuple[int, int] | None] = set()
@@ -93,15 +96,8 @@ class IndexCache:
                 excluded += index.excluded
                 if not len(index.rows):
                     continue
-                rows = index.rows
-                if index.class_names:
-                    rows = _renumbered(index, number_of, root / CLASSES_NAME)
+                rows = _renumbered(index, class_names, classes_path) if named_labels else index.rows
                 largest_label = int(rows["label"].max())
-                if has_named_labels and largest_label >= 0 and not index.class_names:
-                    raise UserError(
-                        f"the labels of {index.shard.name} are numbers, but those of other shards "
-                        f"are names: {', '.join(class_names[:_MAX_NAMED])}"
-                    )
                 if shards and (largest_label >= 0) != (class_count > 0):
                     raise UserError(
                         f"{index.shard.name} is {'not ' if class_count else ''}labelled, unlike "
@@ -119,12 +115,8 @@ class IndexCache:
             # NumPy leaves room in a header for its first dimension to grow.
             file.seek(0)
             write_header(file, header | {"shape": (sum(shard.samples for shard in shards),)})
-            if class_count > len(class_names) > 0:
-                raise UserError(
-                    f"{root / CLASSES_NAME} names {len(class_names)} classes, but labels go up to "
-                    f"{class_count - 1}"
-                )
-            class_names = class_names if class_count else []
+            if class_count and not named_labels:
+                class_names = _read_class_names(classes_path, class_count)
             # An old description must never be beside new rows.
             (root / JSON_NAME).unlink(missing_ok=True)
         content = {
@@ -139,8 +131,8 @@ class IndexCache:
             },
             "shards": [asdict(shard) for shard in shards],
         }
-        if has_named_labels:  # shards that are added later keep these numbers
-            write_text(root / CLASSES_NAME, json.dumps(class_names) + "\n")
+        if named_labels:  # shards that are added later keep these numbers
+            write_text(classes_path, json.dumps(class_names) + "\n")
         write_text(root / JSON_NAME, json.dumps(content, indent=1) + "\n")
         self._compact(digest.hexdigest(), [shard.name for shard in shards])
         return excluded
@@ -179,14 +171,12 @@ class IndexCache:
         write_text(self._output / _SUMMARY_NAME, json.dumps(content))
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _class_names(self, names: Iterable[str]) -> tuple[list[str], bool]:
-        """The classes of the shards `names`, of CLASSES_NAME if it exists; and whether labels are
-        names."""
-        in_labels: set[str] = set()
+    def _named_labels(self, names: Iterable[str]) -> list[str]:
+        """The classes of the shards `names` whose labels are names."""
+        found: set[str] = set()
         for name in names:
-            in_labels.update((self._record(name) or {}).get("class_names", ()))
-        given = _read_class_names(self._output / CLASSES_NAME)
-        return given or sorted(in_labels), bool(in_labels)
+            found.update((self._record(name) or {}).get("class_names", ()))
+        return sorted(found)
 
     def _record(self, name: str) -> dict[str, Any] | None:
         path = _shard_path(self._folder, name)
@@ -199,24 +189,31 @@ class IndexCache:
         return self._records.get(name)
 
 
-def _renumbered(index: ShardIndex, number_of: dict[str, int], path: Path) -> np.ndarray:
-    """The rows of a shard with labels that are names, in the numbers of the whole data set."""
-    used = np.unique(index.rows["label"])
-    table = np.full(len(index.class_names), -1, np.int32)
-    for label in used.tolist():
-        name = index.class_names[label]
-        if name not in number_of:
-            raise UserError(
-                f"{path} lacks the class {name!r} of {index.shard.name}: add it at the end, or "
-                "delete the file to number all classes anew"
-            )
-        table[label] = number_of[name]
+def _renumbered(index: ShardIndex, class_names: list[str], path: Path) -> np.ndarray:
+    """The rows of a shard in the numbers of the data set, whose labels are names. Raises UserError
+    for a shard whose labels are numbers, and for a class that the file at `path` lacks."""
+    labels, positions = np.unique(index.rows["label"], return_inverse=True)
+    if labels[-1] < 0:  # unlabelled
+        return index.rows
+    if not index.class_names:
+        raise UserError(
+            f"the labels of {index.shard.name} are numbers, but those of other shards are names: "
+            f"{', '.join(class_names[:_MAX_NAMED])}"
+        )
+    number_of = {name: number for number, name in enumerate(class_names)}
+    names = [index.class_names[label] for label in labels.tolist()]
+    if missing := [name for name in names if name not in number_of]:
+        raise UserError(
+            f"{path} lacks the class {missing[0]!r} of {index.shard.name}: add it at the end, or "
+            "delete the file to number all classes anew"
+        )
     rows = index.rows.copy()
-    rows["label"] = table[rows["label"]]
+    rows["label"] = np.array([number_of[name] for name in names], np.int32)[positions]
     return rows
 
 
-def _read_class_names(path: Path) -> list[str]:
+def _read_class_names(path: Path, least: int = 0) -> list[str]:
+    """The list at `path`; empty if it does not exist. Raises UserError for fewer than `least`."""
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,6 +222,8 @@ def _read_class_names(path: Path) -> list[str]:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is not a list of class names")
+    if len(names) < least:
+        raise UserError(f"{path} names {len(names)} classes, but labels go up to {least - 1}")
     return names
 
 

@@ -53,16 +53,11 @@ def find_classes(
 
     Raises UserError for images without a class, and where it is not clear what the classes are.
     """
-    labels, notes = None, []
-    if choice.classes in ("", "json", "folder"):
-        labels, notes = _stylegan_labels(source, names, others, read, splits)
     if choice.classes == "folder":
-        if labels is not None:
-            raise UserError(
-                f"{source} has its classes in {_DATASET_JSON}: use `--classes json`, or delete "
-                "that file if the folders are the classes"
-            )
         return _folder_classes(source, names, others, splits)
+    labels, notes = None, []
+    if choice.classes in ("", "json"):
+        labels, notes = _stylegan_labels(source, names, others, read, splits)
     if labels is None:
         labels = _labels_beside(names, others, read, choice)
     if labels is None:
@@ -149,7 +144,7 @@ def _folder_classes(
     if all(_NUMBERED.search(name) for name in names):
         raise UserError(
             f"{source}: folders such as that of {names[0]} only number the images, so they are not "
-            "classes; `--classes json` takes classes from JSON"
+            "classes; `--classes json` takes classes from dataset.json, or from JSON beside images"
         )
     folders = [_within(name, splits).split("/")[:-1] for name in names]
     depth = len(os.path.commonprefix(folders))  # noqa: RUF071 (compares folders, not characters)
@@ -167,12 +162,16 @@ def _folder_classes(
             f"`{options[0]}`, or take all with `{' '.join(options)}`"
         )
     number_of = {name: number for number, name in enumerate(class_names)}
-    beside = (_within(file, splits).split("/")[:-1] for file in others)
+    numbers = [number_of[parts[depth]] for parts in folders]
+    notes = []
+    if any(file.rpartition("/")[2] == _DATASET_JSON for file in others):
+        notes.append(f"{_DATASET_JSON} is not used; --classes json takes the classes from it")
+    beside = [_within(file, splits).split("/")[:-1] for file in others]
     prefix = folders[0][:depth]
     found = {parts[depth] for parts in beside if parts[:depth] == prefix and len(parts) > depth}
-    empty = found - set(class_names)
-    notes = [f"folders without images, which are not classes: {', '.join(sorted(empty))}"]
-    return Classes([number_of[parts[depth]] for parts in folders], class_names, notes[: len(empty)])
+    if empty := sorted(found - set(class_names)):
+        notes.append(f"folders without images, which are not classes: {', '.join(empty)}")
+    return Classes(numbers, class_names, notes)
 
 
 def _folder_notes(names: list[str], splits: Sequence[str]) -> Iterator[str]:
@@ -195,9 +194,8 @@ def _splits_among(folders: list[str]) -> list[str]:
 
 def _within(name: str, splits: Sequence[str]) -> str:
     """The name of a file within its split."""
-    for split in splits:
-        name = name.removeprefix(f"{split}/")
-    return name
+    split = next((split for split in splits if name.startswith(f"{split}/")), None)
+    return name if split is None else name[len(split) + 1 :]
 
 
 def _folder(name: str) -> str:

@@ -113,14 +113,8 @@ def list_images(
         except (OSError, DecodeError) as error:
             raise UserError(f"cannot read {name} of {source}: {error}") from error
 
-    numbers, class_names, notes = find_classes(
-        source,
-        [image.name for image in images],
-        list(file_of),
-        read,
-        choice,
-        splits,
-    )
+    names = [image.name for image in images]
+    numbers, class_names, notes = find_classes(source, names, list(file_of), read, choice, splits)
     labelled = [image._replace(label=number) for image, number in zip(images, numbers, strict=True)]
     counts = dict(sorted(ignored.items()))
     return Source(kind, source, labelled, class_names, counts, (*_repeated(images), *notes))
@@ -204,11 +198,11 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
             try:
                 status = path.stat()
             except OSError as error:
-                is_link = error.errno in (errno.ENOENT, errno.ELOOP)
-                if is_link and _extension(name) not in _EXTENSIONS:
+                is_broken_link = error.errno in (errno.ENOENT, errno.ELOOP)
+                if is_broken_link and _extension(name) not in _EXTENSIONS:
                     ignored["(broken link)"] += 1
                     continue
-                reason = f"{error.strerror}{' (a broken link)' if is_link else ''}"
+                reason = f"{error.strerror}{' (a broken link)' if is_broken_link else ''}"
                 raise UserError(f"cannot read {path}: {reason}") from error
             if stat.S_ISREG(status.st_mode):
                 yield SourceImage(path.relative_to(root).as_posix(), status.st_size, 0)

@@ -126,6 +126,14 @@ def test_an_empty_text_among_numbers_is_a_bad_sample_not_the_end_of_all_labels(t
     assert labels(manifest) == [5, 6]
 
 
+def test_one_damaged_json_without_classes_in_others_is_not_a_missing_class(tmp_path):
+    folder = shard(tmp_path / "a.tar", [b"{", b'{"caption": "x"}', b"[1]"]).parent
+    assert labels(index(folder)) == [-1] * 3
+    shard(tmp_path / "a.tar", [b"{", b'{"label": 1}'])
+    with pytest.raises(UserError, match=r"'0\.json' is not JSON: b'\{'"):
+        index(folder)
+
+
 def test_captions_are_not_classes_even_if_some_are_numbers(tmp_path):
     folder = shard(tmp_path / "a.tar", [b"a cat", b"7", b"1984", b"a dog"], "txt").parent
     assert labels(index(folder)) == [-1] * 4

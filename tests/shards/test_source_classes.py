@@ -73,8 +73,17 @@ def test_the_labels_of_a_stylegan_data_set_are_kept(tmp_path, pack: Pack):
     assert (result.manifest.class_count, result.manifest.class_names) == (6, ())
     without = write_shards(source, tmp_path / "without", classes="none")
     assert set(labelled(without).values()) == {-1}
-    with pytest.raises(UserError, match=r"has its classes in dataset\.json: use `--classes json`"):
+    with pytest.raises(
+        UserError, match=r"only number the images, .*`--classes json` takes classes"
+    ):
         write_shards(source, tmp_path / "other", classes="folder")
+
+
+def test_folders_are_the_classes_if_they_are_chosen_beside_a_dataset_json(tmp_path):
+    files = image_folder("a") | {"a/dataset.json": b'{"labels": 3}'}
+    result = write_shards(as_zip(tmp_path / "source", files), tmp_path / "1", classes="folder")
+    assert result.manifest.class_names == ("cat", "dog")
+    assert result.notes == ["dataset.json is not used; --classes json takes the classes from it"]
 
 
 def test_stylegan_labels_may_be_names_and_paths_of_windows(tmp_path):
