@@ -60,4 +60,5 @@ def label_of(value: Any) -> int | str | None:
         return int(value)
     if value is None or isinstance(value, int):
         return None if value is None else int(value)
-    raise ValueError(f"is {json.dumps(value)[:60]}, not one class")
+    text = json.dumps(value)
+    raise ValueError(f"is {text if len(text) < 60 else f'{text[:50]} ...'}, not one class")

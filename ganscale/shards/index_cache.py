@@ -78,11 +78,8 @@ class IndexCache:
         Returns how many samples were left out. Raises UserError for shards that do not go together.
         """
         root = self._output
-        classes_path = root / CLASSES_NAME
         named_labels = self._named_labels(names)
-        class_names: list[str] = []
-        if named_labels:
-            class_names = _read_class_names(classes_path) or named_labels
+        class_names = (_read_class_names(root) or named_labels) if named_labels else []
         shards: list[Shard] = []
         extensions: set[str] = set()
         image_sizes: set[tuple[int, int] | None] = set()
@@ -96,7 +93,7 @@ class IndexCache:
                 excluded += index.excluded
                 if not len(index.rows):
                     continue
-                rows = _renumbered(index, class_names, classes_path) if named_labels else index.rows
+                rows = _renumbered(index, class_names, root) if named_labels else index.rows
                 largest_label = int(rows["label"].max())
                 if shards and (largest_label >= 0) != (class_count > 0):
                     raise UserError(
@@ -116,7 +113,7 @@ class IndexCache:
             file.seek(0)
             write_header(file, header | {"shape": (sum(shard.samples for shard in shards),)})
             if class_count and not named_labels:
-                class_names = _read_class_names(classes_path, class_count)
+                class_names = _read_class_names(root, class_count)
             # An old description must never be beside new rows.
             (root / JSON_NAME).unlink(missing_ok=True)
         content = {
@@ -132,7 +129,7 @@ class IndexCache:
             "shards": [asdict(shard) for shard in shards],
         }
         if named_labels:  # shards that are added later keep these numbers
-            write_text(classes_path, json.dumps(class_names) + "\n")
+            write_text(root / CLASSES_NAME, json.dumps(class_names) + "\n")
         write_text(root / JSON_NAME, json.dumps(content, indent=1) + "\n")
         self._compact(digest.hexdigest(), [shard.name for shard in shards])
         return excluded
@@ -189,9 +186,9 @@ class IndexCache:
         return self._records.get(name)
 
 
-def _renumbered(index: ShardIndex, class_names: list[str], path: Path) -> np.ndarray:
+def _renumbered(index: ShardIndex, class_names: list[str], root: Path) -> np.ndarray:
     """The rows of a shard in the numbers of the data set, whose labels are names. Raises UserError
-    for a shard whose labels are numbers, and for a class that the file at `path` lacks."""
+    for a shard whose labels are numbers, and for a class that CLASSES_NAME lacks."""
     labels, positions = np.unique(index.rows["label"], return_inverse=True)
     if labels[-1] < 0:  # unlabelled
         return index.rows
@@ -204,16 +201,18 @@ def _renumbered(index: ShardIndex, class_names: list[str], path: Path) -> np.nda
     names = [index.class_names[label] for label in labels.tolist()]
     if missing := [name for name in names if name not in number_of]:
         raise UserError(
-            f"{path} lacks the class {missing[0]!r} of {index.shard.name}: add it at the end, or "
-            "delete the file to number all classes anew"
+            f"{root / CLASSES_NAME} lacks the class {missing[0]!r} of {index.shard.name}: add it "
+            "at the end, or delete the file to number all classes anew"
         )
     rows = index.rows.copy()
     rows["label"] = np.array([number_of[name] for name in names], np.int32)[positions]
     return rows
 
 
-def _read_class_names(path: Path, least: int = 0) -> list[str]:
-    """The list at `path`; empty if it does not exist. Raises UserError for fewer than `least`."""
+def _read_class_names(root: Path, least: int = 0) -> list[str]:
+    """The list in CLASSES_NAME; empty if it does not exist. Raises UserError for fewer than `least`
+    names."""
+    path = root / CLASSES_NAME
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

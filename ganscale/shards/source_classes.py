@@ -100,8 +100,11 @@ def _stylegan_labels(
     if entries is None:
         return None, []
     try:
-        # dataset_tool.py writes backslashes on Windows.
-        values = {_folder(place) + name.replace("\\", "/"): value for name, value in entries}
+        values = {
+            # dataset_tool.py writes backslashes on Windows.
+            _folder(place) + name.replace("\\", "/").removeprefix("./"): value
+            for name, value in entries
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f'{source}: "labels" in {place} are not pairs of a name and a class, as StyleGAN '
@@ -158,7 +161,7 @@ def _folder_classes(
     if found := _splits_among(class_names):
         options = ["--split " + "/".join((*folders[0][:depth], name)) for name in found]
         raise UserError(
-            f"{source}: the folders {' and '.join(found)} are splits, not classes: choose with "
+            f"{source}: the folders {', '.join(found)} are splits, not classes: choose with "
             f"`{options[0]}`, or take all with `{' '.join(options)}`"
         )
     number_of = {name: number for number, name in enumerate(class_names)}
@@ -180,7 +183,7 @@ def _folder_notes(names: list[str], splits: Sequence[str]) -> Iterator[str]:
     depth = len(os.path.commonprefix(folders))  # noqa: RUF071 (compares folders, not characters)
     found = sorted({parts[depth] for parts in folders if len(parts) > depth})
     if split_names := _splits_among(found):
-        yield f"images of {' and '.join(split_names)} are stored together; choose one with --split"
+        yield f"images of {', '.join(split_names)} are stored together; choose one with --split"
     elif len(found) > 1 and not all(_NUMBERED.search(name) for name in names):
         some = ", ".join(found[:_MAX_NAMED]) + (", ..." if len(found) > _MAX_NAMED else "")
         yield f"images are stored without classes; with --classes folder, these would be {some}"

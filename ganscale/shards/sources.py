@@ -108,6 +108,7 @@ def list_images(
     file_of = {file.name: file for file in others}
 
     def read(name: str) -> bytes:
+        ignored[_extension(name.rpartition("/")[2])] -= 1  # it holds a label
         try:
             return image_reader(kind, source)(file_of[name])
         except (OSError, DecodeError) as error:
@@ -116,7 +117,7 @@ def list_images(
     names = [image.name for image in images]
     numbers, class_names, notes = find_classes(source, names, list(file_of), read, choice, splits)
     labelled = [image._replace(label=number) for image, number in zip(images, numbers, strict=True)]
-    counts = dict(sorted(ignored.items()))
+    counts = {reason: count for reason, count in sorted(ignored.items()) if count > 0}
     return Source(kind, source, labelled, class_names, counts, (*_repeated(images), *notes))
 
 
@@ -246,12 +247,19 @@ def _is_hidden(name: str) -> bool:
 
 
 def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else "(none)"
+    return name.rpartition(".")[2].lower() if "." in name else "(no extension)"
 
 
 def _repeated(images: list[SourceImage]) -> Iterator[str]:
-    """A note about images that are told apart only by their place in an archive."""
+    """Notes about images that share a name."""
     names = Counter(image.name for image in images)
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         yield f"names of several images, which are all stored: {len(repeated):,}, as {repeated[0]}"
+    kinds = {_extension(name) for name in names}
+    stems = Counter(name.rpartition(".")[0] for name in names) if len(kinds) > 1 else Counter()
+    if count := sum(count > 1 for count in stems.values()):
+        yield (
+            f"images that differ only in their extension ({', '.join(sorted(kinds))}), all stored: "
+            f"{count:,}; --image EXT takes one kind"
+        )

@@ -167,8 +167,7 @@ def write_shards(
     listing = list_images(source, MemberChoice(image, classes, class_key), splits)
     encoding = Encoding.choose(listing, resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
-    if shard_samples is None:
-        shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
+    shard_samples = shard_samples or _shard_samples(listing, order, encoding, shard_bytes)
     settings = {
         **asdict(encoding),
         "shard_samples": shard_samples,
@@ -190,8 +189,7 @@ def write_shards(
         else:
             manifest = Manifest.load(root)
     notes = [*listing.notes, *(f"{text}: {n:,}" for text, n in sorted(journal.notes.items()))]
-    kept = len(tasks) - len(todo)
-    return WriteResult(manifest, kept, journal.bad_images, listing.ignored, notes)
+    return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored, notes)
 
 
 def describe_bad_images(bad_images: BadImages) -> str:
@@ -208,9 +206,10 @@ def _shuffle_key(seed: int, name: str) -> bytes:
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
-def _estimate_shard_samples(
+def _shard_samples(
     source: Source, order: list[SourceImage], encoding: Encoding, shard_bytes: int
 ) -> int:
+    """About how many images make `shard_bytes`."""
     read = image_reader(source.kind, source.path)
     probed = order[:_PROBED_IMAGES]
     sizes = []

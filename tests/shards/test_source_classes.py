@@ -152,7 +152,7 @@ def image_folder(*splits: str) -> Files:
 def test_the_splits_of_a_data_set_are_not_its_classes(tmp_path, pack: Pack):
     files = image_folder("train", "val")
     source = pack(tmp_path / "source", files)
-    with pytest.raises(UserError, match=r"train and val are splits, not classes: .*--split train`"):
+    with pytest.raises(UserError, match=r"train, val are splits, not classes: .*--split train`"):
         write_shards(source, tmp_path / "shards", classes="folder")
     train = write_shards(source, tmp_path / "train", classes="folder", splits=["train"])
     expected = {data: int("dog" in name) for name, data in files.items() if "train/" in name}
@@ -169,10 +169,10 @@ def test_splits_below_other_folders_and_of_other_names_are_recognized(tmp_path):
     with pytest.raises(UserError, match=r"`--split images/TEST`, or take all with `--split images"):
         write_shards(as_folder(tmp_path / "nested", nested), tmp_path / "1", classes="folder")
     coco = as_folder(tmp_path / "coco", {f"{name}2017/0.png": png(0) for name in ("train", "val")})
-    with pytest.raises(UserError, match=r"train2017 and val2017 are splits"):
+    with pytest.raises(UserError, match=r"train2017, val2017 are splits"):
         write_shards(coco, tmp_path / "0", classes="folder")
     flat = image_folder("train") | {"test/0.png": png(999)}
-    with pytest.raises(UserError, match=r"test and train are splits"):
+    with pytest.raises(UserError, match=r"test, train are splits"):
         write_shards(as_folder(tmp_path / "flat", flat), tmp_path / "2", classes="folder")
     # A train is also a vehicle.
     vehicles = {f"{name}/0.png": png(i) for i, name in enumerate(("car", "train"))}
@@ -184,7 +184,7 @@ def test_splits_below_other_folders_and_of_other_names_are_recognized(tmp_path):
 
 def test_what_is_stored_without_classes_is_printed(tmp_path):
     result = write_shards(as_folder(tmp_path / "a", image_folder("train", "val")), tmp_path / "1")
-    assert result.notes == ["images of train and val are stored together; choose one with --split"]
+    assert result.notes == ["images of train, val are stored together; choose one with --split"]
     result = write_shards(as_folder(tmp_path / "b", image_folder("train")), tmp_path / "2")
     assert result.notes == [
         "images are stored without classes; with --classes folder, these would be cat, dog"
@@ -209,6 +209,7 @@ def test_labels_beside_images_are_read(tmp_path, pack: Pack, extension: str):
         files |= {f"a/{i}.v2.png": png(i), f"a/{i}.v2.{extension}": text}
     result = write_shards(pack(tmp_path / "source", files), tmp_path / "1", classes=extension)
     assert labelled(result) == {png(0): 4, png(1): 0, png(2): 4}
+    assert result.ignored == {}
 
 
 def test_a_cls_beside_each_image_needs_no_option_and_json_is_mentioned(tmp_path):

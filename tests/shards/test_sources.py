@@ -218,6 +218,18 @@ def test_a_data_set_within_the_source_is_not_part_of_it(tmp_path):
         write_shards(source, source)
 
 
+def test_images_beside_others_of_the_same_name_are_printed(tmp_path):
+    """Masks, perhaps."""
+    files = {f"{i}.{extension}": png(i) for i in range(3) for extension in ("jpg", "png")}
+    source = as_folder(tmp_path / "a", files | {"3.png": png(3)})
+    result = write_shards(source, tmp_path / "1")
+    assert result.notes == [
+        "images that differ only in their extension (jpg, png), all stored: 3; --image EXT takes "
+        "one kind"
+    ]
+    assert write_shards(source, tmp_path / "2", image="jpg").notes == []
+
+
 def test_only_images_of_the_chosen_extension_are_stored(tmp_path):
     files = {"0.left.png": png(0), "0.right.png": png(1), "0.npy": b"\x93NUMPY"}
     source = as_folder(tmp_path / "a", files)
