@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size
-from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
+from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UserError
@@ -207,6 +207,8 @@ def _no_image(sample: _Sample, choice: MemberChoice) -> str:
         return f"sample '{sample.key}' has no .{choice.image}, only {found}"
     others = sorted(name for name in sample.members if name.split(".")[-1] in IMAGE_EXTENSIONS)
     hint = f"; `--image {others[0]}` takes these as the images" if others else ""
+    if converted := sorted(sample.members.keys() & set(CONVERTED_EXTENSIONS)):
+        hint = f"; `ganscale shards write` makes shards of .{converted[0]} files, also from tars"
     expected = ", ".join(IMAGE_EXTENSIONS)
     return f"sample '{sample.key}' has no image, only {found} (images are: {expected}{hint})"
 

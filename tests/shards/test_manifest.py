@@ -116,6 +116,10 @@ def test_members_that_webdataset_skips_are_skipped(tmp_path):
             r"'0\.png' is not a JPEG, .* with b'<html>404</h'",
         ),
         ([("0.png", b"")], r"'0\.png' is not a JPEG"),
+        (
+            [("0.bmp", b"BM")],
+            r"has no image, only bmp .*`ganscale shards write` makes shards of \.bmp",
+        ),
         ([("0.cls", b"1"), ("1.cls", b"1")], r"'0' has no image, .* \(and 1 more bad samples\)"),
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],
