@@ -314,7 +314,12 @@ def _add_members(
         help="the extension of the images, such as left.jpg, where samples have several",
     )
     add("--classes", default="", choices=classes, help=classes_help)
-    add("--class-key", default="", metavar="KEY", help="in JSON (default: label or class)")
+    add(
+        "--class-key",
+        default="",
+        metavar="KEY",
+        help="where JSON has the class (default: label or class)",
+    )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

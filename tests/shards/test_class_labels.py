@@ -165,6 +165,15 @@ def test_classes_are_printed_with_their_counts_also_the_empty_ones(tmp_path, cap
     assert "classes without a sample: 23" in printed
 
 
+def test_of_numbers_with_large_gaps_only_those_that_occur_are_printed(tmp_path, capsys):
+    """A time as the label, say: a line or a counter for each number would fill memory."""
+    folder = shard(tmp_path / "a.tar", [b"0", b"1764450000", b"0"], "cls").parent
+    run("index", str(folder), "--workers", "1")
+    printed = capsys.readouterr().out
+    assert "  class     0             2\n  class 1764450000             1\n" in printed
+    assert "classes without a sample: 1,764,449,999" in printed
+
+
 def array(values: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, values)

@@ -16,6 +16,7 @@ from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, listing, parallel
 from ganscale.shards.exclusions import Exclusion, read_exclusions
 from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
+from ganscale.shards.verifying import verify_shards
 from tests.helpers.files import names
 from tests.helpers.images import png
 from tests.helpers.processes import end_tree, run_python, wait_until
@@ -178,6 +179,19 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
     with pytest.raises(UserError, match=r"9\.tar: member '0\.png' is not a JPEG"):
         index(shards, exclusions=exclusions)
     assert len(read_exclusions(shards / "bad.jsonl")) == 5
+
+
+def test_a_shard_whose_name_is_not_utf_8_is_indexed_kept_and_verified(shards):
+    (shards / "5.tar").rename(shards / "caf\udce9.tar")
+    assert index(shards).read == 6
+    result = index(shards)
+    assert (result.read, result.kept) == (0, 6)
+    assert result.manifest is not None
+    assert result.manifest.shards[-1].name == "caf\udce9.tar"
+    assert not any(found.bad or found.problem for found in verify_shards(result.manifest))
+    (shards / "caf\udce9.tar").write_bytes(b"?" * 600)
+    with pytest.raises(UserError, match=r"caf\\xe9\.tar: not a readable tar"):
+        index(shards)
 
 
 def test_many_bad_shards_are_counted(tmp_path):
