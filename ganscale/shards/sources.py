@@ -14,14 +14,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ganscale.data.images.decoding import DecodeError
-from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS
+from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from ganscale.data.manifest import JSON_NAME, ROWS_NAME
 from ganscale.errors import UserError
 from ganscale.shards import bundled
@@ -34,6 +34,8 @@ JOURNAL_NAME = "writing.jsonl"
 
 _BUNDLED = "bundled:"
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CONVERTED_EXTENSIONS)
+_MAGIC, _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"), 8
+"""How the images begin that are found under other names."""
 
 
 class SourceImage(NamedTuple):
@@ -100,7 +102,8 @@ def list_images(
     splits = [split.strip("/") for split in splits]
     ignored: Counter[str] = Counter()
     kind, files = _list_files(Path(source), ignored)
-    images, others = _sorted_out(files, choice.image, splits, ignored)
+    is_misnamed = partial(_is_misnamed, kind, source)
+    images, others = _sorted_out(files, choice.image, splits, is_misnamed, ignored)
     if not images:
         below = f" below {' or '.join(splits)}" if splits else ""
         expected = choice.image or ", ".join(_EXTENSIONS)
@@ -149,24 +152,32 @@ def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[Source
 
 
 @lru_cache(maxsize=1)
-def image_reader(kind: str, path: str) -> Callable[[SourceImage], bytes]:
-    """A function that reads an image of the source, as the bytes of its file.
+def image_reader(kind: str, path: str) -> Callable[..., bytes]:
+    """A function of a SourceImage that reads the bytes of its file, or as many as a `limit`.
 
     It raises OSError, and DecodeError for a damaged member of an archive. The last reader is
     cached, since opening a large zip takes seconds.
     """
+
+    def read_file(image: SourceImage, limit: int = -1) -> bytes:
+        with Path(path, image.name).open("rb") as file:
+            return file.read(limit)
+
+    def read_tar(image: SourceImage, limit: int = -1) -> bytes:
+        count = image.size if limit < 0 else min(limit, image.size)
+        return np.fromfile(path, "B", count, offset=image.position).tobytes()
+
     if kind == "bundled":
         return lambda image: _read_bundled(path, image.position)
-    if kind == "folder":
-        return lambda image: Path(path, image.name).read_bytes()
-    if kind == "tar":
-        return lambda image: np.fromfile(path, "B", image.size, offset=image.position).tobytes()
+    if kind != "zip":
+        return read_file if kind == "folder" else read_tar
     archive = zipfile.ZipFile(path)
     members = archive.infolist()
 
-    def read_member(image: SourceImage) -> bytes:
+    def read_member(image: SourceImage, limit: int = -1) -> bytes:
         try:
-            return archive.read(members[image.position])
+            with archive.open(members[image.position]) as file:
+                return file.read(limit)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
             raise DecodeError(f"cannot be unpacked: {error}") from error
 
@@ -218,6 +229,7 @@ def _sorted_out(
     files: Iterable[SourceImage],
     extension: str,
     splits: Sequence[str],
+    is_misnamed: Callable[[SourceImage], bool],
     ignored: Counter[str],
 ) -> tuple[list[SourceImage], list[SourceImage]]:
     """The images, sorted by name, and the other files, which are counted in `ignored`."""
@@ -234,12 +246,22 @@ def _sorted_out(
         elif splits and not file.name.startswith(tuple(f"{split}/" for split in splits)):
             ignored["(in other folders)"] += 1
             others.append(file)
-        elif is_image:
+        elif is_image or (not extension and is_misnamed(file)):
             images.append(file)
         else:
             ignored[kind] += 1
             others.append(file)
     return sorted(images), others
+
+
+def _is_misnamed(kind: str, path: str, file: SourceImage) -> bool:
+    """Whether a file is an image although its name does not say so, such as `a.jpg?w=300`."""
+    if _extension(file.name.rpartition("/")[2]) in LABEL_EXTENSIONS:
+        return False
+    try:
+        return image_reader(kind, path)(file, _MAGIC_BYTES).startswith(_MAGIC)
+    except (OSError, DecodeError):
+        return False  # nobody asked for this file
 
 
 def _is_hidden(name: str) -> bool:
@@ -256,7 +278,7 @@ def _repeated(images: list[SourceImage]) -> Iterator[str]:
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
         yield f"names of several images, which are all stored: {len(repeated):,}, as {repeated[0]}"
-    kinds = {_extension(name) for name in names}
+    kinds = {_extension(name.rpartition("/")[2]) for name in names}
     stems = Counter(name.rpartition(".")[0] for name in names) if len(kinds) > 1 else Counter()
     if count := sum(count > 1 for count in stems.values()):
         yield (

@@ -20,7 +20,7 @@ from ganscale.errors import UserError
 from ganscale.shards.writing import write_shards
 from tests.helpers.images import encoded, noise, png
 from tests.helpers.processes import HANG_SECONDS
-from tests.shards.test_source_classes import as_folder, labelled
+from tests.shards.test_source_classes import as_folder, as_tar, as_zip, labelled
 
 WITHOUT_ROOTS_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 
@@ -99,6 +99,17 @@ def test_images_of_formats_that_training_does_not_read_are_stored_as_png(tmp_pat
     assert (again.kept_shards, again.notes) == (1, result.notes)
     resized = write_shards(source, tmp_path / "2", resolution=8)
     assert (len(resized.manifest.samples), resized.notes) == (7, [])
+
+
+@pytest.mark.parametrize("pack", [as_folder, as_zip, as_tar])
+def test_images_without_the_extension_of_one_are_stored(tmp_path, pack):
+    """As `wget` and browsers leave them; a label is never taken for one."""
+    names = ("photo", "b.jpg?w=300", "c.jpg_large", "d.JPG~")
+    files = {name: png(i) for i, name in enumerate(names)}
+    others = {"notes": b"x", "e.txt": png(8), "empty": b""}
+    result = write_shards(pack(tmp_path / "source", files | others), tmp_path / "1")
+    assert set(labelled(result)) == set(files.values())
+    assert result.ignored == {"(no extension)": 2, "txt": 1}
 
 
 def test_what_cannot_be_decoded_counts_as_a_bad_image_not_as_another_file(tmp_path):
