@@ -92,6 +92,10 @@ def list_images(
     `find_classes`.
     """
     if source.startswith(_BUNDLED):
+        if splits or choice not in (USUAL_MEMBERS, MemberChoice(classes="none")):
+            raise UserError(
+                "a bundled set has its own images and classes: drop the options for them"
+            )
         name = source.removeprefix(_BUNDLED)
         _, labels, class_names = bundled.load(name)
         size = len(_read_bundled(name, 0))

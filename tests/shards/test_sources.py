@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,20 @@ from ganscale.errors import UserError
 from ganscale.shards.writing import write_shards
 from tests.helpers.images import encoded, noise, png
 from tests.helpers.processes import HANG_SECONDS
+from tests.helpers.tars import write_tar
 from tests.shards.test_source_classes import as_folder, as_tar, as_zip, labelled
 
 WITHOUT_ROOTS_RIGHTS = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+AS_ANY_USER = WITHOUT_ROOTS_RIGHTS if os.geteuid() == 0 else ()
 
 
-def write(*arguments: object, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `ganscale shards write`."""
-    command = [*prefix, sys.executable, "-m", "ganscale", "shards", "write", *map(str, arguments)]
+def write(*arguments: object) -> tuple[int, str, str]:
+    return shards("write", *arguments)
+
+
+def shards(*arguments: object, prefix: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `ganscale shards`."""
+    command = [*prefix, sys.executable, "-m", "ganscale", "shards", *map(str, arguments)]
     process = subprocess.run(
         [*command, "--workers", "1"],
         capture_output=True, text=True, timeout=HANG_SECONDS, errors="surrogateescape",
@@ -39,24 +45,37 @@ def pixels(manifest: Manifest, images: dict[bytes, int]) -> set[bytes]:
     return {decode(data, None, 3).tobytes() for data in images}
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0 and not shutil.which("setpriv"), reason="needs setpriv (util-linux)"
-)
-def test_a_folder_that_cannot_be_listed_is_an_error_and_no_class_is_lost(tmp_path):
-    files = {f"{name}/{i}.png": png(i) for name in ("ant", "bee", "cat") for i in range(2)}
-    source = as_folder(tmp_path / "source", files)
-    Path(source, "bee").chmod(0o000)
-    prefix = WITHOUT_ROOTS_RIGHTS if os.geteuid() == 0 else ()
-    try:
-        for options in ((), ("--classes", "folder")):
-            code, _, stderr = write(source, tmp_path / "shards", *options, prefix=prefix)
-            assert (code, stderr) == (
-                2,
-                f"error: cannot list the folder {source}/bee: Permission denied\n",
-            )
-    finally:
-        Path(source, "bee").chmod(0o755)
-    assert not (tmp_path / "shards").exists()
+@pytest.fixture
+def closed(tmp_path) -> Iterator[Path]:
+    """A folder without any permission."""
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv (Debian: util-linux)")
+    folder = tmp_path / "source" / "bee"
+    folder.mkdir(parents=True)
+    folder.chmod(0o000)
+    yield folder
+    folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("options", [(), ("--classes", "folder")])
+def test_a_folder_that_cannot_be_listed_is_an_error_and_no_class_is_lost(
+    closed: Path, tmp_path, options: tuple[str, ...]
+):
+    files = {f"{name}/{i}.png": png(i) for name in ("ant", "cat") for i in range(2)}
+    source = as_folder(closed.parent, files)
+    code, _, stderr = shards("write", source, tmp_path / "1", *options, prefix=AS_ANY_USER)
+    assert (code, stderr) == (2, f"error: cannot list the folder {closed}: Permission denied\n")
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize("pattern", ["bee", "bee/*.tar", "*/*.tar", "b*/a.tar"])
+def test_shards_in_a_folder_that_cannot_be_listed_are_not_left_out(
+    closed: Path, tmp_path, pattern: str
+):
+    write_tar(closed.parent / "ant" / "a.tar", [("0.png", png(0))])
+    command = ("index", closed.parent / pattern, "--output", tmp_path / "1")
+    code, _, stderr = shards(*command, prefix=AS_ANY_USER)
+    assert (code, stderr) == (2, f"error: cannot list the folder {closed}: Permission denied\n")
 
 
 def test_images_of_one_name_in_an_archive_are_all_stored(tmp_path):

@@ -177,6 +177,10 @@ def test_bundled_sets_keep_pixels_labels_and_names(tmp_path):
 def test_bundled_sets_are_stored_without_classes_when_asked(tmp_path):
     manifest = write_shards("bundled:mnist", tmp_path, classes="none").manifest
     assert (manifest.class_count, manifest.class_names) == (0, ())
+    unusable: list[dict[str, Any]] = [{"splits": ["0"]}, {"image": "png"}, {"classes": "folder"}]
+    for options in unusable:
+        with pytest.raises(UserError, match="a bundled set has its own images and classes"):
+            write_shards("bundled:mnist", tmp_path / "other", **options)
 
 
 def test_shards_have_about_the_requested_size(photos, tmp_path):
