@@ -21,8 +21,8 @@ _SPLIT = re.compile(
 )
 """Names of parts of a data set, such as train, val2017, test_images and CycleGAN's trainA."""
 
-_NUMBERED = re.compile(r"(?:^|/)(\d{5})/(?:img)?\1\d+\.\w+$")
-"""How StyleGAN and img2dataset spread images over folders: 00012/img00012345.png."""
+_NUMBERED = re.compile(r"(?:^|/)\d{5}/(img\d{8}|\d{9})\.\w+$")
+"""How StyleGAN and img2dataset number images: 00012/img00012345.png, 00012/000120345.jpg."""
 
 _MAX_NAMED = 5
 
