@@ -1,5 +1,7 @@
 """Exit codes, for the shell and the batch script, and the errors that end a command."""
 
+from ganscale.terminal import printable
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -12,6 +14,9 @@ class GanscaleError(Exception):
     """Ends a command; only its message is printed, without a traceback."""
 
     exit_code = EXIT_FAILED
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UserError(GanscaleError):

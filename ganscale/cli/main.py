@@ -1,6 +1,7 @@
 """`ganscale COMMAND`: parses the command line, and turns errors into one line each."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,4 +48,6 @@ def _print_error(message: str) -> None:
 
 def entry_point() -> None:
     """The console command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may not fit into its encoding
     sys.exit(main())

@@ -6,6 +6,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from ganscale.cli.arguments import positive_int
+from ganscale.cli.data_set_summary import print_summary
+from ganscale.terminal import echo
+
+_MOST_CLASSES = 20  # that `write` and `index` print
 
 
 def add_parser(subparsers) -> None:
@@ -39,11 +43,18 @@ def _add_write(commands) -> None:
         help="how images are stored (default: keep the files if no image is changed, else png)",
     )
     add("--quality", type=positive_int, metavar="1-100", help="jpeg default: 95; webp: lossless")
+    _add_members(
+        parser,
+        ("folder", "json", "cls", "txt", "none"),
+        "folder: each subfolder is a class; json: StyleGAN's dataset.json, or a .json beside each "
+        "image; cls, txt: such a file beside each image (default: dataset.json or .cls, if any)",
+    )
     add(
-        "--classes",
-        choices=("folder", "none"),
-        default="none",
-        help="folder: each subfolder is a class (default: none; bundled sets have classes)",
+        "--split",
+        dest="splits",
+        action="append",
+        metavar="FOLDER",
+        help="only the images in this folder of SOURCE, such as train; repeat it for more",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-samples", type=positive_int, metavar="N", help="images per shard")
@@ -70,12 +81,14 @@ def _write(args: argparse.Namespace) -> int:
     result = write_shards(**options)
     if result.ignored:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.ignored.items())
-        print(f"ignored files that are not images: {kinds}")
+        echo(f"files that are not stored: {kinds}")
+    for note in result.notes:
+        echo(note)
     if bad := result.bad_images:
-        print(f"left out {len(bad)} bad images: {describe_bad_images(bad)}")
+        echo(f"left out {len(bad)} bad images: {describe_bad_images(bad)}")
     if result.kept_shards:
-        print(f"kept {result.kept_shards} shards from an earlier run")
-    _print_summary(result.manifest)
+        echo(f"kept {result.kept_shards} shards from an earlier run")
+    print_summary(result.manifest, most_classes=_MOST_CLASSES)
     return 0
 
 
@@ -85,9 +98,10 @@ def _add_index(commands) -> None:
         help="make the manifest of existing shards",
         description="Reads shards and writes manifest.json and manifest.npy, beside them or into "
         "another folder. Run again, it reads only shards that are new or have changed. Class names "
-        "come from classes.json beside the manifest, if it exists. To share the work between "
-        "machines, run the same command on each with its own --part and a shared --output; when "
-        "all have finished, run it once without --part to make the manifest.",
+        "come from classes.json beside the manifest; where labels are names, it is made if it does "
+        "not exist. To share the work between machines, run the same command on each with its own "
+        "--part and a shared --output; when all have finished, run it once without --part to make "
+        "the manifest.",
     )
     parser.set_defaults(run=_index)
     add = parser.add_argument
@@ -119,11 +133,17 @@ def _add_index(commands) -> None:
         help="take offsets from DALI's .idx beside a local shard instead of reading the shard, "
         "which then has no checksum",
     )
+    _add_members(
+        parser,
+        ("cls", "json", "txt", "none"),
+        "the member of a sample with its class (default: the first of these that holds classes)",
+    )
     add("--part", type=_part, metavar="I/N", help="only read the I-th of N parts (1 to N)")
     _add_workers(parser)
 
 
 def _index(args: argparse.Namespace) -> int:
+    from ganscale.shards.class_labels import MemberChoice
     from ganscale.shards.exclusions import read_exclusions
     from ganscale.shards.indexing import index_shards
 
@@ -134,24 +154,28 @@ def _index(args: argparse.Namespace) -> int:
         workers=args.workers,
         again=args.again,
         exclusions=read_exclusions(args.leave_out) if args.leave_out else (),
+        choice=MemberChoice(args.image, args.classes, args.class_key),
         trust_idx=args.trust_idx,
         part=args.part,
     )
     shards = result.read + result.kept
     if result.kept:
-        print(f"not read, since unchanged: {result.kept:,} of {shards:,} shards")
+        echo(f"not read, since unchanged: {result.kept:,} of {shards:,} shards")
     if args.leave_out:
         samples, whole_shards = result.excluded_samples, result.excluded_shards
-        print(f"left out: {samples:,} samples, {whole_shards:,} whole shards")
+        echo(f"left out: {samples:,} samples, {whole_shards:,} whole shards")
     if result.restored_samples:
-        print(f"restored: {result.restored_samples:,} samples that were left out before")
+        echo(f"restored: {result.restored_samples:,} samples that were left out before")
     if result.manifest is None:
-        print(f"indexed {shards:,} shards; run without --part to make the manifest")
+        echo(f"indexed {shards:,} shards; run without --part to make the manifest")
         return 0
-    _print_summary(result.manifest)
+    print_summary(result.manifest, most_classes=_MOST_CLASSES)
+    if result.json_keys:
+        keys = ", ".join(result.json_keys)
+        echo(f"no classes, but JSON with {keys}: --class-key KEY takes one of them")
     base = result.listing.base
     if not result.listing.is_local and base != result.manifest.location:
-        print(
+        echo(
             "the manifest does not store commands, passwords and signatures: "
             f"train with data.shards='{base}'"
         )
@@ -195,13 +219,13 @@ def _verify(args: argparse.Namespace) -> int:
     results = verify_shards(manifest, args.shards, args.workers)
     bad_shards = [result for result in results if result.problem or result.bad]
     if unknown := sum(not shard.sha256 for shard in manifest.shards):
-        print(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
+        echo(f"without a checksum to compare: {unknown:,} shards (indexed with --trust-idx)")
     if args.leave_out:
         exclusions += [Exclusion(result.shard, *bad) for result in results for bad in result.bad]
         write_exclusions(args.leave_out, dict.fromkeys(exclusions))
     if not bad_shards:
         shards = f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}"
-        print(f"all {len(manifest.samples):,} images in {shards} are good")
+        echo(f"all {len(manifest.samples):,} images in {shards} are good")
         return 0
     _print_bad(bad_shards)
     bad_images = sum(len(result.bad) for result in bad_shards)
@@ -218,13 +242,13 @@ def _print_bad(bad_shards) -> None:
     width = max(len(result.shard) for result in bad_shards)
     for shard, samples, problem, bad in bad_shards:
         if problem:
-            print(f"{shard:<{width}}  {samples:>9,}  {problem}")
+            echo(f"{shard:<{width}}  {samples:>9,}  {problem}")
         reasons = defaultdict(list)
         for key, reason in bad:
             reasons[reason].append(key)
         for reason, keys in reasons.items():
             others = " and others" if len(keys) > 1 else ""
-            print(f"{shard:<{width}}  {len(keys):>9,}  '{keys[0]}'{others} {reason}")
+            echo(f"{shard:<{width}}  {len(keys):>9,}  '{keys[0]}'{others} {reason}")
 
 
 def _add_show(commands) -> None:
@@ -242,40 +266,13 @@ def _show(args: argparse.Namespace) -> int:
 
     manifest = Manifest.load(args.folder)
     check_shards(manifest)
-    _print_summary(manifest)
-    if manifest.class_count:
-        _print_classes(manifest)
+    print_summary(manifest)
     if args.sheet:
         from ganscale.shards.sample_sheet import write_sheet
 
         bad = write_sheet(manifest, args.sheet, args.count)
-        print(f"sheet        {args.sheet}{f' ({bad} bad, black)' if bad else ''}")
+        echo(f"sheet        {args.sheet}{f' ({bad} bad, black)' if bad else ''}")
     return 0
-
-
-def _print_summary(manifest) -> None:
-    resolution = "{} x {}".format(*manifest.resolution) if manifest.resolution else "varies"
-    print(f"folder       {manifest.root}")
-    print(f"location     {manifest.location}")
-    print(f"samples      {len(manifest.samples):,}")
-    print(f"shards       {len(manifest.shards):,}")
-    print(f"bytes        {sum(shard.bytes for shard in manifest.shards):,}")
-    print(f"images       {', '.join(manifest.extensions)}")
-    print(f"resolution   {resolution}")
-    print(f"classes      {manifest.class_count or 'none'}")
-    print(f"fingerprint  {manifest.fingerprint}")
-
-
-def _print_classes(manifest) -> None:
-    import numpy as np
-
-    counts = np.zeros(manifest.class_count, np.int64)
-    for first in range(0, len(manifest.samples), 1 << 20):
-        labels = manifest.samples["label"][first : first + (1 << 20)]
-        counts += np.bincount(labels, minlength=manifest.class_count)
-    for label, count in enumerate(counts):
-        name = manifest.class_names[label] if manifest.class_names else ""
-        print(f"  class {label:>5}  {count:>12,}  {name}".rstrip())
 
 
 def _add_export(commands) -> None:
@@ -296,13 +293,33 @@ def _export(args: argparse.Namespace) -> int:
     samples = [shard.samples + n for shard, n in zip(manifest.shards, excluded, strict=True)]
     write_wids(manifest, args.output, samples)
     if any(excluded):
-        print(f"wids reads whole shards, including the {sum(excluded):,} samples that are left out")
-    print(f"index        {args.output}")
+        echo(f"wids reads whole shards, including the {sum(excluded):,} samples that are left out")
+    echo(f"index        {args.output}")
     return 0
 
 
 def _add_data_set(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DATASET", type=Path, help="the folder of the manifest")
+
+
+def _add_members(
+    parser: argparse.ArgumentParser, classes: tuple[str, ...], classes_help: str
+) -> None:
+    add = parser.add_argument
+    add(
+        "--image",
+        default="",
+        type=lambda text: text.lower().lstrip("."),
+        metavar="EXT",
+        help="the extension of the images, such as left.jpg, where samples have several",
+    )
+    add("--classes", default="", choices=classes, help=classes_help)
+    add(
+        "--class-key",
+        default="",
+        metavar="KEY",
+        help="where JSON has the class (default: label or class)",
+    )
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:

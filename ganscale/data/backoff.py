@@ -6,6 +6,7 @@ import threading
 import time
 
 from ganscale.errors import UnavailableError
+from ganscale.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Backoff:
         if self._failures == 0:
             self._first_failure = now
         left = self._first_failure + self._seconds - now
-        message = f"{problem}: {str(error) or type(error).__name__}"
+        message = printable(f"{problem}: {str(error) or type(error).__name__}")
         if left <= 0:
             message += f"; tried for {self._seconds:g} s (data.retry_seconds)"
             raise UnavailableError(message) from error

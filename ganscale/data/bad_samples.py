@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ganscale.errors import UserError
+from ganscale.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class BadSample(NamedTuple):
 
     def __str__(self) -> str:
         where = f"sample {self.key} of shard" if self.key else "shard"
-        return f"{where} {self.shard} {self.detail}"
+        return printable(f"{where} {self.shard} {self.detail}")
 
 
 class BadSampleError(Exception):

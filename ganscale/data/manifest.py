@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ganscale.data.missing_manifest import how_to_make_a_data_set
 from ganscale.data.remote import objects
 from ganscale.errors import UserError
 from ganscale.files import FileLock, atomic_write, write_text
@@ -113,10 +114,9 @@ class Manifest:
     def _read(cls, root: Path, source: str, shards_at: str) -> "Manifest":
         description = root / JSON_NAME
         where = source if objects.is_remote(source) else str(root)
-        index = f"with: ganscale shards index {where}"
         if not description.is_file():
-            raise UserError(f"no {JSON_NAME} in {where}; make one {index}")
-        again = f"make it again {index}"
+            raise UserError(f"no {JSON_NAME} in {where}; {how_to_make_a_data_set(where, root)}")
+        again = f"make it again with: ganscale shards index {where}"
         try:
             content = json.loads(description.read_text(encoding="utf-8"))
             version = content["version"]

@@ -7,13 +7,15 @@ deleted.
 
 A local shard counts as unchanged if its size and modification time are the same, a remote one if
 its size and its ETag or time are; where the server reports neither, if its address is.
+
+Where labels are names, each shard numbers its own; `write_manifest` numbers those of all shards.
 """
 
 import hashlib
 import json
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +39,7 @@ from ganscale.files import atomic_write, write_text
 from ganscale.shards.shard_index import ShardIndex
 
 _FOLDER_NAME, _SUMMARY_NAME = "indexing", "indexing.json"
+_MAX_NAMED = 5
 
 
 class IndexCache:
@@ -65,12 +68,18 @@ class IndexCache:
         """How many samples of a shard were left out of the manifest."""
         return self._records[name]["left_out"] if name in self._records else 0
 
+    def json_keys(self, name: str) -> tuple[str, ...]:
+        """What JSON of a sample has, for a shard without classes."""
+        return tuple((self._record(name) or {}).get("json_keys", ()))
+
     def write_manifest(self, location: str, names: list[str]) -> int:
         """Combines the indices of the shards `names` into the manifest, and compacts the cache.
 
         Returns how many samples were left out. Raises UserError for shards that do not go together.
         """
         root = self._output
+        named_labels = self._named_labels(names)
+        class_names = (_read_class_names(root) or named_labels) if named_labels else []
         shards: list[Shard] = []
         extensions: set[str] = set()
         image_sizes: set[tuple[int, int] | None] = set()
@@ -84,7 +93,8 @@ class IndexCache:
                 excluded += index.excluded
                 if not len(index.rows):
                     continue
-                largest_label = int(index.rows["label"].max())
+                rows = _renumbered(index, class_names, root) if named_labels else index.rows
+                largest_label = int(rows["label"].max())
                 if shards and (largest_label >= 0) != (class_count > 0):
                     raise UserError(
                         f"{index.shard.name} is {'not ' if class_count else ''}labelled, unlike "
@@ -95,14 +105,15 @@ class IndexCache:
                 extensions.update(index.extensions)
                 # None counts as another size: then the sizes may differ.
                 image_sizes.update((None,) if index.image_sizes is None else index.image_sizes)
-                update_fingerprint(digest, index.shard, index.rows)
-                file.write(index.rows.tobytes())
+                update_fingerprint(digest, index.shard, rows)
+                file.write(rows.tobytes())
             if not shards:
                 raise UserError(f"no sample is left for the manifest in {root}")
             # NumPy leaves room in a header for its first dimension to grow.
             file.seek(0)
             write_header(file, header | {"shape": (sum(shard.samples for shard in shards),)})
-            class_names = _class_names(root / CLASSES_NAME, class_count)
+            if class_count and not named_labels:
+                class_names = _read_class_names(root, class_count)
             # An old description must never be beside new rows.
             (root / JSON_NAME).unlink(missing_ok=True)
         content = {
@@ -117,6 +128,8 @@ class IndexCache:
             },
             "shards": [asdict(shard) for shard in shards],
         }
+        if named_labels:  # shards that are added later keep these numbers
+            write_text(root / CLASSES_NAME, json.dumps(class_names) + "\n")
         write_text(root / JSON_NAME, json.dumps(content, indent=1) + "\n")
         self._compact(digest.hexdigest(), [shard.name for shard in shards])
         return excluded
@@ -124,14 +137,18 @@ class IndexCache:
     def _load(self, name: str) -> ShardIndex:
         """The index of a shard. Raises UserError if its file has been deleted meanwhile."""
         path = _shard_path(self._folder, name)
+        class_names: Sequence[str] = ()
         if path.exists():
             with path.open("rb") as file:
                 record = json.loads(file.readline())
                 rows = np.frombuffer(file.read(), SAMPLE_ROW)
+            class_names = record.get("class_names", ())
         elif self._manifest is not None and name in self._position:
             record, position = self._records[name], self._position[name]
             first, last = self._manifest.first_sample[position : position + 2]
             rows = self._manifest.samples[first:last]
+            if record.get("class_names"):
+                class_names = self._manifest.class_names
         else:
             raise UserError(f"{path} was deleted while shards were indexed: start again")
         sizes = record["image_sizes"]
@@ -140,7 +157,8 @@ class IndexCache:
             rows,
             tuple(record["extensions"]),
             None if sizes is None else tuple((height, width) for height, width in sizes),
-            record["left_out"],
+            tuple(class_names),
+            excluded=record["left_out"],
         )
 
     def _compact(self, fingerprint: str, names: Iterable[str]) -> None:
@@ -149,6 +167,13 @@ class IndexCache:
         content = {"fingerprint": fingerprint, "shards": records}
         write_text(self._output / _SUMMARY_NAME, json.dumps(content))
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _named_labels(self, names: Iterable[str]) -> list[str]:
+        """The classes of the shards `names` whose labels are names."""
+        found: set[str] = set()
+        for name in names:
+            found.update((self._record(name) or {}).get("class_names", ()))
+        return sorted(found)
 
     def _record(self, name: str) -> dict[str, Any] | None:
         path = _shard_path(self._folder, name)
@@ -161,17 +186,43 @@ class IndexCache:
         return self._records.get(name)
 
 
-def _class_names(path: Path, class_count: int) -> list[str]:
-    if class_count == 0 or not path.exists():
-        return []
+def _renumbered(index: ShardIndex, class_names: list[str], root: Path) -> np.ndarray:
+    """The rows of a shard in the numbers of the data set, whose labels are names. Raises UserError
+    for a shard whose labels are numbers, and for a class that CLASSES_NAME lacks."""
+    labels, positions = np.unique(index.rows["label"], return_inverse=True)
+    if labels[-1] < 0:  # unlabelled
+        return index.rows
+    if not index.class_names:
+        raise UserError(
+            f"the labels of {index.shard.name} are numbers, but those of other shards are names: "
+            f"{', '.join(class_names[:_MAX_NAMED])}"
+        )
+    number_of = {name: number for number, name in enumerate(class_names)}
+    names = [index.class_names[label] for label in labels.tolist()]
+    if missing := [name for name in names if name not in number_of]:
+        raise UserError(
+            f"{root / CLASSES_NAME} lacks the class {missing[0]!r} of {index.shard.name}: add it "
+            "at the end, or delete the file to number all classes anew"
+        )
+    rows = index.rows.copy()
+    rows["label"] = np.array([number_of[name] for name in names], np.int32)[positions]
+    return rows
+
+
+def _read_class_names(root: Path, least: int = 0) -> list[str]:
+    """The list in CLASSES_NAME; empty if it does not exist. Raises UserError for fewer than `least`
+    names."""
+    path = root / CLASSES_NAME
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is not a list of class names")
-    if len(names) < class_count:
-        raise UserError(f"{path} names {len(names)} classes, but labels go up to {class_count - 1}")
+    if len(names) < least:
+        raise UserError(f"{path} names {len(names)} classes, but labels go up to {least - 1}")
     return names
 
 
@@ -183,6 +234,8 @@ def save_shard(output: Path, index: ShardIndex, stamp: list, options: str) -> No
         "shard": asdict(index.shard),
         "extensions": index.extensions,
         "image_sizes": index.image_sizes,
+        "class_names": index.class_names,
+        "json_keys": index.json_keys,
         "left_out": index.excluded,
     }
     folder = output / _FOLDER_NAME
@@ -222,4 +275,5 @@ def stamp_of(address: str) -> list:
 
 def text_digest(text: str) -> str:
     """A short digest, in hexadecimal."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    encoded = text.encode("utf-8", "surrogateescape")  # a name need not be UTF-8
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ganscale.data.manifest import BESIDE, Manifest
 from ganscale.data.remote import objects
 from ganscale.errors import UnavailableError, UserError
+from ganscale.shards.class_labels import USUAL_MEMBERS, MemberChoice
 from ganscale.shards.exclusions import Exclusion, write_exclusions
 from ganscale.shards.index_cache import IndexCache, save_shard, stamp_of, text_digest
 from ganscale.shards.interop import IdxReader, check_img2dataset, idx_beside
@@ -36,6 +37,7 @@ class IndexResult(NamedTuple):
     read, kept: how many shards were read, and were unchanged since an earlier call
     excluded_samples, excluded_shards: how many were left out
     restored_samples: samples that an earlier call had left out
+    json_keys: what JSON of the first sample has, where no class was found
     """
 
     manifest: Manifest | None
@@ -45,6 +47,7 @@ class IndexResult(NamedTuple):
     excluded_samples: int
     excluded_shards: int
     restored_samples: int = 0
+    json_keys: tuple[str, ...] = ()
 
 
 class _Task(NamedTuple):
@@ -52,6 +55,7 @@ class _Task(NamedTuple):
     address: str
     output: Path
     excluded_keys: frozenset[str]
+    choice: MemberChoice
     expected_samples: int | None
     idx: Path | None
 
@@ -62,7 +66,8 @@ class _Task(NamedTuple):
     @property
     def options(self) -> str:
         """A digest of the options that change the rows of the shard."""
-        return text_digest(json.dumps([sorted(self.excluded_keys), self.idx is not None]))
+        options = [sorted(self.excluded_keys), self.idx is not None, self.choice]
+        return text_digest(json.dumps(options))
 
 
 class _Failure(NamedTuple):
@@ -92,16 +97,19 @@ def index_shards(
     workers: int = 1,
     again: bool = False,
     exclusions: Sequence[Exclusion] = (),
+    choice: MemberChoice = USUAL_MEMBERS,
     trust_idx: bool = False,
     part: tuple[int, int] | None = None,
 ) -> IndexResult:
     """Indexes the shards given by `sources` and `names` (see `listing.list_shards`).
 
     The manifest is written to `output`, by default the folder of local shards, with the class names
-    of a `classes.json` in that folder. Unchanged shards of an earlier call (see `index_cache`) are
+    of a `classes.json` in that folder; where labels are names, that file has or gets their numbers.
+    Unchanged shards of an earlier call (see `index_cache`) are
     not read, unless `again` is set. Neither they nor the number of `workers` change the result.
 
     exclusions: samples and shards to leave out of the manifest
+    choice: which members are images and labels
     trust_idx: take offsets from DALI's .idx beside a local shard; the shard is then not read whole
         and has no checksum
     part: (i, n): only index the i-th of n parts, counted from 0, and write no manifest; a last call
@@ -117,7 +125,7 @@ def index_shards(
             "for the manifest with --output FOLDER"
         )
     output = output or Path(listing.base)
-    tasks = _plan(listing, output, exclusions, trust_idx)
+    tasks = _plan(listing, output, exclusions, choice, trust_idx)
     excluded_shards = len(listing.names) - len(tasks)
     if part is not None:
         tasks = tasks[part[0] :: part[1]]
@@ -134,14 +142,21 @@ def index_shards(
             return IndexResult(None, listing, len(todo), kept, 0, excluded_shards)
         included = [task.name for task in tasks]
         excluded_before = sum(map(cache.excluded, included))
+        json_keys = cache.json_keys(included[0]) if included else ()
         excluded = cache.write_manifest(_location(listing, output), included)
     restored = max(0, excluded_before - excluded)
     manifest = Manifest.load(output)
-    return IndexResult(manifest, listing, len(todo), kept, excluded, excluded_shards, restored)
+    return IndexResult(
+        manifest, listing, len(todo), kept, excluded, excluded_shards, restored, json_keys
+    )
 
 
 def _plan(
-    listing: Listing, output: Path, exclusions: Sequence[Exclusion], trust_idx: bool
+    listing: Listing,
+    output: Path,
+    exclusions: Sequence[Exclusion],
+    choice: MemberChoice,
+    trust_idx: bool,
 ) -> list[_Task]:
     """A task for each shard that is not excluded."""
     excluded_keys: dict[str, set] = defaultdict(set)
@@ -154,7 +169,7 @@ def _plan(
             address = listing.address(name)
             idx = idx_beside(Path(address)) if trust_idx and listing.is_local else None
             samples = listing.sample_counts.get(name)
-            tasks.append(_Task(name, address, output, keys, samples, idx))
+            tasks.append(_Task(name, address, output, keys, choice, samples, idx))
     return tasks
 
 
@@ -254,4 +269,4 @@ def _read(task: _Task) -> ShardIndex:
             reader = TarReader(file, objects.shown(task.address), with_sha256=True)
         else:
             reader = IdxReader(file.fileno(), Path(task.address), task.idx)
-        return read_index(reader, task.name, task.excluded_keys)
+        return read_index(reader, task.name, task.excluded_keys, task.choice)

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from ganscale.data.missing_manifest import how_to_make_a_data_set
 from ganscale.data.remote import objects
 from ganscale.data.remote.connections import WEB
 from ganscale.errors import UserError
@@ -100,13 +101,15 @@ def _expand(source: str) -> list[str]:
     if objects.is_remote(source):
         return objects.expand(source)
     path = Path(source)
-    if path.is_dir():
-        shards = [str(shard) for shard in sorted(path.glob("*.tar"))]
-        if not shards:
-            raise UserError(f"no *.tar in {source}")
-        return shards
-    if path.is_file():
-        return [source]
+    with suppress(PermissionError):  # for a folder above it, which cannot be listed either
+        if path.is_dir():
+            objects.check_can_list(source)
+            shards = [str(shard) for shard in sorted(path.glob("*.tar"))]
+            if not shards:
+                raise UserError(f"no *.tar in {source}; {how_to_make_a_data_set(source, path)}")
+            return shards
+        if path.is_file():
+            return [source]
     if not any(mark in source for mark in "{*?["):
         raise UserError(f"{source} is neither a folder, nor a shard, nor a pattern of shards")
     return objects.expand(source)

@@ -17,10 +17,11 @@ from functools import lru_cache
 import numpy as np
 
 from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size
-from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
+from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UserError
+from ganscale.shards.class_labels import USUAL_MEMBERS, MemberChoice, find_labels
 from ganscale.shards.interop import IdxReader
 from ganscale.shards.tar_reader import Member, TarReader
 
@@ -32,6 +33,7 @@ except ImportError:  # as in decoding
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _PNG_HEADER = _PNG + b"\0\0\0\rIHDR"
 _MAGIC_BYTES = 12  # enough of a file to recognize its format
+_ARRAY_HEADER_BYTES = 4096
 _MAX_LABEL_BYTES = 16 << 20
 _METADATA = re.compile(r"__[^/]*__(/|$)")  # skipped by WebDataset too, such as __MACOSX/
 
@@ -43,9 +45,11 @@ class ShardIndex:
     """A shard's contents.
 
     rows: (samples,) SAMPLE_ROW, in the tar's order
+    class_names: of the numbers in `rows`, where the shard has names as labels; else empty
     extensions: of the images, sorted
     image_sizes: up to two different (height, width), enough to see whether all are the same, from
         images with a readable header; None: sizes were not read
+    json_keys: what JSON of a sample has, where no class was found
     excluded: how many samples were found and left out on request
     bad: (key, reason) of the samples that cannot be used and have no row
     """
@@ -54,6 +58,8 @@ class ShardIndex:
     rows: np.ndarray
     extensions: tuple[str, ...]
     image_sizes: tuple[tuple[int, int], ...] | None
+    class_names: tuple[str, ...] = ()
+    json_keys: tuple[str, ...] = ()
     excluded: int = 0
     bad: tuple[tuple[str, str], ...] = ()
 
@@ -65,11 +71,18 @@ class _Sample:
     size: int = 0
     extension: str = ""
     problem: str = ""
+    array_problem: str = ""
+    """Why its .npy is not an image; a problem only where it has no other image."""
     members: dict[str, bytes] = field(default_factory=dict)
     """By extension; only labels have their contents here."""
 
 
-def read_index(reader: MemberReader, name: str, excluded_keys: Collection[str] = ()) -> ShardIndex:
+def read_index(
+    reader: MemberReader,
+    name: str,
+    excluded_keys: Collection[str] = (),
+    choice: MemberChoice = USUAL_MEMBERS,
+) -> ShardIndex:
     """The contents of the shard `name`, read once.
 
     Raises UserError for a tar whose samples cannot be told apart; bad samples are listed instead.
@@ -79,40 +92,41 @@ def read_index(reader: MemberReader, name: str, excluded_keys: Collection[str] =
     # With an .idx, images are not read whole, as their sizes would need.
     sizes: set[tuple[int, int]] | None = set() if isinstance(reader, TarReader) else None
     excluded = 0
-    for sample in _samples(reader, sizes):
+    for sample in _samples(reader, sizes, choice):
         if sample.key in excluded_keys:
             excluded += 1
         elif sample.problem:
             bad.append((sample.key, sample.problem))
         elif sample.offset < 0:
-            problem = (
-                f"sample '{sample.key}' has no image, only {', '.join(sorted(sample.members))} "
-                f"(images are: {', '.join(IMAGE_EXTENSIONS)})"
-            )
-            bad.append((sample.key, problem))
+            bad.append((sample.key, sample.array_problem or _no_image(sample, choice)))
         else:
             samples.append(sample)
     if not (samples or bad or excluded):
         raise UserError(f"{reader.name}: the tar is empty")
-    labels, unlabelled = _labels(samples)
+    labels = find_labels([(sample.key, sample.members) for sample in samples], choice)
     rows = np.empty(len(samples), SAMPLE_ROW)
     rows["offset"] = [sample.offset for sample in samples]
     rows["size"] = [sample.size for sample in samples]
-    rows["label"] = labels
-    if unlabelled:  # then all others have a class
+    rows["label"] = labels.numbers
+    if labels.bad:  # then all others have a class
         rows = rows[rows["label"] >= 0]
     return ShardIndex(
         Shard(name, reader.bytes, reader.sha256, len(rows)),
         rows,
         tuple(sorted({sample.extension for sample in samples})),
         None if sizes is None else tuple(sorted(sizes)),
+        tuple(labels.names),
+        labels.json_keys,
         excluded,
-        (*bad, *unlabelled),
+        (*bad, *labels.bad),
     )
 
 
-def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterator[_Sample]:
+def _samples(
+    reader: MemberReader, sizes: set[tuple[int, int]] | None, choice: MemberChoice
+) -> Iterator[_Sample]:
     """The samples of a tar in order; up to two different image sizes are added to `sizes`."""
+    image_extensions = (choice.image,) if choice.image else IMAGE_EXTENSIONS
     seen: set[str] = set()
     sample: _Sample | None = None
     for member in reader:
@@ -140,10 +154,14 @@ def _samples(reader: MemberReader, sizes: set[tuple[int, int]] | None) -> Iterat
             sample.problem = f"member '{name}' occurs twice"
             continue
         sample.members[extension] = b""
-        if extension in IMAGE_EXTENSIONS:
+        if extension in image_extensions:
+            if extension == "npy" and (problem := _array_problem(member, reader)):
+                sample.array_problem = problem
+                continue
             if sample.offset >= 0:
                 sample.problem = (
-                    f"sample '{key}' has two images, .{sample.extension} and .{extension}"
+                    f"sample '{key}' has two images, .{sample.extension} and .{extension}: choose "
+                    f"with `--image {sample.extension}`"
                 )
             sample.extension, sample.offset, sample.size = extension, *member[1:]
             sample.problem = sample.problem or _read_image(member, reader, sizes)
@@ -171,40 +189,28 @@ def _read_image(member: Member, reader: MemberReader, sizes: set[tuple[int, int]
     return ""
 
 
-def _labels(samples: list[_Sample]) -> tuple[list[int], list[tuple[str, str]]]:
-    """The class of each sample, from the first extension that holds classes; else -1 for all.
+def _array_problem(member: Member, reader: MemberReader) -> str:
+    """Why a .npy cannot be an image: an embedding, say. "" for one that can, or is not an array."""
+    head = reader.data(_ARRAY_HEADER_BYTES)
+    if not head.startswith(_NPY) or pixel_size(head) is not None:
+        return ""
+    try:
+        image_size(head)
+    except DecodeError as error:
+        return f"member '{member[0]}' {error}"
+    return ""
 
-    The second value is (key, reason) of the samples whose class is missing or cannot be used.
-    """
-    for extension in LABEL_EXTENSIONS:
-        if not any(extension in sample.members for sample in samples):
-            continue
-        labels: list[int] = []
-        bad: list[tuple[str, str]] = []
-        has_label = False
-        for sample in samples:
-            text = sample.members.get(extension)
-            label = parse_label(text, extension)
-            has_label |= label is not None
-            if label is not None and 0 <= label < 1 << 31:
-                labels.append(label)
-                continue
-            labels.append(-1)
-            if label is not None:
-                reason = f"the label of '{sample.key}.{extension}' is {label}, not a class"
-            elif text is not None and extension == "cls":
-                reason = f"the label in '{sample.key}.cls' is not an integer: {text[:40]!r}"
-            else:
-                reason = (
-                    f"sample '{sample.key}' has no label, but others have (.{extension}): "
-                    "label all samples or none"
-                )
-            bad.append((sample.key, reason))
-        # If some texts are numbers and others words, they are captions, unless a .cls or a JSON
-        # label says that they are classes.
-        if not bad or extension == "cls" or (extension == "json" and has_label):
-            return labels, bad
-    return [-1] * len(samples), []
+
+def _no_image(sample: _Sample, choice: MemberChoice) -> str:
+    found = ", ".join(sorted(sample.members))
+    if choice.image:
+        return f"sample '{sample.key}' has no .{choice.image}, only {found}"
+    others = sorted(name for name in sample.members if name.split(".")[-1] in IMAGE_EXTENSIONS)
+    hint = f"; `--image {others[0]}` takes these as the images" if others else ""
+    if converted := sorted(sample.members.keys() & set(CONVERTED_EXTENSIONS)):
+        hint = f"; `ganscale shards write` makes shards of .{converted[0]} files, also from tars"
+    expected = ", ".join(IMAGE_EXTENSIONS)
+    return f"sample '{sample.key}' has no image, only {found} (images are: {expected}{hint})"
 
 
 def is_image(head: bytes) -> bool:

@@ -6,29 +6,33 @@ are complete, so the same command, run again, continues where it stopped.
 """
 
 import hashlib
-import io
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from ganscale.data.images.decoding import DecodeError, decode, image_extension
+from ganscale.data.images.decoding import DecodeError
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
+from ganscale.shards.class_labels import MemberChoice
+from ganscale.shards.encoding import Encoded, Encoding
 from ganscale.shards.indexing import build_manifest
 from ganscale.shards.parallel import explain_full_disk, run_all
-from ganscale.shards.sources import Source, SourceImage, image_reader, list_images
+from ganscale.shards.sources import (
+    JOURNAL_NAME,
+    Source,
+    SourceImage,
+    image_reader,
+    list_images,
+)
 from ganscale.shards.tar_reader import BLOCK_BYTES
 
-_FORMATS = ("png", "webp", "jpeg", "npy", "keep")
-_JOURNAL_NAME = "writing.jsonl"
 _PROBED_IMAGES = 64
 _MAX_FILE_BYTES = 1 << 30  # a zip of a few kilobytes can contain a "file" of many gigabytes
 _MAX_NAMED = 5
@@ -42,57 +46,15 @@ class WriteResult(NamedTuple):
     """The result of `write_shards`.
 
     kept_shards: written by an earlier run of the same command
-    ignored: how many files of the source are not images, by extension
+    ignored: how many files of the source are not used, by extension or reason
+    notes: sentences about what a user may not expect
     """
 
     manifest: Manifest
     kept_shards: int
     bad_images: BadImages
     ignored: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How images are stored.
-
-    resolution: height and width in pixels, after a centre crop; None: as in the source
-    channels: 1 or 3
-    image_format: one of _FORMATS; keep stores files as they are, with their own channels
-    quality: 1 to 100 for jpeg and webp; None: 95 for jpeg, lossless for webp
-    """
-
-    resolution: int | None
-    channels: int
-    image_format: str
-    quality: int | None
-
-    def __post_init__(self) -> None:
-        if self.image_format not in _FORMATS:
-            raise UserError(
-                f"unknown format '{self.image_format}': choose from {', '.join(_FORMATS)}"
-            )
-        if self.quality is not None and self.image_format not in ("jpeg", "webp"):
-            raise UserError(f"only jpeg and webp have a quality, not {self.image_format}")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise UserError(f"the quality must be from 1 to 100, not {self.quality}")
-
-    def encode(self, data: bytes) -> tuple[str, bytes]:
-        """(extension, bytes to store) of an image file. Raises DecodeError."""
-        pixels = decode(data, self.resolution, self.channels)
-        if self.image_format == "keep":
-            return image_extension(data), data
-        stream = io.BytesIO()
-        if self.image_format == "npy":
-            np.save(stream, pixels)
-            return "npy", stream.getvalue()
-        image = Image.fromarray(pixels.squeeze(2) if self.channels == 1 else pixels)
-        if self.image_format == "jpeg":
-            # Full-resolution colour: a generator would learn to imitate the blur of 4:2:0.
-            image.save(stream, "JPEG", quality=self.quality or 95, subsampling=0)
-            return "jpg", stream.getvalue()
-        webp = {"lossless": self.quality is None, "quality": self.quality or 80}
-        image.save(stream, self.image_format, **(webp if self.image_format == "webp" else {}))
-        return self.image_format, stream.getvalue()
+    notes: list[str]
 
 
 class _ShardTask(NamedTuple):
@@ -109,13 +71,15 @@ class _Journal:
 
     Continues the journal of an earlier run with the same `settings`. Raises UserError if the folder
     holds other shards, and as soon as more than a share of `max_bad` of the images are bad.
-    Attributes: `shards`, the bad images of each complete one; `bad_count`, their number.
+    Attributes: `shards`, the bad images of each complete one; `bad_count`, their number; `notes`,
+    the number of images by note.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any], max_bad: float):
         self.shards: dict[str, BadImages] = {}
+        self.notes: Counter[str] = Counter()
         self.bad_count = 0
-        self._path = root / _JOURNAL_NAME
+        self._path = root / JOURNAL_NAME
         self._image_count, self._max_bad = settings["images"], max_bad
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".*.partial"):  # of a run that was killed
@@ -137,17 +101,19 @@ class _Journal:
             lines.pop()  # the machine stopped while writing it; the shard is written again
             write_text(self._path, "".join([first, *lines]))
         latest = {line[0]: line for line in map(json.loads, lines)}
-        for name, size, bad_images in latest.values():
+        for name, size, bad_images, *notes in latest.values():
             path = root / name
             if size == 0 or (path.exists() and path.stat().st_size == size):
                 self.shards[name] = [(image, reason) for image, reason in bad_images]
                 self.bad_count += len(bad_images)
+                self.notes.update(*notes)  # a journal of an earlier version has none
         self._refuse_too_many_bad()
 
-    def add(self, name: str, size: int, bad_images: BadImages) -> None:
+    def add(self, name: str, size: int, bad_images: BadImages, notes: dict[str, int]) -> None:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([name, size, bad_images]) + "\n")
+            file.write(json.dumps([name, size, bad_images, notes]) + "\n")
         self.shards[name] = bad_images
+        self.notes.update(notes)
         self.bad_count += len(bad_images)
         self._refuse_too_many_bad()
 
@@ -172,7 +138,10 @@ def write_shards(
     channels: int | None = None,
     image_format: str | None = None,
     quality: int | None = None,
-    classes: str = "none",
+    image: str = "",
+    classes: str = "",
+    class_key: str = "",
+    splits: Sequence[str] = (),
     shard_samples: int | None = None,
     shard_bytes: int = 128 << 20,
     seed: int = 0,
@@ -183,19 +152,22 @@ def write_shards(
 
     resolution, channels, image_format, quality: see Encoding. By default, files are kept as they
         are if no resolution is given, else stored as PNG; channels are 3, or those of a bundled set
-    classes: "folder" or "none", see `sources.list_images`
+    image: the extension of the images; by default, all formats that can be read
+    classes, class_key: folder, json, cls, txt or none, see `source_classes.find_classes`
+    splits: folders of the source, to which it is limited
     shard_samples: images per shard; by default about `shard_bytes` bytes, estimated from 64 images
     seed: of the order of the images. They are shuffled before they are split, since training only
         shuffles within windows of neighbours: with one class per shard, a batch has few classes
     workers: processes, each with one shard at a time; they do not change the result
     max_bad: share of bad images above which UserError is raised
     """
-    listing = list_images(source, classes)
-    encoding = _choose_encoding(listing, resolution, channels, image_format, quality)
-    order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
-    if shard_samples is None:
-        shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
     root = Path(output)
+    if root.resolve() == Path(source).resolve():
+        raise UserError(f"the shards need another folder than that of the images, {source}")
+    listing = list_images(source, MemberChoice(image, classes, class_key), splits)
+    encoding = Encoding.choose(listing, resolution, channels, image_format, quality)
+    order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
+    shard_samples = shard_samples or _shard_samples(listing, order, encoding, shard_bytes)
     settings = {
         **asdict(encoding),
         "shard_samples": shard_samples,
@@ -216,24 +188,8 @@ def write_shards(
             manifest = build_manifest(root, workers)
         else:
             manifest = Manifest.load(root)
-    return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored)
-
-
-def _choose_encoding(
-    listing: Source,
-    resolution: int | None,
-    channels: int | None,
-    image_format: str | None,
-    quality: int | None,
-) -> Encoding:
-    is_unchanged = resolution is None and channels is None
-    if image_format is None:
-        image_format = "keep" if is_unchanged and listing.kind != "bundled" else "png"
-    if image_format == "keep" and not is_unchanged:
-        raise UserError("the format keep stores files as they are: drop resolution and channels")
-    if channels is None:
-        channels = 1 if (listing.kind, listing.path) == ("bundled", "mnist") else 3
-    return Encoding(resolution, channels, image_format, quality)
+    notes = [*listing.notes, *(f"{text}: {n:,}" for text, n in sorted(journal.notes.items()))]
+    return WriteResult(manifest, len(tasks) - len(todo), journal.bad_images, listing.ignored, notes)
 
 
 def describe_bad_images(bad_images: BadImages) -> str:
@@ -246,12 +202,14 @@ def describe_bad_images(bad_images: BadImages) -> str:
 def _shuffle_key(seed: int, name: str) -> bytes:
     # A hash, not a generator: the same order with every version of NumPy, and an image added later
     # leaves the others in their order.
-    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+    text = f"{seed}:{name}".encode("utf-8", "surrogateescape")  # a name need not be UTF-8
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
-def _estimate_shard_samples(
+def _shard_samples(
     source: Source, order: list[SourceImage], encoding: Encoding, shard_bytes: int
 ) -> int:
+    """About how many images make `shard_bytes`."""
     read = image_reader(source.kind, source.path)
     probed = order[:_PROBED_IMAGES]
     sizes = []
@@ -259,7 +217,7 @@ def _estimate_shard_samples(
     for image in probed:
         try:
             # A member is a header of one block, and whole blocks of data.
-            blocks = 1 - (-len(_encode(read, image, encoding)[1]) // BLOCK_BYTES)
+            blocks = 1 - (-len(_encode(read, image, encoding).data) // BLOCK_BYTES)
             sizes.append((blocks + 2 * (image.label >= 0)) * BLOCK_BYTES)
         except DecodeError as error:
             reason = f"{image.name} {error}"
@@ -289,29 +247,32 @@ def _write_all(todo: list[_ShardTask], journal: _Journal, workers: int, image_co
     # disable=None: only on a terminal
     with tqdm(total=image_count, unit=" images", disable=None) as progress:
         progress.update(image_count - sum(len(task.images) for task in todo))
-        for task, (size, bad_images) in run_all(_write_shard, todo, workers):
-            journal.add(task.path.name, size, bad_images)
+        for task, result in run_all(_write_shard, todo, workers):
+            journal.add(task.path.name, *result)
             progress.update(len(task.images))
     if journal.bad_count == image_count:
         raise UserError(f"no image can be decoded: {describe_bad_images(journal.bad_images)}")
 
 
-def _write_shard(task: _ShardTask) -> tuple[int, BadImages]:
-    """The shard's bytes and bad images; without a good image, it has 0 bytes and no file."""
+def _write_shard(task: _ShardTask) -> tuple[int, BadImages, dict[str, int]]:
+    """The shard's bytes, bad images, and how many images have a note; without a good image, it has
+    0 bytes and no file."""
     from webdataset.writer import TarWriter  # imports torch, which takes seconds
 
     read = image_reader(task.kind, task.source_path)
     bad_images = []
+    notes: Counter[str] = Counter()
     with (
         atomic_write(task.path) as file,
         TarWriter(file, encoder=False, mtime=0, user="ganscale", group="ganscale") as tar,
     ):
         for position, image in enumerate(task.images, task.first_key):
             try:
-                extension, data = _encode(read, image, task.encoding)
+                extension, data, image_notes = _encode(read, image, task.encoding)
             except DecodeError as error:
                 bad_images.append((image.name, str(error)))
                 continue
+            notes.update(image_notes)
             sample = {"__key__": f"{position:09d}", extension: data}
             if image.label >= 0:
                 # TarWriter sorts by extension: the label comes first, so a reader of a cut tar
@@ -320,13 +281,13 @@ def _write_shard(task: _ShardTask) -> tuple[int, BadImages]:
             tar.write(sample)
     if len(bad_images) == len(task.images):
         task.path.unlink()
-        return 0, bad_images
-    return task.path.stat().st_size, bad_images
+        return 0, bad_images, {}
+    return task.path.stat().st_size, bad_images, dict(notes)
 
 
 def _encode(
     read: Callable[[SourceImage], bytes], image: SourceImage, encoding: Encoding
-) -> tuple[str, bytes]:
+) -> Encoded:
     if image.size > _MAX_FILE_BYTES:
         raise DecodeError(f"has {image.size:,} bytes, more than the limit of {_MAX_FILE_BYTES:,}")
     try:

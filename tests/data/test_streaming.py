@@ -251,7 +251,16 @@ def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path
 
 @pytest.mark.parametrize(
     ("extension", "text", "label"),
-    [("cls", b"2\n", 2), ("json", b'{"label": 1}', 1), ("txt", b"0", 0), ("txt", b"a cat", -1)],
+    [
+        ("cls", b"2\n", 2),
+        ("cls", b"cat", -1),
+        ("json", b'{"label": 1}', 1),
+        ("json", b'{"label": "2"}', 2),
+        ("json", b'{"class": [3.0]}', 3),
+        ("json", b'{"label": [1, 2]}', -1),
+        ("txt", b"0", 0),
+        ("txt", b"a cat", -1),
+    ],
 )
 def test_labels_are_read_as_indexing_reads_them(
     streams: Streams, tmp_path: Path, extension: str, text: bytes, label: int
@@ -267,6 +276,22 @@ def test_labels_beyond_the_classes_are_refused_with_the_expected_range(
     path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), ("0.cls", b"7")])
     with pytest.raises(UserError, match=r"has label 7, not one of data\.class_count=5 classes"):
         next(streams(path, class_count=5))
+
+
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        ('"cat"', r"has label 'cat', not one of data\.class_count=5 classes"),
+        ("[1, 2]", r"has a label that is \[1, 2\], not one class, not one of data\.class_count=5"),
+        ("null", r"has no label, not one of"),
+    ],
+)
+def test_a_label_that_is_not_a_number_is_named(
+    streams: Streams, tmp_path: Path, label: str, sentence: str
+) -> None:
+    members = [("0.png", numbered(0)), ("0.json", f'{{"label": {label}}}'.encode())]
+    with pytest.raises(UserError, match=sentence):
+        next(streams(write_tar(tmp_path / "a.tar", members), class_count=5))
 
 
 def test_nothing_in_a_tar_is_run(streams: Streams, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ganscale.errors import UnavailableError, UserError
 from ganscale.shards import indexing, listing, parallel
 from ganscale.shards.exclusions import Exclusion, read_exclusions
 from ganscale.shards.indexing import IndexResult, build_manifest, index_shards
+from ganscale.shards.verifying import verify_shards
 from tests.helpers.files import names
 from tests.helpers.images import png
 from tests.helpers.processes import end_tree, run_python, wait_until
@@ -180,6 +181,19 @@ def test_all_bad_shards_are_named_and_can_be_left_out(shards, capsys):
     assert len(read_exclusions(shards / "bad.jsonl")) == 5
 
 
+def test_a_shard_whose_name_is_not_utf_8_is_indexed_kept_and_verified(shards):
+    (shards / "5.tar").rename(shards / "caf\udce9.tar")
+    assert index(shards).read == 6
+    result = index(shards)
+    assert (result.read, result.kept) == (0, 6)
+    assert result.manifest is not None
+    assert result.manifest.shards[-1].name == "caf\udce9.tar"
+    assert not any(found.bad or found.problem for found in verify_shards(result.manifest))
+    (shards / "caf\udce9.tar").write_bytes(b"?" * 600)
+    with pytest.raises(UserError, match=r"caf\\xe9\.tar: not a readable tar"):
+        index(shards)
+
+
 def test_many_bad_shards_are_counted(tmp_path):
     for number in range(8):
         (tmp_path / f"{number}.tar").write_bytes(b"?" * 600)
@@ -243,8 +257,8 @@ def test_a_shard_that_grows_while_it_is_read_is_refused(shards, monkeypatch):
     """Another program is still writing it."""
     read = indexing.read_index
 
-    def growing(reader, name, excluded_keys):
-        index = read(reader, name, excluded_keys)
+    def growing(reader, name, *options):
+        index = read(reader, name, *options)
         if name == "5.tar":
             with (shards / name).open("ab") as shard:
                 shard.write(bytes(512))

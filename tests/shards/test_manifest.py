@@ -98,7 +98,14 @@ def test_members_that_webdataset_skips_are_skipped(tmp_path):
             r"sample '0' occurs twice",
         ),
         ([("0.png", STUB), ("README", b"")], r"member 'README' has no extension"),
-        ([("0.png", STUB), ("0.cls", b"cat")], r"'0\.cls' is not an integer: b'cat'"),
+        (
+            [("0.png", STUB), ("0.cls", b"1"), ("1.png", STUB), ("1.cls", b"cat")],
+            r"the label of sample '1' in '1\.cls' is 'cat', but others are numbers",
+        ),
+        (
+            [("0.png", STUB), ("0.cls", b"\xff")],
+            r"the label of sample '0' in '0\.cls' is not text: b'\\xff'",
+        ),
         ([("0.png", STUB), ("0.cls", b"-2")], r"'0\.cls' is -2"),
         (
             [("0.png", STUB), ("0.cls", b"1"), ("1.png", STUB)],
@@ -109,6 +116,10 @@ def test_members_that_webdataset_skips_are_skipped(tmp_path):
             r"'0\.png' is not a JPEG, .* with b'<html>404</h'",
         ),
         ([("0.png", b"")], r"'0\.png' is not a JPEG"),
+        (
+            [("0.bmp", b"BM")],
+            r"has no image, only bmp .*`ganscale shards write` makes shards of \.bmp",
+        ),
         ([("0.cls", b"1"), ("1.cls", b"1")], r"'0' has no image, .* \(and 1 more bad samples\)"),
         ([("img.v1.0.png", b""), ("img.v1.1.png", b"")], r"sample 'img' has no image"),
     ],

@@ -1,14 +1,21 @@
 """`ganscale shards` as a user runs it."""
 
 import argparse
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ganscale.cli import shards
+from ganscale.data.bad_samples import BadSample
+from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
-from tests.helpers.processes import run_python
+from tests.helpers.images import jpeg, png
+from tests.helpers.processes import HANG_SECONDS, run_python
+from tests.helpers.tars import write_tar
 
 
 def run(*arguments: str) -> int:
@@ -63,6 +70,66 @@ def test_mistakes_give_clear_errors(digits, tmp_path):
         run("show", str(tmp_path))
     with pytest.raises(UserError, match="with a different seed"):
         run("write", "bundled:mnist", digits, "--format", "npy", "--seed", "1")
+
+
+def test_names_from_files_cannot_command_the_terminal(tmp_path):
+    """Of shards, samples, classes and files that are not stored."""
+    name = "\x1b[2J\x9b\r\u202e"
+    data_set = tmp_path / "set"
+    write_tar(
+        data_set / f"{name}.tar", [(f"{name}.jpg", jpeg(0)[:400]), (f"{name}.cls", b"\x1b[m")]
+    )
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / f"{name}.png").write_bytes(b"?")
+    (images / f"0.{name}").write_bytes(b"?")
+    (images / "0.png").write_bytes(png(0))
+    for command in (
+        ("index", str(data_set)),
+        ("show", str(data_set)),
+        ("verify", str(data_set)),
+        ("write", str(images), str(tmp_path / "1")),
+        ("write", str(images), str(tmp_path / "1"), "--max-bad", "0.9"),
+    ):
+        process = subprocess.run(
+            [sys.executable, "-m", "ganscale", "shards", *command],
+            capture_output=True, text=True, timeout=HANG_SECONDS,
+        )  # fmt: skip
+        output = process.stdout + process.stderr
+        assert not set("\x1b\x9b\r\u202e") & set(output), output
+        assert "\\x1b[" in output
+    bad_sample = BadSample(f"{name}.tar", "cut", name, "is cut")
+    assert str(bad_sample) == (
+        r"sample \x1b[2J\x9b\x0d\u202e of shard \x1b[2J\x9b\x0d\u202e.tar is cut"
+    )
+
+
+def test_names_that_the_terminal_has_no_letters_for_are_escaped(tmp_path):
+    folder = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", "猫".encode())]).parent
+    process = subprocess.run(
+        [sys.executable, "-m", "ganscale", "shards", "index", str(folder)],
+        capture_output=True, text=True, timeout=HANG_SECONDS,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "  class     0             1  \\u732b\n" in process.stdout
+
+
+def test_a_folder_or_zip_of_images_is_answered_with_the_command_that_reads_images(tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "cats").mkdir(parents=True)
+    (photos / "cats" / "0.BMP").touch()
+    (tmp_path / "photos.zip").touch()
+    for source in (photos, tmp_path / "photos.zip"):
+        with pytest.raises(UserError, match=rf"ganscale shards write {source} OUTPUT"):
+            Manifest.load(source)
+    with pytest.raises(
+        UserError, match=rf"no \*\.tar in .*: ganscale shards write {photos} OUTPUT"
+    ):
+        run("index", str(photos))
+    write_tar(photos / "a.tar", [("0.png", png(0))])
+    with pytest.raises(UserError, match=rf"make one with: ganscale shards index {photos}$"):
+        Manifest.load(photos)
 
 
 @pytest.mark.parametrize("option", ["--workers", "--resolution", "--shard-samples"])

@@ -20,6 +20,7 @@ from ganscale.data.shard_reader import ShardReader
 from ganscale.errors import UserError
 from ganscale.schema import DataConfig
 from ganscale.shards import bundled, sources
+from ganscale.shards.class_labels import MemberChoice
 from ganscale.shards.writing import write_shards
 from tests.helpers.disks import remount, small_disk
 from tests.helpers.images import png
@@ -173,6 +174,15 @@ def test_bundled_sets_keep_pixels_labels_and_names(tmp_path):
     }
 
 
+def test_bundled_sets_are_stored_without_classes_when_asked(tmp_path):
+    manifest = write_shards("bundled:mnist", tmp_path, classes="none").manifest
+    assert (manifest.class_count, manifest.class_names) == (0, ())
+    unusable: list[dict[str, Any]] = [{"splits": ["0"]}, {"image": "png"}, {"classes": "folder"}]
+    for options in unusable:
+        with pytest.raises(UserError, match="a bundled set has its own images and classes"):
+            write_shards("bundled:mnist", tmp_path / "other", **options)
+
+
 def test_shards_have_about_the_requested_size(photos, tmp_path):
     manifest = write_shards(
         str(photos),
@@ -324,7 +334,7 @@ def test_options_that_contradict_each_other_are_refused(photos, tmp_path):
 def test_classes_are_the_first_folders_that_differ(tmp_path):
     names = ("set/train/dog/a/1.png", "set/train/cat/2.png", "set/train/cat/b/3.png")
     root = write_files(tmp_path / "deep", dict.fromkeys(names, b""))
-    source = sources.list_images(str(root), classes="folder")
+    source = sources.list_images(str(root), MemberChoice(classes="folder"))
     assert source.class_names == ["cat", "dog"]
     assert {image.name.split("/")[2]: image.label for image in source.images} == {
         "cat": 0,
@@ -332,7 +342,7 @@ def test_classes_are_the_first_folders_that_differ(tmp_path):
     }
     write_files(root, {"set/train/stray.png": b""})
     with pytest.raises(UserError, match=r"set/train/stray\.png is not in a class folder"):
-        sources.list_images(str(root), classes="folder")
+        sources.list_images(str(root), MemberChoice(classes="folder"))
 
 
 def test_a_damaged_zip_member_is_a_bad_image(tmp_path):

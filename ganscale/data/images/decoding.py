@@ -15,14 +15,18 @@ Common files are decoded on fast paths, all others by Pillow:
 """
 
 import io
+import logging
 import math
 import struct
 import zlib
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ganscale.data.bad_samples import BadSampleError
+from ganscale.data.images.orientation import orientation, turned_upright
+from ganscale.data.images.sixteen_bits import eight_bits, has_few_bits, is_16_bit_png
 
 try:
     import simplejpeg
@@ -33,11 +37,12 @@ try:
 except ImportError:  # large, and not a dependency of ours
     png_decode = None
 
+logger = logging.getLogger(__name__)
+
 MAX_PIXELS = 64_000_000
 """Larger images are refused by their header: a JPEG of 1 MB and 100 megapixels takes 3 GB."""
 
 _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
-_EXIF_ORIENTATION = 0x0112
 _PNG_CHUNK = struct.Struct(">I4s")  # bytes of its body, kind
 _PNG_HEADER = struct.Struct(">IIBBBBB")  # width, height, depth, colour, two constants, interlaced
 _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter per channel
@@ -57,7 +62,7 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
     With a `resolution` (pixels), the largest centred square is resized to it with a Lanczos filter;
     an image of this size keeps its exact pixels. None keeps the image's own size. `channels` is 1
     (luma, ITU-R 601) or 3 (RGB). Transparent pixels are blended with white, Exif orientation is
-    applied, 16 bits become 8, and an animation gives its first frame.
+    applied where it is valid, 16 bits become 8, and an animation gives its first frame.
 
     Raises DecodeError for every failure, also for images of more than MAX_PIXELS pixels.
     """
@@ -66,10 +71,21 @@ def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
 
 def decode_into(data: bytes, out: np.ndarray) -> None:
     """Fills `out`, (resolution, resolution, channels) uint8, with what `decode` would return.
-    Raises DecodeError as `decode` does; `out` may then be half filled."""
+    Raises DecodeError as `decode` does; `out` may then be half filled. Warns once of an image that
+    `has_few_bits`."""
     pixels = _decode(data, out.shape[0], out.shape[2], out)
+    if has_few_bits(data, pixels):
+        _warn_of_few_bits()
     if pixels is not out:
         out[...] = pixels
+
+
+@cache
+def _warn_of_few_bits() -> None:
+    logger.warning(
+        "an image is a 16-bit PNG with values below 4,096, so it is nearly black; scale such "
+        "images to the whole range before training"
+    )
 
 
 def _decode(
@@ -112,8 +128,8 @@ def image_size(data: bytes) -> tuple[int, int]:
             return height, width
         image = _open(data)
         width, height = image.size
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1) if _may_have_exif(data) else 1
-        return (width, height) if orientation >= 5 else (height, width)
+        is_turned = _may_have_exif(data) and orientation(image) >= 5
+        return (width, height) if is_turned else (height, width)
     except DecodeError:
         raise
     except Exception as error:
@@ -158,9 +174,10 @@ def _open_upright(data: bytes, resolution: int | None, channels: int) -> Image.I
         scale = _jpeg_scale(image.height, image.width, resolution)
         # Also with scale 1: a draft in mode L takes the luma as it is stored, as simplejpeg does.
         image.draft("L" if channels == 1 else None, (image.width // scale, image.height // scale))
-    if _may_have_exif(data):
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+    turn = orientation(image) if _may_have_exif(data) else 1
+    if is_16_bit_png(data):
+        image = eight_bits(image, data)
+    return turned_upright(image, turn)
 
 
 def _decode_jpeg(
@@ -259,10 +276,6 @@ def _load_array(data: bytes) -> np.ndarray:
 
 def _opaque(image: Image.Image, channels: int) -> np.ndarray:
     """(height, width, channels) uint8, transparent pixels blended with white."""
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow would clip it at 255. Of 16-bit colours, it takes the high byte.
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")

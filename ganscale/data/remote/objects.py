@@ -7,6 +7,7 @@ command line only, never from a manifest.
 
 import glob
 import io
+import os
 import re
 import shlex
 import threading
@@ -89,7 +90,7 @@ def expand(pattern: str, retry_seconds: float = 0.0) -> list[str]:
 
 def _matches(pattern: str, retry_seconds: float) -> list[str]:
     if not is_remote(pattern):
-        return sorted(glob.glob(pattern.removeprefix("file://")))  # noqa: PTH207
+        return _local_matches(pattern.removeprefix("file://"))
     # A question mark in a web address begins its query.
     wildcards = "*" if pattern.startswith(WEB) else "*?["
     if pattern.startswith(PIPE) or not any(mark in pattern for mark in wildcards):
@@ -105,6 +106,24 @@ def _matches(pattern: str, retry_seconds: float) -> list[str]:
             if reason := connections.permanent_reason(error):
                 raise UserError(f"{problem}: {reason}") from error
             backoff.wait(error, problem)
+
+
+def _local_matches(pattern: str) -> list[str]:
+    folder, slash, _ = pattern.rpartition("/")
+    for parent in _local_matches(folder) if glob.has_magic(folder) else [folder or slash or "."]:
+        check_can_list(parent)
+    return sorted(glob.glob(pattern))  # noqa: PTH207
+
+
+def check_can_list(folder: str) -> None:
+    """Raises UserError for a local folder that cannot be listed: a glob takes it for an empty one.
+    What is not a folder passes."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
 
 
 def open_stream(url: str, retry_seconds: float, **options: Any) -> io.BufferedReader:

@@ -190,11 +190,20 @@ class _Stream:
 
     def _label(self, sample: dict[str, Any]) -> int:
         """-1 without one. Raises BadSampleError when it is not one of the expected classes."""
-        labels = (parse_label(sample.get(extension), extension) for extension in LABEL_EXTENSIONS)
-        label = next((label for label in labels if label is not None), -1)
+        label, has = -1, "has no label"
+        for extension in LABEL_EXTENSIONS:
+            try:
+                found = parse_label(sample.get(extension), extension)
+            except ValueError as error:
+                has = f"has a label that {error}"
+                continue
+            if isinstance(found, int):
+                label, has = found, f"has label {found}"
+                break
+            if found is not None and extension != "txt":  # other texts are captions
+                has = f"has label {found!r}"
         classes = self._config.class_count
         if classes and not 0 <= label < classes:
-            has = "has no label" if label < 0 else f"has label {label}"
             expected = f"not one of data.class_count={classes} classes"
             raise BadSampleError(f"{has}, {expected}", "no class")
         return label
