@@ -288,6 +288,9 @@ class RuntimeConfig:
     timeout_seconds: float = setting(
         "The run ends when no rank makes progress for this long.", 600.0, unit="seconds", above=0
     )
+    join_timeout_seconds: float = setting(
+        "At the start, each rank waits this long for all others.", 120.0, unit="seconds", above=0
+    )
 
 
 @dataclass

@@ -1,8 +1,6 @@
 """`ganscale train CONFIG... key=value...`: starts a run, or continues it."""
 
 import argparse
-import os
-from contextlib import closing
 
 from ganscale.errors import EXIT_DONE
 
@@ -24,33 +22,34 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
-    from ganscale.runtime import Runtime
+    from ganscale.runtime import Placement, Runtime
     from ganscale.supervision.failure_attribution import Failure
     from ganscale.supervision.job_history import note_ended
     from ganscale.supervision.progress import Progress
     from ganscale.supervision.watchdog import Watchdog
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    placement = Placement.from_environment()
     try:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
         progress = Progress()
-        # Collectives time out after the watchdog, which can name the rank to blame.
-        timeout = 1.5 * limit + config.data.retry_seconds
-        with (
-            closing(Runtime.start(timeout, CLOSING_SECONDS)) as runtime,
-            Watchdog(runtime, progress, limit, stop),
-        ):
+        # Watched from its start on, which has a limit of its own.
+        progress.mark("start", min(0.0, config.runtime.join_timeout_seconds - limit))
+        with Watchdog(placement, progress, config.runtime, stop):
+            # Collectives time out after the watchdog, which can name the rank to blame.
+            timeout = 1.5 * limit + config.data.retry_seconds
+            runtime = Runtime.start(timeout, CLOSING_SECONDS)
             trainer = Trainer(resolved, runtime, stop, progress)
             exit_code = trainer.run()
             runtime.barrier()
+        runtime.close()
     except Exception as error:
-        if is_main:
+        if placement.is_main:
             failure = Failure.from_error(error)
             note_ended(failure.exit_code, failure.message)
         raise
-    if is_main:
+    if placement.is_main:
         how = "done" if exit_code == EXIT_DONE else "stopped"
         note_ended(exit_code, f"{how} at {trainer.state.images_seen:,} images")
     return exit_code

@@ -35,7 +35,8 @@ class Failure:
 class RankStatus:
     """A rank as this one sees it; times are of this process's monotonic clock."""
 
-    name: str  # "rank 3 on node2"
+    rank: int
+    host: str
     heard_at: float
     progressed_at: float  # when it entered its stage
     mark: ProgressMark = field(default_factory=ProgressMark)
@@ -45,12 +46,19 @@ class RankStatus:
     failure: Failure | None = None
     failed_at: float = inf
 
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
 
 @dataclass(frozen=True)
 class FailureCause:
+    """suspect_host: a machine that the next attempt had better avoid"""
+
     exit_code: int
     message: str
     is_hang: bool = False
+    suspect_host: str = ""
 
 
 def is_for_users(error: BaseException) -> bool:

@@ -18,7 +18,7 @@ LIMIT, SILENCE = 600.0, 60.0
 def healthy_ranks(count: int, now: float = 1000.0) -> list[RankStatus]:
     """That many ranks in the same step, all well."""
     mark = ProgressMark(50, "critic")
-    return [RankStatus(f"rank {rank} on node{rank // 2}", now, now, mark) for rank in range(count)]
+    return [RankStatus(rank, f"node{rank // 2}", now, now, mark) for rank in range(count)]
 
 
 def attribute(ranks: list[RankStatus], now: float) -> FailureCause | None:
