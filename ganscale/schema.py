@@ -291,6 +291,13 @@ class RuntimeConfig:
     join_timeout_seconds: float = setting(
         "At the start, each rank waits this long for all others.", 120.0, unit="seconds", above=0
     )
+    health_check_seconds: float = setting(
+        "Before training, every device must compute, and the ranks add up a tensor, within this "
+        "long; 0: no check.",
+        60.0,
+        unit="seconds",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -24,7 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
     from ganscale.runtime import Placement, Runtime
     from ganscale.supervision.failure_attribution import Failure
-    from ganscale.supervision.job_history import note_ended
+    from ganscale.supervision.health_check import check_health
+    from ganscale.supervision.job_history import note_bad_host, note_ended
     from ganscale.supervision.progress import Progress
     from ganscale.supervision.watchdog import Watchdog
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
@@ -40,6 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
             # Collectives time out after the watchdog, which can name the rank to blame.
             timeout = 1.5 * limit + config.data.retry_seconds
             runtime = Runtime.start(timeout, CLOSING_SECONDS)
+            if (seconds := config.runtime.health_check_seconds) > 0:
+                progress.mark("health check", min(0.0, seconds - limit))
+                check_health(runtime)
             trainer = Trainer(resolved, runtime, stop, progress)
             exit_code = trainer.run()
             runtime.barrier()
@@ -47,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         if placement.is_main:
             failure = Failure.from_error(error)
+            if failure.is_of_device:
+                note_bad_host(placement.host)
             note_ended(failure.exit_code, failure.message)
         raise
     if placement.is_main:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ganscale.supervision.failure_attribution import FailureCause
-from ganscale.supervision.job_history import note_ended
+from ganscale.supervision.job_history import note_bad_host, note_ended
 from ganscale.supervision.progress import Progress
 from ganscale.supervision.rank_links import RankLink
 from ganscale.tracking.console import append_line
@@ -57,6 +57,8 @@ def _write_last_words(
     for descriptor in (STDOUT, STDERR):
         os.dup2(null, descriptor)
     if is_reporter:
+        if cause.suspect_host:
+            note_bad_host(cause.suspect_host)
         note_ended(cause.exit_code, cause.message)
         if folder := progress.run_folder:
             append_line(folder.log, f"ERROR: {cause.message}")

@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.ranks import environment_of, free_port
@@ -25,6 +26,7 @@ class Ranks:
         *settings: str,
         name: str = "run",
         started: Sequence[int] | None = None,
+        script: Path = REPOSITORY / "launch" / "train.py",
         **environment: str,
     ) -> None:
         port = str(free_port())
@@ -32,7 +34,7 @@ class Ranks:
         self.folder = runs.folder / name
         self.processes = [
             PreloadedProcess(
-                REPOSITORY / "launch" / "train.py",
+                script,
                 runs.settings(name, *settings),
                 {**common, **environment_of(rank, count, port), **environment},
             )

@@ -6,6 +6,7 @@ files of this folder run the real one.
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,16 @@ def test_a_rank_may_open_as_many_files_as_its_node_permits(jobs: Jobs) -> None:
     found = re.search(r"^files: (\d+) of (\d+)$", jobs.log(job), re.MULTILINE)
     assert found is not None
     assert found[1] == found[2]
+
+
+def test_a_node_that_permits_few_files_is_named() -> None:
+    code = "ulimit -n 1000; source slurm/training_job.sh; raise_limits"
+    place = {"SLURM_LOCALID": "0", "SLURMD_NODENAME": "node7", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code],
+        cwd=REPOSITORY, env=os.environ | place, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "warning: on node7, a process may open only 1000 files (ulimit -n)" in done.stderr
 
 
 def test_dcgms_profiling_is_paused_while_a_rank_runs(jobs: Jobs) -> None:
