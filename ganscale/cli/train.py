@@ -35,14 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
         progress = Progress()
-        # Watched from its start on, which has a limit of its own.
-        progress.mark("start", min(0.0, config.runtime.join_timeout_seconds - limit))
+        # These two stages have limits of their own.
+        progress.mark("start", config.runtime.join_timeout_seconds - limit)
         with Watchdog(placement, progress, config.runtime, stop):
             # Collectives time out after the watchdog, which can name the rank to blame.
             timeout = 1.5 * limit + config.data.retry_seconds
             runtime = Runtime.start(timeout, CLOSING_SECONDS)
             if (seconds := config.runtime.health_check_seconds) > 0:
-                progress.mark("health check", min(0.0, seconds - limit))
+                progress.mark("health check", seconds - limit)
                 check_health(runtime)
             trainer = Trainer(resolved, runtime, stop, progress)
             exit_code = trainer.run()
