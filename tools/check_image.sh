@@ -16,13 +16,13 @@ for tool in buildah debootstrap; do
   command -v "$tool" >/dev/null || skip "$tool is not installed"
 done
 
-work=$(mktemp -d)
-trap finish EXIT
+work=$(mktemp -d) step=start
 finish() {
   local code=$?
   ((code == 0)) || { tail -n 50 "$work/log" && echo "image-check: failed in the step: $step"; }
   rm -rf "$work"
 }
+trap finish EXIT
 
 echo '{"default": [{"type": "insecureAcceptAnything"}]}' >"$work/policy.json"
 buildah() { # Needs no overlay file system and no user namespaces.
@@ -32,7 +32,7 @@ trusted=(--signature-policy "$work/policy.json")
 chroot=(--isolation chroot --network host)
 
 pip_setting() { # NAME: its value on this machine, if any
-  python3 -m pip config list | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | tail -n 1
+  { python3 -m pip config list || true; } | sed -n "s/^[^=]*\.$1='\(.*\)'$/\1/p" | tail -n 1
 }
 wheels=$(pip_setting find-links) # perhaps a folder, in which torch may come without CUDA
 [[ -d $wheels ]] || wheels=$work
