@@ -22,10 +22,11 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
-    from ganscale.runtime import Placement, Runtime
+    from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
     from ganscale.supervision.health_check import check_health
     from ganscale.supervision.job_history import note_bad_host, note_ended
+    from ganscale.supervision.placement import Placement
     from ganscale.supervision.progress import Progress
     from ganscale.supervision.watchdog import Watchdog
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer

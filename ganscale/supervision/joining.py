@@ -12,11 +12,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import NoReturn
 
+from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, EXIT_USER_ERROR
-from ganscale.runtime import Placement
 from ganscale.supervision.failure_attribution import FailureCause
+from ganscale.supervision.placement import Placement
 from ganscale.supervision.rank_links import RankLink
 from ganscale.supervision.signals import PARENT_PID, StopRequest
 
@@ -146,12 +148,14 @@ def _connect_to_main(placement: Placement, limit_seconds: float, stop: StopReque
             if _is_stopped(stop):
                 raise JoinError(FailureCause(EXIT_REQUEUE, "stopped before rank 0 joined"))
             if time.monotonic() > deadline:
-                raise ConnectionError(f"nothing answers at {placement.address}")
+                raise ConnectionError(f"it does not answer at {placement.address}")
             time.sleep(_CHECK_SECONDS)
 
     try:
         wait_until(placement.is_store_open)
-        store = placement.open_store(limit_seconds)
+        opened = DaemonThreadPool(1, "store").submit(partial(placement.open_store, limit_seconds))
+        wait_until(opened.done)  # never, if another program answers
+        store = opened.result()
         wait_until(lambda: store.check([_LISTENER]))  # a launcher's store comes before rank 0
     except ConnectionError as error:
         message = f"rank 0 did not join within {limit_seconds:.0f} s: {error}"

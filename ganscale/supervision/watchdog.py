@@ -17,7 +17,6 @@ from math import inf
 
 from ganscale import runtime as runtime_module
 from ganscale.errors import EXIT_RANK_LOST
-from ganscale.runtime import Placement
 from ganscale.schema import RuntimeConfig
 from ganscale.supervision.abort import ABORT_SECONDS, STDERR, abort
 from ganscale.supervision.failure_attribution import (
@@ -28,6 +27,7 @@ from ganscale.supervision.failure_attribution import (
     is_for_users,
 )
 from ganscale.supervision.joining import JoinError, join_ranks
+from ganscale.supervision.placement import Placement
 from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import PARENT_PID, StopRequest
 

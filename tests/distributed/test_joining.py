@@ -41,10 +41,23 @@ def test_without_rank_0_the_others_say_that_they_have_waited_for_it(
     started.append(ranks)
     assert ranks.exit_codes(0, 1) == [76, 76]
     assert ranks.printed(0).startswith(
-        "error: rank 0 did not join within 1 s: nothing answers at 127.0.0.1:"
+        "error: rank 0 did not join within 1 s: it does not answer at 127.0.0.1:"
     )
     assert len(ranks.printed(0).splitlines()) == 1
     assert ranks.printed(1) == ""
+
+
+def test_another_program_at_the_port_of_rank_0_is_not_waited_for_for_ever(
+    runs: Runs, started: list[Ranks]
+) -> None:
+    """It accepts connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        address = f"127.0.0.1:{stranger.getsockname()[1]}"
+        ranks = Ranks(runs, 2, "runtime.join_timeout_seconds=2", MASTER_PORT=address[10:])
+        started.append(ranks)
+        assert ranks.exit_codes(0, 1) == [75, 76]
+    assert f"rank 0 on {HOST} cannot start: it cannot listen at {address}" in ranks.printed(0)
+    assert f"rank 0 did not join within 2 s: it does not answer at {address}" in ranks.printed(1)
 
 
 def has_joined(process: PreloadedProcess) -> bool:
