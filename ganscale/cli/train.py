@@ -31,11 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.supervision.watchdog import Watchdog
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
-    placement = Placement.from_environment()
+    placement, progress = Placement.from_environment(), Progress()
     try:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
-        progress = Progress()
         # These two stages have limits of their own.
         progress.mark("start", config.runtime.join_timeout_seconds - limit)
         with Watchdog(placement, progress, config.runtime, stop):
