@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slurm test-first-half test-second-half lint check bench rivals pin clean
+.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -41,6 +41,10 @@ lint: install
 
 # What CI runs; `make test` alone is enough during development.
 check: lint test
+
+# Builds the image without a Docker daemon and trains in it; a few minutes. A part of CI.
+image-check:
+	tools/check_image.sh
 
 # Every benchmark, in its short form; `python -m benchmarks.NAME` is the long one.
 bench: install

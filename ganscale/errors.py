@@ -35,6 +35,12 @@ class UnavailableError(GanscaleError):
     exit_code = EXIT_REQUEUE
 
 
+class DeviceError(GanscaleError):
+    """A GPU or its machine is to blame: the same command continues, best on another machine."""
+
+    exit_code = EXIT_RANK_LOST
+
+
 class ReplicaError(GanscaleError):
     """The weights of two ranks differ; nothing was saved."""
 

@@ -293,6 +293,16 @@ class RuntimeConfig:
     timeout_seconds: float = setting(
         "The run ends when no rank makes progress for this long.", 600.0, unit="seconds", above=0
     )
+    join_timeout_seconds: float = setting(
+        "At the start, each rank waits this long for all others.", 120.0, unit="seconds", above=0
+    )
+    health_check_seconds: float = setting(
+        "Before training, every device must compute, and the ranks add up a tensor, within this "
+        "long; 0: no check.",
+        60.0,
+        unit="seconds",
+        at_least=0,
+    )
 
 
 @dataclass

@@ -3,8 +3,9 @@
 # submitted, because SLURM runs a copy of the script from elsewhere.
 #
 # A job's history is a file beside its log. Each attempt appends `attempt N`; the training appends
-# `started IMAGES` once its state is loaded, and `ended CODE MESSAGE` at its end. `died MESSAGE` is
-# appended for a rank that a signal has killed. The exit codes are those of ganscale/errors.py.
+# `started IMAGES` once its state is loaded, `bad NODE` for a node that the next attempt had better
+# avoid, and `ended CODE MESSAGE` at its end. `died MESSAGE` is appended for a rank that a signal has
+# killed. The exit codes are those of ganscale/errors.py.
 
 readonly STOPPED=75 RANK_LOST=76
 stop_asked='' step='' step_began=0 forwarder=''
@@ -20,7 +21,7 @@ fail() { # MESSAGE: for a mistake of the user
 
 train() { # CONFIG key=value...
   local tasks=${SLURM_NTASKS_PER_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-1}
-  local ranks=$((SLURM_JOB_NUM_NODES * tasks)) gpus=${SLURM_GPUS_ON_NODE:-0}
+  local ranks=$((SLURM_JOB_NUM_NODES * tasks)) gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
   local options=() container=()
   ((${SLURM_NTASKS:-$ranks} == ranks)) || fail "$SLURM_NTASKS tasks are not $tasks on each of" \
     "$SLURM_JOB_NUM_NODES nodes: give sbatch --ntasks-per-node, not --ntasks"
@@ -31,6 +32,7 @@ train() { # CONFIG key=value...
       --cpus-per-task=$((tasks * cpus))) ;;
     *) fail "GANSCALE_LAUNCHER is srun or accelerate, not $GANSCALE_LAUNCHER" ;;
   esac
+  gpus=${gpus##*:} # without their type; with sbatch --exclusive, a node may have more
   ((gpus == 0 || gpus == tasks)) || fail "a rank uses one GPU, but a node has $gpus GPUs and" \
     "$tasks tasks: give sbatch the same number for --gpus-per-node and --ntasks-per-node"
   # It would hide all GPUs but one from each task, but ranks choose theirs by number.
@@ -48,9 +50,9 @@ train() { # CONFIG key=value...
   export GANSCALE_RANKS=$ranks GANSCALE_RANKS_PER_NODE=$tasks
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   say "attempt $attempt: $ranks ranks on $SLURM_JOB_NODELIST, at $MASTER_ADDR:$MASTER_PORT"
-  # Ranks are numbered node by node and see all GPUs of their node. If one dies or fails, the others
-  # name it and exit by themselves; --wait kills those that do not.
-  run_step "${options[@]}" --distribution=block --cpu-bind=cores --mpi=none \
+  # Ranks are numbered node by node and socket by socket, as GPUs are, and see all GPUs of their node.
+  # If one dies or fails, the others name it and exit by themselves; --wait kills those that do not.
+  run_step "${options[@]}" --distribution=block:block --cpu-bind=cores --mpi=none \
     --kill-on-bad-exit=0 --wait=30 bash -c 'source slurm/training_job.sh; as_task "$@"' task "$@"
 }
 
@@ -60,19 +62,25 @@ begin() { # Opens the job's history and log folder.
   [[ -f $log ]] || log=$PWD/ganscale-$SLURM_JOB_ID.log # if the log is /dev/null, say
   export GANSCALE_LOGS=${log%.log}-ranks
   mkdir -p "$GANSCALE_LOGS"
-  export GANSCALE_JOB_HISTORY_FILE=$GANSCALE_LOGS/history-$SLURM_JOB_ID
+  # Clusters that share a disk count their jobs separately, and may begin again at 1.
+  export GANSCALE_JOB_HISTORY_FILE=$GANSCALE_LOGS/history-$SLURM_JOB_ID-${SLURM_CLUSTER_NAME:-slurm}
+  if ((${SLURM_RESTART_COUNT:-0} == 0)) && [[ -s $GANSCALE_JOB_HISTORY_FILE ]]; then
+    mv --backup=numbered "$GANSCALE_JOB_HISTORY_FILE" "$GANSCALE_JOB_HISTORY_FILE.old" || true
+  fi
   touch "$GANSCALE_JOB_HISTORY_FILE" || true # a full disk may have room again once the ranks start
   attempt=$(($(grep -c '^attempt ' "$GANSCALE_JOB_HISTORY_FILE" || true) + 1))
   # Also counts attempts whose line a full disk has lost.
   ((attempt > ${SLURM_RESTART_COUNT:-0})) || attempt=$((SLURM_RESTART_COUNT + 1))
   echo "attempt $attempt" >>"$GANSCALE_JOB_HISTORY_FILE" || true
-  PATH=$PWD/.venv/bin:$PATH # from `make install`, if it was used
+  export PATH=$PWD/.venv/bin:$PATH # from `make install`, if it was used
+  export SLURM_EXPORT_ENV=ALL      # the ranks need this script's variables, also after --export=NONE
 }
 
 choose_rendezvous() { # Exports the address and port of rank 0.
   local first
-  read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR=$first
+  GANSCALE_HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+  first=${GANSCALE_HOSTS%% *}
+  export GANSCALE_HOSTS MASTER_ADDR=$first
   if ((SLURM_JOB_NUM_NODES == 1)); then
     MASTER_ADDR=127.0.0.1
   elif ! getent hosts "$first" >/dev/null; then # unknown to the name servers, but not to SLURM
@@ -98,7 +106,7 @@ run_step() { # ARGUMENT...: srun with these, then `conclude`.
     wait "$step" || true # a trapped signal interrupts it
   done
   wait "$step" || code=$?
-  trap '' USR1 TERM
+  trap '' USR1 USR2 TERM HUP XCPU
   [[ -z $forwarder ]] || kill "$forwarder" 2>/dev/null || true
   conclude "$code"
 }
@@ -115,7 +123,7 @@ ask_to_stop() { # The time limit is near, or the job is preempted, cancelled or 
   } &
   forwarder=$!
 }
-trap ask_to_stop USR1 TERM # from here on
+trap ask_to_stop USR1 USR2 TERM HUP XCPU # from here on
 
 outcome() { # How this attempt ended: CODE MESSAGE, or nothing yet.
   awk '/^attempt /{line = ""} /^ended /{line = substr($0, 7)} END{print line}' \
@@ -124,6 +132,11 @@ outcome() { # How this attempt ended: CODE MESSAGE, or nothing yet.
 
 first_death() { # The first rank of this attempt that a signal has killed, if any.
   awk '/^attempt /{line = ""} /^died / && !line{line = substr($0, 6)} END{print line}' \
+    "$GANSCALE_JOB_HISTORY_FILE"
+}
+
+bad_nodes() { # The nodes that this attempt has found to be bad, one a line.
+  awk '/^attempt /{split("", bad)} /^bad /{bad[$2]} END{for (node in bad) print node}' \
     "$GANSCALE_JOB_HISTORY_FILE"
 }
 
@@ -171,13 +184,31 @@ again() { # WHY [CODE]: puts the job back into the queue, unless it makes no pro
       fi
       say "$1; goes back into the queue"
       if scontrol requeue "$job"; then
-        exit "$code" # SLURM ignores it
+        avoid_bad_nodes "$job" "$status" # SLURM starts the job again once this script has ended
+        exit "$code"                     # SLURM ignores it
       fi
     fi
     sleep 10
   done
   say "$1; cannot be requeued: submit it again to continue"
   exit "$code"
+}
+
+avoid_bad_nodes() { # JOB ITS-STATUS: keeps bad nodes out of the next attempt, if others are left.
+  local excluded left
+  excluded=$(bad_nodes | paste -sd,)
+  [[ -n $excluded ]] || return 0
+  [[ $2 =~ \ ExcNodeList=([^ ]*) && ${BASH_REMATCH[1]} != "(null)" ]] &&
+    excluded=${BASH_REMATCH[1]},$excluded
+  left=$(sinfo --noheader --responding --Node --partition="$SLURM_JOB_PARTITION" --format=%N \
+    --states=idle,allocated,mixed,completing | sort -u |
+    grep -cvxFf <(scontrol show hostnames "$excluded")) || true
+  if [[ $2 == *" ReqNodeList=(null) "* ]] && ((left >= SLURM_JOB_NUM_NODES)) &&
+    scontrol update JobId="$1" ExcNodeList="$excluded"; then
+    say "the next attempt avoids $excluded"
+  else
+    say "$excluded had better be avoided, but the job needs it: submit it with other nodes"
+  fi
 }
 
 attempts_without_progress() { # Since the last one that started at more images than any before.
@@ -192,10 +223,12 @@ as_task() { # CONFIG key=value...: runs one rank, or the launcher of a node's ra
   if ((SLURM_JOB_NUM_NODES > 1)); then
     choose_interface
   fi
+  raise_limits
   if [[ $GANSCALE_LAUNCHER == accelerate ]]; then
     name="the launcher on $SLURMD_NODENAME" log=$GANSCALE_LOGS/node-$SLURM_NODEID.log
     command=(accelerate launch --config_file "$(launch_file)" --num_machines "$SLURM_JOB_NUM_NODES"
       --num_processes "$GANSCALE_RANKS" --machine_rank "$SLURM_NODEID" --max_restarts 0
+      --rdzv_conf timeout=120
       --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" launch/train.py "$@")
   else
     name="rank $SLURM_PROCID on $SLURMD_NODENAME" log=$GANSCALE_LOGS/rank-$SLURM_PROCID.log
@@ -208,15 +241,17 @@ as_task() { # CONFIG key=value...: runs one rank, or the launcher of a node's ra
   read -ra container <<<"$GANSCALE_CONTAINER"
   # The first task writes into the job's log, each other one into a separate file; stderr goes to
   # both. Signals are meant for the rank: these shells and `tee` outlive it.
-  trap : USR1 TERM INT
+  trap : USR1 USR2 TERM HUP XCPU INT
   exec 3>&2
   if ((SLURM_PROCID > 0)); then
     # shellcheck disable=SC2094  # both append
-    exec >>"$log" 3> >(trap '' USR1 TERM INT && exec tee -a "$log" >&2)
+    exec >>"$log" 3> >(trap '' USR1 USR2 TERM HUP XCPU INT && exec tee -a "$log" >&2)
     copy=$!
   fi
-  # USR1 would kill Python before it handles the signal, and the launcher at any time.
-  { (trap '' USR1 && exec "${container[@]}" "${command[@]}" 2>&3 3>&-) || code=$?; } 2>/dev/null
+  pause_dcgm --pause
+  # These would kill Python before it handles the signals, and the launcher at any time.
+  { (trap '' USR1 USR2 && exec "${container[@]}" "${command[@]}" 2>&3 3>&-) || code=$?; } 2>/dev/null
+  pause_dcgm --resume
   if ((code >= 128)); then
     echo "$name was killed by signal $((code - 128))" >&3
     echo "died $name was killed by signal $((code - 128))" >>"$GANSCALE_JOB_HISTORY_FILE"
@@ -247,5 +282,26 @@ choose_interface() { # For gloo, which by default uses the address of this host'
   if [[ -z ${GLOO_SOCKET_IFNAME:-} && (-z $address || $address == 127.*) ]]; then
     name=$(ip -o -4 address show scope global | awk 'NR == 1 {print $2}') || true
     [[ -z $name ]] || export GLOO_SOCKET_IFNAME=$name
+  fi
+}
+
+raise_limits() { # As far as this node permits. SLURM passes on those of the shell that ran sbatch.
+  local name here=$SLURMD_NODENAME
+  for name in n l; do
+    ulimit -S -$name "$(ulimit -H -$name)" 2>/dev/null || true
+  done
+  ((SLURM_LOCALID == 0)) || return 0
+  if [[ $(ulimit -n) != unlimited ]] && (($(ulimit -n) < 4096)); then
+    say "warning: on $here, a process may open only $(ulimit -n) files (ulimit -n); 4096 are safe" >&2
+  fi
+  if [[ -d /sys/class/infiniband && $(ulimit -l) != unlimited ]]; then
+    say "warning: on $here, only $(ulimit -l) kB of memory can be locked (ulimit -l); InfiniBand and" \
+      "EFA need more: set LimitMEMLOCK=infinity for slurmd" >&2
+  fi
+}
+
+pause_dcgm() { # --pause or --resume: its profiling, which competes with PyTorch's for the counters.
+  if [[ -n ${GANSCALE_PAUSE_DCGM:-} ]] && ((SLURM_LOCALID == 0)); then
+    dcgmi profile "$1" >/dev/null || say "warning: dcgmi profile $1 failed on $SLURMD_NODENAME" >&2
   fi
 }

@@ -1,8 +1,6 @@
 """`ganscale train CONFIG... key=value...`: starts a run, or continues it."""
 
 import argparse
-import os
-from contextlib import closing
 
 from ganscale.errors import EXIT_DONE
 
@@ -26,32 +24,40 @@ def run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
     from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
-    from ganscale.supervision.job_history import note_ended
+    from ganscale.supervision.health_check import check_health
+    from ganscale.supervision.job_history import note_bad_host, note_ended
+    from ganscale.supervision.placement import Placement
     from ganscale.supervision.progress import Progress
     from ganscale.supervision.watchdog import Watchdog
     from ganscale.tracking.console import log_users_traceback
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
-    is_main, progress = os.environ.get("RANK", "0") == "0", Progress()
+    placement, progress = Placement.from_environment(), Progress()
     try:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
-        # Collectives time out after the watchdog, which can name the rank to blame.
-        timeout = 1.5 * limit + config.data.retry_seconds
-        with (
-            closing(Runtime.start(timeout, CLOSING_SECONDS)) as runtime,
-            Watchdog(runtime, progress, limit, stop),
-        ):
+        # These two stages have limits of their own.
+        progress.mark("start", config.runtime.join_timeout_seconds - limit)
+        with Watchdog(placement, progress, config.runtime, stop):
+            # Collectives time out after the watchdog, which can name the rank to blame.
+            timeout = 1.5 * limit + config.data.retry_seconds
+            runtime = Runtime.start(timeout, CLOSING_SECONDS)
+            if (seconds := config.runtime.health_check_seconds) > 0:
+                progress.mark("health check", seconds - limit)
+                check_health(runtime)
             trainer = Trainer(resolved, runtime, stop, progress)
             exit_code = trainer.run()
             runtime.barrier()
+        runtime.close()
     except Exception as error:
-        if is_main:
+        if placement.is_main:
             log_users_traceback(progress.run_folder, error)
             failure = Failure.from_error(error)
+            if failure.is_of_device:
+                note_bad_host(placement.host)
             note_ended(failure.exit_code, failure.message)
         raise
-    if is_main:
+    if placement.is_main:
         how = "done" if exit_code == EXIT_DONE else "stopped"
         note_ended(exit_code, f"{how} at {trainer.state.images_seen:,} images")
     return exit_code

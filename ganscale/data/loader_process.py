@@ -10,9 +10,11 @@ threads or GPU contexts of the training. It ends when the training does, however
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import wait
@@ -29,6 +31,7 @@ from ganscale.data.loader_worker import BatchReady, LoaderJob, LogMessage, Share
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import GanscaleError, UnavailableError
+from ganscale.processes import is_stopped
 
 _PROGRAM = """
 import sys
@@ -38,6 +41,7 @@ main()
 """
 _THREAD_CLOSE_SECONDS = 1.0
 _PROCESS_CLOSE_SECONDS = 12.0  # a little longer than loaders take
+_STOPPED_SECONDS = 10.0  # for which the process may be stopped by a signal
 
 
 def start_loader(
@@ -98,6 +102,7 @@ class LoaderProcess(Iterator[Batch]):
         ours, theirs = socket.socketpair()
         self._connection = Connection(ours.detach())
         self._answer: object = None  # the next batch or error, if it has arrived
+        self._stopped_since: float | None = None
         command = [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(file), *sys.path]
         self._process = subprocess.Popen(
             command, pass_fds=(theirs.fileno(), file), start_new_session=True
@@ -110,8 +115,8 @@ class LoaderProcess(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """Raises as the loader does, also at every further call; UnavailableError when the other
-        process was killed."""
-        while not self.wait(60.0):
+        process was killed or stopped."""
+        while not self.wait(1.0):
             pass
         answer, self._answer = self._answer, None
         if not isinstance(answer, BatchReady):
@@ -135,11 +140,14 @@ class LoaderProcess(Iterator[Batch]):
                     self._answer = message
         except (EOFError, OSError):
             self._answer = self._exit_error()
+        if self._answer is None:
+            self._end_if_stopped()
         return self._answer is not None
 
     def close(self) -> None:
         """Ends the other process within seconds."""
         self._connection.close()
+        self._process.send_signal(signal.SIGCONT)  # if it is stopped, so that it ends
         try:
             self._process.wait(_PROCESS_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -151,11 +159,25 @@ class LoaderProcess(Iterator[Batch]):
         with contextlib.suppress(OSError):  # the process has ended: `wait` finds out why
             self._connection.send(message)
 
+    def _end_if_stopped(self) -> None:
+        """Kills the other process once it has been stopped for too long, so that a call raises."""
+        now = time.monotonic()
+        if self._process.poll() is not None or not is_stopped(self._process.pid):
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since > _STOPPED_SECONDS:
+            self._process.kill()
+
     def _exit_error(self) -> GanscaleError:
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
             return UnavailableError("the process that loads the data no longer answers")
+        if self._stopped_since is not None:
+            return UnavailableError(
+                "the process that loads the data was stopped (SIGSTOP) and not continued"
+            )
         if code < 0:
             return UnavailableError(
                 f"the process that loads the data was killed by signal {-code}; was memory short?"

@@ -28,6 +28,7 @@ from ganscale.data.dataset import DataSet
 from ganscale.data.loader import Loader
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.errors import GanscaleError
+from ganscale.processes import resume_when_parent_dies
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class _LoaderServer:
 
 
 def main() -> None:
+    resume_when_parent_dies()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     torch.set_num_threads(1)  # each of its threads decodes by itself
     connection, file = map(int, sys.argv[1:3])

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ganscale.supervision.failure_attribution import FailureCause
-from ganscale.supervision.job_history import note_ended
+from ganscale.supervision.job_history import note_bad_host, note_ended
 from ganscale.supervision.progress import Progress
 from ganscale.supervision.rank_links import RankLink
 from ganscale.tracking.console import append_line
@@ -26,8 +26,10 @@ ABORT_SECONDS = _BEFORE_ABORT_SECONDS + 3 * _WRITE_SECONDS
 STDOUT, STDERR = 1, 2  # file descriptors
 
 
-def abort(cause: FailureCause, rank: int, progress: Progress, links: Sequence[RankLink]) -> None:
-    """Ends this process and does not return."""
+def abort(
+    cause: FailureCause, rank: int, progress: Progress, links: Sequence[RankLink]
+) -> NoReturn:
+    """Ends this process."""
     try:
         _run_for(ABORT_SECONDS, _write_last_words, cause, rank, progress, links)
     finally:
@@ -55,6 +57,8 @@ def _write_last_words(
     for descriptor in (STDOUT, STDERR):
         os.dup2(null, descriptor)
     if is_reporter:
+        if cause.suspect_host:
+            note_bad_host(cause.suspect_host)
         note_ended(cause.exit_code, cause.message)
         if folder := progress.run_folder:
             append_line(folder.log, f"ERROR: {cause.message}")
@@ -64,7 +68,8 @@ def _is_reporter(rank: int, links: Sequence[RankLink]) -> bool:
     """Rank 0; if that is lost, rank 1 and the first rank of every other machine."""
     if rank == 0:
         return True
-    return (rank == 1 or os.environ.get("LOCAL_RANK") == "0") and links[0].cause is None
+    is_first = rank == 1 or os.environ.get("LOCAL_RANK") == "0"
+    return is_first and all(link.cause is None for link in links)
 
 
 def _write_stacks(rank: int, progress: Progress) -> None:

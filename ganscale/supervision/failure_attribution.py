@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, GanscaleError
+from ganscale.errors import EXIT_FAILED, EXIT_RANK_LOST, DeviceError, GanscaleError
 from ganscale.runtime import is_communication_error, is_device_error
 from ganscale.supervision.progress import ProgressMark
 
@@ -14,28 +14,35 @@ _GRACE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that ended a rank. is_consequence: as the loss of another rank causes it"""
+    """An error that ended a rank.
+
+    is_consequence: as the loss of another rank causes it
+    is_of_device: the rank's machine is to blame
+    """
 
     exit_code: int
     message: str
     is_consequence: bool = False
+    is_of_device: bool = False
 
     @classmethod
     def from_error(cls, error: BaseException) -> "Failure":
         is_consequence = is_communication_error(error)
-        if is_consequence or is_device_error(error):  # the network or a GPU, not the run
+        is_of_device = is_device_error(error) or isinstance(error, DeviceError)
+        if is_consequence or is_of_device:  # the network or a GPU, not the run
             exit_code = EXIT_RANK_LOST
         else:
             exit_code = error.exit_code if isinstance(error, GanscaleError) else EXIT_FAILED
         kind = "" if is_for_users(error) else f"{type(error).__name__}: "
-        return cls(exit_code, kind + " ".join(str(error).split()), is_consequence)
+        return cls(exit_code, kind + " ".join(str(error).split()), is_consequence, is_of_device)
 
 
 @dataclass
 class RankStatus:
     """A rank as this one sees it; times are of this process's monotonic clock."""
 
-    name: str  # "rank 3 on node2"
+    rank: int
+    host: str
     heard_at: float
     progressed_at: float  # when it entered its stage
     mark: ProgressMark = field(default_factory=ProgressMark)
@@ -45,12 +52,19 @@ class RankStatus:
     failure: Failure | None = None
     failed_at: float = inf
 
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
 
 @dataclass(frozen=True)
 class FailureCause:
+    """suspect_host: a machine that the next attempt had better avoid"""
+
     exit_code: int
     message: str
     is_hang: bool = False
+    suspect_host: str = ""
 
 
 def is_for_users(error: BaseException) -> bool:
@@ -75,17 +89,19 @@ def attribute_failure(
             f"{_name_all(silent)} was lost: no sign of life for {seconds:.0f} s; its process is "
             "stopped, or its machine cannot be reached"
         )
-        return FailureCause(EXIT_RANK_LOST, message, is_hang=True)
+        return FailureCause(EXIT_RANK_LOST, message, is_hang=True, suspect_host=silent[0].host)
     limit_seconds += max(rank.mark.extra_seconds for rank in ranks)
     if now - max(rank.progressed_at for rank in ranks) <= limit_seconds:
         return None
     lowest_count = min(rank.mark.count for rank in ranks)
     behind = [rank for rank in ranks if rank.mark.count == lowest_count]
     hanging = [rank for rank in behind if not rank.is_waiting] or behind
-    name = "every rank" if 1 < len(ranks) == len(hanging) else _name_all(hanging)
+    is_everywhere = 1 < len(ranks) == len(hanging)
+    name = "every rank" if is_everywhere else _name_all(hanging)
     seconds = now - min(rank.progressed_at for rank in hanging)
     message = f"{name} hangs: in `{hanging[0].mark.stage}` for {seconds:.0f} s"
-    return FailureCause(EXIT_RANK_LOST, message, is_hang=True)
+    host = "" if is_everywhere else hanging[0].host
+    return FailureCause(EXIT_RANK_LOST, message, is_hang=True, suspect_host=host)
 
 
 def _death_or_error(ranks: Sequence[RankStatus], now: float) -> FailureCause | None:
@@ -106,7 +122,8 @@ def _death_or_error(ranks: Sequence[RankStatus], now: float) -> FailureCause | N
     rank, failure = causes[0]
     is_everywhere = len(failed) == len(ranks) and len({f.message for _, f in causes}) == 1
     name = "" if is_everywhere else f"{rank.name}: "
-    return FailureCause(failure.exit_code, f"{name}{failure.message}")
+    host = rank.host if failure.is_of_device else ""
+    return FailureCause(failure.exit_code, f"{name}{failure.message}", suspect_host=host)
 
 
 def _name_all(ranks: Sequence[RankStatus]) -> str:

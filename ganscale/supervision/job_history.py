@@ -24,6 +24,11 @@ def note_started(images_seen: int) -> None:
     _append(f"started {images_seen}")
 
 
+def note_bad_host(host: str) -> None:
+    """`bad HOST`: the next attempt had better avoid this machine. On one rank."""
+    _append(f"bad {host}")
+
+
 def note_ended(exit_code: int, message: str) -> None:
     """`ended CODE MESSAGE`: this attempt is over. On one rank."""
     _append(f"ended {exit_code} {' '.join(message.split())}")

@@ -10,7 +10,7 @@ from ganscale.run_folder import RunFolder
 class ProgressMark:
     count: int = 0  # of the stages that the rank has entered
     stage: str = "start"
-    extra_seconds: float = 0.0  # how much longer than the limit this stage may take
+    extra_seconds: float = 0.0  # how much longer than the limit (or shorter) this stage may take
 
 
 class Progress:

@@ -7,6 +7,15 @@ import threading
 
 from ganscale.errors import EXIT_INTERRUPTED
 
+STOP_SIGNALS = (
+    signal.SIGUSR1,  # time limit or preemption: SLURM sends what the batch script asks for,
+    signal.SIGUSR2,  # and other schedulers these
+    signal.SIGXCPU,
+    signal.SIGTERM,  # scancel
+    signal.SIGHUP,  # the terminal is gone
+    signal.SIGINT,  # Ctrl-C
+)
+
 PARENT_PID = os.getppid()
 """The process that started this one; read early, before it can die."""
 
@@ -26,10 +35,10 @@ class StopRequest:
         processes that we start, which inherit the mask.
         """
         request = cls()
-        # Time limit or preemption (SLURM sends what the batch script asks for), scancel, Ctrl-C.
-        signals = {signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job
-            signals.remove(signal.SIGINT)
+        signals = {*STOP_SIGNALS}
+        for ignorable in (signal.SIGINT, signal.SIGHUP):  # by a shell's background job; by nohup
+            if signal.getsignal(ignorable) == signal.SIG_IGN:
+                signals.remove(ignorable)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=request._wait, args=[signals], name="stop", daemon=True).start()
         return request

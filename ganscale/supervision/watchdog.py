@@ -17,7 +17,7 @@ from math import inf
 
 from ganscale import runtime as runtime_module
 from ganscale.errors import EXIT_RANK_LOST
-from ganscale.runtime import Runtime
+from ganscale.schema import RuntimeConfig
 from ganscale.supervision.abort import ABORT_SECONDS, STDERR, abort
 from ganscale.supervision.failure_attribution import (
     Failure,
@@ -26,8 +26,9 @@ from ganscale.supervision.failure_attribution import (
     attribute_failure,
     is_for_users,
 )
+from ganscale.supervision.joining import JoinError, join_ranks
+from ganscale.supervision.placement import Placement
 from ganscale.supervision.progress import Progress
-from ganscale.supervision.rank_links import connect_ranks, rank_name
 from ganscale.supervision.signals import PARENT_PID, StopRequest
 
 _MAX_HEARTBEAT_SECONDS = 5.0
@@ -37,32 +38,37 @@ _WAITING_FOLDERS = ("/torch/distributed/", "/torch/autograd/")
 
 
 class Watchdog:
-    """Watches from its construction to the end of its `with` block. On every rank.
+    """Waits for all ranks when it is constructed, and watches them until the end of its `with`
+    block. On every rank, before there is a process group.
 
     An error that leaves the block ends all ranks; a single rank then only stops watching.
-    limit_seconds: without progress on any rank, until the run is ended
     stop: requested when this rank's launcher dies and leaves it behind
-    Raises UserError if a rank cannot be reached.
+    Ends the process if not all ranks join.
     """
 
     def __init__(
-        self, runtime: Runtime, progress: Progress, limit_seconds: float, stop: StopRequest
+        self, placement: Placement, progress: Progress, config: RuntimeConfig, stop: StopRequest
     ) -> None:
-        self._runtime = runtime
+        self._placement = placement
         self._progress = progress
         self._stop = stop
-        self._limit = limit_seconds
+        self._limit = limit_seconds = config.timeout_seconds
         # This thread runs whatever the main thread does, unless the process is stopped.
         self._silence = min(limit_seconds, max(30.0, limit_seconds / 10))
         # Rank 0 receives 200 heartbeats a second at most until there are 1,000 ranks.
-        interval = min(max(1.0, runtime.world_size / 200), _MAX_HEARTBEAT_SECONDS)
+        interval = min(max(1.0, placement.world_size / 200), _MAX_HEARTBEAT_SECONDS)
         self._heartbeat_seconds = min(interval, self._silence / 10)
         self._is_closing = threading.Event()
         now = time.monotonic()
-        self._own_status = RankStatus(rank_name(runtime.rank), now, now)
-        self._links = connect_ranks(runtime)
+        self._own_status = RankStatus(placement.rank, placement.host, now, now)
+        try:
+            self._links = join_ranks(placement, config.join_timeout_seconds, stop)
+        except JoinError as error:
+            for link in error.links:
+                link.send(cause=astuple(error.cause))
+            abort(error.cause, placement.rank, progress, error.links)
         self._watched = [link.status for link in self._links]
-        if runtime.is_main:
+        if placement.is_main:
             self._watched.insert(0, self._own_status)
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
@@ -86,7 +92,7 @@ class Watchdog:
         if not failure.is_consequence and not is_for_users(error):
             traceback.print_exception(error)
         self._own_status.failure, self._own_status.failed_at = failure, time.monotonic()
-        if not self._runtime.is_main:
+        if not self._placement.is_main:
             self._links[0].send(failure=astuple(failure))
         # The watchdog's thread ends this process. If it does not, the error is raised after all.
         time.sleep(self._silence + ABORT_SECONDS + _CLOSE_SECONDS)
@@ -143,7 +149,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(1.5 * self._limit + mark.extra_seconds, file=STDERR)
 
     def _check(self, now: float) -> None:
-        limit = self._limit if self._runtime.is_main else inf
+        limit = self._limit if self._placement.is_main else inf
         cause = attribute_failure(self._watched, now, limit, self._silence)
         if cause is not None:
             for link in self._links:
@@ -152,7 +158,7 @@ class Watchdog:
 
     def _abort(self, cause: FailureCause) -> None:
         if not self._is_closing.is_set():
-            abort(cause, self._runtime.rank, self._progress, self._links)
+            abort(cause, self._placement.rank, self._progress, self._links)
 
 
 def _is_main_thread_waiting() -> bool:

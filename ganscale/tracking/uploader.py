@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, UnavailableError, UserError
 from ganscale.files import FileLock
+from ganscale.processes import resume_when_parent_dies
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.record import RecordTail
@@ -179,6 +180,7 @@ def _tear_down_client() -> None:
 
 
 def main() -> None:
+    resume_when_parent_dies()
     os.nice(10)  # training comes first, also when cores are few
     # The client's own output must not mix with the messages to the trainer.
     channel = os.fdopen(os.dup(1), "w", buffering=1)

@@ -23,7 +23,7 @@ from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_load
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
-from tests.helpers.processes import wait_until
+from tests.helpers.processes import HANG_SECONDS, wait_until
 
 Start = Callable[..., LoaderProcess]
 
@@ -159,6 +159,35 @@ def test_a_process_that_is_killed_asks_for_another_start(digits: Path, start: St
             take_until_it_raises(loader)
 
 
+def test_a_process_that_stays_stopped_asks_for_another_start(
+    digits: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ganscale.data.loader_process._STOPPED_SECONDS", 0.5)
+    loader = start(config_of(digits, workers=1))
+    next(loader)
+    os.kill(loader._process.pid, signal.SIGSTOP)
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match=r"was stopped \(SIGSTOP\)"):
+            take_until_it_raises(loader)
+
+
+def test_a_process_that_is_stopped_and_continued_goes_on(digits: Path, start: Start) -> None:
+    loader = start(config_of(digits, workers=1))
+    os.kill(loader._process.pid, signal.SIGSTOP)
+    assert not loader.wait(2)
+    os.kill(loader._process.pid, signal.SIGCONT)
+    assert loader.wait(HANG_SECONDS)
+    next(loader)
+
+
+def test_a_stopped_process_ends_when_it_is_closed(digits: Path, start: Start) -> None:
+    loader = start(config_of(digits, workers=1))
+    next(loader)
+    os.kill(loader._process.pid, signal.SIGSTOP)
+    loader.close()
+    assert loader._process.returncode == 0
+
+
 def test_a_process_that_cannot_start_fails_the_run(
     digits: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +261,8 @@ def test_a_thread_returns_the_same_batches_and_continues_after_a_wait(digits: Pa
     assert_same(found, within(config, 10))
 
 
-def test_it_ends_with_the_process_that_started_it(digits: Path) -> None:
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_it_ends_with_the_process_that_started_it(digits: Path, is_stopped: bool) -> None:
     """Which is killed, and can do nothing about it."""
     program = (
         "import sys, time\n"
@@ -249,6 +279,8 @@ def test_it_ends_with_the_process_that_started_it(digits: Path) -> None:
         assert parent.stdout is not None
         process = psutil.Process(int(parent.stdout.readline()))
         assert process.is_running()
+        if is_stopped:
+            process.suspend()
         parent.kill()
     gone, _ = psutil.wait_procs([process], timeout=300)
     assert gone

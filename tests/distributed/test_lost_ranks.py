@@ -6,15 +6,19 @@ sets them: so ranks that leave in time leave because of the watchdog.
 
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.distributed.test_resume import wait_for_checkpoints
-from tests.helpers.processes import HANG_SECONDS, end_tree, seconds_to_import_torch, wait_until
+from tests.helpers.processes import (
+    HANG_SECONDS,
+    blocks,
+    end_tree,
+    seconds_to_import_torch,
+    wait_until,
+)
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Runs
 
@@ -32,15 +36,6 @@ def short_limit() -> tuple[str, str]:
 def last_error(ranks: Ranks, rank: int) -> str:
     """The end of what a rank printed: its main thread may have been in the middle of a line."""
     return "error: " + ranks.printed(rank).splitlines()[-1].rpartition("error: ")[2]
-
-
-@pytest.fixture
-def started() -> Iterator[list[Ranks]]:
-    """Whatever is appended here is ended after the test."""
-    ranks: list[Ranks] = []
-    yield ranks
-    for each in ranks:
-        each.end()
 
 
 def test_the_others_leave_when_a_rank_is_killed_and_say_which(
@@ -147,16 +142,6 @@ def test_ranks_whose_launcher_was_killed_save_and_leave(runs: Runs) -> None:
     assert runs.summary("run")["exit_code"] == 75
     newest = int(runs.checkpoints("run")[-1].name.removeprefix("images-"))
     assert newest == runs.summary("run")["images_seen"]
-
-
-def blocks(process: subprocess.Popen[str], number: signal.Signals) -> bool:
-    """Whether the process has blocked the signal, so that it waits to be handled."""
-    try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
-        return False
-    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def test_a_signal_during_the_start_is_not_lost(runs: Runs) -> None:

@@ -1,6 +1,7 @@
 """Processes that a test starts, waits for and ends."""
 
 import contextlib
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,16 @@ def wait_until(
         assert process is None or process.poll() is None, f"it ended too early: {_output(process)}"
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(interval)
+
+
+def blocks(process: Process, number: signal.Signals) -> bool:
+    """Whether the process has blocked the signal, so that it waits to be handled."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def _output(process: Process) -> str:

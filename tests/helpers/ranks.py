@@ -4,6 +4,8 @@
 """
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.ranks import environment_of, free_port
@@ -15,19 +17,28 @@ if TYPE_CHECKING:
 
 
 class Ranks:
+    """started: which of the ranks are started; all of them by default"""
+
     def __init__(
-        self, runs: "Runs", count: int, *settings: str, name: str = "run", **environment: str
+        self,
+        runs: "Runs",
+        count: int,
+        *settings: str,
+        name: str = "run",
+        started: Sequence[int] | None = None,
+        script: Path = REPOSITORY / "launch" / "train.py",
+        **environment: str,
     ) -> None:
         port = str(free_port())
-        common = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+        common = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         self.folder = runs.folder / name
         self.processes = [
             PreloadedProcess(
-                REPOSITORY / "launch" / "train.py",
+                script,
                 runs.settings(name, *settings),
-                {**common, **environment_of(rank, count, port)},
+                {**common, **environment_of(rank, count, port), **environment},
             )
-            for rank in range(count)
+            for rank in (range(count) if started is None else started)
         ]
 
     def exit_codes(self, *ranks: int) -> list[int]:

@@ -95,7 +95,7 @@ ReturnToService=2
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=node[1-{nodes}] CPUs={cpus} Gres=gpu:{gpus}
+NodeName=node[1-{nodes}] CPUs={cpus} Sockets={sockets} CoresPerSocket={cores} Gres=gpu:{gpus}
 PartitionName=all Nodes=ALL Default=YES GraceTime=300
 PartitionName=urgent Nodes=ALL PriorityTier=9
 """
@@ -115,12 +115,16 @@ def what_is_missing() -> str | None:
 
 
 class Cluster:
-    """Nodes node1, node2, ... with `cpus` CPUs and `gpus` devices that SLURM treats as GPUs."""
+    """Nodes node1, node2, ... with `cpus` CPUs and `gpus` devices that SLURM treats as GPUs.
 
-    def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 2) -> None:
+    sockets: over which the CPUs seem to be spread; jobs can use those that this machine has
+    """
+
+    def __init__(self, nodes: int = 1, cpus: int = 2, gpus: int = 2, sockets: int = 1) -> None:
         self._names = [f"node{number}" for number in range(1, nodes + 1)]
         self._cpus = cpus
         self._gpus = gpus
+        self._sockets = sockets
 
     def __enter__(self) -> "Cluster":
         self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -224,7 +228,13 @@ class Cluster:
         """Without variables of a SLURM job that runs the tests: sbatch would pass them on."""
         own = {name: value for name, value in os.environ.items() if "SLURM" not in name}
         folder = str(self._folder)
-        return own | {"PATH": _PATH, "SLURM_CONF": f"{folder}/slurm.conf", "TMPDIR": folder}
+        own |= {"PATH": _PATH, "SLURM_CONF": f"{folder}/slurm.conf", "TMPDIR": folder}
+        if self._sockets > 1:  # what the daemons of the nodes take for the machine
+            own["HWLOC_COMPONENTS"] = "synthetic"
+            own["HWLOC_SYNTHETIC"] = (
+                f"Package:{self._sockets} NUMANode:1 Core:{self._cpus // self._sockets} PU:1"
+            )
+        return own
 
     def _write_files(self) -> None:
         folder = self._folder
@@ -238,7 +248,12 @@ class Cluster:
         (folder / "hosts").write_text("".join(f"{ip} {name}\n" for ip, name in hosts.items()))
         (folder / "slurm.conf").write_text(
             _SLURM_CONF.format(
-                folder=folder, nodes=len(self._names), cpus=self._cpus, gpus=self._gpus
+                folder=folder,
+                nodes=len(self._names),
+                cpus=self._cpus,
+                sockets=self._sockets,
+                cores=self._cpus // self._sockets,
+                gpus=self._gpus,
             )
         )
         # SLURM accepts any character devices, and hands them out by number.

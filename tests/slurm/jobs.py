@@ -20,10 +20,11 @@ class Jobs:
         self._where = [f"data.path={data}", f"run.folder={folder}"]
 
     def submit(self, script: str, *arguments: str, options: str = "", **environment: str) -> str:
-        """Submits `slurm/SCRIPT ARGUMENTS`, by default with one task a node; the job's number."""
+        """Submits `slurm/SCRIPT ARGUMENTS`, by default with one task a node; the job's number. A
+        whole path is submitted as it is."""
         small = "--ntasks-per-node=1 --gpus-per-node=0 --cpus-per-task=1"
         given = [f"--output={self.folder}/%j.log", *small.split(), *options.split()]
-        command = [*given, f"slurm/{script}", *arguments]
+        command = [*given, str(Path("slurm") / script), *arguments]
         return self.cluster.submit(*command, folder=REPOSITORY, **environment)
 
     def train(self, script: str, *settings: str, options: str = "", **environment: str) -> str:
@@ -52,6 +53,9 @@ class Jobs:
         """The batch script's last message in each attempt."""
         lines = [line.partition(f" job {job}: ")[2] for line in self.log(job).splitlines()]
         return [line for line in lines if line and not line.startswith(("attempt", "asking"))]
+
+    def history(self, job: str) -> Path:
+        return self.folder / f"{job}-ranks" / f"history-{job}-throwaway"
 
     def rank_log(self, job: str, name: str) -> str:
         return (self.folder / f"{job}-ranks" / f"{name}.log").read_text()

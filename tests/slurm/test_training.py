@@ -149,7 +149,7 @@ def test_a_preempted_job_makes_way_and_goes_on_and_a_cancelled_one_saves_and_doe
     stopped_at = jobs.summary()["images_seen"]
     assert stopped_at > 0
     jobs.cluster.wait_for(urgent, JobState="COMPLETED")
-    history = jobs.folder / f"{job}-ranks" / f"history-{job}"
+    history = jobs.history(job)
     jobs.wait_until(job, lambda: f"started {stopped_at}" in history.read_text().splitlines())
 
     jobs.cluster.run("scancel", job)
@@ -175,6 +175,15 @@ def test_a_request_to_stop_is_answered_even_if_it_comes_while_the_training_start
     assert log.splitlines()[-1].endswith("submit it again to continue")
     assert "srun: error" not in log, log  # the ranks ended by themselves
     assert "Traceback" not in log, log
+
+
+def test_a_hangup_of_a_jobs_ranks_is_a_stop_and_the_job_comes_again(jobs: Jobs) -> None:
+    job = jobs.train("train.sbatch", "run.name=run", "training.total_images=1000M")
+    jobs.wait_for_training(job)
+    jobs.cluster.run("scancel", "--signal=HUP", job)
+    jobs.cluster.wait_for(job, Restarts="1")
+    assert jobs.last_words(job)[0].startswith("stopped at ")
+    assert jobs.summary()["exit_code"] == 75
 
 
 def test_accelerate_may_start_the_ranks_of_each_node(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ganscale.errors import UserError
+from ganscale.errors import DeviceError, UserError
 from ganscale.supervision.failure_attribution import (
     Failure,
     FailureCause,
@@ -18,7 +18,7 @@ LIMIT, SILENCE = 600.0, 60.0
 def healthy_ranks(count: int, now: float = 1000.0) -> list[RankStatus]:
     """That many ranks in the same step, all well."""
     mark = ProgressMark(50, "critic")
-    return [RankStatus(f"rank {rank} on node{rank // 2}", now, now, mark) for rank in range(count)]
+    return [RankStatus(rank, f"node{rank // 2}", now, now, mark) for rank in range(count)]
 
 
 def attribute(ranks: list[RankStatus], now: float) -> FailureCause | None:
@@ -80,6 +80,32 @@ def test_an_error_ends_with_the_code_that_says_whether_to_try_again() -> None:
     assert exit_code(RuntimeError("a bug")) == 1
     assert exit_code(torch.AcceleratorError("CUDA error: uncorrectable ECC error")) == 76
     assert exit_code(torch.OutOfMemoryError("would happen again")) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.AcceleratorError("CUDA error: uncorrectable ECC error"), DeviceError("wrong")]
+)
+def test_the_machine_of_a_device_that_fails_is_suspect(error: Exception) -> None:
+    ranks = healthy_ranks(4)
+    ranks[3].failure, ranks[3].failed_at = Failure.from_error(error), 1000.0
+    cause = attribute(ranks, 1001.1)
+    assert cause is not None
+    assert (cause.exit_code, cause.suspect_host) == (76, "node1")
+
+
+def test_machines_of_ranks_that_hang_or_are_silent_are_suspect_unless_all_are() -> None:
+    ranks = heard_at(healthy_ranks(4), 1700.0)
+    cause = attribute(ranks, 1700.0)
+    assert cause is not None
+    assert cause.suspect_host == ""
+    ranks[0].is_waiting = ranks[1].is_waiting = True
+    cause = attribute(ranks, 1700.0)
+    assert cause is not None
+    assert cause.suspect_host == "node1"
+    ranks[1].heard_at = 1600.0
+    cause = attribute(ranks, 1700.0)
+    assert cause is not None
+    assert cause.suspect_host == "node0"
 
 
 def test_an_error_of_all_ranks_is_reported_at_once_and_without_a_name() -> None:

@@ -1,0 +1,94 @@
+"""What the launcher has told this process: its rank, and where to find rank 0."""
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ganscale.errors import UserError
+
+
+@dataclass
+class Placement:
+    """Which rank the launcher has made of this process, and where rank 0 can be found."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    main_host: str
+    main_port: int
+    hosts: list[str]  # of all ranks, machine by machine; empty if only the launcher knows them
+    _store: Any = None
+
+    @classmethod
+    def from_environment(cls) -> "Placement":
+        """Raises UserError if the launcher has left something out."""
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        names = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+        if missing := [name for name in names if not os.environ.get(name)]:
+            raise UserError(
+                f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} is not set: start the "
+                "ranks with `accelerate launch`, torchrun or the scripts in slurm/"
+            )
+        return cls(
+            int(os.environ.get("RANK", "0")),
+            world_size,
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            os.environ.get("MASTER_ADDR", ""),
+            int(os.environ.get("MASTER_PORT", "0")),
+            os.environ.get("GANSCALE_HOSTS", "").split(),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def host(self) -> str:
+        """This machine, by the name that SLURM gives it if SLURM has started this rank."""
+        return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+    @property
+    def address(self) -> str:
+        return f"{self.main_host}:{self.main_port}"
+
+    def host_of(self, rank: int) -> str:
+        """The machine of any rank; empty if it is not known."""
+        machine = rank // self.local_world_size
+        return self.hosts[machine] if machine < len(self.hosts) else ""
+
+    def name_of(self, rank: int) -> str:
+        host = self.host if rank == self.rank else self.host_of(rank)
+        return f"rank {rank} on {host}" if host else f"rank {rank}"
+
+    def is_store_open(self) -> bool:
+        """Whether something listens where `open_store` connects to."""
+        try:
+            socket.create_connection((self.main_host, self.main_port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def open_store(self, timeout_seconds: float) -> dist.Store:
+        """The keys and values that the launcher or rank 0 keeps for all ranks, before there is a
+        process group; rank 0 needs nobody else for it. Raises ConnectionError."""
+        is_server = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:
+            # Kept: the process group will use the same server.
+            self._store = dist.TCPStore(
+                self.main_host,
+                self.main_port,
+                is_master=is_server,
+                timeout=timedelta(seconds=timeout_seconds),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except dist.DistError as error:
+            does = "listen" if is_server else "connect"
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"it cannot {does} at {self.address}: {reason}") from None
+        # A rank of another job that has come here by mistake finds nothing.
+        return dist.PrefixStore(os.environ.get("SLURM_JOB_ID", "run"), self._store)
