@@ -126,7 +126,7 @@ def export_generator(arguments: argparse.Namespace) -> None:
     from ganscale.training.network_setup import load_run_generator, sample_shape
 
     run = _run(arguments)
-    checkpoint = _select(run, arguments.checkpoint)
+    checkpoint = select_checkpoint(run, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
     config = load_stored(run.config)
     try:
@@ -156,7 +156,8 @@ def _run(arguments: argparse.Namespace) -> RunFolder:
     return run
 
 
-def _select(run: RunFolder, name: str | None) -> Path:
+def select_checkpoint(run: RunFolder, name: str | None) -> Path:
+    """The checkpoint of that name or path, or the newest. Raises UserError if none is whole."""
     from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, newest_checkpoint
 
     if name is None:
@@ -165,6 +166,7 @@ def _select(run: RunFolder, name: str | None) -> Path:
             raise UserError(f"{run.path} has no whole checkpoint yet")
         return newest
     folders = {folder.name: folder for folder in checkpoint_folders(run.checkpoints)}
+    name = Path(name).name
     if name not in folders:
         raise UserError(f"{run.path} has no checkpoint {name}; choose from {', '.join(folders)}")
     if (reason := find_damage(folders[name])) is not None:

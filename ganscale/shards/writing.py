@@ -127,11 +127,10 @@ class _Journal:
             return
         first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         earlier = json.loads(first)
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed:
+        if changed := [name for name in settings if settings[name] != earlier.get(name)]:
             raise UserError(
                 f"{root} contains the shards of another `ganscale shards write`, with a different "
-                f"{', '.join(changed)}; write into another folder, or delete it first"
+                f"{changed[0]}; write into another folder, or delete it first"
             )
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # the machine stopped while writing it; the shard is written again
@@ -196,13 +195,13 @@ def write_shards(
     if shard_samples is None:
         shard_samples = _estimate_shard_samples(listing, order, encoding, shard_bytes)
     root = Path(output)
-    settings = {
+    settings = {  # each before those that may follow from it
+        "source": listing.digest(),
         **asdict(encoding),
-        "shard_samples": shard_samples,
-        "seed": seed,
         "classes": listing.class_names,
         "images": len(order),
-        "source": listing.digest(),
+        "seed": seed,
+        "shard_samples": shard_samples,
     }
     with explain_full_disk(root):
         journal = _Journal(root, settings, max_bad)
