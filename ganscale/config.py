@@ -19,6 +19,8 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from ganscale.config_yaml import COMMAND_LINE, read_file, read_override, update
 from ganscale.errors import UserError
+from ganscale.importing import nearest
+from ganscale.ready import find_config, ready_configs
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, settings_of
@@ -64,9 +66,9 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     """
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
-    paths = [Path(argument) for argument in arguments if argument not in overrides]
+    paths = [_locate(argument) for argument in arguments if argument not in overrides]
     if not paths:
-        raise UserError("no config file given; for example: configs/demo.yaml")
+        raise UserError("no config given; for example: demo (`ganscale configs` lists them)")
 
     blank = OmegaConf.structured(Config)
     merged = blank.copy()
@@ -121,15 +123,30 @@ def is_within(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
+def _locate(name: str, folder: Path = Path()) -> Path:
+    """The config file `name` in `folder`, or the ready config of that name."""
+    path, ready = folder / name, find_config(name)
+    if path.is_file() or (path.exists() and ready is None):
+        return path
+    if ready is not None:
+        return ready
+    hint = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+    if not hint and find_config(path.stem):
+        hint = f"; there is a ready config named {path.stem}"
+    raise UserError(f"{path}: no such config file{hint or nearest(name, ready_configs())}")
+
+
 def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (path, settings) of each included file, then of the file itself."""
     if path.resolve() in parents:
         raise UserError(f"{path}: includes itself")
-    if not path.exists():
-        raise UserError(f"{path}: no such config file")
     includes, settings = read_file(path)
     for included in includes:
-        yield from _read(path.parent / included, (*parents, path.resolve()))
+        try:
+            file = _locate(included, path.parent)
+        except UserError as error:
+            raise UserError(f"{path} includes {error}") from None
+        yield from _read(file, (*parents, path.resolve()))
     yield str(path), settings
 
 

@@ -486,9 +486,47 @@ def test_files_that_cannot_be_read_are_named(folder):
     for argument, complaint in cases.items():
         with pytest.raises(UserError, match=re.escape(complaint)):
             resolve([argument])
-    assert "parts/none.yaml: no such config file" in folder.mistake("include: [parts/none.yaml]")
-    with pytest.raises(UserError, match="no config file given"):
+    with pytest.raises(UserError, match="no config given"):
         resolve(["seed=3"])
+
+
+def test_an_included_file_that_is_missing_is_named_with_the_file_that_includes_it(folder):
+    assert folder.mistake("include: [parts/none.yaml]") == (
+        f"{folder.path}/mine.yaml includes {folder.path}/parts/none.yaml: no such config file"
+    )
+
+
+def test_a_ready_config_is_found_by_name_where_no_file_has_it(folder, monkeypatch):
+    monkeypatch.chdir(folder.path)
+    shipped = resolve([str(REPOSITORY / "configs" / "demo.yaml")]).config
+    assert resolve(["demo"]).config == shipped
+    hinge = [str(REPOSITORY / "configs" / name) for name in ("demo.yaml", "objective/hinge.yaml")]
+    for name in ("hinge", "objective/hinge"):
+        assert resolve(["demo", name]).config == resolve(hinge).config
+    mine = folder.write("mine.yaml", "include: [demo, hinge]\nseed: 3")
+    assert resolve([mine]).config.objective.loss.name == "hinge"
+    (folder.path / "demo").mkdir()
+    assert resolve(["demo"]).config == shipped
+    (folder.path / "demo").rmdir()
+    folder.write("demo", BASE)
+    assert resolve(["demo"]).config.data.path == "data/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("bas.yaml", " (did you mean 'base.yaml'?)"),
+        ("base.yml", " (did you mean 'base.yaml'?)"),
+        ("configs/demo.yaml", "; there is a ready config named demo"),
+        ("dmo", " (did you mean 'demo'?)"),
+        ("qqqqq", ""),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_with_the_nearest(folder, monkeypatch, name, hint):
+    monkeypatch.chdir(folder.path)
+    with pytest.raises(UserError) as raised:
+        resolve([name])
+    assert str(raised.value) == f"{name}: no such config file{hint}"
 
 
 @pytest.mark.parametrize("loop", ["mine.yaml", "sub/back.yaml", "sub/../mine.yaml"])
