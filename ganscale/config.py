@@ -31,7 +31,7 @@ OPTIONS_OF = {
     "critic.target": "critic.options",
     "objective.loss.name": "objective.loss.options",
 }
-"""What a setting's options are forgotten with: another network has others."""
+"""Options belong to a network or loss: those of the one before are dropped with its name."""
 
 DEFAULT = "default"
 
@@ -103,10 +103,7 @@ def load_stored(path: Path) -> Config:
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = (
-        dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
-        for config in (stored, requested)
-    )
+    before, after = (dict(_flatten(asdict(config))) for config in (stored, requested))
     free = {*FREE_TO_CHANGE}
     if requested.training.schedule != "constant":
         free.discard("training.total_images")  # the learning rates depend on it
@@ -133,7 +130,8 @@ def _locate(name: str, folder: Path = Path()) -> Path:
     hint = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
     if not hint and find_config(path.stem):
         hint = f"; there is a ready config named {path.stem}"
-    raise UserError(f"{path}: no such config file{hint or nearest(name, ready_configs())}")
+    shown = without_secrets(name) if "://" in name else path  # `data.path= https://...`
+    raise UserError(f"{shown}: no such config file{hint or nearest(name, ready_configs())}")
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,7 +153,7 @@ def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]
     before, given = dict(_flatten(OmegaConf.to_container(base))), dict(_flatten(layer))
     for name, options in OPTIONS_OF.items():
         if before[name] not in (MISSING, given.get(name, before[name])):
-            OmegaConf.update(base, options, {}, merge=False)  # those of another network or loss
+            OmegaConf.update(base, options, {}, merge=False)
             _forget(origin, options)
     created = _create(layer, source)
     try:

@@ -300,6 +300,7 @@ def test_every_text_is_stored_and_loaded_as_it_is(tmp_path_factory, stored, text
     folder = Folder(tmp_path_factory.mktemp("text"))
     path = folder.write("config.yaml", Resolved(config, {}).to_yaml())
     assert load_stored(Path(path)).data.path == text
+    assert curve_changes(load_stored(Path(path)), config) == []
     assert resolve([path]).config.data.path == text
 
 
@@ -488,6 +489,10 @@ def test_files_that_cannot_be_read_are_named(folder):
             resolve([argument])
     with pytest.raises(UserError, match="no config given"):
         resolve(["seed=3"])
+    for url in ("https://me:token@host/set", "https://host/set?key=token"):  # after `data.path= `
+        with pytest.raises(UserError, match="https://host/set: no such config file") as raised:
+            resolve([folder.base, url])
+        assert "token" not in str(raised.value)
 
 
 def test_an_included_file_that_is_missing_is_named_with_the_file_that_includes_it(folder):

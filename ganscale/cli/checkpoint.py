@@ -109,7 +109,8 @@ def prune_checkpoints(arguments: argparse.Namespace) -> None:
     count = len(checkpoint_folders(run.checkpoints))
     options = {"keep_last": arguments.keep_last, "keep_every_images": arguments.keep_every}
     settings = [f"checkpoint.{key}={value}" for key, value in options.items() if value is not None]
-    keep = resolve([str(run.config.absolute()), *settings]).config.checkpoint
+    stored = [str(run.config.absolute()), *settings]
+    keep = resolve(stored, is_stored=True).config.checkpoint
     pruned = prune(run.checkpoints, keep, dry_run=arguments.dry_run)
     would = "would be " if arguments.dry_run else ""
     for checkpoint in pruned:

@@ -43,10 +43,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("choose an output: --grid PNG, --folder DIR or --shards DIR")
     count = arguments.count
     columns = arguments.columns or max(1, round(math.sqrt(count)))
-    run = RunFolder(arguments.run_folder)
-    run.check_exists()
-    checkpoint = select_checkpoint(run, arguments.checkpoint)
-    generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
+    folder = RunFolder(arguments.run_folder)
+    folder.check_exists()
+    checkpoint = select_checkpoint(folder, arguments.checkpoint)
+    generator, latent_dim, num_classes = load_run_generator(
+        folder.path, arguments.weights, checkpoint
+    )
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise UserError(f"--class {arguments.label}: this run has {classes}")
