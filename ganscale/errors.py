@@ -20,6 +20,10 @@ class UserError(GanscaleError):
     exit_code = EXIT_USER_ERROR
 
 
+class UserCodeError(UserError):
+    """The user's own code, such as a network, raised an exception: this error's cause."""
+
+
 class UnavailableError(GanscaleError):
     """A disk or network failed for longer than the config allows: the same command continues."""
 

@@ -5,14 +5,19 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ganscale.errors import UserError
+from ganscale.errors import GanscaleError, UserCodeError, UserError
 
 T = TypeVar("T")
+
+_STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+_OURS = Path(__file__).parent
 
 
 def find(target: str, known: Mapping[str, T], kind: str, makes: type) -> T | Callable[..., Any]:
@@ -64,8 +69,10 @@ def call(
     accepted = {key: value for key, value in run_options.items() if accepts_any or key in names}
     try:
         return function(**accepted, **options)
-    except TypeError as error:
-        raise UserError(f"{what} cannot be built: {_describe(error)}") from error
+    except GanscaleError:
+        raise
+    except Exception as error:
+        raise UserCodeError(f"{what} cannot be built: {describe(error)}") from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -87,9 +94,28 @@ def _is_declared_to_make(makes: type, value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, makes)
 
 
-def _describe(error: Exception) -> str:
-    """The error's type and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def describe(error: Exception) -> str:
+    """`TypeError: message (nets.py:12)`: the error's type, the first line of its message and the
+    innermost line of the user's own code that it went through, if any."""
+    message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    place = users_line(traceback.extract_tb(error.__traceback__))
+    return message if place is None else f"{message} ({place})"
+
+
+def users_line(frames: Iterable[traceback.FrameSummary]) -> str | None:
+    """`file:line` of the last of `frames` that is in the user's own code; if there is none, of the
+    last in an installed package other than torch."""
+    own, installed = [], []
+    for frame in frames:
+        path = Path(frame.filename)
+        is_installed = "site-packages" in path.parts
+        is_standard = path.is_relative_to(_STANDARD_LIBRARY) and not is_installed
+        if path.is_absolute() and not is_standard and not path.is_relative_to(_OURS):
+            if not is_installed:
+                own.append(f"{path}:{frame.lineno}")
+            elif "torch" not in path.parts:
+                installed.append(f"{path}:{frame.lineno}")
+    return next(iter([*own[-1:], *installed[-1:]]), None)
 
 
 def _import(name: str) -> ModuleType:
@@ -108,7 +134,7 @@ def _import(name: str) -> ModuleType:
             ) from error
         raise UserError(f"module {name} needs {missing}, which is not installed") from error
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"module {name} fails on import: {_describe(error)} ({frame.filename}:{frame.lineno})"
-        ) from error
+        frames = traceback.extract_tb(error.__traceback__)
+        place = users_line(frames) or f"{frames[-1].filename}:{frames[-1].lineno}"
+        message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UserCodeError(f"module {name} fails on import: {message} ({place})") from error

@@ -101,6 +101,11 @@ class PenaltyConfig:
 
     weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0, is_main=True)
     interval: int = setting("Apply it every n critic steps, at n times its weight.", 1, at_least=1)
+    patch_score: str = choice(
+        "The score of an image of which a patch critic returns a map.",
+        sum="the sum of the map, as in published code",
+        mean="its mean; the gradient is then smaller by the number of patches",
+    )
 
 
 @dataclass

@@ -57,6 +57,18 @@ def test_a_process_ends_with_one_sentence_and_without_a_traceback(runs: Runs) ->
     assert not (runs.folder / "mistake").exists()
 
 
+def test_an_exception_in_a_users_network_is_one_sentence_and_its_traceback_is_logged(
+    runs: Runs, complaint
+) -> None:
+    target = "critic.target=tests.helpers.users_networks:FailingCritic"
+    sentence = complaint("train", *runs.settings("exception", target))
+    assert "Critic fails in its forward: KeyError: 'width' (" in sentence
+    assert "users_networks.py:" in sentence
+    log = (runs.folder / "exception" / "log.txt").read_text()
+    assert "Traceback (most recent call last)" in log
+    assert log.endswith("KeyError: 'width'\n")
+
+
 def test_a_typing_error_in_a_file_names_the_file(runs: Runs, complaint, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("trainning: {total_images: 3}\n")

@@ -28,6 +28,9 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, []
 
 
+ALLOW_CHANGED_CODE = "use the weights although the network's code has changed since"
+
+
 def positive_int(text: str) -> int:
     """The integer in `text`. Raises ArgumentTypeError if it is below 1."""
     value = int(text)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ganscale.cli.arguments import ALLOW_CHANGED_CODE
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, UserError
 from ganscale.run_folder import RunFolder
 
@@ -55,6 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("folder", metavar="FOLDER", type=Path, help="a new folder")
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
     add("--checkpoint", metavar="images-...", help="a checkpoint's name (default: the newest)")
+    add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
 
 
 def list_checkpoints(arguments: argparse.Namespace) -> None:
@@ -128,7 +130,9 @@ def export_generator(arguments: argparse.Namespace) -> None:
 
     run = _run(arguments)
     checkpoint = select_checkpoint(run, arguments.checkpoint)
-    generator, latent_dim, num_classes = load_run_generator(run.path, arguments.weights, checkpoint)
+    generator, latent_dim, num_classes = load_run_generator(
+        run.path, arguments.weights, checkpoint, allow_changed_code=arguments.allow_changed_code
+    )
     config = load_stored(run.config)
     try:
         exported_generator.export_generator(

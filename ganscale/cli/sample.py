@@ -5,7 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from ganscale.cli.arguments import positive_int
+from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
 from ganscale.cli.checkpoint import select_checkpoint
 from ganscale.errors import UserError
 from ganscale.run_folder import RunFolder
@@ -30,6 +30,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--class", dest="label", type=int, metavar="N", help="class (default: all in turn)")
     add("--interpolate", action="store_true", help="interpolate two latents in each row")
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
+    add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
     parser.set_defaults(run=run)
 
 
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder.check_exists()
     checkpoint = select_checkpoint(folder, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(
-        folder.path, arguments.weights, checkpoint
+        folder.path, arguments.weights, checkpoint, allow_changed_code=arguments.allow_changed_code
     )
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"

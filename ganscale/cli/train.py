@@ -46,13 +46,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from ganscale.supervision.job_history import note_ended
     from ganscale.supervision.progress import Progress
     from ganscale.supervision.watchdog import Watchdog
+    from ganscale.tracking.console import log_users_traceback
     from ganscale.training.trainer import CLOSING_SECONDS, Trainer
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main, progress = os.environ.get("RANK", "0") == "0", Progress()
     try:
         config = (resolved := resolve(arguments.settings)).config
         limit = config.runtime.timeout_seconds
-        progress = Progress()
         # Collectives time out after the watchdog, which can name the rank to blame.
         timeout = 1.5 * limit + config.data.retry_seconds
         with (
@@ -64,6 +64,7 @@ def _train(arguments: argparse.Namespace) -> int:
             runtime.barrier()
     except Exception as error:
         if is_main:
+            log_users_traceback(progress.run_folder, error)
             failure = Failure.from_error(error)
             note_ended(failure.exit_code, failure.message)
         raise

@@ -22,6 +22,7 @@ from ganscale.errors import UserError
 from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
 from ganscale.files import atomic_folder, sha256
 from ganscale.networks.build import build_network
+from ganscale.networks.fingerprint import Fingerprint, fingerprint
 
 WEIGHTS = "generator.safetensors"
 DESCRIPTION = "generator.json"
@@ -127,15 +128,17 @@ def export_generator(
             "num_classes": num_classes,
             "about": dict(about),
             "sha256": sha256(unfinished / WEIGHTS),
+            "fingerprint": fingerprint(generator, (latent_dim,), num_classes).to_json(),
         }
         (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
         load_generator(unfinished)
 
 
-def load_generator(folder: str | Path) -> ExportedGenerator:
+def load_generator(folder: str | Path, *, allow_changed_code: bool = False) -> ExportedGenerator:
     """The generator in a folder that `ganscale checkpoint export` wrote, on the CPU.
 
     A network of your own must be a class that can be imported from the path it was trained with.
+    allow_changed_code: also if that class now computes something else
     Raises UserError if the folder does not contain an undamaged generator.
     """
     folder = Path(folder)
@@ -155,7 +158,12 @@ def load_generator(folder: str | Path) -> ExportedGenerator:
         raise UserError(
             f"{folder}: the weights do not fit {target} ({' '.join(str(error).split())[:300]})"
         ) from error
-    return ExportedGenerator(network, **shapes, about=about)
+    exported = ExportedGenerator(network, **shapes, about=about)
+    stored = description["fingerprint"]
+    if stored is not None and not allow_changed_code:
+        found = fingerprint(network, (shapes["latent_dim"],), shapes["num_classes"])
+        found.check(stored, f"generator {target}", "allow_changed_code=True")
+    return exported
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -167,4 +175,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{DESCRIPTION} has no {kind.__name__} `{name}`")
     if [type(size) for size in description["sample_shape"]] != [int] * 3:
         raise ValueError(f"{DESCRIPTION}: `sample_shape` is not channels, height and width")
-    return description | {"sample_shape": tuple(description["sample_shape"])}
+    # Exports by older versions have none.
+    stored = description.get("fingerprint")
+    return description | {
+        "sample_shape": tuple(description["sample_shape"]),
+        "fingerprint": None if stored is None else Fingerprint.from_json(stored),
+    }

@@ -8,12 +8,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from ganscale.errors import GanscaleError, UserCodeError
+from ganscale.importing import describe
+from ganscale.runtime import is_communication_error, is_device_error
+
 
 def run_network(
     network: nn.Module, inputs: Float[Tensor, "batch *input"], labels: Tensor | None = None
 ) -> Float[Tensor, "batch *output"]:
-    """G(z) or D(x), or G(z, y) or D(x, y) for class-conditional networks."""
-    return network(inputs) if labels is None else network(inputs, labels)
+    """G(z) or D(x), or G(z, y) or D(x, y) for class-conditional networks.
+
+    Raises UserCodeError for whatever the network raises, with the line of its code.
+    """
+    try:
+        return network(inputs) if labels is None else network(inputs, labels)
+    except (GanscaleError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if is_communication_error(error) or is_device_error(error):
+            raise
+        message = f"{type(network).__name__} fails in its forward: {describe(error)}"
+        raise UserCodeError(message) from error
 
 
 @contextmanager

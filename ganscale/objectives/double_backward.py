@@ -41,12 +41,12 @@ aten = torch.ops.aten
 
 class FastLeakyReLU(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slope: float, inplace: bool) -> Tensor:
-        y = F.leaky_relu(x, slope, inplace) if slope > 0 else F.relu(x, inplace)
+    def forward(ctx: Any, x: Tensor, slope: float, inplace: bool, is_relu: bool = False) -> Tensor:
+        y = F.relu(x, inplace) if is_relu else F.leaky_relu(x, slope, inplace)
         if inplace:
             ctx.mark_dirty(x)
         # Save what autograd saves: the critic may change the other tensor in place later.
-        ctx.slope, ctx.saves_output = slope, inplace or slope == 0
+        ctx.slope, ctx.saves_output = slope, inplace or is_relu
         ctx.save_for_backward(y if ctx.saves_output else x)
         ctx.set_materialize_grads(False)
         return y
@@ -54,9 +54,9 @@ class FastLeakyReLU(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         signs = ctx.saved_tensors[0].detach()  # piecewise constant: no path back through it
-        return aten.leaky_relu_backward(grad, signs, ctx.slope, ctx.saves_output), None, None
+        return aten.leaky_relu_backward(grad, signs, ctx.slope, ctx.saves_output), None, None, None
 
 
 class FastAvgPool2d(Function):

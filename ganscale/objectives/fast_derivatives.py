@@ -7,6 +7,8 @@ implementation is as good.
 `double_backward` replace convolutions, average pools and ReLUs. Everything else keeps autograd's
 derivatives; the two mix freely. `order=1` is for forwards that are differentiated once or never: it
 replaces average pools and the convolutions that `fast_convolutions` speeds up.
+
+Both correct torch's instance norm, which has a wrong gradient for a batch of one image.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +55,10 @@ class FastDerivatives(TorchFunctionMode):
         output, replacement = None, _REPLACEMENTS.get(func)
         if replacement is not None and not _is_traced():
             output = replacement(*args, **kwargs, order=self._order)
-        return func(*args, **kwargs) if output is None else output
+        output = func(*args, **kwargs) if output is None else output
+        if func in _INSTANCE_NORMS and len(output) == 1 and output.requires_grad:
+            output.register_hook(_in_canonical_layout)
+        return output
 
 
 # Each of these has the parameters of the function that it replaces, plus `order`.
@@ -68,7 +73,9 @@ def _leaky_relu(
 
 
 def _relu(input: Tensor, inplace: bool = False, *, order: int) -> Tensor | None:
-    return _leaky_relu(input, 0.0, inplace, order=order)
+    if order < 2 or not _is_differentiated(input):
+        return None
+    return FastLeakyReLU.apply(input, 0.0, inplace, True)
 
 
 def _avg_pool2d(
@@ -163,6 +170,13 @@ def _upsample_and_convolve(
     return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
 
 
+def _in_canonical_layout(grad: Tensor) -> Tensor:
+    """On a CPU, torch's instance norm takes the gradient of a batch of one image, which may be in
+    channels last, for contiguous, and returns a wrong one (seen in torch 2.13)."""
+    return grad.contiguous()
+
+
+_INSTANCE_NORMS = F.instance_norm, torch.instance_norm
 _TRANSPOSED = F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys([F.relu, torch.relu, Tensor.relu], _relu),

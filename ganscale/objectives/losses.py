@@ -199,6 +199,8 @@ def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Terms]:
     arXiv:1606.03498, section 3.4).
     """
 
+    if not 0 <= smoothing < 1:
+        raise UserError(f"`smoothing` of a loss must be at least 0 and below 1, not {smoothing}")
     # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
     return lambda real, fake: {
         "real": (softplus(-real) + smoothing * real).mean(),

@@ -19,6 +19,7 @@ class WeightedPenalty:
     penalty: Penalty
     weight: float
     interval: int  # taken every `interval` critic updates, at `interval` times the weight
+    patch_score: str = "sum"  # or "mean": what makes one score of a patch map
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,6 @@ class Objective:
             if update % weighted.interval == 0
         }
 
-    @property
-    def lazy_ratio(self) -> float:
-        """c = k / (k + 1) for the smallest lazy interval k, else 1.
-
-        Karras et al. 2020 (StyleGAN2, arXiv:1912.04958), appendix B: with penalties at every k-th
-        step, Adam runs with the learning rate c * lr and betas beta ** c.
-        """
-        intervals = [p.interval for p in self.penalties.values() if p.interval > 1]
-        return min(intervals) / (min(intervals) + 1) if intervals else 1.0
-
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Raises UserError, with the nearest known name, for a loss or penalty that does not exist."""
@@ -59,6 +50,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             call(find(name, PENALTIES, "penalty", Penalty), {}, f"penalty {name}"),
             penalty.weight,
             penalty.interval,
+            penalty.patch_score,
         )
         for name, penalty in config.penalties.items()
         if penalty.weight > 0

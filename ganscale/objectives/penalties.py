@@ -1,17 +1,20 @@
 """Gradient penalties as published: where the critic's input gradient is taken, and its penalty.
 
-The gradient is that of each sample's own logit, its norm is over all dimensions of the sample, and
-coefficients are drawn per sample, as in the papers. Everything is in float32, also under autocast,
+The gradient is that of each sample's own score, its norm is over all dimensions of the sample, and
+coefficients are drawn per sample, as in the papers. The score of a patch critic is the sum of its
+map, as in published code. Everything is in float32, also under autocast,
 unless the config says otherwise: in bfloat16 the penalty's gradient errs by several per cent, most
 of all when the norm is near 1.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.randomness import uniform
@@ -56,21 +59,25 @@ def input_gradients(
     images: Float[Tensor, "batch *sample"],
     labels: Int64[Tensor, " batch"] | None,
     precision: str = "float32",
+    patch_score: str = "sum",
     *,
     is_differentiable: bool = True,
 ) -> Float[Tensor, "batch *sample"]:
-    """d critic(x_i) / d x_i for each sample i; a patch map is averaged.
+    """The gradient of each image's score, the sum of its logits, with respect to that image.
 
     precision: of the critic's layers, as in the config; the gradients are in float32 or better
+    patch_score: "mean" takes the mean of an image's logits for its score
     is_differentiable: whether the gradients can be differentiated again
     """
-    with autocast(images.device, precision):
+    # Of torch's attention kernels, only the one made of other operators has second derivatives.
+    kernels = sdpa_kernel(SDPBackend.MATH) if is_differentiable else nullcontext()
+    with autocast(images.device, precision), kernels:
         images = at_least_float32(images.detach()).requires_grad_()
         with FastDerivatives(order=2 if is_differentiable else 1):
             logits = at_least_float32(critic(images, labels))
-        # Samples do not affect each other, so the gradient of the sum holds each one's own.
-        scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
-        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=is_differentiable)
+        # Images do not affect each other, so the gradient of the sum holds each one's own.
+        score = logits.sum() if patch_score == "sum" else logits.sum() / logits[0].numel()
+        (gradients,) = torch.autograd.grad(score, images, create_graph=is_differentiable)
         return gradients
 
 

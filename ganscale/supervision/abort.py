@@ -72,7 +72,7 @@ def _write_stacks(rank: int, progress: Progress) -> None:
         faulthandler.dump_traceback(file=STDERR)
         return
     path = progress.run_folder.stack(rank)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         faulthandler.dump_traceback(file)
 

@@ -6,12 +6,15 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from tqdm import tqdm
 
+from ganscale.errors import UserCodeError
+from ganscale.run_folder import RunFolder
 from ganscale.tracking.record import Value
 
 _SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
@@ -113,6 +116,15 @@ def _print_above_bar(text: str) -> None:
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def log_users_traceback(folder: RunFolder | None, error: Exception) -> None:
+    """Appends the traceback of an exception in the user's own code to the log file; its message
+    has only the last line."""
+    if folder is not None and isinstance(error, UserCodeError) and error.__cause__ is not None:
+        with contextlib.suppress(OSError):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        append_line(folder.log, "".join(traceback.format_exception(error.__cause__)).rstrip())
 
 
 def append_line(path: Path, text: str) -> None:

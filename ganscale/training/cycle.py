@@ -111,7 +111,9 @@ class Cycle:
         if self.config.data.flip:
             images = random_flip(images, self.config.seed, slots)
         if self.config.training.memory_format == "contiguous":
-            images = images.contiguous()
+            # `contiguous` alone keeps the strides of channels last for one channel, and
+            # convolutions would go on with them.
+            images = images.flatten().view(images.shape)
         labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
         return DeviceBatch(images, labels, slots)
 

@@ -35,7 +35,9 @@ def _compiled(network: nn.Module, is_frozen: bool) -> Callable[..., Tensor]:
 
     # Each network may compile a form per batch size; none of them counts against the others.
     compiled = torch.compile(  # pyright: ignore[reportCallIssue]
-        lambda *inputs: run_network(network, *inputs), dynamic=False, isolate_recompiles=True
+        lambda inputs, labels: network(inputs) if labels is None else network(inputs, labels),
+        dynamic=False,
+        isolate_recompiles=True,
     )
     trained = [p for p in network.parameters() if is_frozen and p.requires_grad]
 

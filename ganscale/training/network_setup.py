@@ -1,35 +1,54 @@
 """The networks of a config: built from the seed, tried once, refused if they do not work."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.config import load_stored
 from ganscale.data.dataset import DataSet
 from ganscale.errors import UserError
 from ganscale.networks.build import build_network
-from ganscale.networks.forward import buffers_restored
-from ganscale.networks.normalization import GlobalBatchNorm, convert_global_batch_norm
-from ganscale.randomness import derived_seed
+from ganscale.networks.fingerprint import Fingerprint, fingerprint
+from ganscale.networks.normalization import convert_global_batch_norm
+from ganscale.objectives.objective import Objective
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
-from ganscale.training.invariance_checks import check_forwards, check_layers
+from ganscale.training.hidden_state import seeded
+from ganscale.training.invariance_checks import check_layers
+from ganscale.training.network_trial import try_networks
 
 
-def build_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
+def build_networks(
+    config: Config, objective: Objective, num_classes: int, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
     """(generator, critic), with the same weights on every rank; on the CPU, in float32.
+
+    device: where they will be trained, and are tried
 
     Raises UserError for networks that cannot be built, do not fit the data or each other, or with
     which a run would depend on its cluster.
     """
-    generator, critic = build_unchecked_networks(config, num_classes)
-    with seeded(config.seed, "trial"):
-        _try(generator, critic, config, num_classes)
-    return generator, critic
+    networks = build_unchecked_networks(config, num_classes)
+    others = build_unchecked_networks(config, num_classes)
+    for role, network, other in zip(("generator", "critic"), networks, others, strict=True):
+        if not _has_same_weights(network, other):
+            raise UserError(
+                f"two {role}s of the same seed have different initial weights: the constructor of "
+                f"{getattr(config, role).target} must draw from the default generators of torch, "
+                "Python's random or numpy.random only, and keep nothing between two calls"
+            )
+    try_networks(*others, config, objective, num_classes, device)
+    return networks
+
+
+def _has_same_weights(network: nn.Module, other: nn.Module) -> bool:
+    tensors, others = network.state_dict(), other.state_dict()
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor.nan_to_num(), others[name].nan_to_num())
+        for name, tensor in tensors.items()
+    )
 
 
 def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
@@ -43,11 +62,18 @@ def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Modul
 
 
 def load_run_generator(
-    run_folder: Path, weights: str, checkpoint: Path | None = None
+    run_folder: Path,
+    weights: str,
+    checkpoint: Path | None = None,
+    *,
+    allow_changed_code: bool = False,
 ) -> tuple[nn.Module, int, int]:
     """(generator, latent_dim, number of classes) from a run's newest checkpoint, on the CPU.
 
-    `weights`: "ema" or "generator"; `checkpoint`: a verified one to use in place of the newest.
+    weights: "ema" or "generator"
+    checkpoint: a verified one to use in place of the newest
+    allow_changed_code: also if the generator now computes something else than when it was saved
+
     Raises UserError for a folder that is not a run folder or has no whole checkpoint.
     """
     folder = RunFolder(run_folder)
@@ -57,10 +83,15 @@ def load_run_generator(
     if checkpoint is None:
         raise UserError(f"{run_folder} has no whole checkpoint yet")
     config = load_stored(folder.config)
-    num_classes = load_state(checkpoint)["num_classes"]
+    state = load_state(checkpoint)
+    num_classes, latent_dim = state["num_classes"], config.generator.latent_dim
     generator = _build_generator(config, num_classes)
     generator.load_state_dict(load_tensors(checkpoint, weights))
-    return generator.eval(), config.generator.latent_dim, num_classes
+    if "fingerprints" in state and not allow_changed_code:
+        stored = Fingerprint.from_json(state["fingerprints"][weights])
+        found = fingerprint(generator, (latent_dim,), num_classes)
+        found.check(stored, f"generator {config.generator.target}", "--allow-changed-code")
+    return generator.eval(), latent_dim, num_classes
 
 
 def _build_generator(config: Config, num_classes: int) -> nn.Module:
@@ -91,45 +122,3 @@ def class_count(config: Config, data: DataSet) -> int:
             f"{data.config.path} have none"
         )
     return data.class_count
-
-
-@contextlib.contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Seeds torch's default generator with (seed, purpose), and restores it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, purpose))
-        yield
-
-
-@torch.no_grad()
-def _try(generator: nn.Module, critic: nn.Module, config: Config, num_classes: int) -> None:
-    """Forwards of four samples; raises UserError for networks that fail or do not fit."""
-    labels = (torch.arange(4) % num_classes,) if num_classes else ()
-    latents = torch.randn(4, config.generator.latent_dim)
-    # In training mode but for batch norms, whose statistics need the other ranks' devices.
-    norms = [module for module in generator.modules() if isinstance(module, GlobalBatchNorm)]
-    for norm in norms:
-        norm.eval()
-    try:
-        with buffers_restored(generator, critic):
-            images = generator(latents, *labels)
-            if tuple(images.shape) != (4, *sample_shape(config)):
-                raise UserError(
-                    f"generator {config.generator.target} makes samples of shape "
-                    f"{tuple(images.shape[1:])}, the data has {sample_shape(config)}"
-                )
-            logits = critic(images, *labels)
-            if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != 4:
-                shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise UserError(
-                    f"critic {config.critic.target} returns {shape} for a batch of 4: "
-                    "it must be a tensor whose first dimension is the batch"
-                )
-            check_forwards(generator, critic, latents, images, labels)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"generator {config.generator.target} and critic {config.critic.target} do not run "
-            f"together on {sample_shape(config)}: {' '.join(str(error).split())}"
-        ) from error
-    for norm in norms:
-        norm.train()

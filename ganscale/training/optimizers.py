@@ -1,6 +1,5 @@
 """Optimizers by name, their state, and the learning rate as a function of the images seen."""
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -30,12 +29,6 @@ def build_optimizer(
         for parameter in sgd.param_groups[0]["params"]:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
-
-
-def lazy_optimizer(config: OptimizerConfig, ratio: float) -> OptimizerConfig:
-    """Learning rate times `ratio`, Adam's betas to its power: see Objective.lazy_ratio."""
-    rate, betas = config.learning_rate * ratio, [beta**ratio for beta in config.betas]
-    return dataclasses.replace(config, learning_rate=rate, betas=betas)
 
 
 def learning_rate_factor(config: TrainingConfig, images_seen: int) -> float:

@@ -57,10 +57,11 @@ def try_start(resolved: Resolved) -> list[str]:
     with. Raises UserError for what `train` would refuse."""
     config, ranks = resolved.config, int(os.environ.get("WORLD_SIZE", "1"))
     check_batch_divides(config.training, ranks)
-    build_objective(config.objective)
+    objective = build_objective(config.objective)
     data = open_data(config.data)
     data.check(1.0)
-    networks = build_networks(config, class_count(config, data))
+    num_classes = class_count(config, data)
+    networks = build_networks(config, objective, num_classes, torch.device("cpu"))
     folder, resumed_at = RunFolder(Path(config.run.folder) / config.run.name), None
     if folder.identity.exists():
         check_settings(folder, config, data.fingerprint)

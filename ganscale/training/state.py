@@ -9,17 +9,19 @@ import torch
 from torch import nn
 
 from ganscale.checkpoints.checkpoint import load_state, load_tensors
+from ganscale.config import is_within
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
+from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
-from ganscale.training.network_setup import build_networks
+from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.optimizers import lazy_optimizer, load_optimizer_tensors, optimizer_tensors
+from ganscale.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -49,7 +51,7 @@ class TrainingState:
         self, config: Config, objective: Objective, runtime: Runtime, num_classes: int
     ) -> None:
         """Raises UserError as `build_networks` does."""
-        self.generator, self.critic = build_networks(config, num_classes)
+        self.generator, self.critic = build_networks(config, objective, num_classes, runtime.device)
         self.dtype = weights_dtype(config.training.precision)
         for network in (self.generator, self.critic):
             network.to(self.dtype)
@@ -65,7 +67,7 @@ class TrainingState:
             "critic",
             CriticStep(self.critic, objective, precision, penalty_precision, compiles),
             self.critic,
-            lazy_optimizer(config.optimizer.critic, objective.lazy_ratio),
+            config.optimizer.critic,
             *shared,
         )
         self.generator_updater = NetworkUpdater(
@@ -78,6 +80,7 @@ class TrainingState:
         self.updaters = self.critic_updater, self.generator_updater
         self.ema = ema_copy(self.generator)
         self.num_classes = num_classes
+        self._config = config
         self.meters = MeterAccumulator(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
@@ -109,6 +112,18 @@ class TrainingState:
             "meters": self.meters.state(),
         }
 
+    def fingerprints(self) -> dict[str, dict[str, Any]]:
+        """What each network computes, to find changes of its code when a checkpoint is loaded."""
+        return {name: found.to_json() for name, found in self._fingerprints().items()}
+
+    def _fingerprints(self) -> dict[str, Fingerprint]:
+        latents, images = (self._config.generator.latent_dim,), sample_shape(self._config)
+        return {
+            "generator": fingerprint(self.generator, latents, self.num_classes),
+            "ema": fingerprint(self.ema, latents, self.num_classes),
+            "critic": fingerprint(self.critic, images, self.num_classes),
+        }
+
     def load(self, folder: Path) -> None:
         """Takes everything from a checkpoint that was verified.
 
@@ -126,11 +141,22 @@ class TrainingState:
                 "continue with the networks and kinds of optimizer that it was trained with"
             ) from error
         numbers = load_state(folder)
+        if "fingerprints" in numbers:  # older versions stored none
+            self._check_code(numbers["fingerprints"])
         self.bad_samples = Counter({(shard, why): n for shard, why, n in numbers["bad_samples"]})
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.health = Health(**numbers.get("health", {}))
         self.meters.load_state(numbers["meters"])
+
+    def _check_code(self, stored: dict[str, Any]) -> None:
+        """Raises UserError if a loaded network computes something else than when it was saved."""
+        for name, found in self._fingerprints().items():
+            role = "critic" if name == "critic" else "generator"
+            key, target = f"{role}.target", getattr(self._config, role).target
+            if not is_within(key, self._config.resume.allow):
+                before = Fingerprint.from_json(stored[name])
+                found.check(before, f"{role} {target}", f"resume.allow=[{key}]")
 
     def averaging_seconds(self) -> dict[str, float]:
         """Of the last logged updates by network (see NetworkUpdater). Waits for the device."""

@@ -84,7 +84,11 @@ class CriticStep(nn.Module):
                 continue
             with section("penalty"):
                 gradient = input_gradients(
-                    partial(run_network, self.critic), images, labels, self._penalty_precision
+                    partial(run_network, self.critic),
+                    images,
+                    labels,
+                    self._penalty_precision,
+                    penalty.patch_score,
                 )
                 value = penalty.penalty.value(gradient)
             weighted = penalty.weight * penalty.interval * value

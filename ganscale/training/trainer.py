@@ -71,11 +71,11 @@ class Trainer:
         self.data = open_data(config.data)
         runtime.run_on_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)
+        self.folder = RunFolder(Path(config.run.folder) / config.run.name)
+        self.progress.run_folder = self.folder
         mark("building the networks")
         self.state = TrainingState(config, self.objective, runtime, num_classes)
 
-        self.folder = RunFolder(Path(config.run.folder) / config.run.name)
-        self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
         run = self.folder, resolved, self.data.fingerprint
@@ -289,7 +289,8 @@ class Trainer:
 
         def save() -> None:
             score = self.newest_metrics.get(self.config.checkpoint.best)
-            self.writer.save(images_seen, self.state.files(), numbers, score)
+            state = {**numbers, "fingerprints": self.state.fingerprints()}
+            self.writer.save(images_seen, self.state.files(), state, score)
             if not must_succeed:
                 return
             try:

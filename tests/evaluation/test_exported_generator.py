@@ -185,6 +185,22 @@ def test_a_user_defined_network_is_found_by_its_import_path(
         load_generator(folder)
 
 
+def test_a_network_whose_code_has_changed_is_refused_unless_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "nets_that_change.py"
+    source.write_text(_OWN_NETS)
+    own = {"target": "nets_that_change:Generator", "options": {"hidden": 5}, "num_classes": 0}
+    folder = exported(tmp_path / "out", **own)
+    assert "tanh" in _OWN_NETS
+    source.write_text(_OWN_NETS.replace("tanh", "sin"))
+    monkeypatch.delitem(sys.modules, "nets_that_change")
+    with pytest.raises(UserError, match=r"generator nets_that_change:Generator computes something"):
+        load_generator(folder)
+    load_generator(folder, allow_changed_code=True)
+
+
 @pytest.mark.parametrize("target", ["os:system", "subprocess:Popen", "nets_with_more:make"])
 def test_a_folder_from_elsewhere_can_only_call_what_makes_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
@@ -211,13 +227,15 @@ def test_any_damage_is_reported_in_one_sentence(tmp_path: Path) -> None:
     weights.write_bytes(whole)
     text = recipe.read_text()
     description = json.loads(text)
+    required = set(description) - {"fingerprint"}  # older exports have none
     for wrong in (
         "",
         "[]",
         text[:-20],
-        *(json.dumps({k: v for k, v in description.items() if k != name}) for name in description),
+        *(json.dumps({k: v for k, v in description.items() if k != name}) for name in required),
         json.dumps({**description, "format": 2}),
         json.dumps({**description, "sample_shape": [3, 16]}),
+        json.dumps({**description, "fingerprint": {"dtype": "float64"}}),
         json.dumps({**description, "latent_dim": "8"}),
         json.dumps({**description, "latent_dim": 9}),
         json.dumps({**description, "options": {"widht": 8}}),

@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
 def autograd_input_gradients(critic: Callable, images: Tensor, labels: Tensor | None) -> Tensor:
     images = images.clone().requires_grad_()
     logits = critic(images, labels)
-    scores = logits.flatten(1).mean(1) if logits.ndim > 1 else logits
+    scores = logits.flatten(1).sum(1) if logits.ndim > 1 else logits
     return torch.autograd.grad(scores.sum(), images, create_graph=True)[0]
 
 
@@ -94,6 +96,10 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "leaky relu": lambda: nn.LeakyReLU(0.2),
     "leaky relu in place": lambda: nn.LeakyReLU(0.2, inplace=True),
     "leaky relu of a negative slope": lambda: nn.LeakyReLU(-0.2),
+    "leaky relu of slope 0 before a layer in place": lambda: nn.Sequential(
+        nn.LeakyReLU(0.0), nn.Hardtanh(-0.5, 0.5, inplace=True)
+    ),
+    "instance norm": lambda: nn.InstanceNorm2d(4, affine=True),
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
     "prelu": nn.PReLU,
@@ -288,6 +294,63 @@ def test_third_derivatives_match_autograd(name: str) -> None:
         results.append(torch.autograd.grad(total, parameters, materialize_grads=True))
     assert max(tensor.abs().max() for tensor in results[1]) > 0
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_instance_norm_of_a_single_image_has_the_gradient_it_has_in_a_batch(
+    layout: torch.memory_format, order: int
+) -> None:
+    """torch's own is wrong by more than its size where the gradient is in channels last."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True), nn.ELU(inplace=True))
+    network = nn.Sequential(*layers, UpsampledConv2d(4, 2, 1), nn.InstanceNorm2d(2), nn.Tanh())
+    network.double().to(memory_format=layout)  # type: ignore[call-overload]
+    weights = draw(2, 2, 12, 12, seed=1)
+
+    def gradients(rows: slice, context: Any) -> list[Tensor]:
+        images = draw(2, 3, 8, 8)[rows].to(memory_format=layout).requires_grad_()
+        with context:
+            scores = network(images) * weights[rows]
+        (slopes,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        loss = slopes.square().sum() if order == 2 else scores.sum()
+        return [*torch.autograd.grad(loss, list(network.parameters()), materialize_grads=True)]
+
+    whole = gradients(slice(2), nullcontext())
+    alone = [gradients(slice(k, k + 1), FastDerivatives(order)) for k in range(2)]
+    for expected, *parts in zip(whole, *alone, strict=True):
+        torch.testing.assert_close(sum(parts), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
+def test_penalties_of_attention_match_finite_differences(layer: Any) -> None:
+    """torch's fused kernels have no second derivatives."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"dim_feedforward": 6} if layer is nn.TransformerEncoderLayer else {}
+    attention = layer(4, 2, dropout=0.0, batch_first=True, **options).double()
+    is_layer = bool(options)
+
+    def critic(images: Tensor, _: Tensor | None) -> Tensor:
+        tokens = images.flatten(2).transpose(1, 2)
+        mixed = attention(tokens) if is_layer else attention(*[tokens] * 3, need_weights=False)[0]
+        return mixed.tanh().sum((1, 2))
+
+    images = draw(2, 4, 2, 3)
+
+    def penalty() -> Tensor:
+        return input_gradients(critic, images, None).square().sum()
+
+    parameter = attention.get_parameter(f"{'self_attn.' if is_layer else ''}in_proj_weight")
+    nn.init.normal_(parameter)
+    (slopes,) = torch.autograd.grad(penalty(), parameter)
+    direction, step = draw(*parameter.shape, seed=3), 1e-6
+    values = []
+    for sign in (1, -1):
+        parameter.data += sign * step * direction
+        values.append(penalty().item())
+        parameter.data -= sign * step * direction
+    expected = (values[0] - values[1]) / (2 * step)
+    assert (slopes * direction).sum().item() == pytest.approx(expected, rel=1e-6)
 
 
 class OperationCounter(TorchDispatchMode):

@@ -41,17 +41,6 @@ def test_a_lazy_penalty_is_due_at_every_so_many_updates_from_the_first_on():
 
 
 @pytest.mark.parametrize(
-    ("intervals", "ratio"), [([1], 1), ([], 1), ([16], 16 / 17), ([1, 4], 4 / 5), ([16, 8], 8 / 9)]
-)
-def test_the_optimizers_correction_is_stylegan2s_for_the_shortest_lazy_interval(intervals, ratio):
-    names = ["r1", "r2", "wgan_gp"]
-    built = objective(
-        {name: PenaltyConfig(1.0, k) for name, k in zip(names, intervals, strict=False)}
-    )
-    assert built.lazy_ratio == ratio
-
-
-@pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("wgan-gp", r"unknown penalty 'wgan-gp' \(did you mean 'wgan_gp'\?\)"),

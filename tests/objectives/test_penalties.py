@@ -73,15 +73,18 @@ def test_a_linear_critic_is_penalised_for_its_weights_wherever_it_is_looked_at(n
     assert found.item() == pytest.approx(expected[name], rel=1e-12, abs=1e-15)
 
 
-def test_a_patch_map_is_averaged_before_it_is_differentiated():
-    """w.x at each of P pixels, averaged: the gradient is w / P at each, its norm |w| / sqrt P."""
+@pytest.mark.parametrize(("patch_score", "length"), [("sum", 5 * 6), ("mean", 5 / 6)])
+def test_the_score_of_a_patch_map_is_its_sum_or_its_mean(patch_score, length):
+    """w.x at each of P pixels: the gradient of the sum is w at each, its norm |w| sqrt P; that of
+    the mean is smaller by P."""
     weight = torch.tensor([3.0, 4.0], dtype=torch.float64)
     gradients = input_gradients(
         lambda x, _: (x * weight.view(1, 2, 1, 1)).sum(1, keepdim=True),
         random_images(3, 2, 6, 6),
         None,
+        patch_score=patch_score,
     )
-    assert norms(gradients).tolist() == pytest.approx([5 / 6] * 3, rel=1e-12)
+    assert norms(gradients).tolist() == pytest.approx([length] * 3, rel=1e-12)
 
 
 @each_penalty

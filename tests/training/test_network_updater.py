@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.invariance import Combination, config_of, synthetic_batch
 from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schema import LossConfig, ObjectiveConfig, OptimizerConfig, TrainingConfig
+from ganscale.training.cycle import Cycle
 from ganscale.training.network_updater import (
     NetworkUpdater,
     NonFiniteGuard,
@@ -23,6 +25,7 @@ from ganscale.training.optimizers import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from ganscale.training.state import TrainingState
 from ganscale.training.steps import CriticStep
 
 LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
@@ -277,3 +280,15 @@ def test_a_restarted_optimizer_keeps_the_settings_of_its_new_config():
     (group,) = second.param_groups
     assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.1, 0.2), 1e-3)
     assert optimizer_tensors(second)["0.step"].item() == 1
+
+
+def test_lazy_penalties_leave_rate_and_betas_as_they_are(runtime):
+    """StyleGAN2's correction is for its k + 1 optimizer steps in k iterations; here they are k."""
+    config = config_of(Combination("wgan", "lazy_r1"), 1, "float64")
+    config.optimizer.critic = OptimizerConfig("adam", 0.002, betas=[0.0, 0.99])
+    objective = build_objective(config.objective)
+    state = TrainingState(config, objective, runtime, 0)
+    batches = [synthetic_batch(config, runtime, images_seen) for images_seen in (0, 8)]
+    Cycle(config, objective, runtime, state).run(batches, is_logged=False)
+    (group,) = state.critic_updater.optimizer.param_groups
+    assert (group["lr"], tuple(group["betas"])) == (0.002, (0.0, 0.99))

@@ -20,7 +20,6 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.optimizers import lazy_optimizer
 from ganscale.training.steps import CriticStep, GeneratorStep
 from tests.helpers.networks import SmoothCritic, draw
 
@@ -149,14 +148,6 @@ def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate
     if "loss/critic_real" in row:
         parts = row["loss/critic_real"] + row["loss/critic_fake"]
         assert parts == pytest.approx(row["loss/critic_adversarial"], rel=1e-14)
-
-
-def test_lazy_penalties_correct_adam_as_stylegan2_does():
-    config = OptimizerConfig("adam", 0.002, betas=[0.0, 0.99])
-    corrected = lazy_optimizer(config, 16 / 17)
-    assert corrected.learning_rate == pytest.approx(0.002 * 16 / 17)
-    assert corrected.betas == pytest.approx([0.0, 0.99 ** (16 / 17)])
-    assert lazy_optimizer(config, 1.0) == config
 
 
 def test_labels_go_with_real_fake_and_penalised_images_alike():

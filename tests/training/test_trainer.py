@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from ganscale.config import resolve
-from ganscale.errors import NonFiniteError
+from ganscale.errors import NonFiniteError, UserError
 from ganscale.runtime import Runtime
 from ganscale.shards.indexing import build_manifest
 from ganscale.tracking.alerts import read_alerts
+from ganscale.training.network_setup import load_run_generator
 from ganscale.training.trainer import Trainer
 from tests.helpers.images import encoded
 from tests.helpers.runs import read_rows
@@ -63,8 +65,64 @@ def test_the_critic_sees_fakes_and_mixed_images_without_the_generators_graph(fol
     trainer.run()
     logits, penalty = (8, False, True), (4, True, True)
     of_generator, panel = (4, True, False), (4, False, True)
-    assert seen == [logits, penalty, logits, penalty, of_generator, panel]
+    of_checkpoint = (2, False, True)
+    assert seen == [logits, penalty, logits, penalty, of_generator, panel, of_checkpoint]
     assert all(parameter.grad is not None for parameter in trainer.state.generator.parameters())
+
+
+CHANGING = """
+import torch
+from torch import nn
+
+class Generator(nn.Module):
+    def __init__(self, latent_dim, sample_shape):
+        super().__init__()
+        self.shape, self.layer = sample_shape, nn.Linear(latent_dim, 64)
+
+    def forward(self, latents):
+        return torch.tanh(self.layer(latents)).view(-1, *self.shape)
+"""
+
+
+def test_a_run_whose_networks_code_has_changed_is_refused_unless_it_is_allowed(
+    folder, runtime, tmp_path, monkeypatch
+):
+    """The weights fit, but a pixel has moved."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = tmp_path / "nets_that_move.py"
+    source.write_text(CHANGING)
+    networks = tmp_path / "networks.yaml"
+    networks.write_text("generator: {target: 'nets_that_move:Generator', latent_dim: 4}")
+    more = [str(networks)]
+    trainer_of(folder, runtime, "moved", "training.total_images=8", *more).run()
+    trainer_of(folder, runtime, "moved", "training.total_images=16", *more).run()
+    source.write_text(CHANGING.replace("(latents)).view", "(latents)).roll(1, 1).view"))
+    monkeypatch.delitem(sys.modules, "nets_that_move")
+    more.append("training.total_images=24")
+    message = r"generator nets_that_move:Generator computes something else .*generator\.target\]"
+    with pytest.raises(UserError, match=message):
+        trainer_of(folder, runtime, "moved", *more)
+    run = folder / "runs" / "moved"
+    with pytest.raises(UserError, match=r"computes something else .*--allow-changed-code"):
+        load_run_generator(run, "ema")
+    load_run_generator(run, "ema", allow_changed_code=True)
+    trainer_of(folder, runtime, "moved", *more, "resume.allow=[generator.target]").run()
+    load_run_generator(run, "ema")
+
+
+def test_the_contiguous_layout_holds_for_images_of_one_channel(folder, runtime, tmp_path):
+    networks = tmp_path / "networks.yaml"
+    small = "{target: dcgan, options: {width: 4}}"
+    networks.write_text(f"generator: {small}\ncritic: {small}")
+    more = ["training.total_images=8", "training.memory_format=contiguous", "data.resolution=16"]
+    trainer = trainer_of(folder, runtime, "layout", str(networks), *more)
+    maps: list[torch.Tensor] = []
+    for module in trainer.state.critic.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, __, output: maps.append(output.detach()))
+    trainer.run()
+    assert len(maps) > 10
+    assert all(each.view(-1).shape == (each.numel(),) for each in maps)
 
 
 @pytest.mark.parametrize("breaks_at", [0, 20, 24])

@@ -1,0 +1,100 @@
+"""What a network computes, in a few numbers: to notice when its code changes under a checkpoint."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ganscale.errors import UserError
+from ganscale.randomness import normal
+
+_SAMPLES = 2
+_WAVES = 6
+_TOLERANCES = {"float64": 1e-6, "float32": 1e-2}  # relative to the outputs; covers other devices
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The outputs of a network in evaluation, for two fixed inputs, as a few sums.
+
+    dtype: in which they were computed: float64, unless the code of the network allows only float32
+    scale: root mean square of all outputs
+    sums: of each output's products with `_WAVES` cosines of different frequencies, over sqrt(size)
+    """
+
+    dtype: str
+    scale: float
+    sums: list[float]
+
+    def is_close(self, other: "Fingerprint") -> bool:
+        """Whether both are of the same function, to rounding."""
+        if not math.isfinite(self.scale) or not math.isfinite(other.scale):
+            return math.isfinite(self.scale) == math.isfinite(other.scale)
+        tolerance = max(_TOLERANCES[self.dtype], _TOLERANCES[other.dtype])
+        allowed = tolerance * max(self.scale, other.scale)
+        pairs = [*zip(self.sums, other.sums, strict=True), (self.scale, other.scale)]
+        return all(abs(first - second) <= allowed for first, second in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Any) -> "Fingerprint":
+        """Raises ValueError for anything that `to_json` did not make."""
+        try:
+            sums = [float(number) for number in stored["sums"]]
+            found = cls(stored["dtype"], float(stored["scale"]), sums)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{stored!r} is not a network's fingerprint") from error
+        if found.dtype not in _TOLERANCES or len(sums) != _SAMPLES * _WAVES:
+            raise ValueError(f"{stored!r} is not a network's fingerprint")
+        return found
+
+    def check(self, stored: "Fingerprint", what: str, how_to_allow: str) -> None:
+        """Raises UserError if `what` computes something else than when `stored` was taken."""
+        if not self.is_close(stored):
+            raise UserError(
+                f"{what} computes something else than when its weights were saved, so its code has "
+                f"changed: restore the code, or accept this with {how_to_allow}"
+            )
+
+
+@torch.no_grad()
+def fingerprint(network: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> Fingerprint:
+    """Of a network with inputs of (batch, *input_shape); it is left as it was."""
+    first = next(network.parameters())
+    slots = torch.arange(_SAMPLES)
+    inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
+    inputs = (inputs.tanh() if len(input_shape) > 1 else inputs).to(first.device)  # images, latents
+    labels = [(slots % num_classes).to(first.device)] if num_classes else []
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
+    with _in_evaluation(network):
+        try:
+            outputs = functional_call(network, wide, (inputs.double(), *labels))
+        except (RuntimeError, TypeError, ValueError):  # its code has a float32 in it
+            outputs = network(inputs.to(first.dtype), *labels)
+    dtype = "float64" if outputs.dtype == torch.float64 else "float32"
+    flat = outputs.double().reshape(_SAMPLES, -1)
+    positions = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)
+    # Irrational frequencies, so that no shift or permutation of an image looks the same.
+    waves = [torch.cos(positions * math.sqrt(k * k + 1)) for k in range(_WAVES)]
+    sums = torch.stack([flat @ wave for wave in waves]) / math.sqrt(flat.shape[1])
+    scale = flat.square().mean().sqrt()
+    return Fingerprint(dtype, float(scale), sums.flatten().tolist())
+
+
+@contextmanager
+def _in_evaluation(network: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,326 @@
+"""Networks as users write them, most of which a run must refuse."""
+
+import random
+from collections.abc import Callable
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+_NUMPY_GENERATOR = np.random.default_rng(0)
+_CONSTRUCTED = count()
+
+CLUSTER_CRITICS: dict[str, str] = {}  # by name: the words of the refusal
+WORKING_CRITICS: list[str] = []
+FAILING_CRITICS: dict[str, str] = {}
+_FEATURES: dict[str, Callable[["Critic", Tensor], Tensor]] = {}
+
+
+def refused(words: str, kinds: dict[str, str] = CLUSTER_CRITICS) -> Callable:
+    def register(features):
+        kinds[features.__name__] = words
+        _FEATURES[features.__name__] = features
+        return features
+
+    return register
+
+
+def works(features):
+    WORKING_CRITICS.append(features.__name__)
+    _FEATURES[features.__name__] = features
+    return features
+
+
+class Generator(nn.Module):
+    def __init__(self, latent_dim: int, sample_shape: tuple[int, ...], features: str = "") -> None:
+        super().__init__()
+        self.sample_shape, self.features = sample_shape, features
+        self.layer = nn.Linear(latent_dim, int(np.prod(sample_shape)))
+        self.norm = nn.BatchNorm1d(self.layer.out_features) if features == "norm" else None
+
+    def forward(self, latents: Tensor) -> Tensor:
+        values = self.layer(latents)
+        if self.norm is not None:
+            values = self.norm(values)
+        if self.features == "mixed":
+            values = values - values.mean(0)
+        if self.features == "functional_norm":
+            values = F.batch_norm(values, None, None, training=True)
+        if self.features == "shifted":  # the kind of change that fits all checkpoints
+            values = values.roll(1, dims=1)
+        return torch.tanh(values).view(-1, *self.sample_shape)
+
+
+class Critic(nn.Module):
+    def __init__(self, sample_shape: tuple[int, ...], features: str = "") -> None:
+        super().__init__()
+        self.features = features
+        channels, height, width = sample_shape
+        self.first, self.second = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 8, 4, 2, 1)
+        self.last = nn.Linear(8 * height * width // 4, 1)
+        self.gate = nn.Parameter(torch.zeros(()))
+        self.norm = nn.InstanceNorm2d(8, track_running_stats=features == "running_statistics")
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+        self.vector: Tensor
+        self.calls = 0
+        self.generator = np.random.RandomState(0)
+        self.register_buffer("vector", torch.ones(8))
+        attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = attention if features == "attention" else None
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.transformer = layer if features == "transformer" else None
+        with torch.no_grad():
+            if features == "numpy_weights":
+                self.matrix.copy_(torch.from_numpy(np.random.normal(size=(8, 8))))  # noqa: NPY002
+            if features == "uncontrolled_weights":
+                self.matrix.copy_(torch.from_numpy(_NUMPY_GENERATOR.normal(size=(8, 8))))
+            if features == "counting_constructor":
+                self.matrix.mul_(next(_CONSTRUCTED))
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = F.leaky_relu(self.first(images), 0.2)
+        if self.features in _FEATURES:
+            maps = _FEATURES[self.features](self, maps)
+        mixed = torch.einsum("oc,nchw->nohw", self.matrix, maps) + self.gate
+        return self.last(self.second(mixed).flatten(1)).squeeze(1)
+
+
+class FailingCritic(Critic):
+    """Takes the options of any network."""
+
+    def __init__(self, sample_shape: tuple[int, ...], **_: object) -> None:
+        super().__init__(sample_shape, "exception")
+
+
+MIXES = "depends on the other images of its batch"
+
+
+@refused(MIXES)
+def minibatch_deviation(_, maps):
+    return maps + maps.std(0, unbiased=False).mean()
+
+
+@refused(MIXES)
+def minibatch_deviation_behind_a_zero(critic, maps):
+    return maps + critic.gate * maps.std(0, unbiased=False).mean()
+
+
+@refused(MIXES)
+def faint_minibatch_deviation(_, maps):
+    return maps + 1e-6 * maps.std(0, unbiased=False).mean()
+
+
+@refused(MIXES)
+def functional_batch_norm(_, maps):
+    return F.batch_norm(maps, None, None, training=True)
+
+
+@refused(MIXES)
+def detached_mean(_, maps):
+    return maps - maps.detach().mean((0, 2, 3), keepdim=True)
+
+
+@refused(MIXES)
+def size_of_the_batch(_, maps):
+    return maps * len(maps) / 4
+
+
+@refused(MIXES)
+def place_in_the_batch(_, maps):
+    return maps + torch.arange(len(maps)).view(-1, 1, 1, 1).to(maps)
+
+
+@refused(MIXES)
+def neighbour_in_the_batch(_, maps):
+    return maps + maps.roll(1, dims=0)
+
+
+@refused(MIXES)
+def rank_in_the_batch(_, maps):
+    return maps + maps.detach().flatten(1).sum(1).argsort().view(-1, 1, 1, 1)
+
+
+@refused(r"changes `norm\.running_mean`")
+def running_statistics(critic, maps):
+    return critic.norm(maps)
+
+
+@refused("changes `vector`")
+def moving_average(critic, maps):
+    with torch.no_grad():
+        critic.vector.lerp_(maps.mean((0, 2, 3)), 0.1)
+    return maps - critic.vector.view(1, -1, 1, 1)
+
+
+@refused("changes `vector`.*use torch.nn.utils.parametrizations.spectral_norm")
+def spectral_norm_by_hand(critic, maps):
+    matrix = critic.matrix
+    with torch.no_grad():
+        critic.vector.copy_(F.normalize(matrix @ (matrix.t() @ critic.vector), dim=0))
+    return maps / (critic.vector @ matrix @ matrix.t() @ critic.vector).sqrt()
+
+
+@refused("changes `gate`")
+def first_batch_initialization(critic, maps):
+    with torch.no_grad():
+        critic.gate.copy_(maps.std())
+    return maps
+
+
+@refused("changes `calls`")
+def fade_in(critic, maps):
+    critic.calls += 1
+    return maps * min(1.0, critic.calls / 1000)
+
+
+@refused("does not always return the same")
+def previous_maps(critic, maps):
+    previous = getattr(critic, "maps", maps.detach())
+    critic.maps = maps.detach().clone()
+    return maps + 0.01 * previous.mean() if previous.shape == maps.shape else maps
+
+
+@refused(r"draws random numbers in its forward \(dropout, noise, rrelu\)")
+def functional_dropout(_, maps):
+    return F.dropout(maps)
+
+
+@refused("draws random numbers")
+def noise(_, maps):
+    return maps + torch.randn_like(maps)
+
+
+@refused("draws from Python's `random`")
+def python_random(_, maps):
+    return maps * (1 + 0.1 * random.random())
+
+
+@refused("draws from Python's `random`")
+def rare_python_random(_, maps):
+    return 2 * maps if random.random() < 0.001 else maps
+
+
+@refused(r"draws from `numpy\.random`")
+def numpy_random(_, maps):
+    return maps * (1 + np.random.rand())  # noqa: NPY002
+
+
+@refused("draws from its generator `generator`")
+def own_generator(critic, maps):
+    return maps + critic.generator.randn()
+
+
+@refused("does not always return the same")
+def generator_of_the_module(_, maps):
+    return maps * (1 + _NUMPY_GENERATOR.normal())
+
+
+@works
+def plain(_, maps):
+    return maps
+
+
+@works
+def instance_norm(critic, maps):
+    return critic.norm(maps)
+
+
+@works
+def leaky_relu_of_slope_zero_before_a_change_in_place(_, maps):
+    return F.leaky_relu(maps, 0.0).mul_(2.0)
+
+
+@works
+def scaled_dot_product_attention(_, maps):
+    tokens = maps.flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2).view_as(maps)
+
+
+@works
+def attention(critic, maps):
+    tokens = maps.flatten(2).transpose(1, 2)
+    mixed, _ = critic.attention(tokens, tokens, tokens, need_weights=False)
+    return mixed.transpose(1, 2).reshape(maps.shape)
+
+
+@works
+def transformer(critic, maps):
+    return critic.transformer(maps.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(maps.shape)
+
+
+@works
+def checkpointed(_, maps):
+    return checkpoint(lambda inputs: F.gelu(inputs), maps, use_reentrant=False)
+
+
+@works
+def checkpointed_attention(_, maps):
+    tokens = maps.flatten(2).transpose(1, 2)
+    attend = F.scaled_dot_product_attention
+    mixed = checkpoint(lambda t: attend(t, t, t), tokens, use_reentrant=False)
+    return mixed.transpose(1, 2).reshape(maps.shape)
+
+
+@works
+def complex_numbers(_, maps):
+    return torch.fft.ifft2(torch.fft.fft2(maps) * (1 + 0.5j)).real
+
+
+@works
+def float32_within(_, maps):
+    return maps * F.linear(torch.ones(1, 8), torch.ones(1, 8).float()).float().to(maps)
+
+
+@works
+def numpy_weights(_, maps):
+    return maps
+
+
+@works
+def remembered_maps(critic, maps):
+    critic.maps = maps.detach()
+    return maps
+
+
+@works
+def remembered_size(critic, maps):
+    critic.size = maps.shape[-1]
+    return maps
+
+
+@refused(r"fails in its forward: KeyError: 'width' \(.*users_networks\.py:\d+\)", FAILING_CRITICS)
+def exception(_, maps):
+    return {}["width"]
+
+
+@refused(r"RuntimeError: view size is not compatible .*users_networks\.py:\d+\)", FAILING_CRITICS)
+def view_of_a_feature_map(_, maps):
+    return maps.view(len(maps), -1).view_as(maps)
+
+
+@refused(
+    r"cannot be trained: .*users_networks\.py:\d+\); checkpoint with use_reentrant=False",
+    FAILING_CRITICS,
+)
+def reentrant_checkpoint(_, maps):
+    return checkpoint(F.gelu, maps, use_reentrant=True)
+
+
+@refused("cannot be trained: .*look for detach or no_grad in its forward", FAILING_CRITICS)
+def detached(_, maps):
+    return maps.detach()
+
+
+@refused(r"cannot be trained: .*users_networks\.py:\d+\); .*no second derivative", FAILING_CRITICS)
+def without_second_derivative(_, maps):
+    return maps + torch.cdist(maps.flatten(2), maps.flatten(2), p=3.0).mean((1, 2)).view(
+        -1, 1, 1, 1
+    )
+
+
+@refused("returns NaN or infinity", FAILING_CRITICS)
+def not_a_number(_, maps):
+    return (maps - maps) / (maps - maps)

@@ -1,0 +1,102 @@
+"""Networks that would fail or depend on the cluster are refused before the first step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from ganscale.errors import UserCodeError, UserError
+from ganscale.objectives.objective import build_objective
+from ganscale.schema import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    GeneratorConfig,
+    LossConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    OptimizersConfig,
+    PenaltyConfig,
+    TrainingConfig,
+)
+from ganscale.training.network_setup import build_networks
+from tests.helpers.users_networks import CLUSTER_CRITICS, FAILING_CRITICS, WORKING_CRITICS
+
+MODULE = "tests.helpers.users_networks"
+
+
+def built(
+    critic: str = "plain", generator: str = "", *, seed: int = 0, **training
+) -> tuple[Any, Any]:
+    config = Config(
+        seed=seed,
+        data=DataConfig(path="unused", resolution=8),
+        generator=GeneratorConfig(f"{MODULE}:Generator", 6, {"features": generator}),
+        critic=CriticConfig(f"{MODULE}:Critic", {"features": critic}),
+        objective=ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}),
+        optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
+        training=TrainingConfig(total_images=100, **training),
+    )
+    objective = build_objective(config.objective)
+    return build_networks(config, objective, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("critic", CLUSTER_CRITICS)
+def test_a_critic_that_would_depend_on_the_cluster_is_refused_for_the_right_reason(critic, seed):
+    with pytest.raises(UserError, match=CLUSTER_CRITICS[critic]):
+        built(critic, seed=seed)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("critic", FAILING_CRITICS)
+def test_a_critic_that_would_fail_in_a_step_is_refused_with_the_line_of_its_code(critic):
+    with pytest.raises(UserError, match=FAILING_CRITICS[critic]):
+        built(critic)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("critic", WORKING_CRITICS)
+def test_a_critic_that_keeps_to_each_image_is_accepted(critic, precision):
+    built(critic, precision=precision)
+
+
+def test_a_view_of_a_feature_map_works_in_the_contiguous_layout():
+    built("view_of_a_feature_map", memory_format="contiguous")
+
+
+@pytest.mark.parametrize("generator", ["mixed", "functional_norm"])
+def test_a_generator_that_mixes_latents_is_refused_unless_by_a_batch_norm(generator):
+    with pytest.raises(UserError, match="depends on the other latents of its batch"):
+        built(generator=generator)
+    built(generator="norm")
+
+
+@pytest.mark.parametrize("critic", ["uncontrolled_weights", "counting_constructor"])
+def test_initial_weights_that_do_not_follow_from_the_seed_are_refused(critic):
+    with pytest.raises(UserError, match="two critics of the same seed have different initial"):
+        built(critic)
+
+
+def test_initial_weights_from_numpys_generator_follow_from_the_seed():
+    (_, first), (_, second), (_, other) = (built("numpy_weights", seed=s) for s in (0, 0, 1))
+    assert torch.equal(first.matrix, second.matrix)
+    assert not torch.equal(first.matrix, other.matrix)
+
+
+def test_the_trial_leaves_the_networks_of_the_run_as_they_were_built():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    generator, critic = built(generator="norm")
+    assert torch.equal(before, torch.get_rng_state())
+    assert critic.gate.item() == 0
+    assert critic.last.weight.dtype == torch.float32
+    assert not generator.norm.running_mean.any()
+    assert generator.training
+    assert critic.training
+
+
+def test_an_exception_of_the_users_is_kept_as_the_cause():
+    with pytest.raises(UserCodeError) as caught:
+        built("exception")
+    assert isinstance(caught.value.__cause__, KeyError)
