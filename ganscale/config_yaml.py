@@ -63,7 +63,7 @@ def read_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         node.value = [item for item in node.value if item not in includes]
         files = [_plain(value, list[str], "include") for _, value in includes]
         for value in files:
-            if not isinstance(value, list):
+            if not isinstance(value, list) or not all(isinstance(file, str) for file in value):
                 raise UserError(f"`include` must be a list of files, not {value!r}")
         return [file for value in files for file in value], _section(node, Config, "")
 
@@ -171,9 +171,11 @@ def _value(node: yaml.Node, expected: Any, key: str) -> Any:
 def _plain(node: yaml.Node, expected: Any, key: str) -> Any:
     """The value of a node; scalars become what `expected` means, if they can."""
     if isinstance(node, yaml.MappingNode):
-        return {
-            name: _plain(child, Any, f"{key}.{name}") for name, child in _pairs(node, key + ".")
-        }
+        pairs = _pairs(node, key + ".")
+        values = {name: _plain(child, Any, f"{key}.{name}") for name, child in pairs}
+        if get_origin(expected) is list:
+            raise UserError(f"`{key}` must be list, not {values!r}")
+        return values
     if isinstance(node, yaml.SequenceNode):
         (item,) = get_args(expected) if get_origin(expected) is list else (Any,)
         return [_plain(child, item, key) for child in node.value]
@@ -190,10 +192,13 @@ def _plain(node: yaml.Node, expected: Any, key: str) -> Any:
             return int(value)
     if tag == "bool":
         return text.lower() == "true"
-    if tag == "int":
-        return int(text, 16) if text[:2] == "0x" else int(text)
-    if tag == "float":
-        return float(re.sub(r"\.(?=[a-zA-Z])", "", text))  # `.inf`
+    try:
+        if tag == "int":
+            return int(text, 16) if text[:2] == "0x" else int(text)
+        if tag == "float":
+            return float(re.sub(r"\.(?=[a-zA-Z])", "", text))  # `.inf`
+    except ValueError:  # `!!int x`
+        raise UserError(f"`{key}` must be {tag}, not {text!r}") from None
     return text
 
 

@@ -383,6 +383,11 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
             "`objective.penalties.wgan_gp.weight` must be float, not 'strong'",
         ),
         ("generator: {options: {3: 4}}", "a key of `generator.options` must be a word, not 3"),
+        (
+            "optimizer: {critic: {betas: {a: 1}}}",
+            "`optimizer.critic.betas` must be list, not {'a': 1}",
+        ),
+        ("critic: {options: {x: !!int x}}", "`critic.options.x` must be int, not 'x'"),
         ("optimizer: {critic: {betas: 5}}", "`optimizer.critic.betas` must be list, not 5"),
         (
             "optimizer: {critic: {betas: [0, x]}}",
@@ -391,6 +396,8 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ("resume: {allow: optimizer}", "`resume.allow` must be list, not 'optimizer'"),
         ("include: base.yaml", "`include` must be a list of files, not 'base.yaml'"),
         ("include: null", "`include` must be a list of files, not None"),
+        ("include: [null]", "`include` must be a list of files, not [None]"),
+        ("include: [{a: b}]", "`include` must be a list of files, not [{'a': 'b'}]"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
