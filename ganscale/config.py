@@ -6,23 +6,33 @@ first, and the file's own keys over them. Among the files of a command line, `ge
 objectives never mix.
 """
 
-import difflib
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
-from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from ganscale.config_yaml import COMMAND_LINE, read_file, read_override, update
 from ganscale.errors import UserError
+from ganscale.importing import nearest
+from ganscale.ready import find_config, ready_configs
 from ganscale.schema import Config
-from ganscale.setting import child_type, settings_of, types_of
+from ganscale.secrets import without_secrets
+from ganscale.setting import child_type, settings_of
 
 REPLACED_WHOLE = ("generator", "critic", "objective", "optimizer")
-COMMAND_LINE = "command line"
+OPTIONS_OF = {
+    "generator.target": "generator.options",
+    "critic.target": "critic.options",
+    "objective.loss.name": "objective.loss.options",
+}
+"""Options belong to a network or loss: those of the one before are dropped with its name."""
+
 DEFAULT = "default"
 
 # Settings and sections that may change when a run resumes: they do not affect its curve.
@@ -32,7 +42,7 @@ FREE_TO_CHANGE = (
     "data.workers", "data.max_bad_fraction", "training.total_images",
 )  # fmt: skip
 
-_IMAGE_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # escaped after an odd number of backslashes
 
 
 @dataclass(frozen=True)
@@ -44,31 +54,41 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The run as YAML that loads again."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self.config))
+        escaped = _map_text(lambda text: _INTERPOLATION.sub(r"\1\1\\${", text), asdict(self.config))
+        return OmegaConf.to_yaml(OmegaConf.create(escaped))
 
 
-def resolve(arguments: Sequence[str]) -> Resolved:
+def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     """The run described by config files and `key=value` overrides. Raises UserError naming the
-    file, the key and the nearest valid key."""
+    file, the key and the nearest valid key.
+
+    is_stored: takes `${...}` in files as text; also true of a file beside a run's `run.json`
+    """
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
-    paths = [Path(argument) for argument in arguments if argument not in overrides]
+    paths = [_locate(argument) for argument in arguments if argument not in overrides]
     if not paths:
-        raise UserError("no config file given; for example: configs/demo.yaml")
+        raise UserError("no config given; for example: demo (`ganscale configs` lists them)")
 
     blank = OmegaConf.structured(Config)
     merged = blank.copy()
     origin: dict[str, str] = {}
     for path in paths:
         layers = list(_read(path, ()))
+        if is_stored or path.with_name("run.json").exists():
+            layers = [
+                (source, _map_text(_without_interpolations, layer)) for source, layer in layers
+            ]
         for section in REPLACED_WHOLE:
             if any(section in layer for _, layer in layers):
                 merged[section] = blank[section]
-                origin = {k: v for k, v in origin.items() if not k.startswith(section + ".")}
+                _forget(origin, section)
         for source, layer in layers:
             merged = _merge(merged, layer, source, origin)
-    if overrides:
-        merged = _merge(merged, _parse_overrides(overrides), COMMAND_LINE, origin)
+    from_command_line: dict[str, Any] = {}
+    for override in overrides:
+        update(from_command_line, read_override(override))
+    merged = _merge(merged, from_command_line, COMMAND_LINE, origin)
     if merged.run._get_node("name")._value() in ("", MISSING):
         merged.run.name = paths[0].stem
         origin["run.name"] = f"name of {paths[0]}"
@@ -76,16 +96,14 @@ def resolve(arguments: Sequence[str]) -> Resolved:
 
 
 def load_stored(path: Path) -> Config:
-    """The config that is stored in a run folder."""
-    return resolve([str(path.absolute())]).config
+    """The config that is stored in a run folder, which may be a stranger's: `${oc.env:NAME}` in it
+    is text."""
+    return resolve([str(path.absolute())], is_stored=True).config
 
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = (
-        dict(_flatten(OmegaConf.to_container(OmegaConf.structured(config))))
-        for config in (stored, requested)
-    )
+    before, after = (dict(_flatten(asdict(config))) for config in (stored, requested))
     free = {*FREE_TO_CHANGE}
     if requested.training.schedule != "constant":
         free.discard("training.total_images")  # the learning rates depend on it
@@ -102,94 +120,62 @@ def is_within(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(name + ".") for name in names)
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
-    """Yields (path, keys) of each included file, then of the file itself."""
+def _locate(name: str, folder: Path = Path()) -> Path:
+    """The config file `name` in `folder`, or the ready config of that name."""
+    path, ready = folder / name, find_config(name)
+    if path.is_file() or (path.exists() and ready is None):
+        return path
+    if ready is not None:
+        return ready
+    hint = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+    if not hint and find_config(path.stem):
+        hint = f"; there is a ready config named {path.stem}"
+    shown = without_secrets(name) if "://" in name else path  # `data.path= https://...`
+    raise UserError(f"{shown}: no such config file{hint or nearest(name, ready_configs())}")
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (path, settings) of each included file, then of the file itself."""
     if path.resolve() in parents:
         raise UserError(f"{path}: includes itself")
-    try:
-        node = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except Exception as error:  # YAML's own errors share no public base with OmegaConf's
-        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(node, DictConfig):
-        raise UserError(f"{path}: must hold `key: value` pairs")
-    includes = node.pop("include") if "include" in node else ListConfig([])
-    if not isinstance(includes, ListConfig):
-        raise UserError(f"{path}: `include` must be a list of files, not {includes!r}")
+    includes, settings = read_file(path)
     for included in includes:
-        yield from _read(path.parent / str(included), (*parents, path.resolve()))
-    yield str(path), node
+        try:
+            file = _locate(included, path.parent)
+        except UserError as error:
+            raise UserError(f"{path} includes {error}") from None
+        yield from _read(file, (*parents, path.resolve()))
+    yield str(path), settings
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        key = override.split("=", 1)[0]
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
-            raise UserError(f"{COMMAND_LINE}: `{override}` is not of the form key.subkey=value")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # as in _read
-        raise UserError(f"{COMMAND_LINE}: {' '.join(str(error).split())}") from None
-
-
-def _merge(base: Any, layer: DictConfig, source: str, origin: dict[str, str]) -> Any:
+def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]) -> Any:
     """`base` overridden by `layer`; sets the origin of the layer's keys to `source`."""
+    before, given = dict(_flatten(OmegaConf.to_container(base))), dict(_flatten(layer))
+    for name, options in OPTIONS_OF.items():
+        if before[name] not in (MISSING, given.get(name, before[name])):
+            OmegaConf.update(base, options, {}, merge=False)
+            _forget(origin, options)
+    created = _create(layer, source)
     try:
-        keys = list(_leaf_keys(layer, Config, ""))
-        merged = OmegaConf.merge(base, layer)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        merged = OmegaConf.merge(base, created)
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {_type_mistake(error, layer)}") from None
-    origin.update(dict.fromkeys(keys, source))
+        raise UserError(f"{source}: {_type_mistake(error, created)}") from None
+    origin.update(dict.fromkeys(given, source))
     return merged
 
 
-def _leaf_keys(node: DictConfig, section: Any, prefix: str) -> Iterator[str]:
-    """Yields the dotted keys of the leaves of `node`, of the type `section`, and replaces counts
-    such as `50k`. Raises UserError for unknown keys and for values where a section belongs."""
-    for key in list(node):
-        dotted = f"{prefix}{key}"
-        expected = child_type(section, str(key))
-        if is_dataclass(section) and expected is None:
-            raise UserError(f"unknown key `{dotted}`{_nearest(str(key), section, prefix)}")
-        if not isinstance(key, str):
-            raise UserError(f"a key of `{prefix[:-1]}` must be a word, not {key!r}")
-        child: Any = node._get_node(key)  # node[key] would resolve interpolations
-        is_section = isinstance(child, DictConfig) and not child._is_none()
-        if is_dataclass(expected) or get_origin(expected) is dict:
-            if is_section:
-                yield from _leaf_keys(child, expected, dotted + ".")
-            elif is_dataclass(expected) and child._is_none():  # `clip: null`
-                yield dotted
-            else:
-                raise UserError(f"`{dotted}` must be a section of keys, not {_as_written(child)}")
-        elif is_section and len(child) and get_origin(section) is dict:
-            yield from _leaf_keys(child, section, dotted + ".")
-        else:
-            if expected is int and (count := _IMAGE_COUNT.fullmatch(str(child._value()))):
-                scale = {"k": 10**3, "m": 10**6}[count[2].lower()]
-                node[key] = round(float(count[1]) * scale)
-            yield dotted
+def _create(layer: dict[str, Any], source: str) -> DictConfig:
+    for key, value in _flatten(layer):
+        try:
+            OmegaConf.create({"value": value})
+        except GrammarParseError:  # its message quotes the text
+            raise UserError(f"{source}: `{key}` has a `${{...}}` that cannot be read") from None
+    return OmegaConf.create(layer)
 
 
-def _nearest(key: str, section: Any, prefix: str) -> str:
-    siblings = {name: prefix + name for name in types_of(section)}
-    everywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in _schema_keys(Config, "")}
-    for candidates in (siblings, everywhere):
-        if close := difflib.get_close_matches(key, candidates, n=1, cutoff=0.6):
-            return f"; did you mean `{candidates[close[0]]}`?"
-    return f"; valid here: {', '.join(siblings)}"
-
-
-def _schema_keys(section: type, prefix: str) -> Iterator[str]:
-    for name, expected in types_of(section).items():
-        yield f"{prefix}{name}"
-        if is_dataclass(expected):
-            yield from _schema_keys(expected, f"{prefix}{name}.")  # type: ignore[arg-type]
+def _forget(origin: dict[str, str], section: str) -> None:
+    for key in [key for key in origin if is_within(key, (section,))]:
+        del origin[key]
 
 
 def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
@@ -201,14 +187,9 @@ def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
         expected = get_args(expected)[0]
     wording = "a section of keys" if is_dataclass(expected) else expected.__name__
     value = OmegaConf.select(layer, key, throw_on_resolution_failure=False)
-    return f"`{key}` must be {wording}, not {_as_written(value)}"
-
-
-def _as_written(value: Any) -> str:
-    """A value as the user wrote it, for messages."""
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    return repr(value._value() if isinstance(value, Node) else value)
+    return f"`{key}` must be {wording}, not {without_secrets(value)!r}"
 
 
 def _validate(merged: Any, origin: Mapping[str, str]) -> Config:
@@ -218,11 +199,27 @@ def _validate(merged: Any, origin: Mapping[str, str]) -> Config:
             raise UserError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise UserError(" ".join(str(error).split())) from None
+        key, reason = str(error.full_key), str(error).partition("\n")[0]
+        raise UserError(f"{origin.get(key, DEFAULT)}: `{key}`: {reason}") from None
     assert isinstance(config, Config)
-    for key, mistake in chain(_mistakes(config, ""), _combination_mistakes(config)):
-        raise UserError(f"{origin.get(key, DEFAULT)}: `{key}` {mistake}")
+    for key, mistake in chain(
+        _not_finite(asdict(config), ""), _mistakes(config, ""), _combination_mistakes(config)
+    ):
+        source = origin.get(key.partition("[")[0], DEFAULT)
+        raise UserError(f"{source}: `{key}` {mistake}")
     return config
+
+
+def _not_finite(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for each NaN and infinity, however deep in lists and options."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            yield from _not_finite(child, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for i, child in enumerate(value):
+            yield from _not_finite(child, f"{key}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield key, f"must be finite, not {value}"
 
 
 def _mistakes(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
@@ -250,6 +247,22 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.accumulate", f"must divide the global batch of {batch}, not {micro_batches}"
     if config.training.reuse_fakes and micro_batches > 1:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
+
+
+def _map_text(change: Callable[[str], str], value: Any) -> Any:
+    """`value` with `change` applied to every string in its dictionaries and lists, not to keys."""
+    if isinstance(value, dict):
+        return {key: _map_text(change, child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_map_text(change, child) for child in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _without_interpolations(text: str) -> str:
+    """`text` with every `${` escaped that is not."""
+    return _INTERPOLATION.sub(
+        lambda match: match[0] if len(match[1]) % 2 else rf"{2 * match[1]}\${{", text
+    )
 
 
 def _flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

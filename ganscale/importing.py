@@ -20,9 +20,13 @@ _STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 _OURS = Path(__file__).parent
 
 
-def find(target: str, known: Mapping[str, T], kind: str) -> T | Callable[..., Any]:
-    """The object called `target` in `known`, or at that import path; `kind` is for messages. Raises
-    UserError, with the nearest name, if it does not exist or its import fails."""
+def find(target: str, known: Mapping[str, T], kind: str, makes: type) -> T | Callable[..., Any]:
+    """The object called `target` in `known`, or the class or function at that import path that
+    makes a `makes`; `kind` is for messages.
+
+    Raises UserError, with the nearest name, if it does not exist, its import fails, or it is not
+    declared to make a `makes`: a config may be a stranger's, so nothing else is ever called.
+    """
     if target in known:
         return known[target]
     module_name, _, name = target.partition(":")
@@ -36,8 +40,11 @@ def find(target: str, known: Mapping[str, T], kind: str) -> T | Callable[..., An
     if value is None:
         public = [other for other in vars(module) if not other.startswith("_")]
         raise UserError(f"module {module_name} has no {name}{nearest(name, public)}")
-    if not callable(value):
-        raise UserError(f"{target} is a {type(value).__name__}, not a {kind}")
+    if not _is_declared_to_make(makes, value):
+        raise UserError(
+            f"{target} is not a {kind}: it must be a subclass of {makes.__name__}, or a function "
+            f"annotated to return one (`-> {makes.__name__}`)"
+        )
     return value
 
 
@@ -72,6 +79,19 @@ def nearest(word: str, words: Iterable[str]) -> str:
     """A hint at the one of `words` that is spelled most like `word`, or ""."""
     matches = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _is_declared_to_make(makes: type, value: Any) -> bool:
+    """Whether `value` is a subclass of `makes` or a function annotated to return one."""
+    if inspect.isfunction(value):
+        function = inspect.unwrap(value)
+        value = function.__annotations__.get("return")
+        if isinstance(value, str):  # from __future__ import annotations
+            first, *rest = value.split(".")
+            value = function.__globals__.get(first)
+            for name in rest:
+                value = getattr(value, name, None)
+    return isinstance(value, type) and issubclass(value, makes)
 
 
 def describe(error: Exception) -> str:

@@ -65,7 +65,9 @@ class DataConfig:
 class GeneratorConfig:
     """The generator network."""
 
-    target: str = setting("Network: mlp, dcgan, resnet, or your own as package.module:Class.")
+    target: str = setting(
+        "Network: mlp, dcgan, resnet, or your own as package.module:Class.", is_main=True
+    )
     latent_dim: int = setting("Dimensions of a latent vector.", 128, at_least=1)
     options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
 
@@ -74,7 +76,9 @@ class GeneratorConfig:
 class CriticConfig:
     """The critic network."""
 
-    target: str = setting("Network: mlp, dcgan, resnet, or your own as package.module:Class.")
+    target: str = setting(
+        "Network: mlp, dcgan, resnet, or your own as package.module:Class.", is_main=True
+    )
     options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
 
 
@@ -84,7 +88,8 @@ class LossConfig:
 
     name: str = setting(
         "Loss: minimax, non_saturating, lsgan, wgan, hinge, relativistic, relativistic_average, or "
-        "your own as package.module:function."
+        "your own as package.module:function.",
+        is_main=True,
     )
     options: dict[str, float] = setting("Arguments of the loss, such as lsgan's labels.", dict)
 
@@ -94,7 +99,7 @@ class PenaltyConfig:
     """A gradient penalty of the critic; NAME is wgan_gp, wgan_lp, wgan_gp_pixel, dragan, r1, r2, or
     your own as package.module:function."""
 
-    weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0)
+    weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0, is_main=True)
     interval: int = setting("Apply it every n critic steps, at n times its weight.", 1, at_least=1)
     patch_score: str = choice(
         "The score of an image of which a patch critic returns a map.",
@@ -107,7 +112,7 @@ class PenaltyConfig:
 class ClipConfig:
     """Clipping of the critic's weights after each critic step; off unless `value` is given."""
 
-    value: float = setting("Bound c: weights are clamped to [-c, c].", above=0)
+    value: float = setting("Bound c: weights are clamped to [-c, c].", above=0, is_main=True)
     scope: str = choice(
         "Parameters to clip.",
         weights="those with two or more dimensions, so neither biases nor norm layers",

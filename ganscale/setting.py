@@ -1,7 +1,6 @@
 """A setting's sentence, unit and limits, kept in the metadata of its dataclass field."""
 
 import difflib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
@@ -14,7 +13,8 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class Setting:
-    """choices: each valid value with its meaning, which is empty where the value is obvious"""
+    """choices: each valid value with its meaning, which is empty where the value is obvious
+    is_main: whether a plain value in place of the section means this setting"""
 
     sentence: str
     unit: str = ""
@@ -22,11 +22,10 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: Mapping[Any, str] = field(default_factory=dict)
+    is_main: bool = False
 
     def mistake(self, value: Any) -> str | None:
         """What is wrong with `value` (`must be at least 1, not 0`); None for a valid one."""
-        if isinstance(value, float) and math.isinf(value):
-            return f"must be finite, not {value}"
         if self.choices and value not in self.choices:
             close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
@@ -48,13 +47,13 @@ def setting(
     default: Any = MISSING,
     *,
     choices: Mapping[Any, str] | Sequence[str] = (),
-    **limits: Any,
+    **details: Any,
 ) -> Any:
-    """A field of a config dataclass, with `limits` as in `Setting`. Without a default, the user has
-    to give it; `default` may be a function that makes a list or dictionary."""
+    """A field of a config dataclass, with `details` as in `Setting`. Without a default, the user
+    has to give it; `default` may be a function that makes a list or dictionary."""
     if not isinstance(choices, Mapping):
         choices = dict.fromkeys(choices, "")
-    metadata = {"setting": Setting(sentence, choices=choices, **limits)}
+    metadata = {"setting": Setting(sentence, choices=choices, **details)}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -69,6 +68,12 @@ def choice(sentence: str, **meanings: str) -> Any:
 def settings_of(schema: type) -> dict[str, Setting | None]:
     """The fields of a config dataclass by name; None for a section."""
     return {each.name: each.metadata.get("setting") for each in fields(schema)}
+
+
+@cache
+def main_setting(schema: type) -> str | None:
+    """The name of the setting that a plain value in place of the section means, if there is one."""
+    return next((name for name, each in settings_of(schema).items() if each and each.is_main), None)
 
 
 @cache

@@ -25,7 +25,8 @@ _INTRODUCTION = """\
 Every setting as `key = default`, with its type, unit and limits. *Required* settings have no
 default. *Free* settings may change when a run continues (`total_images` only with a constant
 schedule). Changing another one would break the run's curve, so it is refused unless `resume.allow`
-names it. Counts of images may be written as `50k` or `2M`.
+names it. A plain value in place of a section means its *main* setting: `critic=resnet` is
+`critic.target=resnet`. Whole numbers may be written as `50k`, `2M` or `1e6`.
 
 `ganscale config CONFIG --explain` prints the values of a run with these explanations.
 `ganscale config --explain` prints this page.
@@ -86,6 +87,7 @@ def _section_reference(section: type, prefix: str) -> Iterator[str]:
         value = default if isinstance(default, str) and default else json.dumps(default)
         title = field.name if is_required else f"{field.name} = {value}"
         details = [expected.__name__, *["required"] * is_required, *_details(setting)]
+        details += ["main"] * setting.is_main
         details += ["free"] * is_within(prefix + field.name, FREE_TO_CHANGE)
         yield from _wrap(f"`{title}` ({', '.join(details)}): {setting.sentence}", "- ")
         yield from _meanings(setting, "  - ", quote="`")

@@ -1,12 +1,13 @@
 """Files and overrides become one complete run, or one sentence that says what is wrong where."""
 
+import dataclasses
 import inspect
 import re
 import subprocess
 import sys
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.cli.main import main
-from ganscale.config import curve_changes, load_stored, resolve
+from ganscale.config import Resolved, curve_changes, load_stored, resolve
 from ganscale.errors import UserError
 from ganscale.networks.build import NETWORKS
 from ganscale.objectives.losses import LOSSES
@@ -133,15 +134,185 @@ def test_the_command_line_changes_single_keys_of_a_section(folder):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("50k", 50_000), ("2M", 2_000_000), ("2.5k", 2500), ("7", 7), ("1_000", 1000)],
+    [
+        *(("50k", 50_000), ("2M", 2_000_000), ("2.5k", 2500), ("7", 7), ("1_000", 1000)),
+        *(("1e6", 1_000_000), ("1.5e+3", 1500), ("1E3", 1000), ("64.0", 64), ("0100", 100)),
+    ],
 )
-def test_counts_of_images_may_be_written_in_thousands_and_millions(folder, text, count):
+def test_whole_numbers_may_be_written_in_thousands_and_millions(folder, text, count):
     assert (
         resolve([folder.base, f"training.total_images={text}"]).config.training.total_images
         == count
     )
     mine = folder.write("mine.yaml", f"training: {{total_images: {text}}}")
     assert resolve([folder.base, mine]).config.training.total_images == count
+
+
+TEXTS = ["007", "1.10", "1_1_1", "2024_01_05", "2024-01-05", "12:30", "on", "No", "true", "1e3"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "0x1F", ".inf", "nan", "1_000", "=", "+1"])
+def test_a_text_setting_is_the_text_as_written(folder, text):
+    mine = folder.write("mine.yaml", f"run: {{name: {text}}}\nresume: {{allow: [{text}]}}")
+    override = [f"run.name={text}", f"resume.allow=[{text}]"]
+    for resolved in (resolve([folder.base, mine]), resolve([folder.base, *override])):
+        assert (resolved.config.run.name, resolved.config.resume.allow) == (text, [text])
+        stored = folder.write("stored.yaml", resolved.to_yaml())
+        assert load_stored(Path(stored)) == resolved.config
+
+
+@pytest.mark.parametrize("text", ["a: b", "[a", "{", "a #b", "*a", "it's", "@", "%", "a'b", ": "])
+def test_text_on_the_command_line_needs_no_quotes_of_yaml(folder, text):
+    assert resolve([folder.base, f"run.name={text}"]).config.run.name == text
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_quotes_of_yaml_around_text_on_the_command_line_are_removed(folder, quote):
+    assert resolve([folder.base, f"run.name={quote}007{quote}"]).config.run.name == "007"
+
+
+def test_options_are_read_as_yaml_1_2_reads_them(folder):
+    values = "[1, 1_000, 0x10, 010, 1e2, true, null, on, no, 12:30, 2024_01_05, '7', 2024-01-05]"
+    expected = [1, 1000, 16, 10, 100.0, True, None]
+    expected += ["on", "no", "12:30", "2024_01_05", "7", "2024-01-05"]
+    mine = folder.write("mine.yaml", f"critic: {{target: mlp, options: {{x: {values}}}}}")
+    for arguments in ([mine], [f"critic.options.x={values}"]):
+        found = resolve([folder.base, *arguments]).config.critic.options["x"]
+        assert found == expected
+        assert [*map(type, found)] == [*map(type, expected)]
+
+
+def test_a_key_with_dots_in_a_file_is_the_key_of_a_section(folder):
+    text = "optimizer: {critic.learning_rate: 3, critic: {eps: 1e-3}, generator.learning_rate: 2}"
+    found = resolve([folder.base, folder.write("mine.yaml", text)])
+    assert found.config.optimizer.critic.learning_rate == 3
+    assert found.config.optimizer.critic.eps == 1e-3
+    assert found.origin["optimizer.critic.learning_rate"].endswith("mine.yaml")
+    sentence = folder.mistake("optimizer: {critic.lerning_rate: 3}")
+    assert (
+        "unknown key `optimizer.critic.lerning_rate`; did you mean `optimizer.critic." in sentence
+    )
+
+
+def test_anchors_and_merge_keys_of_yaml_are_understood(folder):
+    text = "optimizer: {critic: &own {learning_rate: 3, eps: 1}, generator: {<<: *own, eps: 2}}"
+    optimizer = resolve([folder.base, folder.write("mine.yaml", text)]).config.optimizer
+    assert (optimizer.generator.learning_rate, optimizer.generator.eps) == (3, 2)
+    assert optimizer.critic.eps == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "main"),
+    [
+        ("objective.penalties.r1", "10", "weight"),
+        ("objective.clip", "0.01", "value"),
+        ("objective.loss", "lsgan", "name"),
+        ("generator", "resnet", "target"),
+        ("critic", "my.nets:Critic", "target"),
+    ],
+)
+def test_a_plain_value_in_place_of_a_section_means_its_main_setting(folder, key, value, main):
+    long = resolve([folder.base, f"{key}.{main}={value}"])
+    assert resolve([folder.base, f"{key}={value}"]) == long
+    *sections, last = key.split(".")
+    text = f"{last}: {value}"
+    for section in reversed(sections):
+        text = f"{section}: {{{text}}}"
+    folder.write("part.yaml", text)
+    base = "include: [base.yaml, part.yaml]\nrun: {name: base}"
+    found = resolve([folder.write("mine.yaml", base)]).config
+    assert found == long.config
+
+
+LSGAN = "objective: {loss: {name: lsgan, options: {a: -1}}, n_critic: 1}"
+
+
+@pytest.mark.parametrize(
+    ("override", "section"),
+    [
+        ("critic.target=resnet", "critic"),
+        ("critic=resnet", "critic"),
+        ("generator.target=resnet", "generator"),
+        ("objective.loss.name=wgan", "objective.loss"),
+        ("objective.loss=wgan", "objective.loss"),
+    ],
+)
+def test_another_network_or_loss_does_not_get_the_options_of_the_one_before(
+    folder, override, section
+):
+    folder.write("old.yaml", f"include: [base.yaml]\ncritic: {{options: {{depth: 3}}}}\n{LSGAN}")
+    old = str(folder.path / "old.yaml")
+    key, value = override.split("=")
+    nested = value
+    for name in reversed(key.split(".")):
+        nested = f"{{{name}: {nested}}}"
+    later = folder.write("later.yaml", f"include: [old.yaml]\n<<: {nested}")
+
+    for resolved in (resolve([old, override]), resolve([later])):
+        found: Any = resolved.config
+        for name in section.split("."):
+            found = getattr(found, name)
+        assert found.options == {}
+        assert not [each for each in resolved.origin if each.startswith(f"{section}.options")]
+
+    own = resolve([old, f"{section}.options.own=1", override])
+    assert own.origin[f"{section}.options.own"] == "command line"
+    assert [each for each in own.origin if f"{section}.options." in each] == [
+        f"{section}.options.own"
+    ]
+    same = resolve([old, "critic=mlp", "generator=mlp", "objective.loss=lsgan"]).config
+    assert (same.critic, same.generator) == (
+        resolve([old]).config.critic,
+        resolve([old]).config.generator,
+    )
+    assert same.objective == resolve([old]).config.objective
+
+
+@pytest.mark.parametrize("number", ["nan", ".nan", "NaN", "inf", "-inf", ".inf", "1e400"])
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [
+        ("optimizer.critic.learning_rate", "{}"),
+        ("data.max_bad_fraction", "{}"),
+        ("objective.loss.options.smoothing", "{}"),
+        ("objective.penalties.r1.weight", "{}"),
+        ("optimizer.critic.betas[1]", "[0, {}]"),
+        ("generator.options.scale", "{}"),
+        ("generator.options.x[0][1].a", "[[1, {{a: {}}}]]"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused_by_key_and_origin(folder, key, written, number):
+    value, plain = written.format(number), key.partition("[")[0]
+    said = folder.mistake(None, f"{plain}={value}")
+    assert re.fullmatch(rf"command line: `{re.escape(key)}` must be finite, not (nan|-?inf)", said)
+
+
+def test_text_with_interpolations_in_it_is_stored_and_loaded_as_text(folder, monkeypatch):
+    monkeypatch.setenv("OWN_TOKEN", "token-${seed}")
+    config = resolve([folder.base, "data.path=${oc.env:OWN_TOKEN}"]).config
+    assert config.data.path == "token-${seed}"
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text("\\\\${}ab:.", max_size=12))
+def test_every_text_is_stored_and_loaded_as_it_is(tmp_path_factory, stored, text):
+    config = dataclasses.replace(stored, data=dataclasses.replace(stored.data, path=text))
+    folder = Folder(tmp_path_factory.mktemp("text"))
+    path = folder.write("config.yaml", Resolved(config, {}).to_yaml())
+    assert load_stored(Path(path)).data.path == text
+    assert curve_changes(load_stored(Path(path)), config) == []
+    assert resolve([path]).config.data.path == text
+
+
+@pytest.mark.parametrize("shown", [["config"], ["plan"]])
+def test_a_stored_run_does_not_read_the_environment(folder, monkeypatch, capsys, shown):
+    monkeypatch.setenv("OWN_TOKEN", "not-for-strangers")
+    stored = folder.write("run/config.yaml", BASE.replace("data/x", "'${oc.env:OWN_TOKEN}'"))
+    assert load_stored(Path(stored)).data.path == "${oc.env:OWN_TOKEN}"
+    assert resolve([stored]).config.data.path == "not-for-strangers"
+    folder.write("run/run.json", "{}")
+    main([*shown, stored])
+    assert "not-for-strangers" not in "".join(capsys.readouterr())
 
 
 def test_whole_numbers_become_floats_where_floats_are_meant(folder):
@@ -185,13 +356,16 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ("seed: null", "`seed` must be int, not None"),
         ("training: {total_images: 1.5}", "`training.total_images` must be int, not 1.5"),
         ("training: {total_images: true}", "`training.total_images` must be int, not True"),
-        ("training: {total_images: -5k}", "`training.total_images` must be int, not '-5k'"),
+        ("training: {total_images: 1:30}", "`training.total_images` must be int, not '1:30'"),
+        ("training: {total_images: 1.5k7}", "`training.total_images` must be int, not '1.5k7'"),
+        ("training: 5k", "`training` must be a section of keys, not '5k'"),
         ("data: {flip: 1.5}", "`data.flip` must be bool, not 1.5"),
         ("data: 3", "`data` must be a section of keys, not 3"),
         ("data: [1, 2]", "`data` must be a section of keys, not [1, 2]"),
         ("data: null", "`data` must be a section of keys, not None"),
         ("run: {name: {a: b}}", "`run.name` must be str, not {'a': 'b'}"),
-        ("objective: {loss: wgan}", "`objective.loss` must be a section of keys, not 'wgan'"),
+        ("objective: {loss: [wgan]}", "`objective.loss` must be a section of keys, not ['wgan']"),
+        ("optimizer: {critic: adam}", "`optimizer.critic` must be a section of keys, not 'adam'"),
         (
             "objective: {loss: {options: [1]}}",
             "`objective.loss.options` must be a section of keys, not [1]",
@@ -205,10 +379,15 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
             "`objective.penalties` must be a section of keys, not None",
         ),
         (
-            "objective: {penalties: {wgan_gp: 10}}",
-            "`objective.penalties.wgan_gp` must be a section of keys, not 10",
+            "objective: {penalties: {wgan_gp: strong}}",
+            "`objective.penalties.wgan_gp.weight` must be float, not 'strong'",
         ),
         ("generator: {options: {3: 4}}", "a key of `generator.options` must be a word, not 3"),
+        (
+            "optimizer: {critic: {betas: {a: 1}}}",
+            "`optimizer.critic.betas` must be list, not {'a': 1}",
+        ),
+        ("critic: {options: {x: !!int x}}", "`critic.options.x` must be int, not 'x'"),
         ("optimizer: {critic: {betas: 5}}", "`optimizer.critic.betas` must be list, not 5"),
         (
             "optimizer: {critic: {betas: [0, x]}}",
@@ -217,6 +396,8 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ("resume: {allow: optimizer}", "`resume.allow` must be list, not 'optimizer'"),
         ("include: base.yaml", "`include` must be a list of files, not 'base.yaml'"),
         ("include: null", "`include` must be a list of files, not None"),
+        ("include: [null]", "`include` must be a list of files, not [None]"),
+        ("include: [{a: b}]", "`include` must be a list of files, not [{'a': 'b'}]"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
@@ -232,10 +413,8 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
         ("seed=-1", "must be at least 0, not -1"),
         (f"seed={2**64}", f"must be below {2**64}, not {2**64}"),
         ("data.max_bad_fraction=1", "must be below 1, not 1.0"),
-        ("data.max_bad_fraction=nan", "must be at least 0, not nan"),
         ("objective.clip.value=0", "must be above 0, not 0.0"),
         ("objective.penalties.wgan_gp.weight=-1", "must be at least 0, not -1.0"),
-        ("optimizer.critic.learning_rate=inf", "must be finite, not inf"),
         (
             "training.precision=bf16",
             "must be one of float32, bfloat16, float64, not bf16; did you mean bfloat16?",
@@ -255,16 +434,22 @@ def test_a_value_out_of_its_range_is_named_with_its_origin(folder, override, com
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("a b=3", "command line: `a b=3` is not of the form key.subkey=value"),
-        ("--seed=3", "command line: `--seed=3` is not of the form key.subkey=value"),
-        ("=3", "command line: `=3` is not of the form key.subkey=value"),
-        ("run.name=[a", "command line: while parsing a flow sequence"),
+        ("a b=token", "command line: `a b=...` is not of the form key.subkey=value"),
+        ("--seed=token", "command line: `--seed=...` is not of the form key.subkey=value"),
+        ("=token", "command line: `=...` is not of the form key.subkey=value"),
+        ("seed=[token", "command line: `seed` is not valid YAML (line 1, column 7: expected"),
+        ("resume.allow=[a: token: b]", "command line: `resume.allow` is not valid YAML ("),
+        ("seed=!!python/name:os 3", "command line: `seed` has the unknown tag"),
         ("run.folder=", "command line: `run.folder` must be str, not None"),
-        ("seed=${nothing}", "Interpolation key 'nothing' not found"),
+        ("seed=${nothing}", "command line: `seed`: Interpolation key 'nothing' not found"),
+        ("data.path=a${token", "command line: `data.path` has a `${...}` that cannot be read"),
+        ("seed=https://me:token@host", "command line: `seed` must be int, not 'https://host'"),
     ],
 )
-def test_an_override_that_cannot_be_read_is_shown(folder, override, sentence):
-    assert folder.mistake(None, override).startswith(sentence)
+def test_an_override_that_cannot_be_read_is_named_without_its_value(folder, override, sentence):
+    said = folder.mistake(None, override)
+    assert said.startswith(sentence)
+    assert "token" not in said
 
 
 def test_what_is_missing_is_listed_whole(folder):
@@ -285,7 +470,12 @@ def test_what_is_missing_is_listed_whole(folder):
     ("text", "complaint"),
     [
         ("seed: [1", "not valid YAML ("),
-        ("seed: 1\nseed: 2", "not valid YAML ("),
+        ("seed: 1\nseed: 2", "`seed` is given twice"),
+        ("data: {flip: true, flip: false}", "`data.flip` is given twice"),
+        ("? [seed]\n: 2", "a key must be a word, not ['seed']"),
+        ("<<: 3", "not valid YAML ("),
+        ("generator: &own {options: {depth: *own}}", "nested too deeply"),
+        ("generator: {options: {depth: " + "[" * 2000, "n"),
         ("seed: 1\n\tdata: 2", "not valid YAML ("),
         ("- 1\n- 2", "must hold `key: value` pairs"),
     ],
@@ -304,9 +494,51 @@ def test_files_that_cannot_be_read_are_named(folder):
     for argument, complaint in cases.items():
         with pytest.raises(UserError, match=re.escape(complaint)):
             resolve([argument])
-    assert "parts/none.yaml: no such config file" in folder.mistake("include: [parts/none.yaml]")
-    with pytest.raises(UserError, match="no config file given"):
+    with pytest.raises(UserError, match="no config given"):
         resolve(["seed=3"])
+    for url in ("https://me:token@host/set", "https://host/set?key=token"):  # after `data.path= `
+        with pytest.raises(UserError, match="https://host/set: no such config file") as raised:
+            resolve([folder.base, url])
+        assert "token" not in str(raised.value)
+
+
+def test_an_included_file_that_is_missing_is_named_with_the_file_that_includes_it(folder):
+    assert folder.mistake("include: [parts/none.yaml]") == (
+        f"{folder.path}/mine.yaml includes {folder.path}/parts/none.yaml: no such config file"
+    )
+
+
+def test_a_ready_config_is_found_by_name_where_no_file_has_it(folder, monkeypatch):
+    monkeypatch.chdir(folder.path)
+    shipped = resolve([str(REPOSITORY / "configs" / "demo.yaml")]).config
+    assert resolve(["demo"]).config == shipped
+    hinge = [str(REPOSITORY / "configs" / name) for name in ("demo.yaml", "objective/hinge.yaml")]
+    for name in ("hinge", "objective/hinge"):
+        assert resolve(["demo", name]).config == resolve(hinge).config
+    mine = folder.write("mine.yaml", "include: [demo, hinge]\nseed: 3")
+    assert resolve([mine]).config.objective.loss.name == "hinge"
+    (folder.path / "demo").mkdir()
+    assert resolve(["demo"]).config == shipped
+    (folder.path / "demo").rmdir()
+    folder.write("demo", BASE)
+    assert resolve(["demo"]).config.data.path == "data/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("bas.yaml", " (did you mean 'base.yaml'?)"),
+        ("base.yml", " (did you mean 'base.yaml'?)"),
+        ("configs/demo.yaml", "; there is a ready config named demo"),
+        ("dmo", " (did you mean 'demo'?)"),
+        ("qqqqq", ""),
+    ],
+)
+def test_a_config_that_is_missing_is_answered_with_the_nearest(folder, monkeypatch, name, hint):
+    monkeypatch.chdir(folder.path)
+    with pytest.raises(UserError) as raised:
+        resolve([name])
+    assert str(raised.value) == f"{name}: no such config file{hint}"
 
 
 @pytest.mark.parametrize("loop", ["mine.yaml", "sub/back.yaml", "sub/../mine.yaml"])

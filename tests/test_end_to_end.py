@@ -53,6 +53,23 @@ def test_a_run_leaves_its_folder_as_documented(trained: Path) -> None:
     assert main(["config", str(trained / "config.yaml")]) == 0
 
 
+def test_samples_come_from_the_checkpoint_that_is_asked_for(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sampled(*asked: str) -> bytes:
+        grid = tmp_path / "grid.png"
+        assert main(["sample", str(trained), "--count", "4", "--grid", str(grid), *asked]) == 0
+        return grid.read_bytes()
+
+    earlier = sampled("--checkpoint", "images-000000160")
+    assert sampled() == sampled("--checkpoint", "images-000000320") != earlier
+    path = str(trained / "checkpoints" / "images-000000160")  # as a shell completes it
+    assert sampled("--checkpoint", path) == earlier
+    assert main(["sample", str(trained), "--grid", "x.png", "--checkpoint", "images-1"]) == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint images-1; choose from images-000000160, images-000000320" in said
+
+
 def test_every_loss_stands_in_the_panel_of_every_row(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if "loss/critic" in row):

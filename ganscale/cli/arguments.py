@@ -1,6 +1,32 @@
-"""Argument types that several commands share."""
+"""How the command line is read, for all commands."""
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from ganscale.importing import nearest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes settings before and after options, and rejects an unknown option with the usage of its
+    own command and the nearest option."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        parsed, rest = super().parse_known_args(args, namespace)
+        has_settings = "settings" in parsed
+        for argument in rest:
+            if argument.startswith("-") or not has_settings:
+                option = argument.partition("=")[0]
+                hint = nearest(option, self._option_string_actions)
+                if has_settings and not hint:
+                    hint = " (settings have no dashes: key=value)"
+                kind = "option" if option.startswith("-") else "argument"
+                self.error(f"unknown {kind} {option}{hint}")
+            parsed.settings.append(argument)
+        return parsed, []
+
 
 ALLOW_CHANGED_CODE = "use the weights although the network's code has changed since"
 

@@ -111,7 +111,8 @@ def prune_checkpoints(arguments: argparse.Namespace) -> None:
     count = len(checkpoint_folders(run.checkpoints))
     options = {"keep_last": arguments.keep_last, "keep_every_images": arguments.keep_every}
     settings = [f"checkpoint.{key}={value}" for key, value in options.items() if value is not None]
-    keep = resolve([str(run.config.absolute()), *settings]).config.checkpoint
+    stored = [str(run.config.absolute()), *settings]
+    keep = resolve(stored, is_stored=True).config.checkpoint
     pruned = prune(run.checkpoints, keep, dry_run=arguments.dry_run)
     would = "would be " if arguments.dry_run else ""
     for checkpoint in pruned:
@@ -128,7 +129,7 @@ def export_generator(arguments: argparse.Namespace) -> None:
     from ganscale.training.network_setup import load_run_generator, sample_shape
 
     run = _run(arguments)
-    checkpoint = _select(run, arguments.checkpoint)
+    checkpoint = select_checkpoint(run, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(
         run.path, arguments.weights, checkpoint, allow_changed_code=arguments.allow_changed_code
     )
@@ -160,7 +161,8 @@ def _run(arguments: argparse.Namespace) -> RunFolder:
     return run
 
 
-def _select(run: RunFolder, name: str | None) -> Path:
+def select_checkpoint(run: RunFolder, name: str | None) -> Path:
+    """The checkpoint of that name or path, or the newest. Raises UserError if none is whole."""
     from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, newest_checkpoint
 
     if name is None:
@@ -169,6 +171,7 @@ def _select(run: RunFolder, name: str | None) -> Path:
             raise UserError(f"{run.path} has no whole checkpoint yet")
         return newest
     folders = {folder.name: folder for folder in checkpoint_folders(run.checkpoints)}
+    name = Path(name).name
     if name not in folders:
         raise UserError(f"{run.path} has no checkpoint {name}; choose from {', '.join(folders)}")
     if (reason := find_damage(folders[name])) is not None:

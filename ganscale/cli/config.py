@@ -1,6 +1,7 @@
 """`ganscale config CONFIG... key=value...`: the complete run, and where each value came from."""
 
 import argparse
+import sys
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -13,7 +14,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument
     add("settings", nargs="*", metavar="CONFIG|key=value")
     add("--explain", action="store_true", help="explain each setting; without CONFIG, all settings")
-    add("--check", action="store_true", help="also build objective and networks and open the data")
+    add(
+        "--check",
+        action="store_true",
+        help="also try whether everything fits: objective, networks, data, run folder",
+    )
     parser.set_defaults(run=run)
 
 
@@ -26,15 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     resolved = resolve(arguments.settings)
     if arguments.check:
-        import torch
+        from ganscale.training.start import try_start
 
-        from ganscale.data.dataset import open_data
-        from ganscale.objectives.objective import build_objective
-        from ganscale.training.network_setup import build_networks, class_count
-
-        objective = build_objective(resolved.config.objective)
-        data = open_data(resolved.config.data)
-        data.check(1.0)
-        num_classes = class_count(resolved.config, data)
-        build_networks(resolved.config, objective, num_classes, torch.device("cpu"))
+        print("\n".join([*try_start(resolved), "everything fits"]), file=sys.stderr)
     print(annotated_yaml(resolved, explain=arguments.explain), end="")

@@ -1,6 +1,5 @@
 """`ganscale COMMAND`: parses the command line, and turns errors into one line each."""
 
-import argparse
 import io
 import os
 import sys
@@ -12,16 +11,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from ganscale import __version__
-from ganscale.cli import checkpoint, config, plan, report, sample, shards, sync, train
+from ganscale.cli import checkpoint, config, plan, ready, report, sample, shards, sync, train
+from ganscale.cli.arguments import CommandParser
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, one of those in `ganscale.errors`."""
-    parser = argparse.ArgumentParser(prog="ganscale", description="Train GANs on clusters.")
+    parser = CommandParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, sample, report, sync, checkpoint, shards, plan, config):
+    for module in (train, sample, report, sync, checkpoint, shards, plan, config, ready):
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

@@ -6,15 +6,17 @@ from functools import partial
 from pathlib import Path
 
 from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
+from ganscale.cli.checkpoint import select_checkpoint
 from ganscale.errors import UserError
+from ganscale.run_folder import RunFolder
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "sample",
         help="generate images with a trained generator",
-        description="Generates images from a run's newest checkpoint. The same seed gives the same "
-        "images, whatever their number.",
+        description="Generates images from a run's newest or another checkpoint. The same seed "
+        "gives the same images, whatever their number.",
     )
     add = parser.add_argument
     add("run_folder", metavar="RUN", type=Path, help="for example runs/demo")
@@ -23,6 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--grid", type=Path, metavar="PNG", help="write all images into one grid")
     add("--folder", type=Path, help="write each image as a PNG into a folder")
     add("--shards", type=Path, help="write WebDataset shards and their manifest")
+    add("--checkpoint", metavar="NAME", help="such as images-000200000 (default: the newest)")
     add("--columns", type=positive_int, help="columns of the grid (default: a square grid)")
     add("--class", dest="label", type=int, metavar="N", help="class (default: all in turn)")
     add("--interpolate", action="store_true", help="interpolate two latents in each row")
@@ -41,8 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError("choose an output: --grid PNG, --folder DIR or --shards DIR")
     count = arguments.count
     columns = arguments.columns or max(1, round(math.sqrt(count)))
+    folder = RunFolder(arguments.run_folder)
+    folder.check_exists()
+    checkpoint = select_checkpoint(folder, arguments.checkpoint)
     generator, latent_dim, num_classes = load_run_generator(
-        arguments.run_folder, arguments.weights, allow_changed_code=arguments.allow_changed_code
+        folder.path, arguments.weights, checkpoint, allow_changed_code=arguments.allow_changed_code
     )
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"

@@ -2,6 +2,7 @@
 
 import argparse
 
+import os
 from ganscale.errors import EXIT_DONE
 
 
@@ -13,10 +14,27 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "continues the run from its newest checkpoint.",
     )
     parser.add_argument("settings", nargs="+", metavar="CONFIG|key=value")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say whether everything fits, and do not train"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    return _dry_run(arguments) if arguments.dry_run else _train(arguments)
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from ganscale.config import resolve
+    from ganscale.training.start import try_start
+
+    lines = try_start(resolve(arguments.settings))
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join([*lines, "everything fits; nothing was written"]))
+    return EXIT_DONE
+
+
+def _train(arguments: argparse.Namespace) -> int:
     from ganscale.supervision.signals import StopRequest
 
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads

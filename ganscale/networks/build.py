@@ -30,7 +30,7 @@ def build_network(role: str, target: str, options: Mapping[str, Any], **facts: A
 
     Raises UserError if the target cannot be found or imported, or refuses an option.
     """
-    constructor = find(target, NETWORKS[role], "network")
+    constructor = find(target, NETWORKS[role], "network", nn.Module)
     network = call(constructor, options, f"{role} {target}", facts)
     if not isinstance(network, nn.Module):
         kind = type(network).__name__

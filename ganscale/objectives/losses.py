@@ -164,7 +164,7 @@ def build_loss(name: str, options: Mapping[str, float]) -> Loss:
 
     Raises UserError for a loss or an option that does not exist, and for a loss that fails.
     """
-    loss = call(find(name, LOSSES, "loss"), options, f"loss {name}")
+    loss = call(find(name, LOSSES, "loss", Loss), options, f"loss {name}")
     if not isinstance(loss, Loss):
         raise UserError(f"loss {name} returns a {type(loss).__name__}, not a Loss")
     if name not in LOSSES:

@@ -47,7 +47,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """Raises UserError, with the nearest known name, for a loss or penalty that does not exist."""
     penalties = {
         name: WeightedPenalty(
-            call(find(name, PENALTIES, "penalty"), {}, f"penalty {name}"),
+            call(find(name, PENALTIES, "penalty", Penalty), {}, f"penalty {name}"),
             penalty.weight,
             penalty.interval,
             penalty.patch_score,

@@ -38,9 +38,10 @@ def communication(
     critic: nn.Module,
     ranks: int,
     audited_tensors: int,
-) -> Communication:
+) -> Communication | None:
+    """None for a single rank."""
     if ranks == 1:
-        return Communication()
+        return None
     exchanges = cycle_exchanges(config, objective, generator, critic, ranks)
     fakes, critic_step, generator_step = exchanges
     n_critic = config.objective.n_critic

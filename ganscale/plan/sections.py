@@ -91,24 +91,25 @@ class Networks:
 class Communication:
     """Between n ranks. In a ring, each sends 2 (n - 1) / n of the bytes that are all-reduced."""
 
-    fakes_bytes: Annotated[int, "all-reduced: batch norms of the critic steps' fakes"] = 0
-    fakes_collectives: int = 0
-    critic_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"] = 0
-    critic_step_collectives: int = 0
-    generator_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"] = 0
-    generator_step_collectives: int = 0
-    cycle_bytes: Annotated[int, "all-reduced, with the ranks' vote on stopping"] = 0
-    cycle_collectives: int = 0
-    collectives_per_image: float = 0.0
-    rank_traffic_bytes_per_cycle: Annotated[int, "sent by each rank, which receives as much"] = 0
-    rank_traffic_bytes_per_image: float = 0.0
-    log_row_collectives: Annotated[int, "for a row of metrics: meters, counts and small images"] = 0
-    audit_bytes: Annotated[int, "in one all-reduce before each checkpoint"] = 0
+    fakes_bytes: Annotated[int, "all-reduced: batch norms of the critic steps' fakes"]
+    fakes_collectives: int
+    critic_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"]
+    critic_step_collectives: int
+    generator_step_bytes: Annotated[int, "all-reduced: gradients and batch statistics"]
+    generator_step_collectives: int
+    cycle_bytes: Annotated[int, "all-reduced, with the ranks' vote on stopping"]
+    cycle_collectives: int
+    collectives_per_image: float
+    rank_traffic_bytes_per_cycle: Annotated[int, "sent by each rank, which receives as much"]
+    rank_traffic_bytes_per_image: float
+    log_row_collectives: Annotated[int, "for a row of metrics: meters, counts and small images"]
+    audit_bytes: Annotated[int, "in one all-reduce before each checkpoint"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A section is None if it is not known. `remarks` are sentences about what to change."""
+    """A section is None if it is not known or does not apply. `remarks` are sentences about what to
+    change."""
 
     cluster: Cluster
     batches: Batches
@@ -119,7 +120,7 @@ class Plan:
     cache: Cache | None
     host_memory: HostMemory
     networks: Networks
-    communication: Communication
+    communication: Communication | None
     remarks: tuple[str, ...]
 
     def table(self) -> str:

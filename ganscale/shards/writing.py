@@ -91,11 +91,10 @@ class _Journal:
             return
         first, *lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         earlier = json.loads(first)
-        changed = [name for name in settings if settings[name] != earlier.get(name)]
-        if changed:
+        if changed := [name for name in settings if settings[name] != earlier.get(name)]:
             raise UserError(
                 f"{root} contains the shards of another `ganscale shards write`, with a different "
-                f"{', '.join(changed)}; write into another folder, or delete it first"
+                f"{changed[0]}; write into another folder, or delete it first"
             )
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # the machine stopped while writing it; the shard is written again
@@ -168,13 +167,13 @@ def write_shards(
     encoding = Encoding.choose(listing, resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
     shard_samples = shard_samples or _shard_samples(listing, order, encoding, shard_bytes)
-    settings = {
+    settings = {  # each before those that may follow from it
+        "source": listing.digest(),
         **asdict(encoding),
-        "shard_samples": shard_samples,
-        "seed": seed,
         "classes": listing.class_names,
         "images": len(order),
-        "source": listing.digest(),
+        "seed": seed,
+        "shard_samples": shard_samples,
     }
     with explain_full_disk(root):
         journal = _Journal(root, settings, max_bad)

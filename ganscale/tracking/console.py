@@ -2,7 +2,10 @@
 
 import contextlib
 import logging
+import math
+import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -15,6 +18,8 @@ from ganscale.run_folder import RunFolder
 from ganscale.tracking.record import Value
 
 _SHOWN_LOSSES = {"critic": "loss/critic", "generator": "loss/generator"}
+_BAR_SECONDS = 1.0
+_BAR_COLUMNS = 26  # of `100%|  | 99.9k/99.9k img, `
 
 
 class Console:
@@ -23,6 +28,8 @@ class Console:
     def __init__(self, total_images: int, log_path: Path) -> None:
         self._total_images = total_images
         self._log_path = log_path
+        self._parts: list[str] = []  # of the newest row
+        self._drawn_at = -math.inf
         # Rate and time left come from the run: the bar's own start at zero after a resume.
         self._bar = tqdm(
             total=total_images,
@@ -40,14 +47,32 @@ class Console:
         if images_per_second > 0:
             seconds = max(self._total_images - images_seen, 0) / images_per_second
             time_left = str(timedelta(seconds=round(seconds)))
-        progress = ", ".join([*losses, f"{images_per_second:,.0f} img/s", f"{time_left} left"])
-        line = f"{images_seen:,} of {self._total_images:,} images, {progress}"
+        parts = [*losses, f"{images_per_second:,.0f} img/s", f"{time_left} left"]
+        line = f"{images_seen:,} of {self._total_images:,} images, {', '.join(parts)}"
         if self._bar.disable:
             _print_above_bar(line)
         else:
-            self._bar.n = images_seen
-            self._bar.set_postfix_str(progress)
+            self._parts = parts
+            self._draw(images_seen)
         append_line(self._log_path, line)
+
+    def advance(self, images_seen: int) -> None:
+        """Moves the bar, at most once a second."""
+        if not self._bar.disable and time.monotonic() - self._drawn_at >= _BAR_SECONDS:
+            self._draw(images_seen)
+
+    def _draw(self, images_seen: int) -> None:
+        """On a narrow terminal without the losses, and then without the rate."""
+        try:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        except (OSError, ValueError):
+            columns = 80
+        shown = self._parts
+        while len(shown) > 1 and len(", ".join(shown)) > columns - _BAR_COLUMNS:
+            shown = shown[1:]
+        self._drawn_at = time.monotonic()
+        self._bar.n = images_seen
+        self._bar.set_postfix_str(", ".join(shown))
 
     def close(self) -> None:
         """Leaves the bar on the terminal as it is."""

@@ -73,15 +73,20 @@ def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) 
         sweep_id = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         folder.write_identity(sweep_id or secrets.token_hex(4), fingerprint)
         return None
-    if changes := _changes(folder, resolved.config, fingerprint):
-        raise UserError(
-            f"{folder.path} holds a run with other settings ({'; '.join(changes)}): choose "
-            f"another run.name, or continue it with resume.allow=[{','.join(_keys(changes))}]"
-        )
+    check_settings(folder, resolved.config, fingerprint)
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None and folder.record.exists():
         logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
     return checkpoint
+
+
+def check_settings(folder: RunFolder, config: Config, fingerprint: str) -> None:
+    """Raises UserError when the stored run differs in a way that would break its curve."""
+    if changes := _changes(folder, config, fingerprint):
+        raise UserError(
+            f"{folder.path} holds a run with other settings ({'; '.join(changes)}): choose "
+            f"another run.name, or continue it with resume.allow=[{','.join(_keys(changes))}]"
+        )
 
 
 def _changes(folder: RunFolder, config: Config, fingerprint: str) -> list[str]:

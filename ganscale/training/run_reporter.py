@@ -72,9 +72,16 @@ class RunReporter:
         )
         networks = state.generator, state.ema
         self._grids = SampleGrids(config, folder, *networks, state.num_classes, state.images_seen)
-        self._console = Console(config.training.total_images, folder.log)
-        if resumed_at is not None:
-            logger.info("continues at %s images", f"{resumed_at:,}")
+        # A run ends with a whole cycle.
+        cycle = config.objective.n_critic * config.training.global_batch_size
+        cycles = math.ceil((config.training.total_images - state.images_seen) / cycle)
+        self._console = Console(state.images_seen + cycles * cycle, folder.log)
+        self._console.advance(state.images_seen)
+
+    def show_progress(self) -> None:
+        """Shows the images seen between two rows, on rank 0."""
+        if self._console is not None:
+            self._console.advance(self._state.images_seen)
 
     @section("logging")
     def log_metrics(

@@ -38,6 +38,7 @@ from ganscale.training.network_setup import class_count
 from ganscale.training.replica_audit import audit_replicas
 from ganscale.training.resume import accept_settings, open_run
 from ganscale.training.run_reporter import RunReporter
+from ganscale.training.start import describe_start
 from ganscale.training.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,10 @@ class Trainer:
             self.folder.close()
             raise
         self.resumed_at = None if checkpoint is None else self.state.images_seen
+        networks, ranks = (self.state.generator, self.state.critic), runtime.world_size
+        where = config, self.data, *networks, runtime.device, ranks, self.resumed_at
+        for line in describe_start(*where):
+            logger.info(line)
         self.cycle = Cycle(config, self.objective, runtime, self.state)
         self.writer = CheckpointWriter(  # used on rank 0
             self.folder.checkpoints,
@@ -171,6 +176,7 @@ class Trainer:
                 on_phase=mark,
                 before_ema=partial(self._check_finite, reporter, is_due=checks),
             )
+            reporter.show_progress()
 
             # Metrics
             if is_logged:

@@ -1,6 +1,7 @@
 """The files of launch/, read by Accelerate's own launcher."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +65,21 @@ def test_one_machine_means_a_process_for_each_gpu(
     would_launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPUs are pretended: only the launcher's arithmetic is looked at."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     config = would_launch("--config_file", str(LAUNCH / "one_machine.yaml"))
     assert (config.min_nodes, config.nproc_per_node) == (1, 8)
     config = would_launch("--config_file", str(LAUNCH / "one_machine.yaml"), "--num_processes=4")
     assert (config.min_nodes, config.nproc_per_node) == (1, 4)
+
+
+def test_one_machine_without_a_gpu_means_a_process_for_each_core(
+    would_launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    config = would_launch("--config_file", str(LAUNCH / "one_machine.yaml"))
+    assert (config.min_nodes, config.nproc_per_node) == (1, os.cpu_count())
 
 
 def test_many_machines_meet_at_the_first_one_with_ranks_of_their_own(would_launch) -> None:

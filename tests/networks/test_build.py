@@ -8,6 +8,7 @@ from ganscale.networks.build import build_network, parameter_count
 from ganscale.networks.resnet import ResNetCritic
 
 OWN_NETWORKS = """
+import functools
 from torch import nn
 
 class Minimal(nn.Module):
@@ -25,10 +26,31 @@ class Strict(nn.Module):
         super().__init__()
         self.layer = nn.Linear(hidden + 1, sample_shape[0])
 
-def not_a_module():
+def not_a_module() -> nn.Module:
     return 3
 
+def undeclared():
+    raise AssertionError("called")
+
+def declared(width=1) -> nn.Linear:
+    return nn.Linear(width, 1)
+
+@functools.wraps(declared)
+def wrapped(*args, **kwargs):
+    return declared(*args, **kwargs)
+
 constant = 7
+"""
+
+STRINGS = """
+from __future__ import annotations
+from torch import nn
+
+def declared() -> nn.Linear:
+    return nn.Linear(1, 1)
+
+def unknown() -> missing.Linear:
+    raise AssertionError("called")
 """
 
 
@@ -39,7 +61,7 @@ def own_networks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
     yield tmp_path
-    for name in ("own_networks", "broken_networks", "needy_networks"):
+    for name in ("own_networks", "broken_networks", "needy_networks", "own_strings"):
         sys.modules.pop(name, None)
 
 
@@ -80,7 +102,8 @@ def test_a_users_network_gets_only_the_arguments_that_it_accepts(own_networks):
         ("own_networks.Minimal", {}, "unknown network .*your own as package.module:Name"),
         ("missing_networks:Critic", {}, "no module missing_networks in the current folder"),
         ("own_networks:Minimall", {}, "own_networks has no Minimall .did you mean 'Minimal'"),
-        ("own_networks:constant", {}, "own_networks:constant is a int, not a network"),
+        ("own_networks:constant", {}, "own_networks:constant is not a network"),
+        ("own_networks:undeclared", {}, "is not a network: it must be a subclass of Module, or a"),
         ("own_networks:not_a_module", {}, "is a int, not a torch.nn.Module"),
         ("own_networks:Minimal", {"hiden": 1}, "no option 'hiden' .did you mean 'hidden'"),
         ("own_networks:Strict", {}, "cannot be built: TypeError: .*hidden"),
@@ -94,6 +117,25 @@ def test_a_mistake_gets_one_sentence_with_the_nearest_name(own_networks, target,
     with pytest.raises(UserError, match=sentence) as caught:
         critic(target, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_function_that_is_annotated_to_return_a_network_makes_one(own_networks):
+    (own_networks / "own_strings.py").write_text(STRINGS)
+    for target in ("own_networks:declared", "own_networks:wrapped", "own_strings:declared"):
+        assert isinstance(critic(target), nn.Linear)
+    with pytest.raises(UserError, match="own_strings:unknown is not a network"):
+        critic("own_strings:unknown")
+
+
+@pytest.mark.parametrize(
+    "target", ["os:system", "subprocess:Popen", "builtins:exec", "shutil:rmtree", "torch:load"]
+)
+def test_what_does_not_make_networks_is_never_called(own_networks, target):
+    for build in (critic, generator):
+        with pytest.raises(UserError, match=f"{target} is not a network"):
+            build(target, command="touch called", args="touch called", path=str(own_networks))
+    assert own_networks.exists()
+    assert not (own_networks / "called").exists()
 
 
 def test_a_users_module_that_fails_on_import_is_named_with_reason_and_line(own_networks):

@@ -52,12 +52,27 @@ def test_an_unknown_penalty_is_named_with_the_nearest(name, sentence):
         objective({name: PenaltyConfig(1.0)})
 
 
+def test_what_does_not_make_losses_or_penalties_is_never_called(tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text(
+        "def make(**options):\n    raise AssertionError('called')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="hostile:make is not a penalty"):
+        objective({"hostile:make": PenaltyConfig(1.0)})
+    for settings in (
+        ObjectiveConfig(LossConfig("hostile:make")),
+        ObjectiveConfig(LossConfig("wgan"), panel=["hostile:make"]),
+    ):
+        with pytest.raises(UserError, match="hostile:make is not a loss"):
+            build_objective(settings)
+
+
 def test_the_panel_watches_all_known_losses_and_those_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "watched_losses.py").write_text(
         "from ganscale.objectives.losses import Loss\n"
-        "def zero():\n    return Loss(lambda r, f: {'real': 0 * r.mean()},\n"
+        "def zero() -> Loss:\n    return Loss(lambda r, f: {'real': 0 * r.mean()},\n"
         "                lambda f: {'fake': 0 * f.mean()})\n"
-        "def one():\n    return Loss(lambda r, f: {'real': 1 + 0 * r.mean()},\n"
+        "def one() -> Loss:\n    return Loss(lambda r, f: {'real': 1 + 0 * r.mean()},\n"
         "                lambda f: {'fake': 1 + 0 * f.mean()})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.ranks import run_ranks
 from ganscale.plan.planning import make_plan
+from ganscale.plan.sections import Communication
+from ganscale.schema import Config
 from tests.helpers.runs import TINY
 from tests.plan.conftest import config_of
 
@@ -54,10 +56,17 @@ def reduced_bytes(operands: list, gradient_bytes: int) -> int:
     )
 
 
+def planned(config: Config) -> Communication:
+    """Between two nodes of one rank each."""
+    communication = make_plan(config, nodes=2, gpus_per_node=1).communication
+    assert communication is not None
+    return communication
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_and_their_bytes_are_those_of_two_real_ranks(digits, wire, name):
     config = config_of(digits, *CASES[name])
-    plan = make_plan(config, nodes=2, gpus_per_node=1).communication
+    plan = planned(config)
     found = wire[name]
     size = 2 if name == "compressed" else 4
     together = 0 if config.training.accumulate > 1 else plan.fakes_collectives
@@ -82,7 +91,7 @@ def test_collectives_and_their_bytes_are_those_of_two_real_ranks(digits, wire, n
 
 @pytest.mark.parametrize("name", ALL_CASES)
 def test_a_cycle_has_the_planned_collectives_however_its_fakes_are_made(digits, wire, name):
-    plan = make_plan(config_of(digits, *ALL_CASES[name]), nodes=2, gpus_per_node=1).communication
+    plan = planned(config_of(digits, *ALL_CASES[name]))
     vote = 1
     if name == "fakes made one by one":
         assert not wire[name]["fakes"]
@@ -92,7 +101,7 @@ def test_a_cycle_has_the_planned_collectives_however_its_fakes_are_made(digits, 
 def test_a_run_has_no_other_collectives_than_those_planned(digits, wire):
     """Three cycles, of which two end with a row in the log and the last with samples and a
     checkpoint."""
-    plan = make_plan(config_of(digits), nodes=2, gpus_per_node=1).communication
+    plan = planned(config_of(digits))
     reduced = [shape for name, shape in wire["run"] if name == "gloo:all_reduce"]
     gathered = [shape for name, shape in wire["run"] if name == "gloo:all_gather"]
     rows, audits = 2, 3

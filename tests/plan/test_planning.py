@@ -97,6 +97,11 @@ def test_streamed_shards_are_planned_but_for_what_needs_a_manifest(digits):
     assert plan.networks == make_plan(config_of(digits), 2, 2).networks
 
 
+def test_a_single_rank_has_no_communication(digits):
+    assert "communication" not in make_plan(config_of(digits), 1, 1).table()
+    assert "communication" in make_plan(config_of(digits), 2, 1).table()
+
+
 def test_the_json_file_holds_the_numbers_of_the_table(capsys, tmp_path, digits):
     file = tmp_path / "plan.json"
     arguments = [*TINY, f"data.path={digits}", "--nodes", "2", "--json", str(file)]

@@ -296,8 +296,10 @@ def test_another_command_into_the_same_folder_is_refused(photos, tmp_path):
     write_shards(str(photos), tmp_path, resolution=8)
     with pytest.raises(UserError, match=r"another `ganscale shards write`, with a different seed;"):
         write_shards(str(photos), tmp_path, resolution=8, seed=1)
-    with pytest.raises(UserError, match="with a different channels, "):
+    with pytest.raises(UserError, match="with a different source;"):
         write_shards("bundled:mnist", tmp_path, resolution=8)
+    with pytest.raises(UserError, match="with a different resolution;"):  # not: shard_samples
+        write_shards(str(photos), tmp_path, resolution=16)
     (tmp_path / "writing.jsonl").unlink()
     with pytest.raises(UserError, match="already contains shards"):
         write_shards(str(photos), tmp_path, resolution=8)

@@ -48,10 +48,10 @@ def ganscale_logger() -> Iterator[logging.Logger]:
     logger.setLevel(level)
 
 
-def run_on_terminal(command: list[str]) -> str:
-    """What `command` draws on a terminal that is 120 columns wide."""
+def run_on_terminal(command: list[str], columns: int = 120) -> str:
+    """What `command` draws on a terminal that is so many columns wide."""
     controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdin=terminal, stdout=terminal, stderr=terminal
     )
@@ -92,6 +92,42 @@ def test_on_a_terminal_a_bar_is_drawn_with_messages_above_it(log_path):
     assert re.search(r"[\r\n]WARNING: a shard is damaged\r\n", drawn)
     assert re.search(r"[\r\n]saved a checkpoint\r\n", drawn)
     assert [re.sub(DATED, "", line) for line in log_path.read_text().splitlines()] == LINES
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (82, "critic 0.1250, generator 2.0000, 100 img/s, 0:00:02 left"),
+        (70, "generator 2.0000, 100 img/s, 0:00:02 left"),
+        (60, "100 img/s, 0:00:02 left"),
+        (40, "0:00:02 left"),
+    ],
+)
+def test_on_a_narrow_terminal_the_time_left_stays_and_the_rest_goes(log_path, columns, shown):
+    drawn = run_on_terminal([sys.executable, "-c", TRAINING, str(log_path)], columns)
+    last = [line for line in re.split("[\r\n]", drawn) if "80%" in line][-1]
+    assert last.endswith(f"800/1.00k img, {shown}")
+    assert len(last) <= columns
+
+
+ADVANCING = """
+import sys, time
+from pathlib import Path
+from ganscale.tracking import console as module
+console = module.Console(1000, Path(sys.argv[1]))
+for images_seen in range(100, 500, 100):
+    console.advance(images_seen)  # too soon after the first one
+module._BAR_SECONDS = 0.0
+console.advance(700)
+console.close()
+"""
+
+
+def test_the_bar_moves_between_rows_but_not_at_every_cycle(log_path):
+    drawn = run_on_terminal([sys.executable, "-c", ADVANCING, str(log_path)])
+    shown = [int(match) for match in re.findall(r"(\d+)/1\.00k img", drawn)]
+    assert {100, 700} <= {*shown} <= {0, 100, 700}
+    assert not log_path.exists()
 
 
 def test_every_line_of_the_log_file_is_dated(log_path, capsys, ganscale_logger):

@@ -1,0 +1,71 @@
+"""What a run starts with: described in a few lines, or tried without training."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ganscale.checkpoints.checkpoint import images_seen_of, newest_checkpoint
+from ganscale.config import Resolved
+from ganscale.data.dataset import DataSet, open_data
+from ganscale.networks.build import parameter_count
+from ganscale.objectives.objective import build_objective
+from ganscale.run_folder import RunFolder
+from ganscale.schema import Config
+from ganscale.secrets import without_secrets
+from ganscale.training.invariance_checks import check_batch_divides
+from ganscale.training.network_setup import build_networks, class_count
+from ganscale.training.resume import check_settings
+
+
+def describe_start(
+    config: Config,
+    data: DataSet,
+    generator: nn.Module,
+    critic: nn.Module,
+    device: torch.device,
+    ranks: int,
+    resumed_at: int | None,
+) -> list[str]:
+    """Lines on device, data, networks, and on where the run is stored and begins."""
+    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    samples = f"{len(data.urls):,} shards, streamed without a manifest"
+    if data.manifest is not None:
+        samples = f"{len(data.manifest.samples):,} samples"
+    classes = f"{data.class_count:,} classes" if data.class_count else "no classes"
+    size = f"{config.data.resolution} x {config.data.resolution} x {config.data.channels}"
+    networks = [
+        f"{role} {network.target} with {parameter_count(module):,} parameters"
+        for role, network, module in (
+            ("generator", config.generator, generator),
+            ("critic", config.critic, critic),
+        )
+    ]
+    total = f"{config.training.total_images:,} images"
+    start = f"continues at {resumed_at:,} of" if resumed_at is not None else "starts at 0 of"
+    return [
+        f"device:     {ranks:,} rank{'s' * (ranks > 1)} on {device.type}{name}",
+        f"data:       {without_secrets(config.data.path)}: {samples}, {classes}, {size} pixels",
+        f"networks:   {', '.join(networks)}",
+        f"run:        {Path(config.run.folder) / config.run.name} {start} {total}",
+    ]
+
+
+def try_start(resolved: Resolved) -> list[str]:
+    """Makes everything that a run needs but its folder, and returns the lines that it would start
+    with. Raises UserError for what `train` would refuse."""
+    config, ranks = resolved.config, int(os.environ.get("WORLD_SIZE", "1"))
+    check_batch_divides(config.training, ranks)
+    objective = build_objective(config.objective)
+    data = open_data(config.data)
+    data.check(1.0)
+    num_classes = class_count(config, data)
+    networks = build_networks(config, objective, num_classes, torch.device("cpu"))
+    folder, resumed_at = RunFolder(Path(config.run.folder) / config.run.name), None
+    if folder.identity.exists():
+        check_settings(folder, config, data.fingerprint)
+        checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
+        resumed_at = None if checkpoint is None else images_seen_of(checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return describe_start(config, data, *networks, device, ranks, resumed_at)

@@ -1,0 +1,53 @@
+"""How the command line is read: settings and options in any order, and what is not understood."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ganscale.cli.main import main
+from tests.helpers.runs import MINIMAL
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_settings_may_stand_before_and_after_options(
+    config: str, capsys: pytest.CaptureFixture[str], before: int
+) -> None:
+    settings = [config, "seed=3", "data.flip=true"]
+    assert main(["config", *settings[:before], "--explain", *settings[before:], "seed=4"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["data"]["flip"]) == (4, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "sentence"),
+    [
+        ("plan C --nodess 2", "plan", "unknown option --nodess (did you mean '--nodes'?)"),
+        ("plan C --seed=3", "plan", "unknown option --seed (settings have no dashes: key=value)"),
+        ("train C --seed 3", "train", "unknown option --seed (settings have no dashes: key=value)"),
+        ("shards write a b --qualty 3", "shards write", "unknown option --qualty (did you mean "),
+        ("shards write a b c", "shards write", "unknown argument c"),
+        ("checkpoint list a b", "checkpoint list", "unknown argument b"),
+        ("sample a --weigths ema", "sample", "unknown option --weigths (did you mean '--weights'"),
+    ],
+)
+def test_what_is_not_understood_is_named_with_the_usage_of_its_command(
+    config: str,
+    capsys: pytest.CaptureFixture[str],
+    arguments: str,
+    command: str,
+    sentence: str,
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.replace("C", config).split())
+    assert raised.value.code == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"usage: ganscale {command} ")
+    assert last.startswith(f"ganscale {command}: error: {sentence}")

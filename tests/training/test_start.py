@@ -1,0 +1,75 @@
+"""What a run starts with: said in a few lines, and tried without training."""
+
+from pathlib import Path
+
+import pytest
+
+from ganscale.cli.main import main
+from tests.helpers.runs import Runs
+
+LINES = """\
+device:     1 rank on cpu
+data:       {data}: 5,000 samples, 10 classes, 32 x 32 x 1 pixels
+networks:   generator dcgan with 19,065 parameters, critic dcgan with 2,908 parameters
+run:        {run} starts at 0 of 64 images
+"""
+
+
+@pytest.fixture
+def lines(runs: Runs, digits: Path) -> str:
+    return LINES.format(data=digits, run=runs.folder / "new")
+
+
+def test_a_run_begins_with_what_it_trains_on_what_and_where(runs: Runs, lines: str) -> None:
+    settings = ("new", "training.total_images=64")
+    printed = runs.finish(*settings)
+    assert printed.startswith(lines)
+    assert "64 of 64 images" in printed
+    assert lines.splitlines()[0] in (runs.folder / "new" / "log.txt").read_text()
+    again = runs.finish("new", "training.total_images=90")
+    assert f"run:        {runs.folder / 'new'} continues at 64 of 90 images\n" in again
+    assert "96 of 96 images" in again  # a run ends with a whole cycle
+
+
+def test_a_dry_run_says_what_would_start_and_writes_nothing(
+    runs: Runs, lines: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = runs.settings("new", "training.total_images=64")
+    assert main(["train", *settings[:3], "--dry-run", *settings[3:]]) == 0
+    assert capsys.readouterr().out == f"{lines}everything fits; nothing was written\n"
+    assert not (runs.folder / "new").exists()
+    assert main(["config", "--check", *settings]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"{lines}everything fits\n"
+    assert "total_images: 64" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("generator.options.widht=3", "has no option 'widht'"),
+        ("data.resolution=48", "48"),
+        ("data.path=nowhere", "no data set at nowhere"),
+        ("objective.loss=wgann", "unknown loss 'wgann'"),
+        ("optimizer.critic.learning_rate=0.5", "holds a run with other settings"),
+        ("training.global_batch_size=15", "cannot be divided evenly among 2 ranks"),
+    ],
+)
+def test_a_dry_run_refuses_what_training_would_refuse(
+    runs: Runs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    complaint: str,
+) -> None:
+    if "learning_rate" in setting:
+        runs.finish("new", "training.total_images=64")
+        capsys.readouterr()
+    if "batch" in setting:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")
+    settings = runs.settings("new", "training.total_images=64", setting)
+    assert main(["train", "--dry-run", *settings]) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert "everything fits" not in printed.out
