@@ -76,8 +76,12 @@ def resolve(arguments: Sequence[str]) -> Resolved:
 
 
 def load_stored(path: Path) -> Config:
-    """The config that is stored in a run folder."""
-    return resolve([str(path.absolute())]).config
+    """The config that is stored in a run folder. Raises UserError naming the file."""
+    try:
+        return resolve([str(path.absolute())]).config
+    except UserError as error:
+        named = "" if str(path.absolute()) in str(error) else f"{path}: "
+        raise UserError(f"{named}{error}") from None
 
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:

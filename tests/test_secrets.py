@@ -56,7 +56,7 @@ def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "1"}')
     monkeypatch.setattr(sys, "argv", ["ganscale", *asked, "pipe:curl -H SECRET"])
-    append_json_line(folder.sessions, session_facts(Runtime.start(), 0, "fingerprint"))
+    append_json_line(folder.sessions, session_facts(Runtime.start(), "1", 0, "fingerprint"))
     assert "SECRET" not in folder.sessions.read_text()
     # An older session, from when commands were kept as they were
     append_json_line(folder.sessions, {"command": asked, "images_seen": 0})

@@ -19,12 +19,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> None:
     from ganscale.config import resolve
+    from ganscale.run_folder import in_its_folder
     from ganscale.settings_reference import annotated_yaml, reference
 
     if arguments.explain and not arguments.settings:
         print(reference(), end="")
         return
-    resolved = resolve(arguments.settings)
+    resolved = in_its_folder(resolve(arguments.settings))
     if arguments.check:
         from ganscale.data.dataset import open_data
         from ganscale.objectives.objective import build_objective

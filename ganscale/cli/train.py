@@ -24,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
+    from ganscale.run_folder import in_its_folder
     from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
     from ganscale.supervision.job_history import note_ended
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        config = (resolved := resolve(arguments.settings)).config
+        config = (resolved := in_its_folder(resolve(arguments.settings))).config
         limit = config.runtime.timeout_seconds
         progress = Progress()
         # Collectives time out after the watchdog, which can name the rank to blame.

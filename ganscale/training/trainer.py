@@ -77,13 +77,13 @@ class Trainer:
         self.progress.run_folder = self.folder
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
-        run = self.folder, resolved, self.data.fingerprint
-        checkpoint = runtime.run_on_main(lambda: open_run(*run))
+        self._run = self.folder, resolved, self.data.fingerprint
+        opened = runtime.run_on_main(lambda: open_run(*self._run))
+        checkpoint, self.changed_settings = opened
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            self.changed_settings = runtime.run_on_main(lambda: accept_settings(*run))
         except BaseException:
             self.folder.close()
             raise
@@ -124,7 +124,8 @@ class Trainer:
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            history = self.folder, self.resumed_at, self.changed_settings
+            fingerprint = self.data.fingerprint
+            history = self.folder, fingerprint, self.resumed_at, self.changed_settings
             reporter = RunReporter(config, self.objective, *history, self.runtime, state)
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
@@ -148,6 +149,7 @@ class Trainer:
         ending = self._begin(prefetcher, reporter)
         if ending != _CONTINUE:
             return self._stopped(ending, prefetcher)
+        self.runtime.run_on_main(lambda: accept_settings(*self._run))
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
