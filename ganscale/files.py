@@ -60,6 +60,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def file_within(folder: Path, name: str) -> Path:
+    """The path of a regular file in `folder` or below. Raises ValueError for one that lies
+    elsewhere, also behind a link."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise ValueError(f"{name} is not a file in {folder}")
+    return path
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()

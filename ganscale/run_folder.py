@@ -37,7 +37,7 @@ class RunFolder:
         self.real_samples = self.samples / "real.jpg"
         self.profile = path / "profile"
         self.report = path / "report.html"
-        self.wandb = path / "wandb"  # the client's own files, and three of ours:
+        self.wandb = path / "wandb"  # the client's own files, and four of ours:
         self.upload_lock = self.wandb / ".lock"
         self.superseded_rows = self.wandb / "superseded.json"
         self._lock: FileLock | None = None
@@ -45,6 +45,10 @@ class RunFolder:
     def offline_progress(self, run_id: str) -> Path:
         """The file that holds the last step which an offline session gave to the W&B client."""
         return self.wandb / f"offline-progress-{run_id}.json"
+
+    def wandb_destination(self, run_id: str) -> Path:
+        """The file that holds where in W&B the run belongs."""
+        return self.wandb / f"destination-{run_id}.json"
 
     def sample_grid(self, images_seen: int, kind: str = "ema") -> Path:
         """The file of one grid of samples: a PNG for the EMA generator, a JPEG for other kinds."""

@@ -238,11 +238,12 @@ class Trainer:
         """Ends the session on all ranks. Raises the error that ended the data, if one did."""
         if ending == _DATA_FAILED:
             raise prefetcher.failure()
-        by_failure = ending == _CHECKPOINT_FAILED
-        reason = "since a checkpoint could not be written" if by_failure else "on request"
+        level, reason = logging.INFO, "on request"  # which is not a fault
+        if ending == _CHECKPOINT_FAILED:
+            level, reason = logging.WARNING, "since a checkpoint could not be written"
         if self.runtime.is_main:
             seen = f"{self.state.images_seen:,}"
-            logger.warning("stopped %s at %s images; the same command continues", reason, seen)
+            logger.log(level, "stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
 
     @section("audit")

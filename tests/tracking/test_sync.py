@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_user_error(
     else:
         (run_folder / "wandb").touch()
     with pytest.raises(UserError, match="cannot be written to"):
-        sync.synchronize(RunFolder(run_folder), WandbIdentity("id", "p", "n", {}))
+        sync.synchronize(RunFolder(run_folder), WandbIdentity("id", "n", {}))
 
 
 def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, monkeypatch, capsys):

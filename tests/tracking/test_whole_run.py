@@ -87,6 +87,9 @@ def test_a_run_is_completely_in_wandb(trained, server, digits, with_account):
     assert {"python", "torch", "cuda", "ganscale", "wandb"} <= {*session["versions"]}
 
     assert run.alerts == ["tiny: done"]
+    (data,) = (server.artifacts[key] for key in run.inputs)  # once, in two sessions
+    assert (data.type, data.name) == ("dataset", digits.name)
+    assert data.files == {"fingerprint.txt": f"{session['data_fingerprint']}\n".encode()}
     newest = [each for each in server.artifacts.values() if "latest" in each.aliases][-1]
     weights = folder / "checkpoints" / "images-000000160" / "generator.safetensors"
     assert newest.files["generator.safetensors"] == weights.read_bytes()
@@ -165,3 +168,4 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
     assert json.loads((folder / "run.json").read_text())["id"] == "swept"  # for `ganscale sync`
     config = json.loads(server.runs["swept"].config)
     assert config["objective"]["value"]["loss"]["name"] == "hinge"
+    print(config.keys())

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from ganscale.config import resolve
 from ganscale.errors import NonFiniteError
+from ganscale.report.history import faults_of, run_state
+from ganscale.report.run_reader import read_runs
 from ganscale.run_folder import in_its_folder
 from ganscale.runtime import Runtime
 from ganscale.shards.indexing import build_manifest
@@ -292,3 +294,18 @@ def test_the_config_in_a_copied_run_folder_means_the_copy(folder, runtime, monke
     assert {path: path.read_bytes() for path in original} == original
     named = in_its_folder(resolve(["config.yaml", "run.name=other"])).config.run
     assert named.name == "other"
+
+
+def test_a_stop_of_ones_own_is_not_a_fault_in_the_report(folder, runtime):
+    stopped = trainer_of(folder, runtime, "stopped")
+    stopped.cycle.run = partial(_stop_after, stopped, stopped.cycle.run)
+    assert stopped.run() == 75
+    (run,) = read_runs([stopped.folder.path])
+    assert run_state(run) == ("stopped; the same command continues it", "note")
+    assert faults_of(run) == []
+    assert "stopped on request at 16 images" in stopped.folder.log.read_text()
+
+
+def _stop_after(trainer, run, *arguments, **options):
+    trainer.stop.request()
+    return run(*arguments, **options)
