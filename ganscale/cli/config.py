@@ -1,6 +1,7 @@
 """`ganscale config CONFIG... key=value...`: the complete run, and where each value came from."""
 
 import argparse
+import sys
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +21,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> None:
     from ganscale.config import resolve
     from ganscale.run_folder import in_its_folder
+    from ganscale.secrets import yaml_without_secrets
     from ganscale.settings_reference import annotated_yaml, reference
 
     if arguments.explain and not arguments.settings:
@@ -35,4 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         data = open_data(resolved.config.data)
         data.check(1.0)
         build_networks(resolved.config, class_count(resolved.config, data))
-    print(annotated_yaml(resolved, explain=arguments.explain), end="")
+    text = annotated_yaml(resolved, explain=arguments.explain)
+    shown = yaml_without_secrets(text)
+    if shown != text:
+        sys.stderr.write("passwords, queries of URLs and `pipe:` commands are not shown\n")
+    print(shown, end="")
