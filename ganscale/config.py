@@ -48,11 +48,14 @@ class Resolved:
 
 
 def resolve(arguments: Sequence[str]) -> Resolved:
-    """The run described by config files and `key=value` overrides. Raises UserError naming the
-    file, the key and the nearest valid key."""
+    """The run described by config files and `key=value` overrides; `include=FILE` is one more file.
+    Raises UserError naming the file, the key and the nearest valid key."""
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
     paths = [Path(argument) for argument in arguments if argument not in overrides]
+    # The agent of a W&B sweep passes nothing but `key=value`.
+    paths += [Path(text[8:]) for text in overrides if text.startswith("include=")]
+    overrides = [text for text in overrides if not text.startswith("include=")]
     if not paths:
         raise UserError("no config file given; for example: configs/demo.yaml")
 

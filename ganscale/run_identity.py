@@ -42,7 +42,8 @@ def claim_identity(
                 identity["id"],
             )
     elif not keeps_id and (original := original_of(folder, identity)) is not None:
-        identity = own_identity(folder, identity, original)
+        identity, sentence = own_identity(folder, identity, original)
+        logger.info("%s", sentence)
     folder.write_identity({"fingerprint": fingerprint, **identity, **_place(folder.path)})
 
 
@@ -74,9 +75,11 @@ def visible_original(folder: RunFolder, identity: dict[str, Any]) -> Path | None
     return None
 
 
-def own_identity(folder: RunFolder, identity: dict[str, Any], original: Path) -> dict[str, Any]:
-    """A new identity for a copy. Its copied alerts are set aside: W&B would send them again, and
-    none of its own.
+def own_identity(
+    folder: RunFolder, identity: dict[str, Any], original: Path
+) -> tuple[dict[str, Any], str]:
+    """(a new identity for a copy, a sentence that says so). Its copied alerts are set aside: W&B
+    would send them again, and none of its own.
 
     Raises UserError if it shares files with its original.
     """
@@ -91,18 +94,13 @@ def own_identity(folder: RunFolder, identity: dict[str, Any], original: Path) ->
             "it: copy the run with `cp -rL`"
         )
     own = {**identity, "id": _new_id(), **_place(folder.path)}
-    logger.warning(
-        "%s is a copy of %s and becomes a run of its own, with the id %s in W&B. To continue the "
-        "original's W&B run instead, write its id, %s, into %s",
-        folder.path,
-        original,
-        own["id"],
-        identity["id"],
-        folder.identity,
-    )
     with contextlib.suppress(FileNotFoundError):
         folder.alerts.rename(folder.alerts.with_stem(f"alerts-of-{identity['id']}"))
-    return own
+    return own, (
+        f"{folder.path} is a copy of {original} and becomes a run of its own, with the id "
+        f"{own['id']} in W&B. To continue the original's W&B run instead, write its id, "
+        f"{identity['id']}, into {folder.identity}"
+    )
 
 
 def _new_id() -> str:

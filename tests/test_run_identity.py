@@ -1,6 +1,7 @@
 """A run folder may move, be linked to and be mounted elsewhere; a copy of it is another run."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def test_a_run_keeps_its_id_under_every_path_that_leads_to_it(run, tmp_path):
 def test_a_copy_becomes_a_run_of_its_own_and_says_so(run, tmp_path, caplog):
     first = run_id(run)
     copy = shutil.copytree(run, tmp_path / "elsewhere" / "copy")
-    own = open_there(copy)
+    with caplog.at_level(logging.INFO):
+        own = open_there(copy)
     assert own != first
     assert f"{copy} is a copy of {run} and becomes a run of its own" in caplog.text
     assert f"write its id, {first}, into {copy}/run.json" in caplog.text

@@ -68,4 +68,6 @@ def _give_copy_own_id(folder: RunFolder) -> None:
     with closing(folder):
         if not folder.lock():
             raise UserError(f"the run in {folder.path} is training: W&B gets its rows")
-        folder.write_identity(own_identity(folder, identity, original))
+        own, sentence = own_identity(folder, identity, original)
+        folder.write_identity(own)
+        print(sentence)

@@ -163,10 +163,47 @@ def test_the_config_in_wandb_has_the_newest_sessions_only(tmp_path):
     assert config["session"] == config["sessions"][-1]
 
 
+def write_listed(folder, **files: bytes) -> None:
+    """Files of a checkpoint, and the list of them."""
+    folder.mkdir(parents=True)
+    entry = {"bytes": 1, "sha256": ""}
+    (folder / "checksums.json").write_text(
+        json.dumps({f"{name}.safetensors": entry for name in files})
+    )
+    for name, content in files.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "summary.json", "samples", "config.yaml"])
+def test_nothing_is_sent_that_lies_outside_of_the_run_folder(
+    with_account, run_folder, server, tmp_path, link
+):
+    """Whatever a run of someone else's links to."""
+    private = tmp_path / "private"
+    write_listed(private, generator=b"secret")
+    (private / "summary.json").write_text('{"token": "secret"}')
+    folder = run_folder / "checkpoints" / "images-000000192"
+    if link == "file":
+        write_listed(folder, generator=b"")
+        (folder / "generator.safetensors").unlink()
+        (folder / "generator.safetensors").symlink_to(private / "generator.safetensors")
+    elif link == "folder":
+        folder.parent.mkdir()
+        folder.symlink_to(private)
+    else:
+        write_listed(folder, generator=b"weights")
+        (run_folder / link).symlink_to(private / link)
+    checkpoints = [{"path": str(folder), "aliases": ["last"]}]
+    error = synchronize(with_account, run_folder, checkpoints=checkpoints)["error"]
+    assert error.startswith("UserError: ")
+    sent = [artifact.files for artifact in server.artifacts.values()]
+    assert "secret" not in repr([sent, server.runs.get(RUN_ID)])
+
+
 def test_checkpoints_become_one_version_each(with_account, run_folder, server):
     folder = run_folder / "checkpoints" / "images-000000192"
-    folder.mkdir(parents=True)
-    (folder / "generator.safetensors").write_bytes(b"weights")
+    write_listed(folder, generator=b"weights")
+    (folder / "private.txt").write_bytes(b"not listed")
     checkpoints = [{"path": str(folder), "aliases": ["best", "last"]}]
     train(
         with_account,
@@ -179,7 +216,8 @@ def test_checkpoints_become_one_version_each(with_account, run_folder, server):
     (artifact,) = server.artifacts.values()
     assert artifact.state == "COMMITTED"
     assert {"best", "last"} <= {*artifact.aliases}
-    assert artifact.files == {"generator.safetensors": b"weights"}
+    assert artifact.files["generator.safetensors"] == b"weights"
+    assert {*artifact.files} == {"checksums.json", "generator.safetensors"}
     synchronize(with_account, run_folder, checkpoints=checkpoints)
     assert len(server.artifacts) == 1
 

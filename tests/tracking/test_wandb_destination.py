@@ -46,16 +46,16 @@ def test_the_variables_of_wandb_count_in_a_session_and_in_a_later_sync_without_t
 def test_the_settings_come_before_the_variables(with_account, run_folder, server):
     asked = {**DESTINATION, "project": "mine", "tags": ["three"], "group": ""}
     del asked["name"]
-    synchronize({**with_account, **VARIABLES}, run_folder, **{"destination": asked})
+    synchronize({**with_account, **VARIABLES}, run_folder, destination=asked)
     assert shown(server) == {**DESTINATION, "project": "mine", "tags": ["three"]}
 
 
-def test_the_project_of_wandb_init_counts_where_it_was_chosen(
+def test_the_project_of_wandb_init_counts_in_the_folder_where_it_was_chosen(
     with_account, run_folder, server, tmp_path
 ):
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "settings").write_text("[default]\nproject = chosen\n")
-    synchronize({**with_account, "WANDB_DIR": str(tmp_path)}, run_folder, project="")
+    synchronize(with_account, run_folder, cwd=tmp_path, project="")
     assert server.runs[RUN_ID].project == "chosen"
 
 
