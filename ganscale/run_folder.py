@@ -17,6 +17,7 @@ from ganscale.schema import RunConfig
 logger = logging.getLogger(__name__)
 
 _EMA_PREFIX = "images"  # of the file names of the EMA generator's grids
+_RUN_ID = re.compile(r"[\w.-]{1,128}")  # a part of file names
 _SAMPLES = re.compile(r"(?P<kind>.+?)(?:-(?P<images_seen>\d{1,15}))?\.(?:png|jpe?g|webp)", re.I)
 
 
@@ -110,14 +111,15 @@ class RunFolder:
         """
         if not self.identity.exists():
             raise UserError(f"{self.path} has no {self.identity.name}: `ganscale train` makes one")
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             identity = json.loads(self.identity.read_text(encoding="utf-8"))
-            if isinstance(identity, dict) and isinstance(identity.get("id"), str):
+            texts = [identity.get(key, "") for key in ("id", "fingerprint", "location")]
+            if all(isinstance(text, str) for text in texts) and _RUN_ID.fullmatch(texts[0]):
                 return identity
         for session in reversed(self.read_sessions()):
             if isinstance(run_id := session.get("run_id"), str):
                 logger.warning("%s is damaged: its id is known from earlier", self.identity)
-                return {"id": run_id, "fingerprint": str(session.get("data_fingerprint"))}
+                return {"id": run_id, "fingerprint": session.get("data_fingerprint", "")}
         raise UserError(
             f"{self.identity} is damaged: delete it, and the run continues as a new one in W&B"
         )
@@ -151,7 +153,7 @@ def in_its_folder(resolved: Resolved) -> Resolved:
     source = resolved.origin.get("run.name", "")
     folder = RunFolder(Path(source).parent)
     is_stored = Path(source).name == folder.config.name
-    if not is_stored or not (folder.identity.exists() or folder.has_results()):
+    if not is_stored or not (folder.identity.exists() or folder.sessions.exists()):
         return resolved
     run = located(resolved.config.run, folder)
     if resolved.origin.get("run.folder") != source:

@@ -67,7 +67,7 @@ def original_of(folder: RunFolder, identity: dict[str, Any]) -> Path | None:
 
 def visible_original(folder: RunFolder, identity: dict[str, Any]) -> Path | None:
     """Where the original of a copy lies, if it can be seen from here."""
-    with contextlib.suppress(OSError, UserError):
+    with contextlib.suppress(OSError, ValueError, UserError):
         original = RunFolder(Path(identity.get("location", folder.path)))
         is_other = not original.path.samefile(folder.path)
         if is_other and original.read_identity()["id"] == identity["id"]:

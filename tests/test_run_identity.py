@@ -144,7 +144,13 @@ def test_a_copy_does_not_write_into_the_checkpoints_that_its_original_links_to(r
     assert open_there(copy) != run_id(run)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": 3}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "[" * 10_000, "\udcff", '{"id": 3}', '{"id": "../x"}'),
+        '{"id": "x", "location": 3}',
+    ],
+)
 def test_a_damaged_identity_is_known_from_the_newest_session(run, caplog, text):
     first = run_id(run)
     (run / "run.json").write_text(text, errors="surrogateescape")

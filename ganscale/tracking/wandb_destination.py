@@ -21,10 +21,8 @@ def destination_of(folder: RunFolder, identity: WandbIdentity) -> dict[str, Any]
     """`project`, `entity`, `name`, `group`, `job_type`, `tags` and `notes`, as arguments of
     `wandb.init`; None for what W&B decides."""
     path = folder.wandb_destination(identity.run_id)
-    asked = {key: value for key, value in identity.destination.items() if value}
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return {**json.loads(path.read_text()), **asked}
     settings = client_settings()
+    asked = {key: value for key, value in identity.destination.items() if value}
     destination = {
         "project": settings.project or _DEFAULT_PROJECT,
         "entity": settings.entity,
@@ -35,6 +33,9 @@ def destination_of(folder: RunFolder, identity: WandbIdentity) -> dict[str, Any]
         "notes": settings.run_notes,
         **asked,
     }
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        remembered = json.loads(path.read_text())
+        return {key: asked.get(key) or remembered.get(key) for key in destination}
     with contextlib.suppress(OSError):  # a full disk must not end a session
         write_text(path, json.dumps(destination))
     return destination

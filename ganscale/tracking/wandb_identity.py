@@ -21,7 +21,8 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
     sessions = folder.read_sessions()[-_SHOWN_SESSIONS:]
     history = {"session": sessions[-1] if sessions else {}, "sessions": sessions}
     identity, log = folder.read_identity(), config.log
-    path = without_secrets(config.data.path)
+    path, fingerprint = without_secrets(config.data.path), identity.get("fingerprint")
+    dataset = {"name": _dataset_name(path), "fingerprint": fingerprint, "path": path}
     return WandbIdentity(
         run_id=identity["id"],
         name=config.run.name,
@@ -34,17 +35,13 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
             "tags": log.tags,
             "notes": log.notes,
         },
-        dataset={
-            "name": _dataset_name(path),
-            "fingerprint": str(identity.get("fingerprint")),
-            "path": path,
-        },
+        dataset=dataset if fingerprint else {},
     )
 
 
 def _dataset_name(path: str) -> str:
     """The last part of a path or URL that names the data and not its shards, as W&B allows it."""
-    words = (re.sub(r"[^\w.-]+", "-", part).strip("-") for part in path.split("/"))
+    words = (re.sub(r"[^\w.-]+", "-", part, flags=re.ASCII).strip("-") for part in path.split("/"))
     names = [word for word in words if word.strip(".") and not re.search(r"\.tar|^pipe", word)]
     return names[-1][-100:] if names else "data"
 

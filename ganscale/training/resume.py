@@ -78,7 +78,8 @@ def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) 
     is_stored = folder.config.exists()
     stored = _stored_config(folder) if is_stored or folder.has_results() else resolved.config
     identity = folder.read_identity() if folder.identity.exists() else None
-    has_other_data = _known_fingerprint(folder, identity) not in (None, fingerprint)
+    known_fingerprint = _known_fingerprint(folder, identity) or fingerprint
+    has_other_data = known_fingerprint != fingerprint
     if changes := _changes(stored, resolved.config, has_other_data):
         raise UserError(_describe(folder, changes))
     checkpoint = newest_checkpoint(folder.checkpoints)
