@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 from sessions import (
@@ -20,6 +21,7 @@ from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.errors import GanscaleError, UnavailableError, UserError
 from ganscale.run_folder import RunFolder
+from ganscale.run_identity import claim_identity
 from ganscale.tracking import sync
 from ganscale.tracking.superseded_rows import note_rewind
 from ganscale.tracking.uploader_messages import WandbIdentity
@@ -152,6 +154,32 @@ def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, mo
     assert shown.out.count("for 2 of them, W&B keeps") == 1
     assert shown.err.count("error: ") == 3
     assert main(["sync", paths[1]]) == 75
+
+
+def test_a_copy_is_sent_as_a_run_of_its_own_where_its_original_can_be_seen(
+    tmp_path, monkeypatch, capsys
+):
+    original = RunFolder(tmp_path / "original")
+    original.path.mkdir()
+    original.write_config(resolve([*TINY, f"run.folder={tmp_path}", "run.name=original"]).to_yaml())
+    claim_identity(original, None, "data")
+    copies = [shutil.copytree(original.path, tmp_path / name) for name in ("copy", "mirror")]
+    sent: list[WandbIdentity] = []
+
+    def answer(folder, identity, *arguments):
+        sent.append(identity)
+        return sync.SyncResult(7, 3, 0, "there")
+
+    monkeypatch.setattr(sync, "synchronize", answer)
+    for path in (copies[0], copies[0], original.path):
+        assert main(["sync", str(path)]) == 0
+    assert capsys.readouterr().out.count("is a copy of") == 1
+    shutil.rmtree(original.path)  # as on another machine
+    assert main(["sync", str(copies[1])]) == 0
+    names_and_ids = [(identity.name, identity.run_id) for identity in sent]
+    own, first = names_and_ids[0][1], names_and_ids[2][1]
+    assert own != first
+    assert names_and_ids == [("copy", own)] * 2 + [("original", first), ("mirror", first)]
 
 
 def test_the_config_in_wandb_has_the_newest_sessions_only(tmp_path):
