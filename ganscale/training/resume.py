@@ -113,7 +113,8 @@ def _check_can_start_again(folder: RunFolder, stored: Config) -> None:
     """Raises UserError if more would be lost than a run that is killed early repeats: the second
     checkpoint waits for the first, so a longer record has had one."""
     reached = newest_images_seen(folder.record)
-    if reached > 2 * stored.checkpoint.every_images:
+    cycle_images = stored.objective.n_critic * stored.training.global_batch_size
+    if reached > 2 * (stored.checkpoint.every_images + cycle_images):
         raise UserError(
             f"{folder.path} has rows up to {reached:,} images, but no whole checkpoint: put "
             f"{folder.checkpoints} back; or, to start again, move {folder.record} away or choose "

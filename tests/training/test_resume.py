@@ -215,12 +215,12 @@ def test_a_long_record_without_a_checkpoint_is_kept(sessions, caplog):
     assert open_run(folder, settings, "digits").checkpoint is None
     assert "no whole checkpoint: the run starts again" in caplog.text
     folder.close()
-    add_rows(folder, 50, 100, 150, 200, 250)
+    add_rows(folder, 50, 100, 150, 200, 250, 300, 350)  # of cycles of 64
     damaged = add_checkpoint(folder, 200)
     (damaged / "state.json").write_text("half")
-    with pytest.raises(UserError, match="has rows up to 250 images, but no whole checkpoint"):
+    with pytest.raises(UserError, match="has rows up to 350 images, but no whole checkpoint"):
         open_run(folder, settings, "digits")
-    assert newest_images_seen(folder.record) == 250
+    assert newest_images_seen(folder.record) == 350
     assert (folder.checkpoints / "damaged-images-000000200" / "state.json").exists()
     folder.record.rename(folder.path / "before.jsonl")  # as the sentence says
     assert open_run(folder, settings, "digits").checkpoint is None
