@@ -59,14 +59,17 @@ class Resolved:
 
 
 def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
-    """The run described by config files and `key=value` overrides. Raises UserError naming the
-    file, the key and the nearest valid key.
+    """The run described by config files and `key=value` overrides; `include=FILE` is one more file.
+    Raises UserError naming the file, the key and the nearest valid key.
 
     is_stored: takes `${...}` in files as text; also true of a file beside a run's `run.json`
     """
     # A path may contain an equals sign (runs/rate=1e-4), a key never contains a slash.
     overrides = [argument for argument in arguments if "=" in argument.partition("/")[0]]
     paths = [_locate(argument) for argument in arguments if argument not in overrides]
+    # The agent of a W&B sweep passes nothing but `key=value`.
+    paths += [_locate(text[8:]) for text in overrides if text.startswith("include=")]
+    overrides = [text for text in overrides if not text.startswith("include=")]
     if not paths:
         raise UserError("no config given; for example: demo (`ganscale configs` lists them)")
 
@@ -97,8 +100,12 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
 
 def load_stored(path: Path) -> Config:
     """The config that is stored in a run folder, which may be a stranger's: `${oc.env:NAME}` in it
-    is text."""
-    return resolve([str(path.absolute())], is_stored=True).config
+    is text. Raises UserError naming the file."""
+    try:
+        return resolve([str(path.absolute())], is_stored=True).config
+    except UserError as error:
+        named = "" if str(path.absolute()) in str(error) else f"{path}: "
+        raise UserError(f"{named}{error}") from None
 
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:

@@ -14,11 +14,16 @@ UNFINISHED = ".unfinished-"  # begins the name of a folder until it is complete
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that replaces `path` at once, flushed to disk, if the block succeeds."""
+def atomic_write(path: Path, *, is_private: bool = False) -> Iterator[BinaryIO]:
+    """Opens a file that replaces `path` at once, flushed to disk, if the block succeeds.
+
+    is_private: only its owner may read it
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
+            if is_private:
+                os.fchmod(file.fileno(), 0o600)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -27,9 +32,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, is_private: bool = False) -> None:
     """Replaces a small file at once: readers see the old or the new one."""
-    with atomic_write(path) as file:
+    with atomic_write(path, is_private=is_private) as file:
         file.write(text.encode())
 
 
@@ -53,6 +58,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The path of a regular file in `folder` or below. Raises ValueError for one that lies
+    elsewhere, also behind a link."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise ValueError(f"{name} is not a file in {folder}")
+    return path
 
 
 def sha256(path: Path) -> str:

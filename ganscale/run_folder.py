@@ -5,15 +5,19 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ganscale.config import Resolved
 from ganscale.errors import UserError
 from ganscale.files import FileLock, write_text
+from ganscale.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 
 _EMA_PREFIX = "images"  # of the file names of the EMA generator's grids
+_RUN_ID = re.compile(r"[\w.-]{1,128}")  # a part of file names
 _SAMPLES = re.compile(r"(?P<kind>.+?)(?:-(?P<images_seen>\d{1,15}))?\.(?:png|jpe?g|webp)", re.I)
 
 
@@ -23,7 +27,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"  # every setting, resolved
-        self.identity = path / "run.json"  # the run's id and its data set's fingerprint
+        self.identity = path / "run.json"  # the run's id, its place, its data set's fingerprint
         self.sessions = path / "sessions.jsonl"  # one line for each start
         self.record = path / "metrics.jsonl"
         self.alerts = path / "alerts.jsonl"
@@ -34,7 +38,7 @@ class RunFolder:
         self.real_samples = self.samples / "real.jpg"
         self.profile = path / "profile"
         self.report = path / "report.html"
-        self.wandb = path / "wandb"  # the client's own files, and three of ours:
+        self.wandb = path / "wandb"  # the client's own files, and four of ours:
         self.upload_lock = self.wandb / ".lock"
         self.superseded_rows = self.wandb / "superseded.json"
         self._lock: FileLock | None = None
@@ -42,6 +46,10 @@ class RunFolder:
     def offline_progress(self, run_id: str) -> Path:
         """The file that holds the last step which an offline session gave to the W&B client."""
         return self.wandb / f"offline-progress-{run_id}.json"
+
+    def wandb_destination(self, run_id: str) -> Path:
+        """The file that holds where in W&B the run belongs."""
+        return self.wandb / f"destination-{run_id}.json"
 
     def sample_grid(self, images_seen: int, kind: str = "ema") -> Path:
         """The file of one grid of samples: a PNG for the EMA generator, a JPEG for other kinds."""
@@ -89,12 +97,39 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def read_identity(self) -> dict[str, str]:
-        """{"id", "fingerprint"}: the run's id, here and in W&B, and its data set's fingerprint."""
-        return json.loads(self.identity.read_text())
+    def has_results(self) -> bool:
+        """Whether something here was made by training: rows, checkpoints or samples."""
+        folders = self.checkpoints, self.samples
+        has_rows = self.record.is_file() and self.record.stat().st_size > 0
+        return has_rows or any(folder.is_dir() and any(folder.iterdir()) for folder in folders)
 
-    def write_identity(self, run_id: str, fingerprint: str) -> None:
-        write_text(self.identity, json.dumps({"id": run_id, "fingerprint": fingerprint}))
+    def read_identity(self) -> dict[str, Any]:
+        """`run.json`: "id", the run's id here and in W&B; "fingerprint", that of its data set; and
+        what `ganscale.run_identity` keeps. If it is damaged, the last session's id and data.
+
+        Raises UserError if there is none.
+        """
+        if not self.identity.exists():
+            raise UserError(f"{self.path} has no {self.identity.name}: `ganscale train` makes one")
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            identity = json.loads(self.identity.read_text(encoding="utf-8"))
+            texts = [identity.get(key, "") for key in ("id", "fingerprint", "location")]
+            if all(isinstance(text, str) for text in texts) and _RUN_ID.fullmatch(texts[0]):
+                return identity
+        for session in reversed(self.read_sessions()):
+            if isinstance(run_id := session.get("run_id"), str):
+                logger.warning("%s is damaged: its id is known from earlier", self.identity)
+                return {"id": run_id, "fingerprint": session.get("data_fingerprint", "")}
+        raise UserError(
+            f"{self.identity} is damaged: delete it, and the run continues as a new one in W&B"
+        )
+
+    def write_identity(self, identity: dict[str, Any]) -> None:
+        write_text(self.identity, json.dumps(identity))
+
+    def write_config(self, text: str) -> None:
+        """Stores the settings, which may hold passwords, so that only their owner can read them."""
+        write_text(self.config, text, is_private=True)
 
     def read_sessions(self) -> list[dict[str, Any]]:
         """The entries of all sessions in order, without damaged lines."""
@@ -110,6 +145,29 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_text(self.summary, json.dumps(summary, indent=1) + "\n")
+
+
+def in_its_folder(resolved: Resolved) -> Resolved:
+    """The run; where its name comes from the stored config of a run folder, the run that this
+    folder holds, wherever it was moved or copied to."""
+    source = resolved.origin.get("run.name", "")
+    folder = RunFolder(Path(source).parent)
+    is_stored = Path(source).name == folder.config.name
+    if not is_stored or not (folder.identity.exists() or folder.sessions.exists()):
+        return resolved
+    run = located(resolved.config.run, folder)
+    if resolved.origin.get("run.folder") != source:
+        run = replace(run, folder=resolved.config.run.folder)
+    return replace(resolved, config=replace(resolved.config, run=run))
+
+
+def located(run: RunConfig, folder: RunFolder) -> RunConfig:
+    """`run` with the name and the folder of this run folder, unless they lead there already."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder.path.samefile(Path(run.folder) / run.name):
+            return run
+    path = folder.path if folder.path.name not in ("", "..") else folder.path.resolve()
+    return replace(run, name=path.name, folder=str(path.parent))
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

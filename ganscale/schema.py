@@ -232,7 +232,15 @@ class LogConfig:
         offline="keep files to upload later",
         disabled="do not use it",
     )
-    project: str = setting("Project on Weights & Biases.", "ganscale")
+    project: str = setting(
+        "Project on Weights & Biases; by default WANDB_PROJECT, that of `wandb init`, or ganscale.",
+        "",
+    )
+    entity: str = setting("User or team there; by default WANDB_ENTITY or the account's own.", "")
+    group: str = setting("Group of runs there; by default WANDB_RUN_GROUP.", "")
+    job_type: str = setting("Kind of run within its group; by default WANDB_JOB_TYPE.", "")
+    tags: list[str] = setting("Tags there; by default WANDB_TAGS.", list)
+    notes: str = setting("A description of the run there; by default WANDB_NOTES.", "")
     alerts: bool = setting(
         "Send an alert at the first NaN or infinity, at a collapse and at the end of the run.", True
     )

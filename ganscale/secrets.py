@@ -1,7 +1,10 @@
 """Removes passwords and signatures from settings and messages before others can read them."""
 
+import json
 import re
 from typing import Any
+
+import yaml
 
 _WEB_USER = re.compile(r"(?i)(https?://)[^/\s]*@")
 _STORE_USER = re.compile(r"(?<=://)[^/\s:@]*:[^/\s]*@")  # without a colon it may be a container
@@ -27,4 +30,18 @@ def without_secrets(value: Any) -> Any:
     if "://" in text:
         text = _STORE_USER.sub("", _WEB_USER.sub(r"\1", text))
         text = _WEB_QUERY.sub(r"\1", text)
+    return text
+
+
+def yaml_without_secrets(text: str) -> str:
+    """YAML as it was written, comments included, but without secrets in its values."""
+    try:
+        scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return without_secrets(text)
+    for scalar in reversed(scalars):  # a long one is folded over lines
+        if (shown := without_secrets(scalar.value)) != scalar.value:
+            start, end = scalar.start_mark.index, scalar.end_mark.index
+            line_end = "\n" if text[start:end].endswith("\n") else ""
+            text = text[:start] + json.dumps(shown, ensure_ascii=False) + line_end + text[end:]
     return text

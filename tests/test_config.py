@@ -111,6 +111,7 @@ def test_a_later_files_objective_takes_the_place_of_an_earlier_one_as_a_whole(fo
     assert resolved.config.optimizer.critic.betas == [0, 0.9]
     assert "objective.n_critic" not in resolved.origin
     assert resolve([other, folder.base]).config.objective.n_critic == 5
+    assert resolve([f"include={other}", folder.base]) == resolved  # as a sweep's agent passes it
 
 
 @pytest.mark.parametrize("section", ["generator", "critic", "optimizer"])

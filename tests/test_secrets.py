@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.data.remote import objects
 from ganscale.run_folder import RunFolder, append_json_line
@@ -41,8 +42,21 @@ def test_passwords_signatures_and_commands_are_taken_out_and_the_rest_stays(text
     assert without_secrets(text) == shown
     assert without_secrets({"a": [text, (1, None)]}) == {"a": [shown, (1, None)]}
     assert without_secrets(shown) == shown
-    if not text.startswith("pipe:"):
-        assert objects.shown(text) == shown
+    assert objects.shown(text) == shown
+
+
+def test_the_printed_settings_are_without_secrets_and_say_so(capsys):
+    config = str(REPOSITORY / "configs" / "demo.yaml")
+    settings = ["data.path=https://user:SECRET@host/set", "data.shards=pipe:curl -H SECRET {}"]
+    for options in ([], ["--explain"]):
+        assert main(["config", config, *settings, *options]) == 0
+        printed = capsys.readouterr()
+        assert "SECRET" not in printed.out
+        assert 'path: "https://host/set"  # command line' in printed.out
+        assert 'shards: "pipe:curl ..."  # command line' in printed.out
+        assert "passwords" in printed.err
+    assert main(["config", config]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):
@@ -56,7 +70,7 @@ def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "1"}')
     monkeypatch.setattr(sys, "argv", ["ganscale", *asked, "pipe:curl -H SECRET"])
-    append_json_line(folder.sessions, session_facts(Runtime.start(), 0, "fingerprint"))
+    append_json_line(folder.sessions, session_facts(Runtime.start(), "1", 0, "fingerprint"))
     assert "SECRET" not in folder.sessions.read_text()
     # An older session, from when commands were kept as they were
     append_json_line(folder.sessions, {"command": asked, "images_seen": 0})

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ def newest_checkpoint(root: Path, *, set_damaged_aside: bool = True) -> Path | N
         if not set_damaged_aside:
             logger.warning("checkpoint %s is damaged (%s)", folder, damage)
             continue
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
+        attempts = (f"damaged-{f'{n}-' if n > 1 else ''}{folder.name}" for n in count(1))
+        aside = next(path for path in map(folder.with_name, attempts) if not path.exists())
         folder.rename(aside)
         logger.warning("checkpoint %s is damaged (%s): set aside as %s", folder, damage, aside.name)
     return None
@@ -118,19 +119,38 @@ def find_damage(folder: Path) -> str | None:
     damage.
     """
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
+        checksums = load_checksums(folder)
         if STATE not in checksums:
             return f"{CHECKSUMS} does not list {STATE}"
         for name, expected in checksums.items():
             if _size_and_checksum(folder / name) != expected:
                 return f"{name} is not as it was written"
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         return f"{type(error).__name__}: {error}"
+    except ValueError as error:
+        return str(error)
     except OSError as error:
         if error.errno == errno.EIO:  # the disk can no longer read it
             return str(error)
         raise
     return None
+
+
+def load_checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """{"bytes", "sha256"} of every file of a checkpoint, by its name.
+
+    Raises ValueError for something else than that, or a name that leads out of the folder.
+    """
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{CHECKSUMS} is not JSON: {error}") from None
+    entries = checksums.values() if isinstance(checksums, dict) else [None]
+    if not all(isinstance(entry, dict) and {*entry} == {"bytes", "sha256"} for entry in entries):
+        raise ValueError(f"{CHECKSUMS} does not hold the size and checksum of each file")
+    if foreign := [name for name in checksums if Path(name).name != name]:
+        raise ValueError(f"{CHECKSUMS} lists {foreign[0]}, which is not a file of the checkpoint")
+    return checksums
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,5 @@
 """Which checkpoints are kept: the last k, every m-th, the best; and always an undamaged one."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ganscale.checkpoints.checkpoint import (
     delete_checkpoint,
     find_damage,
     images_seen_of,
+    load_checksums,
     load_state,
 )
 from ganscale.schema import CheckpointConfig
@@ -97,12 +97,12 @@ def _inspect(folder: Path) -> CheckpointInfo:
     total_bytes, written_at, score, damage = 0, 0.0, None, None
     try:
         written_at = (folder / CHECKSUMS).stat().st_mtime
-        for name, expected in json.loads((folder / CHECKSUMS).read_text()).items():
+        for name, expected in load_checksums(folder).items():
             total_bytes += (size := (folder / name).stat().st_size)
             if size != expected["bytes"]:
                 damage = f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
         if entry := load_state(folder).get("score"):
             score = str(entry["name"]), float(entry["value"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         damage = f"{type(error).__name__}: {error}"
     return CheckpointInfo(folder, images_seen_of(folder), total_bytes, written_at, score, damage)

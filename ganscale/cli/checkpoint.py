@@ -75,9 +75,12 @@ def list_checkpoints(arguments: argparse.Namespace) -> None:
         size, images = f"{checkpoint.bytes / 1e6:,.1f}", f"{checkpoint.images_seen:,}"
         rows.append((checkpoint.folder.name, images, size, age, score, note))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if not any(checkpoint.score for checkpoint in saved):
+        widths[4] = 0
     for row in rows:
         cells = zip(row, "<>>><<", widths, strict=True)
-        print("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+        shown = (f"{cell:{side}{width}}" for cell, side, width in cells if width)
+        print("  ".join(shown).rstrip())
     if aside := [path.name for path in sorted(run.checkpoints.glob("damaged-*"))]:
         print(f"set aside as damaged: {', '.join(aside)}")
 

@@ -24,14 +24,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> None:
     from ganscale.config import resolve
+    from ganscale.run_folder import in_its_folder
+    from ganscale.secrets import yaml_without_secrets
     from ganscale.settings_reference import annotated_yaml, reference
 
     if arguments.explain and not arguments.settings:
         print(reference(), end="")
         return
-    resolved = resolve(arguments.settings)
+    resolved = in_its_folder(resolve(arguments.settings))
     if arguments.check:
         from ganscale.training.start import try_start
 
         print("\n".join([*try_start(resolved), "everything fits"]), file=sys.stderr)
-    print(annotated_yaml(resolved, explain=arguments.explain), end="")
+    text = annotated_yaml(resolved, explain=arguments.explain)
+    shown = yaml_without_secrets(text)
+    if shown != text:
+        sys.stderr.write("passwords, queries of URLs and `pipe:` commands are not shown\n")
+    print(shown, end="")

@@ -2,10 +2,12 @@
 
 import argparse
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from ganscale.errors import EXIT_DONE, GanscaleError, UserError
-from ganscale.run_folder import RunFolder
+from ganscale.run_folder import RunFolder, located
+from ganscale.run_identity import own_identity, visible_original
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,12 +44,11 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
     folder = RunFolder(path)
     folder.check_exists()
     config = load_stored(folder.config)
+    config.run = located(config.run, folder)
+    _give_copy_own_id(folder)
     if project:
         config.log.project = project
-    try:
-        identity = wandb_identity(config, folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.identity} cannot be read ({error!r})") from error
+    identity = wandb_identity(config, folder)
     checkpoints = artifacts_to_upload(folder.checkpoints, config)
     result = synchronize(folder, identity, checkpoints, timeout_seconds)
     print(f"{path}: W&B has all {result.rows:,} rows ({result.sent:,} sent now): {result.location}")
@@ -57,3 +58,16 @@ def _synchronize(path: Path, project: str | None, timeout_seconds: float) -> Non
             "settings were changed (resume.allow). With --project, another project gets the rows "
             "of the record"
         )
+
+
+def _give_copy_own_id(folder: RunFolder) -> None:
+    """Only if the original can be seen from here: a copy may also have been made to be sent."""
+    identity = folder.read_identity()
+    if (original := visible_original(folder, identity)) is None:
+        return
+    with closing(folder):
+        if not folder.lock():
+            raise UserError(f"the run in {folder.path} is training: W&B gets its rows")
+        own, sentence = own_identity(folder, identity, original)
+        folder.write_identity(own)
+        print(sentence)

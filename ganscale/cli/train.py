@@ -1,8 +1,8 @@
 """`ganscale train CONFIG... key=value...`: starts a run, or continues it."""
 
 import argparse
-
 import os
+
 from ganscale.errors import EXIT_DONE
 
 
@@ -40,6 +40,7 @@ def _train(arguments: argparse.Namespace) -> int:
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
     from ganscale.config import resolve
+    from ganscale.run_folder import in_its_folder
     from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
     from ganscale.supervision.health_check import check_health
@@ -52,7 +53,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     placement, progress = Placement.from_environment(), Progress()
     try:
-        config = (resolved := resolve(arguments.settings)).config
+        config = (resolved := in_its_folder(resolve(arguments.settings))).config
         limit = config.runtime.timeout_seconds
         # These two stages have limits of their own.
         progress.mark("start", config.runtime.join_timeout_seconds - limit)

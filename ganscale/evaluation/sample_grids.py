@@ -38,7 +38,10 @@ class SampleGrids:
         ema: nn.Module,
         num_classes: int,
         images_seen: int,
+        *,
+        lacks_real: bool = True,
     ) -> None:
+        """`lacks_real`: the record has no row yet with the grid of real images."""
         self._config = config.samples
         self._seed = config.seed
         self._latent_dim = config.generator.latent_dim
@@ -47,13 +50,9 @@ class SampleGrids:
         self._ema = ema
         self._num_classes = num_classes
         self._columns = max(1, round(math.sqrt(self._config.count)))
-        self._real_images: list[np.ndarray] | None = None  # None: no grid of them is due
-        if self._config.real and (images_seen == 0 or not folder.real_samples.exists()):
-            self._real_images = []
-
-    def are_missing(self, images_seen: int) -> bool:
-        """Whether there is no grid yet for this point of the run."""
-        return not self._folder.sample_grid(images_seen).exists()
+        is_due = self._config.real and lacks_real
+        self._real_images: list[np.ndarray] | None = [] if is_due else None
+        self._keeps_real = images_seen > 0  # later images are not the first ones
 
     def make(self, images_seen: int, is_stopped: Callable[[], bool]) -> dict[str, Path]:
         """The files by their name in a row; {} when stopped meanwhile. Raises OSError if a file
@@ -85,15 +84,20 @@ class SampleGrids:
         }
 
     def add_real_images(self, batches: Sequence[Batch]) -> Path | None:
-        """The file of the first real images that this rank trains on, once there are enough."""
+        """The file of the first real images that this rank trains on, once there are enough, or of
+        those of an earlier session."""
         if self._real_images is None:
             return None
+        path = self._folder.real_samples
+        if self._keeps_real and path.exists():
+            self._real_images = None
+            return path
         for batch in batches:
             self._real_images += list(batch.images.cpu().numpy().copy())
         if len(self._real_images) < self._config.count:
             return None
         images, self._real_images = np.stack(self._real_images[: self._config.count]), None
-        return _write(image_grid(images, self._columns), self._folder.real_samples)
+        return _write(image_grid(images, self._columns), path)
 
 
 def _write(grid: np.ndarray, path: Path) -> Path:

@@ -22,7 +22,7 @@ _ENDS = {
     errors.EXIT_DONE: ("done", "good"),
     errors.EXIT_FAILED: ("failed", "error"),
     errors.EXIT_USER_ERROR: ("ended by a mistake in its settings or data", "error"),
-    errors.EXIT_REQUEUE: ("stopped; the same command continues it", "warning"),
+    errors.EXIT_REQUEUE: ("stopped; the same command continues it", "note"),
     errors.EXIT_RANK_LOST: ("lost a rank; the same command continues it", "warning"),
 }
 

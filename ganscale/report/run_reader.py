@@ -4,7 +4,6 @@ A run may be in progress, killed, from an older version, or copied without half 
 page names what is missing; only a folder without any run is a user's mistake.
 """
 
-import json
 import math
 from array import array
 from collections import defaultdict
@@ -19,7 +18,7 @@ import yaml
 
 from ganscale.errors import UserError
 from ganscale.run_folder import RunFolder
-from ganscale.secrets import without_secrets
+from ganscale.secrets import without_secrets, yaml_without_secrets
 from ganscale.tracking.record import IMAGES_SEEN, parse_row
 
 _AXES = (IMAGES_SEEN, "progress/step")
@@ -110,7 +109,7 @@ def _read_run(folder: RunFolder, name: str) -> Run:
         config_text = ""
         if folder.config.is_file():
             config_text = folder.config.read_text(encoding="utf-8", errors="replace")
-        config, shown = _config(config_text), _without_secrets(config_text)
+        config, shown = _config(config_text), yaml_without_secrets(config_text)
         return Run(name, folder, metrics, config, shown, without_secrets(folder.read_summary()))
     except OSError as error:
         raise UserError(f"the run folder {folder.path} cannot be read: {error}") from error
@@ -183,20 +182,6 @@ def _curve(xs: array, ys: array) -> Curve:
     x, y = x[order], y[order]
     is_last = np.append(x[1:] != x[:-1], True)
     return Curve(x[is_last], y[is_last])
-
-
-def _without_secrets(text: str) -> str:
-    """A config as it was written, but without secrets in its values."""
-    try:
-        scalars = [token for token in yaml.scan(text) if isinstance(token, yaml.ScalarToken)]
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return without_secrets(text)
-    for scalar in reversed(scalars):  # a long one is folded over lines
-        if (shown := without_secrets(scalar.value)) != scalar.value:
-            start, end = scalar.start_mark.index, scalar.end_mark.index
-            line_end = "\n" if text[start:end].endswith("\n") else ""
-            text = text[:start] + json.dumps(shown, ensure_ascii=False) + line_end + text[end:]
-    return text
 
 
 def _config(text: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`metrics.jsonl`, the record of a run: one JSON object for each row, written, cut and followed."""
 
+import contextlib
 import io
 import json
 import logging
@@ -82,6 +83,17 @@ class Record:
                 file.truncate(kept_bytes)
                 os.fsync(file.fileno())
         return dropped_lines
+
+    def has(self, name: str, images_seen: int | None = None) -> bool:
+        """Whether a row, or one at `images_seen`, holds a value with this name."""
+        key = json.dumps(name).encode() + b": "
+        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
+            return any(
+                images_seen is None or images_seen_of(line) == images_seen
+                for line in file
+                if key in line
+            )
+        return False
 
     def close(self) -> None:
         """Tries once more to write the pending rows, and warns of those it cannot write."""
@@ -172,6 +184,14 @@ def images_seen_of(line: bytes) -> int | None:
             return int(counts[0])
     row = parse_row(line)
     return None if row is None else row[IMAGES_SEEN]
+
+
+def newest_images_seen(path: Path) -> int:
+    """The images seen of a record's last whole row; 0 without one."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        counts = (images_seen_of(line) for line in _lines_backwards(file))
+        return next((count for count in counts if count is not None), 0)
+    return 0
 
 
 def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:

@@ -16,12 +16,15 @@ from ganscale.runtime import Runtime
 from ganscale.secrets import without_secrets
 
 
-def session_facts(runtime: Runtime, images_seen: int, fingerprint: str) -> dict[str, Any]:
+def session_facts(
+    runtime: Runtime, run_id: str, images_seen: int, fingerprint: str
+) -> dict[str, Any]:
     """The entry of a session in `sessions.jsonl`; texts and numbers only."""
     nodes = max(1, round(1 / runtime.node_share))
     job = os.environ.get("SLURM_JOB_ID")
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run_id": run_id,
         "images_seen": images_seen,
         "command": without_secrets(sys.argv),
         "git": _git_revision(),

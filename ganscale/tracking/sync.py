@@ -39,9 +39,10 @@ def synchronize(
     """Sends the rows, samples, alerts and checkpoints of a run that its W&B run does not have.
 
     Raises UserError without an API key, while the run is training, or if its folder cannot be
-    written to; UnavailableError if W&B did not take everything.
+    written to or holds links to elsewhere; UnavailableError if W&B did not take everything.
     """
     resolve_mode("online")
+    _check_has_no_links_outside(folder, checkpoints)
     deadline = time.monotonic() + 20  # the uploader of a session that was killed ends by then
 
     def wait(seconds: float) -> bool:
@@ -55,12 +56,25 @@ def synchronize(
             with exclusive_upload(folder, wait):
                 try:
                     return _send(folder, identity, checkpoints, timeout_seconds)
+                except UserError:
+                    raise
                 except Exception as error:
                     raise UnavailableError(
                         f"W&B did not take all of {folder.path} ({describe_error(error)})"
                     ) from error
     except OSError as error:  # from the locks, which keep others from sending the same rows
         raise UserError(f"{folder.path} cannot be written to, as `sync` must: {error}") from error
+
+
+def _check_has_no_links_outside(folder: RunFolder, checkpoints: Sequence[Checkpoint]) -> None:
+    """Someone else's run must not make us send files of our own."""
+    sent = [folder.config, folder.sessions, folder.record, folder.alerts, folder.summary]
+    sent += [folder.samples, *(Path(checkpoint.path) for checkpoint in checkpoints)]
+    for path in sent:
+        if not (target := path.resolve()).is_relative_to(folder.path.resolve()):
+            raise UserError(
+                f"{path} is a link to {target}: `sync` sends only what lies in the run folder"
+            )
 
 
 def _send(
@@ -83,7 +97,10 @@ def _send(
         sent = wandb_run.send(rows.read(wandb_run.next_step))
         wandb_run.send_alerts(read_alerts(folder))
         for checkpoint in checkpoints:
-            wandb_run.upload_checkpoint(checkpoint)
+            try:
+                wandb_run.upload_checkpoint(checkpoint)
+            except ValueError as error:
+                raise UserError(f"{checkpoint.path} was not uploaded: {error}") from error
         wandb_run.finish(summary, summary.get("exit_code", EXIT_FAILED))
     positions = ((seen, step) for seen, step, _ in RecordTail(folder.record).lines())
     superseded = count_superseded(folder, wandb_run.location, positions)

@@ -94,6 +94,10 @@ class Tracker:
             self._alerts.check_row(row, images_seen)
         self._read_messages()
 
+    def has_logged(self, name: str, images_seen: int | None = None) -> bool:
+        """Whether the record has a value with this name, at `images_seen` if given."""
+        return self._record.has(name, images_seen)
+
     def alert(self, kind: str, title: str, text: str, images_seen: int) -> None:
         """Sends an alert, once per run and kind, if alerts are on."""
         if self._alerts is not None:

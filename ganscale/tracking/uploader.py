@@ -23,6 +23,7 @@ from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import read_alerts
 from ganscale.tracking.record import RecordTail
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, SessionEnd, UploadJob
+from ganscale.tracking.wandb_destination import client_folder_of
 from ganscale.tracking.wandb_mode import WandbMode, resolve_mode
 from ganscale.tracking.wandb_run import WandbRun
 
@@ -111,7 +112,7 @@ class Uploader:
             self._folder,
             self._job.identity,
             mode,
-            client_folder=self._folder.path,
+            client_folder=client_folder_of(self._folder),
             finish_seconds=self._job.finish_seconds,
             trainer_pid=self._job.trainer_pid,
         )

@@ -12,12 +12,18 @@ CHECKPOINT_SECONDS = 300.0  # that each checkpoint uploaded at the end adds to `
 
 @dataclass(frozen=True)
 class WandbIdentity:
-    """The W&B run that all sessions of a training share."""
+    """The W&B run that all sessions of a training share.
+
+    name: of the run, where W&B's settings give no other
+    destination: the arguments of `wandb.init` that the run's settings give, such as `project`
+    dataset: "name", "fingerprint" and "path" of its data
+    """
 
     run_id: str
-    project: str
     name: str
     config: dict[str, Any]
+    destination: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -12,16 +13,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ganscale.checkpoints.checkpoint import CHECKSUMS, load_checksums
 from ganscale.errors import EXIT_RANK_LOST, EXIT_REQUEUE, UnavailableError
+from ganscale.files import file_within
 from ganscale.run_folder import RunFolder
 from ganscale.tracking.alerts import Alert
 from ganscale.tracking.record import IMAGES_SEEN
 from ganscale.tracking.superseded_rows import note_connection
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS, Checkpoint, WandbIdentity
+from ganscale.tracking.wandb_destination import client_folder_of, destination_of
 from ganscale.tracking.wandb_mode import WandbMode, client_settings, is_reachable
 
+_DATASET = "data/artifact"  # the summary's entry for the data that was declared
 _SAMPLES = "samples/"  # begins names whose values are the paths of images in the run folder
 _ARRIVAL_SECONDS = 2
+_DECLARATION_SECONDS = 4
 _BATCH_ROWS = 100
 _MAX_SIDE = 2048  # pixels; a browser shows no more, and JPEG ends at 65,535
 
@@ -53,9 +59,9 @@ class WandbRun:
         """
         import wandb
 
-        self._values = WandbValues(folder.path)
+        self._values = WandbValues(folder)
         self._sent_alerts: set[str] = set()
-        self._artifact_name = f"checkpoint-{identity.run_id}"
+        self._identity = identity
         if mode == "online" and not is_reachable(url := client_settings().base_url):
             raise UnavailableError(f"{url} does not answer")
         # The client records the session's command, without secrets, and not this process's.
@@ -63,9 +69,8 @@ class WandbRun:
         settings = _settings(command, finish_seconds, trainer_pid)
         with _replaced(sys, "argv", command or sys.argv):
             self._run = wandb.init(
+                **destination_of(folder, identity),
                 dir=client_folder,
-                project=identity.project,
-                name=identity.name,
                 id=identity.run_id,
                 resume="allow",
                 mode=mode,
@@ -82,9 +87,8 @@ class WandbRun:
             self.location = str(self._run.url)
             note_connection(folder, self.location, self.next_step)
             # W&B gets all rows from the record now, so `wandb sync` must not send them again.
-            for path in folder.wandb.glob(f"offline-run-*/run-{identity.run_id}.wandb"):
-                with contextlib.suppress(OSError):
-                    path.with_name(f"{path.name}.synced").touch()
+            for path in {folder.path, client_folder_of(folder)}:
+                _mark_as_sent(path / "wandb", identity.run_id)
         else:
             self._offline_progress = folder.offline_progress(identity.run_id)
             self.next_step = _next_offline_step(self._offline_progress)
@@ -115,17 +119,42 @@ class WandbRun:
                 self._run.summary[name] = alert.text
             self._sent_alerts.add(name)
 
-    def upload_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Uploads a folder as an artifact. One that W&B has already does not get a new version.
+    def _declare_dataset(self) -> None:
+        """Makes the data the run's input: a small artifact, the same for all runs with the same
+        data. Its content is their fingerprint; the data stay where they are."""
+        import wandb
 
-        Raises an error of the client's if it takes longer than five minutes.
+        dataset = self._identity.dataset
+        is_offline = self._offline_progress is not None  # the client cannot declare inputs then
+        if not dataset or is_offline:
+            return
+        try:
+            if self._run.summary.get(_DATASET) == dataset["fingerprint"]:
+                return
+            artifact = wandb.Artifact(dataset["name"], type="dataset", metadata=dataset)
+            with artifact.new_file("fingerprint.txt") as file:
+                file.write(dataset["fingerprint"] + "\n")
+            self._run.use_artifact(artifact)
+            self._run.summary[_DATASET] = dataset["fingerprint"]
+        except Exception as error:
+            logger.warning("W&B does not show which data the run used: %s", error)
+
+    def upload_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Uploads the files that a checkpoint lists as an artifact. One that W&B has already does
+        not get a new version.
+
+        Raises ValueError for a file that lies elsewhere, and an error of the client's if it takes
+        longer than five minutes.
         """
         import wandb
 
         path = Path(checkpoint.path)
-        artifact = wandb.Artifact(self._artifact_name, type="model", metadata={"folder": path.name})
-        # The defaults copy every file twice first.
-        artifact.add_dir(str(path), policy="immutable", skip_cache=True)
+        name = f"checkpoint-{self._identity.run_id}"
+        artifact = wandb.Artifact(name, type="model", metadata={"folder": path.name})
+        for file in (CHECKSUMS, *load_checksums(path)):
+            checked = file_within(path, file)
+            # The defaults copy every file twice first.
+            artifact.add_file(str(checked), policy="immutable", skip_cache=True)
         logged = self._run.log_artifact(artifact, aliases=checkpoint.aliases)
         if self._offline_progress is None:  # online: `finish` drops what has not arrived by then
             logged.wait(timeout=int(CHECKPOINT_SECONDS))
@@ -135,6 +164,10 @@ class WandbRun:
 
         Raises TimeoutError if uploads take too long, UnavailableError if not all rows have arrived.
         """
+        # In a thread, since the client waits for the server without a limit.
+        declaration = threading.Thread(target=self._declare_dataset, daemon=True)
+        declaration.start()
+        declaration.join(_DECLARATION_SECONDS)
         # W&B has the last row's values under their own names.
         self._run.summary.update({k: v for k, v in summary.items() if k != "last"})
         if exit_code in (EXIT_REQUEUE, EXIT_RANK_LOST):  # W&B would call it failed
@@ -182,7 +215,7 @@ class WandbValues:
     """Converts rows to the client's types. A value that W&B cannot take is left out, with a warning
     for the first, so that it does not hold up later rows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._has_warned = False
 
@@ -210,7 +243,7 @@ class WandbValues:
             return wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
         if not isinstance(value, str) or not name.startswith(_SAMPLES):
             return value
-        path = self._folder / value
+        path = file_within(self._folder.samples, value.removeprefix("samples/"))
         # Pillow refuses large grids as decompression bombs, but these images are the run's own.
         with _replaced(Image, "MAX_IMAGE_PIXELS", None), Image.open(path) as image:
             is_large = max(image.size) > _MAX_SIDE
@@ -230,6 +263,12 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(module, name, original)
+
+
+def _mark_as_sent(client_files: Path, run_id: str) -> None:
+    for path in client_files.glob(f"offline-run-*/run-{run_id}.wandb"):
+        with contextlib.suppress(OSError):
+            path.with_name(f"{path.name}.synced").touch()
 
 
 def _next_offline_step(path: Path) -> int:

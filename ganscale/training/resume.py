@@ -3,28 +3,41 @@
 import dataclasses
 import logging
 import os
-import secrets
 from pathlib import Path
+from typing import NamedTuple
 
 from ganscale.checkpoints.checkpoint import newest_checkpoint
 from ganscale.config import Resolved, curve_changes, load_stored
 from ganscale.errors import UnavailableError, UserError
-from ganscale.files import write_text
 from ganscale.run_folder import RunFolder
+from ganscale.run_identity import KEEP_ID, claim_identity
 from ganscale.schema import Config
+from ganscale.secrets import without_secrets
 from ganscale.supervision.job_history import has_job_history
+from ganscale.tracking.record import newest_images_seen
 
 logger = logging.getLogger(__name__)
 
 _LOCK_SECONDS = 120.0
+_SHOWN_CHANGES = 3
 
 
-def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | None:
-    """Locks the folder, creating it if need be, and returns the newest whole checkpoint, if any.
-    On rank 0 only.
+class OpenedRun(NamedTuple):
+    """checkpoint: the newest whole one, None for a run that starts
+    changed_settings: those that `resume.allow` let through
+    """
 
-    Raises UserError when another process trains there, or when the stored run differs in a way
-    that would break its curve; UnavailableError when the disk fails for now.
+    checkpoint: Path | None
+    changed_settings: list[str]
+
+
+def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> OpenedRun:
+    """Locks the folder, creating it if need be, and stores the settings of a new run. On rank 0
+    only.
+
+    Raises UserError when another process trains there, when the stored run differs in a way that
+    would break its curve, or when something is missing or damaged that would be lost for good;
+    UnavailableError when the disk fails for now.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -48,55 +61,112 @@ def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | 
         raise
 
 
-def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> list[str]:
-    """Stores the settings that the run continues with, once the checkpoint has loaded under them,
-    but not `resume.allow`, which has to be given anew each time. On rank 0 only.
-
-    Returns the changed settings that `resume.allow` let through.
-    """
-    resume = dataclasses.replace(resolved.config.resume, allow=[])
-    config = dataclasses.replace(resolved.config, resume=resume)
-    changes = _changes(folder, config, fingerprint)
+def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> None:
+    """Stores the settings that the run continues with, but not `resume.allow`, which has to be
+    given anew each time. Only once it trains with them: a session that ends before leaves the
+    stored ones as they were. On rank 0 only."""
     try:
-        write_text(folder.config, dataclasses.replace(resolved, config=config).to_yaml())
-        folder.write_identity(folder.read_identity()["id"], fingerprint)
+        folder.write_config(_without_allow(resolved).to_yaml())
+        folder.write_identity({**folder.read_identity(), "fingerprint": fingerprint})
     except PermissionError as error:
         raise UserError(f"cannot write to the run folder {folder.path}: {error}") from None
     except OSError as error:  # a full disk may have room when the job is queued again
         raise UnavailableError(f"cannot write to the run folder {folder.path}: {error}") from None
-    return _keys(changes)
 
 
-def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) -> Path | None:
-    if not folder.identity.exists():
-        # The agent of a W&B sweep has chosen the id already.
-        sweep_id = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
-        folder.write_identity(sweep_id or secrets.token_hex(4), fingerprint)
-        return None
-    check_settings(folder, resolved.config, fingerprint)
+def check_settings(folder: RunFolder, config: Config, fingerprint: str) -> tuple[Config, bool]:
+    """(the stored settings, whether the data are others). Raises UserError when the stored run
+    differs in a way that would break its curve."""
+    stored = config
+    if folder.config.exists() or folder.has_results():
+        stored = _stored_config(folder)
+    has_other_data = (_known_fingerprint(folder) or fingerprint) != fingerprint
+    if changes := _changes(stored, config, has_other_data):
+        raise UserError(_describe(folder, changes))
+    return stored, has_other_data
+
+
+def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) -> OpenedRun:
+    is_stored = folder.config.exists()
+    identity = folder.read_identity() if folder.identity.exists() else None
+    stored, has_other_data = check_settings(folder, resolved.config, fingerprint)
     checkpoint = newest_checkpoint(folder.checkpoints)
-    if checkpoint is None and folder.record.exists():
-        logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
-    return checkpoint
+    if checkpoint is None:
+        _check_can_start_again(folder, stored)
+    elif not folder.record.exists():
+        logger.warning("%s is missing: the rows before %s are lost", folder.record, checkpoint.name)
+    keeps_id = KEEP_ID in resolved.config.resume.allow
+    claim_identity(folder, identity, fingerprint, keeps_id=keeps_id)
+    without_allow = _without_allow(resolved)
+    if not is_stored:
+        folder.write_config(without_allow.to_yaml())
+    let_through = _changes(stored, without_allow.config, has_other_data)
+    return OpenedRun(checkpoint, _keys(let_through))
 
 
-def check_settings(folder: RunFolder, config: Config, fingerprint: str) -> None:
-    """Raises UserError when the stored run differs in a way that would break its curve."""
-    if changes := _changes(folder, config, fingerprint):
+def _stored_config(folder: RunFolder) -> Config:
+    remedy = f"write it anew with `ganscale config ... > {folder.config}`"
+    if not folder.config.exists():
         raise UserError(
-            f"{folder.path} holds a run with other settings ({'; '.join(changes)}): choose "
-            f"another run.name, or continue it with resume.allow=[{','.join(_keys(changes))}]"
+            f"{folder.path} holds a run without {folder.config.name}, with which these settings "
+            f"must be compared: put it back, or {remedy}"
         )
+    try:
+        return load_stored(folder.config)
+    except UserError as error:
+        raise UserError(f"{error}; repair the file, or {remedy}") from None
 
 
-def _changes(folder: RunFolder, config: Config, fingerprint: str) -> list[str]:
+def _check_can_start_again(folder: RunFolder, stored: Config) -> None:
+    """Raises UserError if more would be lost than a run that is killed early repeats: the second
+    checkpoint waits for the first, so a longer record has had one."""
+    reached = newest_images_seen(folder.record)
+    cycle_images = stored.objective.n_critic * stored.training.global_batch_size
+    if reached > 2 * (stored.checkpoint.every_images + cycle_images):
+        raise UserError(
+            f"{folder.path} has rows up to {reached:,} images, but no whole checkpoint: put "
+            f"{folder.checkpoints} back; or, to start again, move {folder.record} away or choose "
+            "another run.name"
+        )
+    if folder.record.exists():
+        logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
+
+
+def _known_fingerprint(folder: RunFolder) -> str | None:
+    """That of the data which the run was trained with, if it is known."""
+    if folder.identity.exists():
+        return folder.read_identity().get("fingerprint")
+    sessions = folder.read_sessions()
+    return sessions[-1].get("data_fingerprint") if sessions else None
+
+
+def _changes(stored: Config, config: Config, has_other_data: bool) -> list[str]:
     """What breaks the curve and is not in `resume.allow`, each as "key: what has changed"."""
-    stored = folder.config.exists()
-    changes = curve_changes(load_stored(folder.config), config) if stored else []
-    has_other_data = folder.read_identity()["fingerprint"] != fingerprint
+    changes = curve_changes(stored, config)
     if has_other_data and "data" not in config.resume.allow:
         changes.append("data: the shards have changed since this run was trained")
     return changes
+
+
+def _describe(folder: RunFolder, changes: list[str]) -> str:
+    """The changes in a sentence; many are another experiment, not a run that continues."""
+    shown = without_secrets("; ".join(changes[:_SHOWN_CHANGES]))
+    if len(changes) > _SHOWN_CHANGES:
+        sections = dict.fromkeys(key.split(".")[0] for key in _keys(changes))
+        return (
+            f"{folder.path} holds a run with other settings ({shown}; and "
+            f"{len(changes) - _SHOWN_CHANGES} more in {', '.join(sections)}): give this one "
+            "another run.name"
+        )
+    return (
+        f"{folder.path} holds a run with other settings ({shown}): choose another run.name, or "
+        f"continue it with resume.allow=[{','.join(_keys(changes))}]"
+    )
+
+
+def _without_allow(resolved: Resolved) -> Resolved:
+    resume = dataclasses.replace(resolved.config.resume, allow=[])
+    return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, resume=resume))
 
 
 def _keys(changes: list[str]) -> list[str]:

@@ -39,6 +39,7 @@ class RunReporter:
         config: Config,
         objective: Objective,
         folder: RunFolder,
+        fingerprint: str,
         resumed_at: int | None,
         changed_settings: Sequence[str],
         runtime: Runtime,
@@ -50,17 +51,19 @@ class RunReporter:
         self._tracker: Tracker | None = None
         self._console: Console | None = None
         self._grids: SampleGrids | None = None
-        runtime.run_on_main(lambda: self._open(resumed_at, changed_settings))
+        runtime.run_on_main(lambda: self._open(fingerprint, resumed_at, changed_settings))
         flops, networks = None, (state.generator, state.critic)
         if runtime.is_main:
             flops = count_cycle_flops(config, objective, *networks, state.num_classes)
         self._performance = PerformanceMeter(config, runtime, state.images_seen, flops)
 
-    def _open(self, resumed_at: int | None, changed_settings: Sequence[str]) -> None:
+    def _open(
+        self, fingerprint: str, resumed_at: int | None, changed_settings: Sequence[str]
+    ) -> None:
         """On rank 0; its UserError (online without a key) ends every rank."""
         config, folder, state = self._config, self._folder, self._state
-        fingerprint = folder.read_identity()["fingerprint"]
-        facts = session_facts(self._runtime, state.images_seen, fingerprint)
+        run_id = folder.read_identity()["id"]
+        facts = session_facts(self._runtime, run_id, state.images_seen, fingerprint)
         append_json_line(folder.sessions, facts)
         self._tracker = Tracker(
             folder,
@@ -70,8 +73,11 @@ class RunReporter:
             changed_settings=changed_settings,
             alerts=config.log.alerts,
         )
+        lacks_real = not self._tracker.has_logged("samples/real")
         networks = state.generator, state.ema
-        self._grids = SampleGrids(config, folder, *networks, state.num_classes, state.images_seen)
+        self._grids = SampleGrids(
+            config, folder, *networks, state.num_classes, state.images_seen, lacks_real=lacks_real
+        )
         # A run ends with a whole cycle.
         cycle = config.objective.n_critic * config.training.global_batch_size
         cycles = math.ceil((config.training.total_images - state.images_seen) / cycle)
@@ -143,8 +149,10 @@ class RunReporter:
         self._log_images("samples", lambda grids: grids.make(self._state.images_seen, is_stopped))
 
     def lacks_samples(self) -> bool:
-        """Whether the sample grids of this point of the run are missing. On rank 0."""
-        return self._grids is not None and self._grids.are_missing(self._state.images_seen)
+        """Whether the record has no row of sample grids at this point of the run. On rank 0."""
+        return self._tracker is not None and not self._tracker.has_logged(
+            "samples/ema", self._state.images_seen
+        )
 
     def add_real_images(self, batches: Sequence[Batch]) -> None:
         """Makes a grid of the first real images that rank 0 trains on; later it does nothing."""

@@ -78,13 +78,13 @@ class Trainer:
 
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
-        run = self.folder, resolved, self.data.fingerprint
-        checkpoint = runtime.run_on_main(lambda: open_run(*run))
+        self._run = self.folder, resolved, self.data.fingerprint
+        opened = runtime.run_on_main(lambda: open_run(*self._run))
+        checkpoint, self.changed_settings = opened
         try:
             mark("loading the checkpoint")
             if checkpoint is not None:
                 self.state.load(checkpoint)
-            self.changed_settings = runtime.run_on_main(lambda: accept_settings(*run))
         except BaseException:
             self.folder.close()
             raise
@@ -129,7 +129,8 @@ class Trainer:
         )
         prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
         with contextlib.closing(loader):
-            history = self.folder, self.resumed_at, self.changed_settings
+            fingerprint = self.data.fingerprint
+            history = self.folder, fingerprint, self.resumed_at, self.changed_settings
             reporter = RunReporter(config, self.objective, *history, self.runtime, state)
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
@@ -153,6 +154,7 @@ class Trainer:
         ending = self._begin(prefetcher, reporter)
         if ending != _CONTINUE:
             return self._stopped(ending, prefetcher)
+        self.runtime.run_on_main(lambda: accept_settings(*self._run))
         while state.images_seen < config.training.total_images:
             before, after = state.images_seen, state.images_seen + cycle.images
             is_last = after >= config.training.total_images
@@ -242,11 +244,12 @@ class Trainer:
         """Ends the session on all ranks. Raises the error that ended the data, if one did."""
         if ending == _DATA_FAILED:
             raise prefetcher.failure()
-        by_failure = ending == _CHECKPOINT_FAILED
-        reason = "since a checkpoint could not be written" if by_failure else "on request"
+        level, reason = logging.INFO, "on request"  # which is not a fault
+        if ending == _CHECKPOINT_FAILED:
+            level, reason = logging.WARNING, "since a checkpoint could not be written"
         if self.runtime.is_main:
             seen = f"{self.state.images_seen:,}"
-            logger.warning("stopped %s at %s images; the same command continues", reason, seen)
+            logger.log(level, "stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
 
     @section("audit")

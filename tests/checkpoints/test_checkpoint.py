@@ -16,7 +16,7 @@ from ganscale.checkpoints.checkpoint import (
     load_tensors,
     newest_checkpoint,
 )
-from ganscale.checkpoints.retention import prune
+from ganscale.checkpoints.retention import inspect_checkpoints, prune
 from ganscale.schema import CheckpointConfig
 from tests.checkpoints.helpers import save_checkpoint
 from tests.helpers.disks import small_disk
@@ -170,6 +170,30 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_chosen(tmp_path,
     assert "set aside as damaged-images-000000192" in record.getMessage()
     assert newest_checkpoint(tmp_path) == chosen
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "checksums",
+    [
+        *("", "{", "[]", "3", "null", '["state.json"]', '{"state.json": 3}', "[" * 100_000),
+        *('{"state.json": {"bytes": 2}}', '{"../run.json": {"bytes": 2, "sha256": "x"}}'),
+    ],
+)
+def test_checksums_of_any_content_are_damage_and_the_file_is_named(tmp_path, caplog, checksums):
+    older, newest = (save_checkpoint(tmp_path, n, weights(), {}) for n in (64, 128))
+    (newest / "checksums.json").write_text(checksums)
+    assert inspect_checkpoints(tmp_path)[1].damage is not None
+    assert newest_checkpoint(tmp_path) == older
+    assert "images-000000128 is damaged (checksums.json " in caplog.text
+
+
+def test_what_was_set_aside_stays_when_the_same_checkpoint_is_damaged_again(tmp_path):
+    for content in (b"first", b"second"):
+        folder = save_checkpoint(tmp_path, 64, weights(), {})
+        (folder / "critic.safetensors").write_bytes(content)
+        assert newest_checkpoint(tmp_path) is None
+    kept = [tmp_path / f"damaged-{which}images-000000064" for which in ("", "2-")]
+    assert [(path / "critic.safetensors").read_bytes() for path in kept] == [b"first", b"second"]
 
 
 def test_when_all_are_damaged_none_is_chosen_and_all_are_kept(tmp_path):

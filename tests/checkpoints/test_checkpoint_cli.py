@@ -55,6 +55,16 @@ def test_list_shows_size_score_best_and_truncated_files(run: Path, capsys) -> No
     assert lines[7][-1] == "damaged-images-000000050"
 
 
+def test_list_of_a_run_that_scores_no_checkpoint_has_no_column_for_it(run: Path, capsys) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    save_checkpoint(run / "checkpoints", 100, {"generator": {"weight": torch.zeros(9)}}, {})
+    assert main(["checkpoint", "list", str(run)]) == 0
+    header, line = printed(capsys)
+    assert header == ["checkpoint", "images", "MB", "age"]
+    assert line == ["images-000000100", "100", "0.0", "0", "s"]
+
+
 def test_list_of_a_run_without_checkpoints_is_empty(run: Path, capsys) -> None:
     shutil.rmtree(run / "checkpoints")
     assert main(["checkpoint", "list", str(run)]) == 0

@@ -227,6 +227,11 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(
     assert browser.value("document.documentElement.scrollWidth") == 400
     widths = browser.value("ganscaleReport.charts.map(c => c.element._fullLayout.width)")
     assert all(300 < width <= 400 for width in widths)
+    cut = """[...document.querySelectorAll('body *')].filter(element =>
+        element.scrollWidth > element.clientWidth + 1
+        && getComputedStyle(element).overflowX === 'auto').map(element => element.className)"""
+    compared = ["scroller"] * len(browser.value(cut)) if several else []
+    assert browser.value(cut) == compared  # tables with a column for each run scroll in their box
     browser.resize(1000, 800)  # turned
     browser.value("document.querySelector('.cards').scrollIntoView()")
     browser.wait_for("ganscaleReport.charts[0].element._fullLayout.width > 400")

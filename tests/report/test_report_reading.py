@@ -212,7 +212,7 @@ def test_sessions_faults_and_state_come_from_summary_and_rows(make_run: MakeRun)
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (run,) = read_runs([folder])
-    assert run_state(run) == ("stopped; the same command continues it", "warning")
+    assert run_state(run) == ("stopped; the same command continues it", "note")
     assert sessions_of(run) == [Session(0, ranks="2"), Session(1280, ranks="4")]
     texts = [fault.text for fault in faults_of(run)]
     assert texts == ["3 bad samples, replaced by others", "bad samples in a.tar: cut"]

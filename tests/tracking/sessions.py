@@ -100,8 +100,10 @@ def wait_until(condition: Callable[[], Any], what: str) -> None:
         time.sleep(0.02)
 
 
-def synchronize(environment: dict[str, str], run_folder: Path, **arguments: Any) -> dict:
+def synchronize(
+    environment: dict[str, str], run_folder: Path, cwd: Path = REPOSITORY, **arguments: Any
+) -> dict:
     """Runs `synchronize` in a separate process: its result, or {"error"} and its name."""
     script = REPOSITORY / "tests/tracking/sync_process.py"
     arguments_of_script = (str(script), str(run_folder), json.dumps(arguments))
-    return json.loads(run_python(*arguments_of_script, env=environment).stdout)
+    return json.loads(run_python(*arguments_of_script, env=environment, cwd=cwd).stdout)

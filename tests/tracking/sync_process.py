@@ -13,9 +13,10 @@ from ganscale.tracking.uploader_messages import Checkpoint, WandbIdentity
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[2])
     checkpoints = [Checkpoint(**fields) for fields in arguments.pop("checkpoints", [])]
-    project = arguments.pop("project", "tests")
+    destination = arguments.pop("destination", {"project": arguments.pop("project", "tests")})
+    dataset = arguments.pop("dataset", {})
     config = arguments.pop("config", {"world_size": 1})
-    identity = WandbIdentity("same-run", project, "a run", config)
+    identity = WandbIdentity("same-run", "a run", config, destination, dataset)
     try:
         result = synchronize(RunFolder(Path(sys.argv[1])), identity, checkpoints, **arguments)
         print(json.dumps(asdict(result)))

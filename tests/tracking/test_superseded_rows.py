@@ -12,7 +12,7 @@ from ganscale.tracking.uploader_messages import WandbIdentity
 
 
 def train(folder: RunFolder, images: range, resumed_at: int | None, changed: list[str]) -> None:
-    identity = WandbIdentity("id", "project", "name", {})
+    identity = WandbIdentity("id", "name", {})
     tracker = Tracker(folder, identity, "disabled", resumed_at, changed_settings=changed)
     for seen in images:
         tracker.log({"loss/critic": 1.0}, step=seen, images_seen=seen)

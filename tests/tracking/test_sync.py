@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 from sessions import (
@@ -20,6 +21,7 @@ from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.errors import GanscaleError, UnavailableError, UserError
 from ganscale.run_folder import RunFolder
+from ganscale.run_identity import claim_identity
 from ganscale.tracking import sync
 from ganscale.tracking.superseded_rows import note_rewind
 from ganscale.tracking.uploader_messages import WandbIdentity
@@ -128,7 +130,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_user_error(
     else:
         (run_folder / "wandb").touch()
     with pytest.raises(UserError, match="cannot be written to"):
-        sync.synchronize(RunFolder(run_folder), WandbIdentity("id", "p", "n", {}))
+        sync.synchronize(RunFolder(run_folder), WandbIdentity("id", "n", {}))
 
 
 def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, monkeypatch, capsys):
@@ -154,6 +156,32 @@ def test_the_command_sends_what_it_can_and_ends_with_the_worst_code(tmp_path, mo
     assert main(["sync", paths[1]]) == 75
 
 
+def test_a_copy_is_sent_as_a_run_of_its_own_where_its_original_can_be_seen(
+    tmp_path, monkeypatch, capsys
+):
+    original = RunFolder(tmp_path / "original")
+    original.path.mkdir()
+    original.write_config(resolve([*TINY, f"run.folder={tmp_path}", "run.name=original"]).to_yaml())
+    claim_identity(original, None, "data")
+    copies = [shutil.copytree(original.path, tmp_path / name) for name in ("copy", "mirror")]
+    sent: list[WandbIdentity] = []
+
+    def answer(folder, identity, *arguments):
+        sent.append(identity)
+        return sync.SyncResult(7, 3, 0, "there")
+
+    monkeypatch.setattr(sync, "synchronize", answer)
+    for path in (copies[0], copies[0], original.path):
+        assert main(["sync", str(path)]) == 0
+    assert capsys.readouterr().out.count("is a copy of") == 1
+    shutil.rmtree(original.path)  # as on another machine
+    assert main(["sync", str(copies[1])]) == 0
+    names_and_ids = [(identity.name, identity.run_id) for identity in sent]
+    own, first = names_and_ids[0][1], names_and_ids[2][1]
+    assert own != first
+    assert names_and_ids == [("copy", own)] * 2 + [("original", first), ("mirror", first)]
+
+
 def test_the_config_in_wandb_has_the_newest_sessions_only(tmp_path):
     folder = RunFolder(tmp_path)
     folder.identity.write_text('{"id": "x"}')
@@ -163,10 +191,47 @@ def test_the_config_in_wandb_has_the_newest_sessions_only(tmp_path):
     assert config["session"] == config["sessions"][-1]
 
 
+def write_listed(folder, **files: bytes) -> None:
+    """Files of a checkpoint, and the list of them."""
+    folder.mkdir(parents=True)
+    entry = {"bytes": 1, "sha256": ""}
+    (folder / "checksums.json").write_text(
+        json.dumps({f"{name}.safetensors": entry for name in files})
+    )
+    for name, content in files.items():
+        (folder / f"{name}.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "summary.json", "samples", "config.yaml"])
+def test_nothing_is_sent_that_lies_outside_of_the_run_folder(
+    with_account, run_folder, server, tmp_path, link
+):
+    """Whatever a run of someone else's links to."""
+    private = tmp_path / "private"
+    write_listed(private, generator=b"secret")
+    (private / "summary.json").write_text('{"token": "secret"}')
+    folder = run_folder / "checkpoints" / "images-000000192"
+    if link == "file":
+        write_listed(folder, generator=b"")
+        (folder / "generator.safetensors").unlink()
+        (folder / "generator.safetensors").symlink_to(private / "generator.safetensors")
+    elif link == "folder":
+        folder.parent.mkdir()
+        folder.symlink_to(private)
+    else:
+        write_listed(folder, generator=b"weights")
+        (run_folder / link).symlink_to(private / link)
+    checkpoints = [{"path": str(folder), "aliases": ["last"]}]
+    error = synchronize(with_account, run_folder, checkpoints=checkpoints)["error"]
+    assert error.startswith("UserError: ")
+    sent = [artifact.files for artifact in server.artifacts.values()]
+    assert "secret" not in repr([sent, server.runs.get(RUN_ID)])
+
+
 def test_checkpoints_become_one_version_each(with_account, run_folder, server):
     folder = run_folder / "checkpoints" / "images-000000192"
-    folder.mkdir(parents=True)
-    (folder / "generator.safetensors").write_bytes(b"weights")
+    write_listed(folder, generator=b"weights")
+    (folder / "private.txt").write_bytes(b"not listed")
     checkpoints = [{"path": str(folder), "aliases": ["best", "last"]}]
     train(
         with_account,
@@ -179,7 +244,8 @@ def test_checkpoints_become_one_version_each(with_account, run_folder, server):
     (artifact,) = server.artifacts.values()
     assert artifact.state == "COMMITTED"
     assert {"best", "last"} <= {*artifact.aliases}
-    assert artifact.files == {"generator.safetensors": b"weights"}
+    assert artifact.files["generator.safetensors"] == b"weights"
+    assert {*artifact.files} == {"checksums.json", "generator.safetensors"}
     synchronize(with_account, run_folder, checkpoints=checkpoints)
     assert len(server.artifacts) == 1
 

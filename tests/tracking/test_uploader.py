@@ -87,9 +87,7 @@ def follow(
     arrived = [0]
     monkeypatch.setattr(uploader, "WandbRun", Client)
     session = Session(clock, seconds)
-    job = UploadJob(
-        str(run_folder), "online", WandbIdentity("id", "p", "n", {}), 1, FIRST_PAUSE, 1.0
-    )
+    job = UploadJob(str(run_folder), "online", WandbIdentity("id", "n", {}), 1, FIRST_PAUSE, 1.0)
     uploader.Uploader(job, session, lambda **content: None).run()
     return session
 

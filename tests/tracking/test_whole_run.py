@@ -87,6 +87,9 @@ def test_a_run_is_completely_in_wandb(trained, server, digits, with_account):
     assert {"python", "torch", "cuda", "ganscale", "wandb"} <= {*session["versions"]}
 
     assert run.alerts == ["tiny: done"]
+    (data,) = (server.artifacts[key] for key in run.inputs)  # once, in two sessions
+    assert (data.type, data.name) == ("dataset", digits.name)
+    assert data.files == {"fingerprint.txt": f"{session['data_fingerprint']}\n".encode()}
     newest = [each for each in server.artifacts.values() if "latest" in each.aliases][-1]
     weights = folder / "checkpoints" / "images-000000160" / "generator.safetensors"
     assert newest.files["generator.safetensors"] == weights.read_bytes()
@@ -104,18 +107,18 @@ def test_a_sweep_finds_the_objective_among_other_parameters(tmp_path):
     program = tmp_path / "ganscale"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     program.chmod(0o755)
-    parameters = ["a=1 2", "objective_file=configs/objective/r1.yaml", "b=[3]"]
+    parameters = ["a=1 2", "include=configs/objective/r1.yaml", "b=[3]"]
     done = subprocess.run(
         [*command, *parameters],
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_PROJECT": "p", "WANDB_RUN_ID": "id"},
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "WANDB_RUN_ID": "id"},
         capture_output=True,
         text=True,
         check=True,
         timeout=300,
     )
     assert done.stdout.splitlines() == [
-        *("train", "configs/demo.yaml", "configs/objective/r1.yaml", "a=1 2", "b=[3]"),
-        *("log.project=p", "run.folder=runs/objectives", "run.name=r1-id"),
+        *("train", "configs/demo.yaml", "a=1 2", "include=configs/objective/r1.yaml", "b=[3]"),
+        *("run.folder=runs/objectives", "run.name=r1-id"),
     ]
 
 
@@ -132,7 +135,7 @@ def test_the_array_of_objectives_has_the_documented_names():
 def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits, tmp_path):
     """The real sweep file with a smaller config, since the demo takes minutes."""
     sweep = yaml.safe_load((REPOSITORY / "configs/sweeps/objectives.yaml").read_text())
-    chosen = sweep["parameters"]["objective_file"]["values"]
+    chosen = sweep["parameters"]["include"]["values"]
     files = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("configs/objective/*"))
     assert chosen == files
     tiny = " ".join([*SETTINGS, f"data.path={digits}"])
@@ -143,7 +146,7 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
         {
             "run_id": "swept",
             "program": None,
-            "args": {"objective_file": {"value": str(REPOSITORY / "configs/objective/hinge.yaml")}},
+            "args": {"include": {"value": str(REPOSITORY / "configs/objective/hinge.yaml")}},
         }
     ]
     scripts = str(Path(sys.executable).parent)
@@ -163,5 +166,7 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
     assert steps(server.runs["swept"].history) == recorded_steps(folder)
     assert len(recorded_steps(folder)) == 5
     assert json.loads((folder / "run.json").read_text())["id"] == "swept"  # for `ganscale sync`
+    assert server.runs["swept"].project == "ganscale"
     config = json.loads(server.runs["swept"].config)
     assert config["objective"]["value"]["loss"]["name"] == "hinge"
+    assert config["include"]["value"].endswith("configs/objective/hinge.yaml")

@@ -30,12 +30,13 @@ def main(
     pause_again_at: int = 0,
     checkpoints: list[dict] | None = None,
     finish_seconds: float = 30.0,
+    project: str = "tests",
 ) -> None:
     setup_logging(Path(run_folder) / "log.txt", rank=0)
     started = time.monotonic()
     tracker = Tracker(
         RunFolder(Path(run_folder)),
-        WandbIdentity("same-run", "tests", "a run", {"world_size": first_step}),
+        WandbIdentity("same-run", "a run", {"world_size": first_step}, {"project": project}),
         mode,  # type: ignore[arg-type]
         (first_step - 1) * IMAGES_PER_STEP if first_step > 1 else None,
         retry_seconds=2.0,

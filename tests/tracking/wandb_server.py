@@ -23,7 +23,8 @@ ENTITY = "tester"
 
 @dataclass
 class StoredRun:
-    """What the server knows of one run; `history` holds its rows in order."""
+    """What the server knows of one run; `history` holds its rows in order, `shown` its group, job
+    type, tags and notes, and `inputs` the keys of the artifacts that it has used."""
 
     name: str
     project: str
@@ -35,6 +36,8 @@ class StoredRun:
     exit_code: int | None = None
     alerts: list[str] = field(default_factory=list)
     is_preempting: bool = False
+    shown: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -44,6 +47,7 @@ class StoredArtifact:
     name: str
     digest: str
     aliases: list[str]
+    type: str = "model"
     files: dict[str, bytes] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     state: str = "PENDING"
@@ -115,6 +119,11 @@ class WandbServer:
                 )
                 run.config = variables.get("config") or run.config
                 run.display_name = variables.get("displayName") or run.display_name
+                run.shown |= {
+                    key: variables[key]
+                    for key in ("entity", "groupName", "jobType", "tags", "notes")
+                    if variables.get(key)
+                }
                 return {"upsertBucket": {"bucket": _bucket(run), "inserted": is_new}}
             case "CreateRunFiles":
                 run_name = variables["run"]
@@ -142,7 +151,12 @@ class WandbServer:
                     if known.digest == given["digest"] and known.state == "COMMITTED":
                         known.aliases = sorted({*known.aliases, *aliases})
                         return {"createArtifact": {"artifact": _created(key, known)}}
-                artifact = StoredArtifact(given["artifactCollectionName"], given["digest"], aliases)
+                artifact = StoredArtifact(
+                    given["artifactCollectionName"],
+                    given["digest"],
+                    aliases,
+                    given["artifactTypeName"],
+                )
                 key = f"artifact-{len(self.artifacts)}"
                 self.artifacts[key] = artifact
                 return {"createArtifact": {"artifact": _created(key, artifact)}}
@@ -165,6 +179,10 @@ class WandbServer:
             case "ArtifactByID":
                 key = variables["id"]
                 return {"artifact": _described_artifact(key, self.artifacts[key])}
+            case "UseArtifact":
+                used = variables["input"]
+                self.runs[used["runName"]].inputs.append(used["artifactID"])
+                return {"useArtifact": {"artifact": {"id": used["artifactID"]}}}
             case "CommitArtifact":
                 key = variables["artifactID"]
                 self.artifacts[key].state = "COMMITTED"
@@ -258,7 +276,7 @@ def _described_artifact(key: str, artifact: StoredArtifact) -> dict[str, Any]:
         "id": key,
         "artifactSequence": collection,
         "versionIndex": 0,
-        "artifactType": {"name": "model"},
+        "artifactType": {"name": artifact.type},
         "description": None,
         "metadata": "{}",
         "ttlDurationSeconds": -2,
@@ -283,7 +301,11 @@ def _bucket(run: StoredRun) -> dict[str, Any]:
         "displayName": run.display_name,
         "config": run.config,
         "historyLineCount": len(run.history),
-        "project": {"id": "p", "name": run.project, "entity": {"id": "e", "name": ENTITY}},
+        "project": {
+            "id": "p",
+            "name": run.project,
+            "entity": {"id": "e", "name": run.shown.get("entity", ENTITY)},
+        },
     }
 
 

@@ -58,8 +58,8 @@ def join(base: str, name: str) -> str:
 
 
 def shown(address: str) -> str:
-    """The address for messages, without password and signature; commands stay whole."""
-    return address if address.startswith(PIPE) else without_secrets(address)
+    """The address for messages, without password, signature and the arguments of a command."""
+    return without_secrets(address)
 
 
 def expand_braces(pattern: str) -> list[str]:
