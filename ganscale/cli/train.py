@@ -26,9 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _dry_run(arguments: argparse.Namespace) -> int:
     from ganscale.config import resolve
+    from ganscale.run_folder import in_its_folder
     from ganscale.training.start import try_start
 
-    lines = try_start(resolve(arguments.settings))
+    lines = try_start(in_its_folder(resolve(arguments.settings)))
     if os.environ.get("RANK", "0") == "0":
         print("\n".join([*lines, "everything fits; nothing was written"]))
     return EXIT_DONE

@@ -62,10 +62,9 @@ def try_start(resolved: Resolved) -> list[str]:
     data.check(1.0)
     num_classes = class_count(config, data)
     networks = build_networks(config, objective, num_classes, torch.device("cpu"))
-    folder, resumed_at = RunFolder(Path(config.run.folder) / config.run.name), None
-    if folder.identity.exists():
-        check_settings(folder, config, data.fingerprint)
-        checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
-        resumed_at = None if checkpoint is None else images_seen_of(checkpoint)
+    folder = RunFolder(Path(config.run.folder) / config.run.name)
+    check_settings(folder, config, data.fingerprint)
+    checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
+    resumed_at = None if checkpoint is None else images_seen_of(checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return describe_start(config, data, *networks, device, ranks, resumed_at)
