@@ -22,6 +22,12 @@ NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
 }
 
 
+def find_network(role: str, target: str) -> Callable[..., nn.Module]:
+    """The constructor of the generator or critic (`role`) named `target`. Raises UserError if it
+    cannot be found or imported."""
+    return find(target, NETWORKS[role], "network", nn.Module)
+
+
 def build_network(role: str, target: str, options: Mapping[str, Any], **facts: Any) -> nn.Module:
     """The generator or critic (`role`) named `target`, "resnet" or "package.module:Name", freshly
     initialized.
@@ -30,7 +36,7 @@ def build_network(role: str, target: str, options: Mapping[str, Any], **facts: A
 
     Raises UserError if the target cannot be found or imported, or refuses an option.
     """
-    constructor = find(target, NETWORKS[role], "network", nn.Module)
+    constructor = find_network(role, target)
     network = call(constructor, options, f"{role} {target}", facts)
     if not isinstance(network, nn.Module):
         kind = type(network).__name__

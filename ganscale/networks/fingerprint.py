@@ -11,19 +11,20 @@ from torch import nn
 from torch.func import functional_call
 
 from ganscale.errors import UserError
-from ganscale.networks.forward import run_network
+from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
 from ganscale.randomness import normal
 
-_SAMPLES = 2
+_SAMPLES = 4
 _WAVES = 6
-_TOLERANCES = {"float64": 1e-6, "float32": 1e-2}  # relative to the outputs; covers other devices
+# Relative to the outputs; covers other devices.
+_TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The outputs of a network for two fixed inputs, as a few sums.
+    """The outputs of a network for a few fixed inputs, as sums.
 
-    dtype: in which they were computed: float64, unless the code of the network allows only float32
+    dtype: the lowest in which they were computed: float64, unless the network's code casts
     scale: root mean square of all outputs
     sums: of each output's products with `_WAVES` cosines of different frequencies, over sqrt(size)
     """
@@ -75,15 +76,18 @@ def fingerprint(
     slots = torch.arange(_SAMPLES)
     inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
     inputs = (inputs.tanh() if len(input_shape) > 1 else inputs).to(first.device)  # images, latents
-    labels = [(slots % num_classes).to(first.device)] if num_classes else []
+    # Classes from all over their range.
+    labels = [(slots * num_classes // _SAMPLES).to(first.device)] if num_classes else []
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
-    with nullcontext() if is_critic else _in_evaluation(network):
+    lowest = LowestPrecision()
+    with nullcontext() if is_critic else _in_evaluation(network), lowest:
         try:
-            outputs = functional_call(network, wide, (inputs.double(), *labels))
-        except (RuntimeError, TypeError, ValueError):  # its code has a float32 in it
+            with default_dtype(torch.float64):
+                outputs = functional_call(network, wide, (inputs.double(), *labels))
+        except Exception:  # its code has a float32 in it
             outputs = run_network(network, inputs.to(first.dtype), *labels)
-    dtype = "float64" if outputs.dtype == torch.float64 else "float32"
+    dtype = str(lowest.dtype).removeprefix("torch.")
     flat = outputs.double().reshape(_SAMPLES, -1)
     positions = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)
     # Irrational frequencies, so that no shift or permutation of an image looks the same.

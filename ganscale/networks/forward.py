@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganscale.errors import GanscaleError, UserCodeError
 from ganscale.importing import describe
@@ -32,6 +34,34 @@ def run_network(
             raise
         message = f"{type(network).__name__} fails in its forward: {describe(error)}"
         raise UserCodeError(message) from error
+
+
+class LowestPrecision(TorchDispatchMode):
+    """Notes the lowest floating-point dtype in which anything is computed within. A network may
+    cast its inputs and weights itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float64
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self.dtype = min(self.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+        return output
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Sets the dtype of tensors that a forward makes without naming one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

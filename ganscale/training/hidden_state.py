@@ -1,6 +1,7 @@
 """Finds what a forward of a network changes: buffers, attributes, random generators."""
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.randomness import derived_seed
 
 _GLOBAL_GENERATORS = {
@@ -18,6 +20,8 @@ _GLOBAL_GENERATORS = {
 }
 _OWN_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _PLAIN = (bool, int, float, complex, str, type(None))
+_OF_TORCH = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_LARGEST_CONTAINER = 100
 
 
 @contextmanager
@@ -26,7 +30,8 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
     them afterwards."""
     derived = derived_seed(seed, purpose)
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derived)
         random.seed(derived)
         np.random.seed(derived & 0xFFFFFFFF)
@@ -62,23 +67,44 @@ class HiddenState:
                 return f"changes `{name}` in its forward"
         attributes = dict(_attributes(self._network)) if with_attributes else self._attributes
         for name in sorted(attributes.keys() | self._attributes.keys()):
-            if attributes.get(name) != self._attributes.get(name):
+            if repr(attributes.get(name)) != repr(self._attributes.get(name)):  # NaN is not NaN
                 return f"changes `{name}` in its forward"
         return None
 
 
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers."""
+    """All parameters and buffers but the running statistics of batch norms."""
+    norms = {
+        id(buffer)
+        for module in network.modules()
+        if isinstance(module, GlobalBatchNorm)
+        for buffer in module.buffers()
+    }
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        yield name, tensor.detach()
+        if id(tensor) not in norms:
+            yield name, tensor.detach()
 
 
 def _attributes(network: nn.Module) -> Iterator[tuple[str, Any]]:
     """The plain values in the attributes of all layers, such as counters."""
+    for name, value in _values(network):
+        is_counter = (
+            isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+        )
+        if isinstance(value, _PLAIN) or is_counter:
+            yield name, value.item() if isinstance(value, Tensor) else value
+
+
+def _values(network: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of all layers, and what small containers among them hold."""
     for path, module in network.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, _PLAIN):
-                yield f"{path}.{name}".removeprefix("."), value
+            dotted = f"{path}.{name}".removeprefix(".")
+            yield dotted, value
+            if isinstance(value, (dict, list, tuple)) and len(value) <= _LARGEST_CONTAINER:
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, item in [*items] if name not in _OF_TORCH else ():
+                    yield f"{dotted}[{key!r}]", item
 
 
 def _generators(network: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -89,10 +115,13 @@ def _generators(network: nn.Module) -> Iterator[tuple[str, Any]]:
     yield "torch", states
     yield "random", random.getstate()
     yield "numpy", np.random.get_state()
-    for path, module in network.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, _OWN_GENERATORS):
-                yield f"{path}.{name}".removeprefix("."), _state_of(value)
+    for name, value in _values(network):
+        if isinstance(value, _OWN_GENERATORS):
+            yield name, _state_of(value)
+    for module in {type(layer).__module__ for layer in network.modules()}:
+        for name, value in [*vars(sys.modules.get(module, random)).items()]:
+            if isinstance(value, _OWN_GENERATORS) and module.partition(".")[0] != "torch":
+                yield f"{module}.{name}", _state_of(value)
 
 
 def _state_of(generator: Any) -> Any:

@@ -32,7 +32,19 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
                     f"the {network}'s `{name}` has no shape before its first forward (a lazy "
                     "layer): give the layer its sizes"
                 )
+            if parameter._backward_hooks:
+                raise UserError(
+                    f"the {network}'s `{name}` has a gradient hook, which would see other gradients "
+                    "on several ranks and in micro-batches: remove it"
+                )
+            if parameter.is_complex():
+                raise UserError(f"the {network}'s `{name}` is complex: weights must be real")
         for name, module in layers.named_modules():
+            if getattr(module, "max_norm", None) is not None:
+                raise UserError(
+                    f"the {network}'s layer `{name}` has a max_norm, with which a forward changes "
+                    "the weights that its batch needs: set it to None"
+                )
             if network == "critic" and isinstance(module, _BATCH_NORMS):
                 raise UserError(
                     f"the critic's layer `{name}` is a batch norm, which ties the samples of a "

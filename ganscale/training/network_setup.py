@@ -1,5 +1,6 @@
 """The networks of a config: built from the seed, tried once, refused if they do not work."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.config import load_stored
 from ganscale.data.dataset import DataSet
-from ganscale.errors import UserError
-from ganscale.networks.build import build_network
+from ganscale.errors import UserCodeError, UserError
+from ganscale.importing import describe
+from ganscale.networks.build import build_network, find_network
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.normalization import convert_global_batch_norm
 from ganscale.objectives.objective import Objective
@@ -31,7 +33,7 @@ def build_networks(
     which a run would depend on its cluster.
     """
     networks = build_unchecked_networks(config, num_classes)
-    others = build_unchecked_networks(config, num_classes)
+    others = copies_of(*build_unchecked_networks(config, num_classes))
     for role, network, other in zip(("generator", "critic"), networks, others, strict=True):
         if not _has_same_weights(network, other):
             raise UserError(
@@ -43,8 +45,22 @@ def build_networks(
     return networks
 
 
+def copies_of(generator: nn.Module, critic: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """For the trial, which changes weights: two builds may share some, such as a backbone's."""
+    copies = []
+    for network in (generator, critic):
+        try:
+            copies.append(copy.deepcopy(network))
+        except Exception as error:
+            kind = type(network).__name__
+            raise UserCodeError(f"a {kind} cannot be copied: {describe(error)}") from error
+    return copies[0], copies[1]
+
+
 def _has_same_weights(network: nn.Module, other: nn.Module) -> bool:
-    tensors, others = network.state_dict(), other.state_dict()
+    tensors, others = (
+        dict([*each.named_parameters(), *each.named_buffers()]) for each in (network, other)
+    )
     return tensors.keys() == others.keys() and all(
         torch.equal(tensor.nan_to_num(), others[name].nan_to_num())
         for name, tensor in tensors.items()
@@ -54,6 +70,8 @@ def _has_same_weights(network: nn.Module, other: nn.Module) -> bool:
 def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """`build_networks` without a forward, so also on the meta device, without storage."""
     facts = {"sample_shape": sample_shape(config), "num_classes": num_classes}
+    for role in ("generator", "critic"):  # a module may draw numbers when it is imported
+        find_network(role, getattr(config, role).target)
     with seeded(config.seed, "initial weights"):
         generator = _build_generator(config, num_classes)
         critic = build_network("critic", config.critic.target, config.critic.options, **facts)

@@ -17,6 +17,8 @@ _CONSTRUCTED = count()
 CLUSTER_CRITICS: dict[str, str] = {}  # by name: the words of the refusal
 WORKING_CRITICS: list[str] = []
 FAILING_CRITICS: dict[str, str] = {}
+BACKBONE = nn.Conv2d(8, 8, 1).requires_grad_(False)  # as if it were pretrained
+
 _FEATURES: dict[str, Callable[["Critic", Tensor], Tensor]] = {}
 
 
@@ -66,7 +68,14 @@ class Critic(nn.Module):
         self.norm = nn.InstanceNorm2d(8, track_running_stats=features == "running_statistics")
         self.matrix = nn.Parameter(torch.randn(8, 8))
         self.vector: Tensor
-        self.calls = 0
+        self.calls, self.counters = 0, {"calls": 0}
+        self.frozen = nn.Identity().eval()
+        self.backbone = BACKBONE if features == "shared_backbone" else None
+        if features == "weights_outside_the_state":
+            noise = torch.from_numpy(_NUMPY_GENERATOR.normal(size=8))
+            self.register_buffer("noise", noise, persistent=False)
+        if features == "gradient_hook":
+            self.matrix.register_hook(lambda gradient: gradient / gradient.norm())
         self.generator = np.random.RandomState(0)
         self.register_buffer("vector", torch.ones(8))
         attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -151,6 +160,50 @@ def rank_in_the_batch(_, maps):
     return maps + maps.detach().flatten(1).sum(1).argsort().view(-1, 1, 1, 1)
 
 
+@refused(MIXES)
+def deviation_over_groups(_, maps):
+    groups = maps.view(max(1, len(maps) // 4), -1, *maps.shape[1:])
+    return maps + groups.std(0, unbiased=False).mean((1, 2, 3)).repeat(len(groups)).view(
+        -1, 1, 1, 1
+    )
+
+
+@refused(MIXES)
+def batches_of_sixteen_and_more(_, maps):
+    return maps - maps.mean(0) if len(maps) >= 16 else maps
+
+
+@refused(MIXES)
+def layer_in_evaluation(critic, maps):
+    return maps if critic.frozen.training else maps - maps.mean(0)
+
+
+@refused(MIXES)
+def hook_over_the_batch(_, maps):
+    maps = maps.clone()
+    if maps.requires_grad:
+        maps.register_hook(lambda gradient: gradient / gradient.norm())
+    return maps
+
+
+@refused("reads the rank or world size")
+def world_size(_, maps):
+    return maps * int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@refused("changes `vector`")
+def moving_average_with_gradients_only(critic, maps):
+    if torch.is_grad_enabled():
+        critic.vector.lerp_(maps.detach().mean((0, 2, 3)), 0.1)
+    return maps
+
+
+@refused(r"changes `counters\['calls'\]`")
+def counter_in_a_container(critic, maps):
+    critic.counters["calls"] += 1
+    return maps
+
+
 @refused(r"changes `norm\.running_mean`")
 def running_statistics(critic, maps):
     return critic.norm(maps)
@@ -221,7 +274,7 @@ def own_generator(critic, maps):
     return maps + critic.generator.randn()
 
 
-@refused("does not always return the same")
+@refused("draws from its generator `tests.helpers.users_networks._NUMPY_GENERATOR`")
 def generator_of_the_module(_, maps):
     return maps * (1 + _NUMPY_GENERATOR.normal())
 
@@ -280,6 +333,23 @@ def complex_numbers(_, maps):
 @works
 def float32_within(_, maps):
     return maps * F.linear(torch.ones(1, 8), torch.ones(1, 8).float()).float().to(maps)
+
+
+@works
+def casts_as_stylegan_does(critic, maps):
+    weight = critic.matrix.to(torch.float32)
+    return torch.einsum("oc,nchw->nohw", weight, maps.to(torch.float32)).to(maps.dtype)
+
+
+@works
+def shared_backbone(critic, maps):
+    return critic.backbone(maps)
+
+
+@works
+def attribute_that_is_not_a_number(critic, maps):
+    critic.bound = float("nan")
+    return maps
 
 
 @works

@@ -20,18 +20,28 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.network_setup import build_networks
-from tests.helpers.users_networks import CLUSTER_CRITICS, FAILING_CRITICS, WORKING_CRITICS
+from tests.helpers.users_networks import (
+    BACKBONE,
+    CLUSTER_CRITICS,
+    FAILING_CRITICS,
+    WORKING_CRITICS,
+)
 
 MODULE = "tests.helpers.users_networks"
 
 
 def built(
-    critic: str = "plain", generator: str = "", *, seed: int = 0, **training
+    critic: str = "plain",
+    generator: str = "",
+    *,
+    seed: int = 0,
+    target: str = f"{MODULE}:Generator",
+    **training,
 ) -> tuple[Any, Any]:
     config = Config(
         seed=seed,
         data=DataConfig(path="unused", resolution=8),
-        generator=GeneratorConfig(f"{MODULE}:Generator", 6, {"features": generator}),
+        generator=GeneratorConfig(target, 6, {"features": generator}),
         critic=CriticConfig(f"{MODULE}:Critic", {"features": critic}),
         objective=ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}),
         optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
@@ -72,7 +82,10 @@ def test_a_generator_that_mixes_latents_is_refused_unless_by_a_batch_norm(genera
     built(generator="norm")
 
 
-@pytest.mark.parametrize("critic", ["uncontrolled_weights", "counting_constructor"])
+UNCONTROLLED = ["uncontrolled_weights", "counting_constructor", "weights_outside_the_state"]
+
+
+@pytest.mark.parametrize("critic", UNCONTROLLED)
 def test_initial_weights_that_do_not_follow_from_the_seed_are_refused(critic):
     with pytest.raises(UserError, match="two critics of the same seed have different initial"):
         built(critic)
@@ -94,6 +107,29 @@ def test_the_trial_leaves_the_networks_of_the_run_as_they_were_built():
     assert not generator.norm.running_mean.any()
     assert generator.training
     assert critic.training
+
+
+def test_the_trial_does_not_move_weights_that_all_networks_share():
+    before = BACKBONE.weight.clone()
+    _, critic = built("shared_backbone")
+    assert critic.backbone is BACKBONE
+    assert torch.equal(BACKBONE.weight, before)
+    assert BACKBONE.weight.dtype == torch.float32
+
+
+def test_a_hook_on_the_gradient_of_a_weight_is_refused():
+    with pytest.raises(UserError, match="the critic's `matrix` has a gradient hook"):
+        built("gradient_hook")
+
+
+def test_a_module_may_draw_when_it_is_imported(tmp_path, monkeypatch):
+    source = tmp_path / "nets_that_draw.py"
+    source.write_text(
+        "import torch\nfrom tests.helpers.users_networks import Generator as Base\n"
+        "SCALES = torch.randn(8)\n\n\nclass Generator(Base):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    built(target="nets_that_draw:Generator")
 
 
 def test_an_exception_of_the_users_is_kept_as_the_cause():

@@ -1,0 +1,270 @@
+"""Whether what a network computes for an image depends on anything but that image.
+
+Looked at in float64, for very different images, and with weights moved away from their initial
+values, which may hide a layer behind a zero:
+
+- A forward changes nothing and draws nothing: repeated, it gives the same output, also on another
+  rank of another world.
+- The derivative of one image's output with respect to another image is exactly zero.
+- An image's output and derivatives are the same with other images around it, at another place in
+  the batch, in a larger batch, and alone.
+- The gradient of the weights for a batch is the sum of those for its parts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from ganscale.errors import UserError
+from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
+from ganscale.networks.normalization import GlobalBatchNorm
+from ganscale.objectives.fast_derivatives import FastDerivatives
+from ganscale.runtime import autocast
+from ganscale.training.hidden_state import HiddenState, seeded
+
+BATCH = 4
+_LARGER_BATCHES, _LARGER_PIXELS = (8, 32), 32 * 128 * 128
+_MOVES = (0.3, 0.3, 0.3, 0.0)  # of the weights; the next in case that an output is constant
+# Of outputs, relative to the largest, by the lowest precision of anything in the forward.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
+_DERIVATIVES = {torch.float64: 1e3}  # times more; if they are wrong, it is by their size
+
+_NO_DRAWS = (
+    "which would differ between ranks, micro-batches and restarts: remove them, or pass noise in "
+    "as latents"
+)
+_NO_CHANGES = (
+    "which ranks, micro-batches and penalties would each change differently: use torch.nn.utils."
+    "parametrizations.spectral_norm for spectral norms, track_running_stats=False for instance "
+    "norms, torch.nn.BatchNorm in the generator for running statistics"
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One network and its inputs of the trial.
+
+    order: how often a step differentiates it
+    lowest: the lowest precision of anything in its forward
+    """
+
+    name: str
+    network: nn.Module
+    inputs: Tensor
+    labels: Tensor | None
+    precision: str
+    order: int
+    lowest: torch.dtype = torch.float32
+
+    def run(self) -> Tensor:
+        with autocast(self.inputs.device, self.precision):
+            return run_network(self.network, self.inputs, self.labels)
+
+    def run_fast(self) -> Tensor:
+        """The outputs as a step computes them, as (batch, elements)."""
+        with FastDerivatives(self.order):
+            return self.run().reshape(len(self.inputs), -1)
+
+    def rows(self, rows: list[int]) -> "Subject":
+        """With some rows of its inputs, in that order."""
+        labels = None if self.labels is None else self.labels[rows]
+        inputs = torch.cat([self.inputs[row : row + 1] for row in rows])  # keeps channels last
+        return replace(self, inputs=inputs, labels=labels)
+
+    def in_float64(self) -> "Subject":
+        """Itself in float64, if it runs in that precision."""
+        wide = replace(self, inputs=self.inputs.double(), precision="float64")
+        wide.network.double()
+        try:
+            with default_dtype(torch.float64):
+                _derivatives(wide)
+        except Exception:  # its code has a float32 in it
+            self.network.to(self.inputs.dtype)
+            wide = self
+        with torch.no_grad(), default_dtype(wide.inputs.dtype), LowestPrecision() as lowest:
+            wide.run()
+        return replace(wide, lowest=lowest.dtype)
+
+
+def check_function(subject: Subject) -> None:
+    """Refuses a network whose outputs depend on more than their own inputs."""
+    weights = {name: p.detach().clone() for name, p in subject.network.named_parameters()}
+    outputs = derivatives = own = torch.empty(0)
+    for move in _MOVES:
+        _move_weights(subject.network, weights, move)
+        before = HiddenState(subject.network)
+        outputs, derivatives = _derivatives(subject)
+        refuse_change(subject, before.change())
+        own = derivatives[range(BATCH), range(BATCH)]
+        is_finite = outputs.isfinite().all() and derivatives.isfinite().all()
+        if is_finite and own.flatten(1).any(1).all():
+            break
+    if not outputs.isfinite().all():
+        raise UserError(f"{subject.name} returns NaN or infinity for ordinary inputs")
+    if subject.order > 1 and not own.any():
+        raise UserError(
+            f"the output of {subject.name} has no derivative with respect to its images: look for "
+            "detach, no_grad or rounding in its forward"
+        )
+    _check_repeatable(subject)
+    others = derivatives.clone()
+    others[range(BATCH), range(BATCH)] = 0
+    if others.any():
+        raise UserError(_mixing(subject))
+    _check_companions(subject, outputs, own)
+    _check_weight_gradients(subject)
+
+
+@torch.no_grad()
+def _check_repeatable(subject: Subject) -> None:
+    """Refuses random draws, and whatever a forward leaves behind for the next."""
+    outputs = []
+    for seed in (0, 0, 1, 2):  # alike, then differently
+        with seeded(seed, "trial of draws"), _elsewhere() if seed == 2 else nullcontext():
+            before = HiddenState(subject.network)
+            outputs.append(subject.run())
+            refuse_change(subject, before.change())
+        subject.rows([3, 3, 1, 0]).run()
+    if not all(_is_close(subject, outputs[0], output) for output in outputs[1:]):
+        raise UserError(
+            f"{subject.name} does not always return the same for the same input: its forward "
+            f"remembers something, reads the rank or world size, or draws random numbers, "
+            f"{_NO_DRAWS}"
+        )
+
+
+def _check_companions(subject: Subject, outputs: Tensor, own: Tensor) -> None:
+    """outputs, own: each input's output and derivative in the batch of the trial"""
+    alone, alone_derivatives = _derivatives(subject.rows([2]))
+    together = _derivatives(subject, together=True)[1][0]
+    pixels = max(subject.inputs[0].numel(), outputs.shape[1])
+    others = replace(subject, inputs=torch.cat([subject.inputs[2:3], 1 - 2 * subject.inputs[:3]]))
+    with torch.no_grad():
+        comparisons = [
+            (alone, outputs[2:3]),
+            (subject.rows([3, 1, 0]).run_fast(), outputs[[3, 1, 0]]),
+            (others.rows([3, 0, 1]).run_fast()[1:2], others.rows([0]).run_fast()),
+        ]
+        for size in _LARGER_BATCHES:
+            if size == min(_LARGER_BATCHES) or size * pixels <= _LARGER_PIXELS:
+                rows = torch.randint(BATCH, (size,)).tolist()
+                comparisons.append((subject.rows(rows).run_fast(), outputs[rows]))
+    # Derivatives may be nothing but rounding, if a mean follows on a norm, say.
+    scale = max(float(own.abs().max()), 1e-6 * float(outputs.abs().max()))
+    scale *= _DERIVATIVES.get(subject.lowest, 10.0)
+    derivatives = (alone_derivatives[0], own[2:3]), (together, own)
+    if not all(_is_close(subject, *pair, scale) for pair in derivatives) or not all(
+        _is_close(subject, *pair) for pair in comparisons
+    ):
+        raise UserError(_mixing(subject))
+
+
+def _check_weight_gradients(subject: Subject) -> None:
+    """Refuses backwards, such as hooks, that are not sums over images."""
+    parameters = [p for p in subject.network.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    whole, first, second = (
+        torch.autograd.grad(
+            _scores(part.run_fast()).sum(), parameters, allow_unused=True, materialize_grads=True
+        )
+        for part in (subject, subject.rows([0, 1]), subject.rows([2, 3]))
+    )
+    largest = max(float(gradient.abs().max()) for gradient in (*whole, *first, *second))
+    scale = largest * _DERIVATIVES.get(subject.lowest, 10.0)
+    for a, b, both in zip(first, second, whole, strict=True):
+        if not _is_close(subject, a + b, both, scale):
+            raise UserError(
+                f"the gradient of {subject.name}'s weights for a batch is not the sum of those for "
+                "its parts (look for hooks): it would differ between ranks and micro-batches"
+            )
+
+
+def _mixing(subject: Subject) -> str:
+    if subject.order == 1:
+        return (
+            f"an image of {subject.name} depends on the other latents of its batch or on the size "
+            "of the batch, which differ between ranks: of all layers that mix a batch, only batch "
+            "norms made of torch.nn.BatchNorm are possible"
+        )
+    return (
+        f"the logit that {subject.name} gives to an image depends on the other images of its batch "
+        "(minibatch deviation or discrimination, batch norm) or on the size of the batch, which "
+        "differ between ranks: remove that layer"
+    )
+
+
+def _derivatives(subject: Subject, *, together: bool = False) -> tuple[Tensor, Tensor]:
+    """(outputs (batch, elements), derivatives (batch, batch, *input)): of each output's score, with
+    respect to each input.
+
+    together: of the sum of all scores instead; derivatives are then (1, batch, *input)
+    """
+    inputs = subject.inputs.detach().clone().requires_grad_()
+    outputs = replace(subject, inputs=inputs).run_fast()
+    scores = _scores(outputs)
+    scores = scores.sum()[None] if together else scores
+    if not scores.requires_grad:
+        return outputs, inputs.new_zeros(len(scores), *inputs.shape)
+    rows = [
+        torch.autograd.grad(score, inputs, retain_graph=True, materialize_grads=True)[0]
+        for score in scores
+    ]
+    return outputs.detach(), torch.stack(rows)
+
+
+def _scores(outputs: Tensor) -> Tensor:
+    """A random combination of the elements of each output."""
+    with seeded(0, "combination"):
+        return outputs @ torch.randn(outputs.shape[1]).to(outputs)
+
+
+@torch.no_grad()
+def _move_weights(network: nn.Module, weights: dict[str, Tensor], share: float) -> None:
+    """To `weights` plus noise: a `share` of their size, or of a usual one where they are zero."""
+    for name, parameter in network.named_parameters():
+        value = weights[name]
+        size = value.abs().square().mean().sqrt()
+        usual = value[0].numel() ** -0.5 if value.ndim > 1 and len(value) else 1.0
+        scale = share * torch.where(size > 0, size, usual)
+        parameter.copy_(value + scale * torch.randn_like(value))
+
+
+def refuse_change(subject: Subject, change: str | None) -> None:
+    if change is not None:
+        reason = _NO_DRAWS if change.startswith("draws") else _NO_CHANGES
+        raise UserError(f"{subject.name} {change}, {reason}")
+
+
+def _is_close(subject: Subject, first: Tensor, second: Tensor, scale: float | None = None) -> bool:
+    scale = float(second.abs().max()) if scale is None else scale
+    return bool((first - second).abs().max() <= _TOLERANCES[subject.lowest] * scale)
+
+
+@contextmanager
+def batch_norms_in_evaluation(network: nn.Module) -> Iterator[None]:
+    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm, mode in zip(norms, modes, strict=True):
+        norm.train(mode)
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """On another rank of another world, as far as a forward can tell. Without communication."""
+    environment = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "7"}
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(torch.distributed, "is_initialized", return_value=True),
+        mock.patch.object(torch.distributed, "get_rank", return_value=3),
+        mock.patch.object(torch.distributed, "get_world_size", return_value=7),
+    ):
+        yield
