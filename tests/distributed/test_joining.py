@@ -3,6 +3,7 @@
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -114,7 +115,8 @@ def test_two_processes_with_one_rank_are_a_mistake(runs: Runs, started: list[Ran
 def test_numbers_of_a_launcher_that_cannot_be_are_a_mistake(
     runs: Runs, started: list[Ranks], variable: str, value: str, sentence: str
 ) -> None:
-    ranks = Ranks(runs, 2, started=[1], **{variable: value})
+    environment: dict[str, Any] = {variable: value}
+    ranks = Ranks(runs, 2, started=[1], **environment)
     started.append(ranks)
     assert ranks.exit_codes(0) == [2]
     assert ranks.printed(0).endswith(f"error: {sentence}\n")
