@@ -6,6 +6,8 @@ first, and the file's own keys over them. Among the files of a command line, `ge
 objectives never mix.
 """
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,6 +122,17 @@ def curve_changes(stored: Config, requested: Config) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not is_within(key, free)
     ]
+
+
+def settings_digest(config: Config) -> str:
+    """Eight hexadecimal digits, equal on all ranks of a run; machines may have paths of their own
+    for the same files."""
+    settings = {
+        key: repr(value)
+        for key, value in _flatten(asdict(config))
+        if key not in ("run.folder", "data.path", "data.cache")
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def is_within(key: str, names: Iterable[str]) -> bool:

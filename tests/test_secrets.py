@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from ganscale.secrets import without_secrets
 from ganscale.tracking.sessions import session_facts
 from ganscale.tracking.wandb_identity import wandb_identity
 from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import Runs
 
 
 @pytest.mark.parametrize(
@@ -78,3 +80,11 @@ def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):
     assert "SECRET" not in shown
     assert "https://host/set" in shown
     assert "SECRET" in config.data.path
+
+
+def test_of_a_runs_files_only_its_settings_hold_secrets(runs: Runs, digits: Path):
+    shard = next(digits.glob("*.tar"))
+    settings = [f"data.path=pipe:cat {shard}; : SECRET", "training.total_images=32"]
+    assert "SECRET" not in runs.finish("streamed", *settings)
+    files = [path for path in (runs.folder / "streamed").rglob("*") if path.is_file()]
+    assert [path.name for path in files if b"SECRET" in path.read_bytes()] == ["config.yaml"]

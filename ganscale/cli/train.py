@@ -40,7 +40,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     stop = StopRequest.on_signals()  # before torch is imported, which starts threads
 
-    from ganscale.config import resolve
+    from ganscale.config import resolve, settings_digest
     from ganscale.run_folder import in_its_folder
     from ganscale.runtime import Runtime
     from ganscale.supervision.failure_attribution import Failure
@@ -55,6 +55,7 @@ def _train(arguments: argparse.Namespace) -> int:
     placement, progress = Placement.from_environment(), Progress()
     try:
         config = (resolved := in_its_folder(resolve(arguments.settings))).config
+        placement.run = f"{config.run.name:.60} (settings {settings_digest(config)})"
         limit = config.runtime.timeout_seconds
         # These two stages have limits of their own.
         progress.mark("start", config.runtime.join_timeout_seconds - limit)

@@ -13,6 +13,7 @@ from ganscale.errors import UserError
 from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, nearest, readable_bytes
 from ganscale.plan.shard_reads import expected_fetches, expected_shards, mean_size, ranks_of_lanes
 from ganscale.schema import Config, DataConfig
+from ganscale.secrets import without_secrets
 
 _FEW_FETCHES = 2.0  # of a shard per epoch; no advice up to here
 
@@ -90,7 +91,7 @@ def _refuse_more_ranks_than_samples(config: Config, cluster: Cluster, samples: i
         most = max(ranks for ranks in range(1, samples + 1) if images % ranks == 0)
         raise UserError(
             f"{cluster.ranks:,} ranks are more than the {samples:,} samples of "
-            f"{config.data.path}: choose at most {most:,} ranks"
+            f"{without_secrets(config.data.path)}: choose at most {most:,} ranks"
         )
 
 

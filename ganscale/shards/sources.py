@@ -34,6 +34,7 @@ JOURNAL_NAME = "writing.jsonl"
 
 _BUNDLED = "bundled:"
 _EXTENSIONS = (*IMAGE_EXTENSIONS, *CONVERTED_EXTENSIONS)
+_ZIP_MAGIC = b"PK\x03\x04"
 _MAGIC, _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"), 8
 """How the images begin that are found under other names."""
 
@@ -149,6 +150,9 @@ def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[Source
             members = list(TarReader(file, str(path)))
         kind = "tar"
     else:
+        with path.open("rb") as file:
+            if file.read(4) == _ZIP_MAGIC:
+                raise UserError(f"{path} is a zip whose end is missing, as after a broken download")
         raise UserError(f"{path} is not a folder, zip or uncompressed tar of images")
     return kind, (
         SourceImage(name.removeprefix("./"), size, position) for name, position, size in members
@@ -226,7 +230,11 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
                 ignored["(pipe, socket or device)"] += 1
         for name in subfolders:
             if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
-                raise UserError(f"{Path(folder, name)} is a link to a folder; give its target")
+                link = Path(folder, name)
+                raise UserError(
+                    f"{link} is a link to a folder: put the folder in its place (`cp -rL` copies "
+                    "what links lead to)"
+                )
 
 
 def _sorted_out(

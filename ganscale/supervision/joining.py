@@ -93,17 +93,21 @@ class _Gathering:
             hello = json.loads(_first_line(connection))
             if secrets.compare_digest(hello["token"], self._token):
                 link = RankLink(connection, int(hello["rank"]), str(hello["host"]))
-                self._check_place(link, hello["world_size"])
+                self._check_place(link, hello["world_size"], hello["run"])
                 self._links[link.status.rank] = link
                 return link
         connection.close()
         return None
 
-    def _check_place(self, link: RankLink, world_size: int) -> None:
+    def _check_place(self, link: RankLink, world_size: int, run: str) -> None:
         name, rank, expected = link.status.name, link.status.rank, self._placement.world_size
         if world_size != expected:
             message = f"{name} expects {world_size} ranks, but rank 0 expects {expected}"
             hint = "start every machine with the same number of processes"
+            self._fail(EXIT_USER_ERROR, f"{message}: {hint}", newcomer=link)
+        if run != self._placement.run:
+            message = f"{name} trains {run}, but rank 0 trains {self._placement.run}"
+            hint = "start all ranks with the same settings, and each job with its own MASTER_PORT"
             self._fail(EXIT_USER_ERROR, f"{message}: {hint}", newcomer=link)
         if rank in self._links:
             twin = self._links[rank].status.host
@@ -162,7 +166,7 @@ def _connect_to_main(placement: Placement, limit_seconds: float, stop: StopReque
         raise JoinError(FailureCause(EXIT_RANK_LOST, message)) from None
     port, token, main_host = json.loads(store.get(_LISTENER))
     hello = {"token": token, "rank": placement.rank, "host": placement.host}
-    hello |= {"world_size": placement.world_size}
+    hello |= {"world_size": placement.world_size, "run": placement.run}
     try:
         connection = socket.create_connection((placement.main_host, port), _CONNECT_SECONDS)
         connection.sendall(json.dumps(hello).encode() + b"\n")

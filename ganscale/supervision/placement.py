@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from ganscale.errors import UserError
 
+_LAST_PORT = 65_535
+
 
 @dataclass
 class Placement:
@@ -21,24 +23,30 @@ class Placement:
     main_host: str
     main_port: int
     hosts: list[str]  # of all ranks, machine by machine; empty if only the launcher knows them
+    run: str = ""  # what this process trains; the same on all ranks that belong together
     _store: Any = None
 
     @classmethod
     def from_environment(cls) -> "Placement":
-        """Raises UserError if the launcher has left something out."""
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        """Raises UserError for what the launcher has left out, and for numbers that cannot be."""
+        world_size = _number("WORLD_SIZE", 1)
         names = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
         if missing := [name for name in names if not os.environ.get(name)]:
             raise UserError(
                 f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} is not set: start the "
                 "ranks with `accelerate launch`, torchrun or the scripts in slurm/"
             )
+        rank, port = _number("RANK", 0), _number("MASTER_PORT", 0)
+        if rank >= world_size:
+            raise UserError(f"RANK is {rank}, but WORLD_SIZE is {world_size}: ranks count from 0")
+        if port > _LAST_PORT:
+            raise UserError(f"MASTER_PORT is {port}: the last port is {_LAST_PORT}")
         return cls(
-            int(os.environ.get("RANK", "0")),
+            rank,
             world_size,
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            _number("LOCAL_WORLD_SIZE", 1),
             os.environ.get("MASTER_ADDR", ""),
-            int(os.environ.get("MASTER_PORT", "0")),
+            port,
             os.environ.get("GANSCALE_HOSTS", "").split(),
         )
 
@@ -76,6 +84,11 @@ class Placement:
         """The keys and values that the launcher or rank 0 keeps for all ranks, before there is a
         process group; rank 0 needs nobody else for it. Raises ConnectionError."""
         is_server = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        try:  # torch would print a stack of C++
+            socket.getaddrinfo(self.main_host, self.main_port)
+        except OSError as error:
+            reason = f"{self.main_host} has no address ({error.strerror})"
+            raise ConnectionError(f"MASTER_ADDR {reason}") from None
         try:
             # Kept: the process group will use the same server.
             self._store = dist.TCPStore(
@@ -92,3 +105,10 @@ class Placement:
             raise ConnectionError(f"it cannot {does} at {self.address}: {reason}") from None
         # A rank of another job that has come here by mistake finds nothing.
         return dist.PrefixStore(os.environ.get("SLURM_JOB_ID", "run"), self._store)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, which is not a whole number")
+    return int(text)

@@ -17,6 +17,7 @@ from ganscale.networks.normalization import convert_global_batch_norm
 from ganscale.objectives.objective import Objective
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
+from ganscale.secrets import without_secrets
 from ganscale.training.hidden_state import seeded
 from ganscale.training.invariance_checks import check_layers
 from ganscale.training.network_trial import try_networks
@@ -137,6 +138,6 @@ def class_count(config: Config, data: DataSet) -> int:
     if data.class_count == 0:
         raise UserError(
             "`training.conditional` needs class labels, but the shards in "
-            f"{data.config.path} have none"
+            f"{without_secrets(data.config.path)} have none"
         )
     return data.class_count

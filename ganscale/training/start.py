@@ -43,7 +43,12 @@ def describe_start(
         )
     ]
     total = f"{config.training.total_images:,} images"
-    start = f"continues at {resumed_at:,} of" if resumed_at is not None else "starts at 0 of"
+    if resumed_at is None:
+        start = "starts at 0 of"
+    elif resumed_at < config.training.total_images:
+        start = f"continues at {resumed_at:,} of"
+    else:
+        start = f"has {resumed_at:,} images already, and is asked for"
     return [
         f"device:     {ranks:,} rank{'s' * (ranks > 1)} on {device.type}{name}",
         f"data:       {without_secrets(config.data.path)}: {samples}, {classes}, {size} pixels",

@@ -3,6 +3,7 @@
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -100,6 +101,52 @@ def test_two_processes_with_one_rank_are_a_mistake(runs: Runs, started: list[Ran
     assert ranks.exit_codes(0, 1, 2) == [2, 2, 2]
     assert ranks.printed(0).startswith(f"error: two processes are rank 1, on {HOST} and on {HOST}")
     assert ranks.printed(1) + ranks.printed(2) == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("RANK", "2", "RANK is 2, but WORLD_SIZE is 2: ranks count from 0"),
+        ("RANK", "one", "RANK is 'one', which is not a whole number"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two', which is not a whole number"),
+        ("MASTER_PORT", "66660", "MASTER_PORT is 66660: the last port is 65535"),
+    ],
+)
+def test_numbers_of_a_launcher_that_cannot_be_are_a_mistake(
+    runs: Runs, started: list[Ranks], variable: str, value: str, sentence: str
+) -> None:
+    environment: dict[str, Any] = {variable: value}
+    ranks = Ranks(runs, 2, started=[1], **environment)
+    started.append(ranks)
+    assert ranks.exit_codes(0) == [2]
+    assert ranks.printed(0).endswith(f"error: {sentence}\n")
+    assert len(ranks.printed(0).splitlines()) == 1
+
+
+def test_a_main_host_without_an_address_is_named_in_one_line(
+    runs: Runs, started: list[Ranks]
+) -> None:
+    ranks = Ranks(runs, 2, started=[0], MASTER_ADDR="nowhere.invalid")
+    started.append(ranks)
+    assert ranks.exit_codes(0) == [75]
+    assert f"rank 0 on {HOST} cannot start: MASTER_ADDR nowhere.invalid" in ranks.printed(0)
+    assert len(ranks.printed(0).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("other", []), ("run", ["optimizer.critic.learning_rate=0.5"])]
+)
+def test_a_rank_of_another_job_at_the_same_port_is_refused_before_it_trains(
+    runs: Runs, started: list[Ranks], name: str, settings: list[str]
+) -> None:
+    port = str(free_port())
+    here = Ranks(runs, 2, started=[0], MASTER_PORT=port)
+    stranger = Ranks(runs, 2, *settings, name=name, started=[1], MASTER_PORT=port)
+    started += [here, stranger]
+    assert here.exit_codes(0) + stranger.exit_codes(0) == [2, 2]
+    assert f"rank 1 on {HOST} trains {name} (settings " in here.printed(0)
+    assert ", but rank 0 trains run (settings " in here.printed(0)
+    assert not here.folder.exists()
 
 
 def test_machines_with_different_numbers_of_ranks_are_a_mistake(

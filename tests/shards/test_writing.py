@@ -306,11 +306,13 @@ def test_another_command_into_the_same_folder_is_refused(photos, tmp_path):
 
 
 def test_sources_that_cannot_be_used_are_named(tmp_path):
-    write_files(tmp_path, {"empty/readme.md": b"", "file.bin": b"?" * 600})
+    cut = b"PK\x03\x04" + b"?" * 600
+    write_files(tmp_path, {"empty/readme.md": b"", "file.bin": b"?" * 600, "cut.zip": cut})
     for source, sentence in {
         tmp_path / "nowhere": "no folder, zip or tar at",
         tmp_path / "empty": "no images in",
         tmp_path / "file.bin": "is not a folder, zip or uncompressed tar",
+        tmp_path / "cut.zip": "is a zip whose end is missing",
         "bundled:cats": "unknown bundled set 'cats'",
     }.items():
         with pytest.raises(UserError, match=sentence):

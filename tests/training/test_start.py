@@ -29,6 +29,8 @@ def test_a_run_begins_with_what_it_trains_on_what_and_where(runs: Runs, lines: s
     again = runs.finish("new", "training.total_images=90")
     assert f"run:        {runs.folder / 'new'} continues at 64 of 90 images\n" in again
     assert "96 of 96 images" in again  # a run ends with a whole cycle
+    done = runs.finish(*settings)
+    assert f"{runs.folder / 'new'} has 96 images already, and is asked for 64 images\n" in done
 
 
 def test_a_dry_run_says_what_would_start_and_writes_nothing(

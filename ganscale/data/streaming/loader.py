@@ -43,6 +43,7 @@ from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
 from ganscale.randomness import derived_seed
 from ganscale.schema import DataConfig
+from ganscale.secrets import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,9 @@ class StreamLoader(Iterator[Batch]):
     ) -> None:
         if rank == 0:
             logger.warning(
-                f"data.path={config.path} is streamed in random order: the images seen depend on "
-                "the number of ranks and workers, and a resumed run sees others than an "
-                "uninterrupted one (`ganscale shards index` makes the order exact)"
+                f"data.path={without_secrets(config.path)} is streamed in random order: the images "
+                "seen depend on the number of ranks and workers, and a resumed run sees others "
+                "than an uninterrupted one (`ganscale shards index` makes the order exact)"
             )
         share = global_batch_size // world_size
         self._slots = images_seen + rank * share + torch.arange(share)
