@@ -7,6 +7,7 @@ an image apart from its label), indexing raises.
 """
 
 import re
+import shlex
 import struct
 import zlib
 from collections.abc import Collection, Iterator
@@ -206,7 +207,11 @@ def _no_image(sample: _Sample, choice: MemberChoice) -> str:
     if choice.image:
         return f"sample '{sample.key}' has no .{choice.image}, only {found}"
     others = sorted(name for name in sample.members if name.split(".")[-1] in IMAGE_EXTENSIONS)
-    hint = f"; `--image {others[0]}` takes these as the images" if others else ""
+    hint = f"; `--image {shlex.quote(others[0])}` takes these as the images" if others else ""
+    if others and (
+        " " in others[0] or others[0][0].isdigit()
+    ):  # part of a name, as in `v2.0 b.jpg`
+        hint = "; the name of a sample ends at its first dot: rename the files"
     if converted := sorted(sample.members.keys() & set(CONVERTED_EXTENSIONS)):
         hint = f"; `ganscale shards write` makes shards of .{converted[0]} files, also from tars"
     expected = ", ".join(IMAGE_EXTENSIONS)

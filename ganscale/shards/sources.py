@@ -6,6 +6,7 @@ Nothing is left out without being counted: a folder that cannot be listed is an 
 import errno
 import hashlib
 import io
+import lzma
 import os
 import stat
 import tarfile
@@ -37,6 +38,9 @@ _EXTENSIONS = (*IMAGE_EXTENSIONS, *CONVERTED_EXTENSIONS)
 _ZIP_MAGIC = b"PK\x03\x04"
 _MAGIC, _MAGIC_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8"), 8
 """How the images begin that are found under other names."""
+_ZIP_ERRORS = zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError
+_ZIP_ENCRYPTED = 1  # a flag of a member
+_ZIP_METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
 
 
 class SourceImage(NamedTuple):
@@ -138,12 +142,13 @@ def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[Source
         raise UserError(f"no folder, zip or tar at {path}")
     if not path.is_file():  # to open a named pipe would block
         raise UserError(f"{path} is not a folder, zip or tar, but a pipe or device")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            # Windows writes backslashes into some zips.
-            names = [member.filename.replace("\\", "/") for member in archive.infolist()]
-            sizes = [member.file_size for member in archive.infolist()]
-        members = zip(names, range(len(names)), sizes, strict=True)
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\3\4" or zipfile.is_zipfile(path)
+    if is_zip:
+        listed = _zip_members(path)
+        # Windows writes backslashes into some zips.
+        names = [member.filename.replace("\\", "/") for member in listed]
+        members = zip(names, range(len(names)), [m.file_size for m in listed], strict=True)
         kind = "zip"
     elif tarfile.is_tarfile(path):
         with path.open("rb") as file:
@@ -157,6 +162,25 @@ def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[Source
     return kind, (
         SourceImage(name.removeprefix("./"), size, position) for name, position, size in members
     )
+
+
+def _zip_members(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is a damaged zip, perhaps cut short: {error}") from error
+    if any(member.header_offset < 0 for member in members):
+        raise UserError(f"{path} is a damaged zip: its beginning is missing")
+    if any(member.flag_bits & _ZIP_ENCRYPTED for member in members):
+        raise UserError(f"{path} is encrypted: unpack it, and give the folder")
+    methods = {member.compress_type for member in members} - _ZIP_METHODS
+    if methods:
+        raise UserError(
+            f"{path} is compressed by a method that Python does not read (number {min(methods)}; 9 "
+            "is Deflate64, of Windows for large files): unpack it, and give the folder"
+        )
+    return members
 
 
 @lru_cache(maxsize=1)
@@ -186,7 +210,7 @@ def image_reader(kind: str, path: str) -> Callable[..., bytes]:
         try:
             with archive.open(members[image.position]) as file:
                 return file.read(limit)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+        except _ZIP_ERRORS as error:
             raise DecodeError(f"cannot be unpacked: {error}") from error
 
     return read_member
@@ -202,7 +226,8 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot list the folder {error.filename}: {error.strerror}") from error
 
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
+    read = [root.resolve()]
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
         if Path(folder) != root and (JOURNAL_NAME in names or {JSON_NAME, ROWS_NAME} <= {*names}):
             ignored["(folder of a data set)"] += 1
             subfolders.clear()
@@ -228,13 +253,15 @@ def _walk(root: Path, ignored: Counter[str]) -> Iterator[SourceImage]:
                 yield SourceImage(path.relative_to(root).as_posix(), status.st_size, 0)
             else:  # to open a named pipe would block
                 ignored["(pipe, socket or device)"] += 1
-        for name in subfolders:
-            if Path(folder, name).is_symlink():  # not entered by os.walk, since it may form a loop
-                link = Path(folder, name)
-                raise UserError(
-                    f"{link} is a link to a folder: put the folder in its place (`cp -rL` copies "
-                    "what links lead to)"
-                )
+        for link in (Path(folder, name) for name in subfolders):
+            if link.is_symlink():
+                target = link.resolve()
+                if any(target.is_relative_to(p) or p.is_relative_to(target) for p in read):
+                    raise UserError(
+                        f"{link} is a link to a folder whose images are read anyway, or to one "
+                        "above it: remove the link"
+                    )
+                read.append(target)
 
 
 def _sorted_out(

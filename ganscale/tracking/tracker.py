@@ -28,6 +28,14 @@ from ganscale.tracking.wandb_mode import RequestedMode
 
 STEP = "progress/step"
 
+# Not `-m`, with which a user's random.py in the current folder would be imported.
+_UPLOADER = """
+import sys
+sys.path[:] = sys.argv[1:]  # where this package was found
+from ganscale.tracking.uploader import main
+main()
+"""
+
 logger = logging.getLogger(__name__)
 
 
@@ -142,7 +150,7 @@ class Tracker:
     def _start_uploader(self, job: UploadJob) -> None:
         try:
             uploader = subprocess.Popen(
-                [sys.executable, "-m", "ganscale.tracking.uploader"],
+                [sys.executable, "-c", _UPLOADER, *sys.path],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -1,7 +1,5 @@
 """The process that copies a run's record into W&B while the run is training: whatever fails in the
 server, the client, its service or its disk fails here, where no training step waits for it.
-
-    python -m ganscale.tracking.uploader
 """
 
 import contextlib
@@ -33,7 +31,7 @@ _ANSWER_SECONDS = 30
 _LOCK_WARNING_SECONDS = 30.0
 _ARRIVAL_CHECK_RETRIES = 5  # the server is asked for the rows it has every 5 `retry_seconds`
 
-logger = logging.getLogger("ganscale.tracking.uploader")  # `__name__` is `__main__` here
+logger = logging.getLogger(__name__)
 
 
 class SessionWatcher:
@@ -201,14 +199,11 @@ def main() -> None:
     job = UploadJob.from_line(sys.stdin.readline())
     try:
         Uploader(job, SessionWatcher(sys.stdin, job.finish_seconds), send_message).run()
-    except UserError as error:
-        send_message(user_error=str(error))
     except Exception as error:
+        if isinstance(error, UserError) and job.mode == "online":  # the trainer waits for it
+            send_message(user_error=str(error))
+            return
         logger.warning(
             "W&B lacks a part of this run (%s): `ganscale sync %s` sends it", error, job.folder
         )
         os._exit(EXIT_DONE)  # the client would again wait for a server that does not answer
-
-
-if __name__ == "__main__":
-    main()

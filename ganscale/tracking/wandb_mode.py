@@ -41,11 +41,22 @@ def resolve_mode(mode: RequestedMode) -> WandbMode:
 
 
 def client_settings() -> Any:
-    """The client's settings from the environment, its files and its defaults."""
+    """The client's settings from the environment, its files and its defaults. Raises UserError for
+    a value that the client rejects."""
     os.environ.setdefault("WANDB_SILENT", "true")  # ganscale logs what matters
-    import wandb  # takes 0.5 s
+    for name, value in [*os.environ.items()]:
+        if name.startswith("WANDB_") and not value:
+            del os.environ[name]  # templates set it so; the client takes "" for a tag or a mode
+    import pydantic  # comes with wandb, which takes 0.5 s
+    import wandb
 
-    return wandb.setup().settings
+    try:
+        return wandb.setup().settings
+    except pydantic.ValidationError as error:  # whose own text also shows values, such as keys
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(
+            f"W&B rejects a setting from the variables WANDB_* or a file wandb/settings: {problems}"
+        ) from error
 
 
 def _has_api_key(settings: Any) -> bool:

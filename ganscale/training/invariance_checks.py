@@ -34,8 +34,8 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
                 )
             if parameter._backward_hooks:
                 raise UserError(
-                    f"the {network}'s `{name}` has a gradient hook, which would see other gradients "
-                    "on several ranks and in micro-batches: remove it"
+                    f"the {network}'s `{name}` has a gradient hook, which would see other "
+                    "gradients on several ranks and in micro-batches: remove it"
                 )
             if parameter.is_complex():
                 raise UserError(f"the {network}'s `{name}` is complex: weights must be real")

@@ -194,6 +194,12 @@ def test_an_embedding_beside_an_image_is_not_an_image(tmp_path, order):
     assert build_manifest(tmp_path).resolution == (4, 4)
 
 
+def test_dots_within_the_names_of_samples_are_explained(tmp_path):
+    write_tar(tmp_path / "a.tar", [("a/1 Track 2.0 (Clean).png", png(0))])
+    with pytest.raises(UserError, match=r"the name of a sample ends at its first dot: rename"):
+        build_manifest(tmp_path)
+
+
 def test_of_several_images_the_chosen_one_is_taken(tmp_path):
     members = [(f"{i}.{side}.png", png(2 * i + k)) for i in range(2) for k, side in enumerate("lr")]
     write_tar(tmp_path / "a.tar", members)

@@ -57,6 +57,38 @@ def closed(tmp_path) -> Iterator[Path]:
     folder.chmod(0o755)
 
 
+def damaged_zips(folder: Path) -> dict[str, str]:
+    """Zips that cannot be read, with what is said of them."""
+    archive = folder / "source.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_LZMA) as file:
+        for number in range(6):
+            file.writestr(f"{number}.png", png(number))
+    whole = archive.read_bytes()
+    directory = whole.index(b"PK\1\2")
+    encrypted, deflate64, extra, data = (bytearray(whole) for _ in range(4))
+    encrypted[directory + 8] |= 1
+    deflate64[directory + 10] = 9
+    extra[directory + 30 : directory + 32] = b"\xff\xff"
+    data[60:directory:7] = b"?" * len(data[60:directory:7])
+    zips = {
+        "cut short": whole[:-300],
+        "its beginning is missing": whole[100:],
+        "is encrypted: unpack it": encrypted,
+        "9 is Deflate64": deflate64,
+        "is a damaged zip": extra,
+        "images cannot be decoded": data,
+    }
+    for sentence, content in zips.items():
+        (folder / f"{sentence[:6]}.zip").write_bytes(content)
+    return {str(folder / f"{sentence[:6]}.zip"): sentence for sentence in zips}
+
+
+def test_zips_that_cannot_be_read_are_named_with_the_reason(tmp_path):
+    for path, sentence in damaged_zips(tmp_path).items():
+        with pytest.raises(UserError, match=sentence):
+            write_shards(path, tmp_path / "shards" / Path(path).stem)
+
+
 @pytest.mark.parametrize("options", [(), ("--classes", "folder")])
 def test_a_folder_that_cannot_be_listed_is_an_error_and_no_class_is_lost(
     closed: Path, tmp_path, options: tuple[str, ...]
@@ -222,6 +254,21 @@ def test_a_broken_link_to_an_image_is_named_and_one_to_another_file_is_counted(t
         assert code == 2
         assert stderr.startswith(f"error: cannot read {source}/2.png: ")
         assert stderr.endswith(" (a broken link)\n")
+
+
+def test_links_to_folders_are_followed_unless_they_lead_to_images_twice(tmp_path):
+    elsewhere, source = tmp_path / "elsewhere", tmp_path / "source"
+    as_folder(elsewhere, {"ant/1.png": png(1), "bee/2.png": png(2)})
+    source.mkdir()
+    for name in ("ant", "bee"):
+        (source / name).symlink_to(elsewhere / name)
+    write_shards(str(source), tmp_path / "shards", classes="folder")
+    assert Manifest.load(tmp_path / "shards").class_names == ("ant", "bee")
+    for target in (source, tmp_path, elsewhere / "ant"):
+        (elsewhere / "bee" / "link").symlink_to(target)
+        with pytest.raises(UserError, match=r"link is a link to a folder .*: remove the link"):
+            write_shards(str(source), tmp_path / "more")
+        (elsewhere / "bee" / "link").unlink()
 
 
 def test_names_that_are_not_utf_8_are_stored_and_shown(tmp_path):

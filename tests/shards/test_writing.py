@@ -317,10 +317,6 @@ def test_sources_that_cannot_be_used_are_named(tmp_path):
     }.items():
         with pytest.raises(UserError, match=sentence):
             write_shards(str(source), tmp_path / "shards")
-    (tmp_path / "linked").mkdir()
-    (tmp_path / "linked" / "inner").symlink_to(tmp_path / "empty")
-    with pytest.raises(UserError, match="inner is a link to a folder"):
-        write_shards(str(tmp_path / "linked"), tmp_path / "shards")
 
 
 def test_options_that_contradict_each_other_are_refused(photos, tmp_path):

@@ -123,3 +123,13 @@ def test_online_without_an_api_key_says_what_to_do(environment, run_folder):
     assert process.returncode != 0
     assert "UserError: tracking online needs a Weights & Biases API key" in stderr
     assert "WANDB_API_KEY" in stderr
+
+
+def test_files_in_the_current_folder_are_not_taken_for_modules(
+    environment, run_folder, tmp_path, monkeypatch
+):
+    for name in ("random.py", "types.py", "queue.py"):
+        (tmp_path / name).write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
+    train(environment, run_folder=run_folder, mode="offline", first_step=1, last_step=3)
+    assert len(offline_records(run_folder, "history")) == 3

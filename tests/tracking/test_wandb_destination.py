@@ -1,7 +1,13 @@
 """A run goes where W&B's own variables and `wandb init` say, unless the settings say otherwise, and
 stays there."""
 
-from sessions import RUN_ID, offline_records, steps, synchronize, train
+from sessions import (
+    RUN_ID,
+    offline_records,
+    steps,
+    synchronize,
+    train,
+)
 
 VARIABLES = {
     "WANDB_PROJECT": "papers",
@@ -95,3 +101,17 @@ def test_the_data_of_a_run_are_its_input_in_wandb_once(with_account, run_folder,
     assert server.artifacts[key].files == {"fingerprint.txt": b"0123\n"}
     synchronize(with_account, run_folder, dataset={**data, "fingerprint": "4567"})
     assert len(server.runs[RUN_ID].inputs) == 2
+
+
+def test_variables_that_are_set_but_empty_count_as_unset(environment, run_folder):
+    empty = {**environment, "WANDB_TAGS": "", "WANDB_MODE": "", "WANDB_RUN_GROUP": ""}
+    train(empty, run_folder=run_folder, mode="offline", first_step=1, last_step=3)
+    assert len(offline_records(run_folder, "history")) == 3
+
+
+def test_a_variable_that_wandb_rejects_is_named_without_its_value(environment, run_folder):
+    wrong = {**environment, "WANDB_MODE": "secret"}
+    outcome = train(wrong, run_folder=run_folder, mode="offline", first_step=1, last_step=3)
+    assert "W&B rejects a setting from the variables WANDB_*" in outcome["output"]
+    assert "mode: Input should be" in outcome["output"]
+    assert "secret" not in outcome["output"]
