@@ -1,6 +1,7 @@
 """Random networks out of a grammar of layers, as users write them; some must be refused."""
 
 import copy
+import os
 import random
 from collections.abc import Callable, Sequence
 
@@ -211,6 +212,7 @@ class Offence(nn.Module):
         "deviation", "gated deviation", "functional batch norm", "detached mean", "batch size",
         "moving average", "counter", "dropout", "noise", "random", "numpy", "own generator",
         "running statistics", "spectral norm by hand", "neighbour", "place", "no second derivative",
+        "gradient hook", "state with gradients", "large batches", "world size", "groups",
     )  # fmt: skip
 
     def __init__(self, kind: str, channels: int) -> None:
@@ -239,6 +241,22 @@ class Offence(nn.Module):
             return x + 0.1 * x.roll(1, 0)
         if kind == "place":
             return x + torch.arange(len(x)).view(-1, 1, 1, 1).to(x)
+        if kind == "large batches":
+            return x - 0.1 * x.mean(0) if len(x) > 6 else x
+        if kind == "groups":
+            groups = x.view(max(1, len(x) // 2), -1, *x.shape[1:])
+            return x + groups.std(0, unbiased=False).mean()
+        if kind == "world size":
+            return x * int(os.environ.get("WORLD_SIZE", "1"))
+        if kind == "gradient hook":
+            x = x.clone()
+            if x.requires_grad:
+                x.register_hook(lambda gradient: gradient / (1 + gradient.norm()))
+            return x
+        if kind == "state with gradients":
+            if torch.is_grad_enabled():
+                self.average.lerp_(x.detach().mean((0, 2, 3)).to(self.average), 0.1)
+            return x
         if kind == "moving average":
             with torch.no_grad():
                 self.average.lerp_(x.mean((0, 2, 3)).to(self.average), 0.1)
