@@ -144,21 +144,21 @@ class Cycle:
         update_spectral_norms(state.critic)
         fake_images = fake_images.detach().to(batch.images.dtype)
         draws = Draws(self.config.seed, batch.slots, first_slot=state.images_seen)
-        update = state.images_seen // global_batch_size
+        number = state.images_seen // global_batch_size
         inputs = {
             "real_images": batch.images,
             "fake_images": fake_images,
             "labels": batch.labels,
-            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
+            "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
         }
-        meters, maxima, logits = state.critic_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
+        update = state.critic_updater.update(inputs, state.images_seen)
+        state.meters.add(*update)
         if self.objective.clip is not None:
             clip_weights(self._clipped, self.objective.clip.value)
         if is_logged:
-            self._add_logged_meters(batch, fake_images, logits)
+            self._add_logged_meters(batch, fake_images, update.logits)
         state.images_seen += global_batch_size
-        return logits
+        return update.logits
 
     def generator_step(
         self, batch: DeviceBatch, fake_images: Tensor | None, is_logged: bool
@@ -178,10 +178,10 @@ class Cycle:
             "labels": batch.labels,
             "with_real_logits": is_logged,
         }
-        meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
+        update = state.generator_updater.update(inputs, state.images_seen)
+        state.meters.add(update.meters, update.maxima)
         if is_logged:
-            state.meters.add(panel_meters("generator", self.objective.panel, logits))
+            state.meters.add(panel_meters("generator", self.objective.panel, update.logits))
         state.steps += 1
 
     @section("ema")
