@@ -10,15 +10,17 @@ as long as the host needs for it, so operators and Python are what has to be few
 - `host/OBJECTIVE/NETWORK`: processor time of a cycle with networks of width 1 and a batch of 2,
   which compute next to nothing; the median of interleaved cycles, and its quartiles
 
-The rival is the plain loop of benchmarks/rivals/loops.py with the same networks. The ratio is ours
-over the rival's: below 1, we launch less. It is counted on a CPU as a GPU would compute it: random
-words by tensor operations, and none of the forms that are for CPUs only (`gpu_path`).
+The rival is the plain loop of benchmarks/rivals/loops.py with the same networks. Batches are on the
+device at the start, ours with the random numbers that the loader's process made for them. The ratio
+is ours over the rival's: below 1, we launch less. It is counted on a CPU as a GPU would compute it:
+random words by tensor operations, and none of the forms that are for CPUs only (`gpu_path`).
 """
 
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.ours import CONFIGS, Ours, config_of, random_images
 from benchmarks.report import Row, argument_parser, report
 from benchmarks.rivals.loops import PlainLoop
-from benchmarks.timing import interleaved, speedup, step_clock
+from benchmarks.timing import speedup, step_clock
 from ganscale import randomness
 from ganscale.objectives import fast_convolutions, fast_derivatives
 from ganscale.runtime import Runtime
@@ -82,13 +84,21 @@ def contestants(objective: str, network: str, width: int, batch: int) -> tuple[O
     return ours, PlainLoop(ours.task())
 
 
-def operators(run: Callable[[], object]) -> Counter[str]:
-    """Of one call of `run`, by name."""
+def operators(contestant: Ours | PlainLoop) -> Counter[str]:
+    """Of one cycle, by name."""
     for _ in range(_WARM_UP):
-        run()
+        contestant()
+    cycle = cycle_of(contestant)
     with OperatorCounter() as counter:
-        run()
+        cycle()
     return counter.counts
+
+
+def cycle_of(contestant: Ours | PlainLoop) -> Callable[[], None]:
+    """The next cycle, without what a loader does for it."""
+    if isinstance(contestant, PlainLoop):
+        return contestant
+    return partial(contestant.run, contestant.batches())
 
 
 def launches(objective: str, network: str) -> Row:
@@ -99,8 +109,15 @@ def launches(objective: str, network: str) -> Row:
 
 
 def host(objective: str, network: str, rounds: int) -> Row:
-    ours, rival = contestants(objective, network, 1, 2)
-    seconds = interleaved({"ours": ours, "rival": rival}, rounds, _WARM_UP, step_clock)
+    both = dict(zip(("ours", "rival"), contestants(objective, network, 1, 2), strict=True))
+    seconds: dict[str, list[float]] = {name: [] for name in both}
+    for turn in range(_WARM_UP + rounds):
+        for name, contestant in both.items():
+            cycle = cycle_of(contestant)
+            started = step_clock()
+            cycle()
+            if turn >= _WARM_UP:
+                seconds[name].append(step_clock() - started)
     medians = {name: 1000 * statistics.median(turns) for name, turns in seconds.items()}
     note = f"ours {medians['ours']:.1f} ms a cycle, plain loop {medians['rival']:.1f}"
     ratios = speedup(seconds["ours"], seconds["rival"])
