@@ -69,7 +69,7 @@ class Ours:
         """Of the next cycle, as a loader prepares them: with random numbers made on the host."""
         draws, batches = draws_ahead(self._config, self._objective), []
         for step in range(self._config.objective.n_critic):
-            first = self.state.images_seen + step * len(self._images)
+            first = self.state.images_seen + step * self._config.training.global_batch_size
             slots = first + torch.arange(len(self._images))
             values = draw_together(draws, self._config.seed, slots).to(self._images.device)
             drawn = split_draws(draws, values, len(slots))

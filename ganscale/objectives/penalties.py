@@ -99,7 +99,7 @@ def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[An
 def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:
     """The 2-norm of each sample's gradient. Its own gradient at zero (a dead critic) is zero, not
     NaN as that of a square root of a sum of squares."""
-    return gradients.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(gradients, dim=_sample_dimensions(gradients))
 
 
 _INTERPOLATION = ("interpolation",)
@@ -180,4 +180,9 @@ def _deviation_from_one(gradients: Tensor) -> Tensor:
 
 
 def _half_square(gradients: Tensor) -> Tensor:
-    return 0.5 * gradients.flatten(1).square().sum(1).mean()
+    return 0.5 * gradients.square().sum(_sample_dimensions(gradients)).mean()
+
+
+def _sample_dimensions(gradients: Tensor) -> tuple[int, ...]:
+    """All but the first: with channels last, `flatten` would copy."""
+    return tuple(range(1, gradients.ndim))
