@@ -51,6 +51,7 @@ image-check:
 bench: install
 	$(BIN)/python -m benchmarks.invariance --quick
 	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.launches --quick
 	$(BIN)/python -m benchmarks.loop --quick
 	$(BIN)/python -m benchmarks.checkpoint --quick
 	$(BIN)/python -m benchmarks.scaling --quick

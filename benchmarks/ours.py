@@ -9,9 +9,10 @@ from torch import Tensor
 from benchmarks.rivals.loops import Task
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
+from ganscale.randomness import draw_together, split_draws
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, DeviceBatch
+from ganscale.training.cycle import Cycle, DeviceBatch, draws_ahead
 from ganscale.training.state import TrainingState
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -56,15 +57,26 @@ class Ours:
         objective = build_objective(config.objective)
         self.state = TrainingState(config, objective, runtime, num_classes=0)
         self.cycle = Cycle(config, objective, runtime, self.state)
-        self._config = config
+        self._config, self._objective = config, objective
         self._images = images.to(self.state.dtype)
         if config.training.memory_format == "channels_last":
             self._images = self._images.contiguous(memory_format=torch.channels_last)
 
     def __call__(self) -> None:
-        batch = self._config.training.global_batch_size
-        steps = range(self._config.objective.n_critic)
-        batches = [DeviceBatch(self._images, None, self._slots(step * batch)) for step in steps]
+        self.run(self.batches())
+
+    def batches(self) -> list[DeviceBatch]:
+        """Of the next cycle, as a loader prepares them: with random numbers made on the host."""
+        draws, batches = draws_ahead(self._config, self._objective), []
+        for step in range(self._config.objective.n_critic):
+            first = self.state.images_seen + step * self._config.training.global_batch_size
+            slots = first + torch.arange(len(self._images))
+            values = draw_together(draws, self._config.seed, slots).to(self._images.device)
+            drawn = split_draws(draws, values, len(slots))
+            batches.append(DeviceBatch(self._images, None, slots.to(values.device), drawn))
+        return batches
+
+    def run(self, batches: list[DeviceBatch]) -> None:
         self.cycle.run(batches, is_logged=False)
 
     def close(self) -> None:
@@ -79,7 +91,3 @@ class Ours:
             copy.deepcopy(self.state.critic).to(memory_format=usual),  # type: ignore[call-overload]
             self._images.contiguous(),
         )
-
-    def _slots(self, after: int) -> Tensor:
-        first = self.state.images_seen + after
-        return first + torch.arange(len(self._images), device=self._images.device)

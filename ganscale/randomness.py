@@ -11,6 +11,8 @@ words are position (64 bits), column block and purpose; the key is the seed.
 
 import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -106,6 +108,32 @@ def normal(
     radius = torch.sqrt(-2.0 * torch.log((words[:, :pairs].float() + 0.5) * 2**-24))
     angle = words[:, pairs:].float() * (2 * math.pi * 2**-24)
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that every image of a run needs, `columns` of them; uniform or normal."""
+
+    purpose: str
+    columns: int = 1
+    is_normal: bool = False
+
+    def at(self, seed: int, positions: Int64[Tensor, " batch"]) -> Float[Tensor, "batch columns"]:
+        function = normal if self.is_normal else uniform
+        return function(seed, self.purpose, positions, self.columns)
+
+
+def draw_together(
+    draws: Sequence[Draw], seed: int, positions: Int64[Tensor, " batch"]
+) -> Float[Tensor, " values"]:
+    """All `draws` as one tensor, which takes one copy to a device; `split_draws` undoes it."""
+    return torch.cat([torch.zeros(0), *(draw.at(seed, positions).flatten() for draw in draws)])
+
+
+def split_draws(draws: Sequence[Draw], values: Tensor, batch: int) -> dict[str, Tensor]:
+    """Views of `draw_together`'s result by purpose, (batch, columns) each."""
+    parts = values.split([batch * draw.columns for draw in draws])
+    return {d.purpose: part.view(batch, -1) for d, part in zip(draws, parts, strict=True)}
 
 
 def permutation(seed: int, purpose: str, stream: tuple[int, int, int], length: int) -> np.ndarray:

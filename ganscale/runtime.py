@@ -300,4 +300,6 @@ def weights_dtype(precision: str) -> torch.dtype:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """`tensor` in float32, or as it is if it is float64."""
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import limit, ours, scaling, step
+from benchmarks import launches, limit, ours, scaling, step
 from benchmarks.rivals.formulas import penalty
 from benchmarks.rivals.libraries import Mimicry, NotMeasured, TorchGAN
 from benchmarks.rivals.lightning import LightningLoop
@@ -193,6 +193,20 @@ def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
     assert len(set(names)) == len(names)
     assert set(step.QUICK) <= set(names)
     assert {name.partition("/")[0] for name in names} == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("network", launches.NETWORKS)
+@pytest.mark.parametrize("objective", ["wgan_gp", "r3gan"])
+def test_a_cycle_launches_fewer_operators_than_a_plain_loop(objective: str, network: str) -> None:
+    """On a GPU's path, where each takes the host's time."""
+    with launches.gpu_path():
+        assert launches.launches(objective, network).ratio < 1
+
+
+def test_quick_launches_are_rows_of_the_long_run() -> None:
+    assert set(launches.OBJECTIVES) == set(OBJECTIVES)
+    names = {f"{objective}/{network}" for objective in OBJECTIVES for network in launches.NETWORKS}
+    assert set(launches.QUICK) <= names
 
 
 def test_one_and_two_ranks_take_turns() -> None:

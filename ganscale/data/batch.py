@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from ganscale.data.bad_samples import BadSample
@@ -22,6 +22,7 @@ class Batch:
     labels: Int64[Tensor, " batch"]  # -1 where the data set has none
     slots: Int64[Tensor, " batch"]  # for the random draws that belong to these images
     bad_samples: tuple[BadSample, ...] = ()
+    draws: Float[Tensor, " values"] | None = None  # of `randomness.draw_together`, made ahead
 
 
 def allocate_batch(shape: tuple[int, ...], is_pinned: bool = False) -> Tensor:

@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,6 +33,7 @@ from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import GanscaleError, UnavailableError
 from ganscale.processes import is_stopped
+from ganscale.randomness import Draw, draw_together
 
 _PROGRAM = """
 import sys
@@ -45,25 +47,37 @@ _STOPPED_SECONDS = 10.0  # for which the process may be stopped by a signal
 
 
 def start_loader(
-    data: DataSet, allocate: BatchAllocator, batches_ahead: int, **arguments: Any
+    data: DataSet,
+    allocate: BatchAllocator,
+    batches_ahead: int,
+    draws: Sequence[Draw] = (),
+    **arguments: Any,
 ) -> "LoaderThread | LoaderProcess":
     """This rank's batches; from another process if the config has workers.
 
     allocate: makes the tensors in which images are returned
     batches_ahead: how many batches are kept ready
+    draws: the random numbers that come with each batch
     """
     if data.config.workers > 0 and hasattr(os, "memfd_create"):
-        return LoaderProcess(data, allocate, batches_ahead, **arguments)
-    return LoaderThread(data.make_loader(allocate=allocate, **arguments), batches_ahead)
+        return LoaderProcess(data, allocate, batches_ahead, draws, **arguments)
+    loader = data.make_loader(allocate=allocate, **arguments)
+    return LoaderThread(loader, batches_ahead, draws, arguments["seed"])
 
 
 class LoaderThread(Iterator[Batch]):
     """The batches of a loader, taken from it by a thread."""
 
-    def __init__(self, loader: Loader | StreamLoader, batches_ahead: int) -> None:
+    def __init__(
+        self,
+        loader: Loader | StreamLoader,
+        batches_ahead: int,
+        draws: Sequence[Draw] = (),
+        seed: int = 0,
+    ) -> None:
         self._loader = loader
+        self._draw = partial(draw_together, draws, seed)
         self._thread = DaemonThreadPool(1, "loader")
-        self._next = partial(next, loader)
         self._requested = deque(self._thread.submit(self._next) for _ in range(batches_ahead))
 
     def __next__(self) -> Batch:
@@ -72,6 +86,10 @@ class LoaderThread(Iterator[Batch]):
         self._requested.popleft()
         self._requested.append(self._thread.submit(self._next))
         return batch
+
+    def _next(self) -> Batch:
+        batch = next(self._loader)
+        return replace(batch, draws=self._draw(batch.slots))
 
     def wait(self, seconds: float) -> bool:
         """Whether the next batch, or an error in its place, arrives within that time."""
@@ -89,7 +107,12 @@ class LoaderProcess(Iterator[Batch]):
     start, and another one whenever one is returned."""
 
     def __init__(
-        self, data: DataSet, allocate: BatchAllocator, batches_ahead: int, **arguments: Any
+        self,
+        data: DataSet,
+        allocate: BatchAllocator,
+        batches_ahead: int,
+        draws: Sequence[Draw] = (),
+        **arguments: Any,
     ) -> None:
         config = data.config
         share = arguments["global_batch_size"] // arguments["world_size"]
@@ -109,7 +132,7 @@ class LoaderProcess(Iterator[Batch]):
         )
         theirs.close()
         os.close(file)
-        self._send(LoaderJob(data, arguments, self._shape, count))
+        self._send(LoaderJob(data, arguments, draws, self._shape, count))
         for _ in range(batches_ahead):
             self._send(None)
 
@@ -126,8 +149,9 @@ class LoaderProcess(Iterator[Batch]):
         images = self._allocate(self._shape)
         images.copy_(self._shared.images[answer.index])
         self._send(answer.index)  # whose place in the shared memory is free again
-        labels, slots = torch.from_numpy(answer.labels), torch.from_numpy(answer.slots)
-        return Batch(images, labels, slots, answer.bad_samples)
+        arrays = answer.labels, answer.slots, answer.draws
+        labels, slots, draws = (torch.from_numpy(array) for array in arrays)
+        return Batch(images, labels, slots, answer.bad_samples, draws)
 
     def wait(self, seconds: float) -> bool:
         """Whether the next batch, or an error in its place, arrives within that time."""

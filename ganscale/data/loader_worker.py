@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -29,15 +30,17 @@ from ganscale.data.loader import Loader
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.errors import GanscaleError
 from ganscale.processes import resume_when_parent_dies
+from ganscale.randomness import Draw, draw_together
 
 
 @dataclass(frozen=True)
 class LoaderJob:
-    """Load `data` into shared memory for `count` batches of images of `shape`. arguments: of
-    `data.make_loader`"""
+    """Load `data` into shared memory for `count` batches of images of `shape`, and make the random
+    numbers `draws` of each. arguments: of `data.make_loader`"""
 
     data: DataSet
     arguments: dict[str, Any]
+    draws: Sequence[Draw]
     shape: tuple[int, ...]
     count: int
 
@@ -57,6 +60,7 @@ class BatchReady:
     labels: np.ndarray
     slots: np.ndarray
     bad_samples: tuple[BadSample, ...]
+    draws: np.ndarray
 
 
 class SharedBatches:
@@ -133,18 +137,23 @@ class _LoaderServer:
 
     def _answer_requests(self, pickled: bytes) -> None:
         shared: SharedBatches | None = None
+        job: LoaderJob | None = None
         while True:
             freed = self._requests.get()
             try:
-                if self._loader is None or shared is None:
-                    job: LoaderJob = pickle.loads(pickled)  # raises if the data set has changed
+                if self._loader is None or shared is None or job is None:
+                    job = pickle.loads(pickled)  # raises if the data set has changed
+                    assert isinstance(job, LoaderJob)
                     shared = SharedBatches(self._file, job.shape, job.count)
                     self._loader = job.data.make_loader(allocate=shared.allocate, **job.arguments)
                 if freed is not None:
                     shared.free.append(freed)
                 batch = next(self._loader)
+                draws = draw_together(job.draws, job.arguments["seed"], batch.slots)
                 index, labels, slots = shared.index(batch.images), batch.labels, batch.slots
-                answer: object = BatchReady(index, labels.numpy(), slots.numpy(), batch.bad_samples)
+                answer: object = BatchReady(
+                    index, labels.numpy(), slots.numpy(), batch.bad_samples, draws.numpy()
+                )
             except (GanscaleError, OSError) as error:
                 answer = error
             with self._send_lock:

@@ -1,9 +1,9 @@
-"""Means and maxima of detached scalars, kept on the device until a row is due."""
+"""Means and maxima of detached tensors, kept on the device until a row is due."""
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,30 +13,76 @@ from ganscale.runtime import Runtime
 
 Groups = dict[tuple[str, ...], Tensor]
 
+_STEPS_HELD, _VALUES_HELD = 64, 1 << 20
+
+
+class _Kind(NamedTuple):
+    """Names and shapes of what one `add` is given; all of a kind are reduced together."""
+
+    meters: tuple[str, ...]
+    maxima: tuple[str, ...]
+    norms: tuple[tuple[str, torch.Size], ...]
+    logits: tuple[tuple[str, torch.Size], ...]
+
 
 class MeterAccumulator:
     """Sums and maxima of meters since the last `read`.
 
-    Meters of one `add` are kept as one tensor: adding them is one stack and one sum.
+    A step only hands over references, which launches nothing: on a GPU, its meters would take as
+    many launches as a small network. Many steps are reduced together, in float64.
     """
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self._held: defaultdict[_Kind, list[list[Tensor]]] = defaultdict(list)
+        self._steps_held = self._values_held = 0
         self._sums: Groups = {}
         self._counts: Counter[tuple[str, ...]] = Counter()
         self._maxima: Groups = {}
 
-    def add(self, meters: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
-        """Adds detached scalars without waiting for the device.
+    def add(
+        self,
+        meters: Mapping[str, Tensor],
+        maxima: Mapping[str, Tensor] | None = None,
+        norms: Mapping[str, Tensor] | None = None,
+        logits: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Keeps detached tensors, which must not be changed afterwards; does not wait for the
+        device.
 
-        `read` returns means of `meters` and the largest of `maxima`, over steps and ranks.
+        `read` returns means of the scalars `meters` and the largest of `maxima`, over steps and
+        ranks; and of `norms` (batch,) and `logits` (batch, *map) what `_summarize` makes of them.
         """
-        self._counts[tuple(meters)] += 1
-        kinds = (self._sums, meters, torch.add), (self._maxima, maxima, torch.maximum)
-        for groups, added, merge in kinds:
-            if added:
-                names, values = tuple(added), torch.stack([*added.values()]).double()
-                groups[names] = merge(groups[names], values) if names in groups else values
+        maxima, norms, logits = maxima or {}, norms or {}, logits or {}
+        shapes = (
+            tuple((name, value.shape) for name, value in each.items()) for each in (norms, logits)
+        )
+        values = [*meters.values(), *maxima.values(), *norms.values(), *logits.values()]
+        self._held[_Kind(tuple(meters), tuple(maxima), *shapes)].append(values)
+        self._steps_held += 1
+        self._values_held += sum(each.numel() for each in (*norms.values(), *logits.values()))
+        if self._steps_held >= _STEPS_HELD or self._values_held >= _VALUES_HELD:
+            self._reduce()
+
+    @torch.no_grad()
+    def _reduce(self) -> None:
+        """Adds what is held to the sums, in the order of the steps: a run that was interrupted, and
+        so reduced its steps in other portions, gets the same bits."""
+        for kind, steps in self._held.items():
+            means, maxima = _summarize(kind, steps)
+            names = tuple(means)
+            self._counts[names] += len(steps)
+            if means:
+                rows = torch.stack([*means.values()], dim=1)
+                before = [self._sums[names][None]] if names in self._sums else []
+                self._sums[names] = torch.cat([*before, rows]).cumsum(0)[-1]
+            if maxima:
+                names = tuple(maxima)
+                rows = torch.stack([*maxima.values()], dim=1)
+                before = [self._maxima[names][None]] if names in self._maxima else []
+                self._maxima[names] = torch.cat([*before, rows]).amax(0)
+        self._held.clear()
+        self._steps_held = self._values_held = 0
 
     def read(self) -> dict[str, float]:
         """The means and maxima over steps and ranks since the last call."""
@@ -58,6 +104,7 @@ class MeterAccumulator:
 
     def state(self) -> list[dict[str, Any]]:
         """The sums, averaged over the ranks, and the maxima, as plain numbers for a checkpoint."""
+        self._reduce()
         ranks = self._runtime.world_size
         sums = _as_numbers(self._sums, lambda sums: self._runtime.all_reduce_sum(sums) / ranks)
         maxima = _as_numbers(self._maxima, self._runtime.all_reduce_max)
@@ -74,6 +121,38 @@ class MeterAccumulator:
                 self._maxima[names] = values
             else:
                 self._sums[names], self._counts[names] = values, group["count"]
+
+
+def _summarize(kind: _Kind, steps: Sequence[list[Tensor]]) -> tuple[dict[str, Tensor], ...]:
+    """(means, maxima) by name, of each step, (steps,) float64.
+
+    Of norms: the mean, the mean square, from which a row derives its deviation, and the maximum.
+    Of logits: the first two and the mean sign; of both kinds, how often the real one is larger.
+    """
+    scalars = (*kind.meters, *kind.maxima)
+    columns: list[Tensor] = []
+    if scalars:
+        in_order = [value for step in steps for value in step[: len(scalars)]]
+        columns = [*torch.stack(in_order).double().view(len(steps), -1).unbind(1)]
+    means = dict(zip(kind.meters, columns[: len(kind.meters)], strict=True))
+    maxima = dict(zip(kind.maxima, columns[len(kind.meters) :], strict=True))
+    logits: dict[str, Tensor] = {}
+    others = zip(*(step[len(scalars) :] for step in steps), strict=True)
+    for index, values in enumerate(others):
+        rows = torch.stack(values).double().flatten(1)
+        if index < len(kind.norms):
+            name = kind.norms[index][0]
+            means |= {name: rows.mean(1), f"{name}_square": rows.square().mean(1)}
+            maxima[f"{name}_max"] = rows.amax(1)
+        else:
+            logits[kind.logits[index - len(kind.norms)][0]] = rows
+    for name, rows in logits.items():
+        means[f"logits/{name}_mean"] = rows.mean(1)
+        means[f"logits/{name}_square"] = rows.square().mean(1)
+        means[f"logits/{name}_sign_rate"] = rows.sign().mean(1)
+    if logits:
+        means["logits/pairs_in_order"] = (logits["real"] > logits["fake"]).double().mean(1)
+    return means, maxima
 
 
 def _as_numbers(

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,26 @@ stopwatch = Stopwatch()
 """One for the process, like torch's profiler: sections are marked all over the training loop."""
 
 
-class section(record_function):
-    """Marks a section for the profiler and the stopwatch: a context manager and a decorator."""
+class section(ContextDecorator):
+    """Marks a section for the stopwatch, and for a profiler if one listens: a context manager and a
+    decorator."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._range: record_function | None = None
 
     def __enter__(self) -> "section":
-        super().__enter__()
+        if torch.autograd._profiler_enabled():
+            self._range = record_function(self.name)
+            self._range.__enter__()
         stopwatch.start_section(self.name)
         return self
 
     def __exit__(self, *exception: Any) -> None:
         stopwatch.end_section(self.name)
-        super().__exit__(*exception)
+        if self._range is not None:
+            self._range.__exit__(*exception)
+            self._range = None
 
 
 @contextmanager

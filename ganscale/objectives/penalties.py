@@ -7,9 +7,9 @@ unless the config says otherwise: in bfloat16 the penalty's gradient errs by sev
 of all when the norm is near 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,14 @@ class Draws:
     seed: int
     slots: Int64[Tensor, " batch"]
     first_slot: int  # of the global batch
+    ahead: Mapping[str, Float[Tensor, "batch columns"]] = field(default_factory=dict[str, Tensor])
+    """Those of `Penalty.draws`, by purpose, where they were made ahead."""
 
     def per_sample(self, purpose: str, like: Tensor) -> Tensor:
         """One uniform number in [0, 1) per sample, in a shape that broadcasts to `like`."""
-        drawn = uniform(self.seed, purpose, self.slots)
+        drawn = self.ahead.get(purpose)
+        if drawn is None:
+            drawn = uniform(self.seed, purpose, self.slots)
         return drawn.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
     def per_batch(self, purpose: str, like: Tensor) -> Tensor:
@@ -49,10 +53,12 @@ class Draws:
 @dataclass(frozen=True)
 class Penalty:
     """points: (real_images, fake_images, draws) -> images at which the gradient is taken
-    value: gradients (batch, *sample) -> scalar, the mean over the batch"""
+    value: gradients (batch, *sample) -> scalar, the mean over the batch
+    draws: purposes of numbers per sample that may be made ahead; others are made when asked for"""
 
     points: Callable[[Tensor, Tensor, Draws], Tensor]
     value: Callable[[Tensor], Tensor]
+    draws: tuple[str, ...] = ()
 
 
 def input_gradients(
@@ -93,7 +99,10 @@ def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[An
 def norms(gradients: Float[Tensor, "batch *sample"]) -> Float[Tensor, " batch"]:
     """The 2-norm of each sample's gradient. Its own gradient at zero (a dead critic) is zero, not
     NaN as that of a square root of a sum of squares."""
-    return gradients.flatten(1).norm(dim=1)
+    return torch.linalg.vector_norm(gradients, dim=_sample_dimensions(gradients))
+
+
+_INTERPOLATION = ("interpolation",)
 
 
 def interpolates(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tensor:
@@ -103,13 +112,15 @@ def interpolates(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tens
 
 def wgan_gp() -> Penalty:
     """E[(||grad|| - 1)^2]: Gulrajani et al. 2017 (arXiv:1704.00028), equation 3."""
-    return Penalty(interpolates, lambda gradients: (norms(gradients) - 1).square().mean())
+    return Penalty(interpolates, _deviation_from_one, _INTERPOLATION)
 
 
 def wgan_lp() -> Penalty:
     """E[max(0, ||grad|| - 1)^2]: Petzka et al. 2018 (arXiv:1709.08894), equation 8."""
     return Penalty(
-        interpolates, lambda gradients: (norms(gradients) - 1).clamp_min(0).square().mean()
+        interpolates,
+        lambda gradients: (norms(gradients) - 1).clamp_min(0).square().mean(),
+        _INTERPOLATION,
     )
 
 
@@ -125,7 +136,7 @@ def dragan() -> Penalty:
         share = draws.per_sample("dragan share", real_images)
         return real_images + share * 0.5 * global_deviation(real_images) * noise
 
-    return Penalty(points, lambda gradients: (norms(gradients) - 1).square().mean())
+    return Penalty(points, _deviation_from_one, ("dragan share",))
 
 
 def r1() -> Penalty:
@@ -164,5 +175,14 @@ def global_deviation(images: Tensor) -> Tensor:
     return (square - mean.square()).clamp_min(0).sqrt().to(images.dtype)
 
 
+def _deviation_from_one(gradients: Tensor) -> Tensor:
+    return (norms(gradients) - 1).square().mean()
+
+
 def _half_square(gradients: Tensor) -> Tensor:
-    return 0.5 * gradients.flatten(1).square().sum(1).mean()
+    return 0.5 * gradients.square().sum(_sample_dimensions(gradients)).mean()
+
+
+def _sample_dimensions(gradients: Tensor) -> tuple[int, ...]:
+    """All but the first: with channels last, `flatten` would copy."""
+    return tuple(range(1, gradients.ndim))

@@ -1,14 +1,14 @@
 """One training cycle: `n_critic` critic steps, a generator step, and the update of the EMA."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.data.batch import Batch
-from ganscale.data.images.preprocessing import random_flip, to_network_range
+from ganscale.data.images.preprocessing import FLIP, random_flip, to_network_range
 from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
@@ -19,12 +19,14 @@ from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.objective import Objective, panel_meters
 from ganscale.objectives.penalties import Draws
-from ganscale.randomness import normal
+from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast
 from ganscale.schema import Config
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.state import TrainingState
+
+CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,21 @@ class DeviceBatch:
     images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
     labels: Int64[Tensor, " batch"] | None  # None in unconditional training
     slots: Int64[Tensor, " batch"]
+    draws: Mapping[str, Float[Tensor, "batch columns"]] = field(default_factory=dict[str, Tensor])
+    """Random numbers that were made ahead, by purpose; others are made when they are needed."""
+
+
+def draws_ahead(config: Config, objective: Objective) -> tuple[Draw, ...]:
+    """The random numbers of a batch that a loader makes while the device trains: there, a single
+    draw takes a hundred launches. Noise per element is not among them: a device makes it faster."""
+    latent_dim = config.generator.latent_dim
+    draws = [Draw(CRITIC_LATENTS, latent_dim, is_normal=True)]
+    if not config.training.reuse_fakes:
+        draws.append(Draw(GENERATOR_LATENTS, latent_dim, is_normal=True))
+    if config.data.flip:
+        draws.append(FLIP)
+    purposes = [p for each in objective.penalties.values() for p in each.penalty.draws]
+    return (*draws, *map(Draw, dict.fromkeys(purposes)))
 
 
 def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
@@ -50,6 +67,7 @@ class Cycle:
     ) -> None:
         self.config, self.objective = config, objective
         self.runtime, self.state = runtime, state
+        self._draws_ahead = draws_ahead(config, objective)
         self._run_generator = fast_forward(state.generator, config.training.compile)
         ranks = runtime.world_size
         self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks)
@@ -107,15 +125,25 @@ class Cycle:
             return batch
         device = self.runtime.device
         slots = batch.slots.to(device, non_blocking=True)
+        draws = self._drawn(batch)
         images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
         if self.config.data.flip:
-            images = random_flip(images, self.config.seed, slots)
+            images = random_flip(images, self.config.seed, slots, draws.get(FLIP.purpose))
         if self.config.training.memory_format == "contiguous":
             # `contiguous` alone keeps the strides of channels last for one channel, and
             # convolutions would go on with them.
             images = images.flatten().view(images.shape)
         labels = batch.labels.to(device, non_blocking=True) if self.state.num_classes else None
-        return DeviceBatch(images, labels, slots)
+        return DeviceBatch(images, labels, slots, draws)
+
+    def _drawn(self, batch: Batch | DeviceBatch) -> Mapping[str, Tensor]:
+        """What was drawn ahead for the batch, on the device."""
+        if isinstance(batch, DeviceBatch):
+            return batch.draws
+        if batch.draws is None:
+            return {}
+        values = batch.draws.to(self.runtime.device, non_blocking=True)
+        return split_draws(self._draws_ahead, values, len(batch.slots))
 
     def fakes_together(
         self, batches: Sequence[Batch | DeviceBatch], is_logged: bool
@@ -128,37 +156,41 @@ class Cycle:
         labels = [b.labels.to(device) for b in batches if has_classes and b.labels is not None]
         if is_logged:  # time spent waiting for other ranks is not the fakes'
             self.runtime.barrier()
+        drawn = [self._drawn(batch).get(CRITIC_LATENTS) for batch in batches]
+        made = [each for each in drawn if each is not None]
+        draws = {CRITIC_LATENTS: torch.cat(made)} if len(made) == len(batches) else {}
         with section("fakes together"), concatenated_batches(len(batches)):
-            return self._fakes(slots, torch.cat(labels) if labels else None).chunk(len(batches))
+            fakes = self._fakes(slots, torch.cat(labels) if labels else None, draws)
+            return fakes.chunk(len(batches))
 
     def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
         """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
         if with_graph:
             update_spectral_norms(self.state.generator)
         with section("fake images"), torch.set_grad_enabled(with_graph):
-            return self._fakes(batch.slots, batch.labels)
+            return self._fakes(batch.slots, batch.labels, batch.draws)
 
     def critic_step(self, batch: DeviceBatch, fake_images: Tensor, is_logged: bool) -> Logits:
         """One update of the critic; afterwards its images count as seen."""
         state, global_batch_size = self.state, self.config.training.global_batch_size
         update_spectral_norms(state.critic)
         fake_images = fake_images.detach().to(batch.images.dtype)
-        draws = Draws(self.config.seed, batch.slots, first_slot=state.images_seen)
-        update = state.images_seen // global_batch_size
+        draws = Draws(self.config.seed, batch.slots, state.images_seen, batch.draws)
+        number = state.images_seen // global_batch_size
         inputs = {
             "real_images": batch.images,
             "fake_images": fake_images,
             "labels": batch.labels,
-            "points": self.objective.penalty_points(batch.images, fake_images, draws, update),
+            "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
         }
-        meters, maxima, logits = state.critic_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
+        update = state.critic_updater.update(inputs, state.images_seen)
+        state.meters.add(*update)
         if self.objective.clip is not None:
             clip_weights(self._clipped, self.objective.clip.value)
         if is_logged:
-            self._add_logged_meters(batch, fake_images, logits)
+            self._add_logged_meters(batch, fake_images, update.logits)
         state.images_seen += global_batch_size
-        return logits
+        return update.logits
 
     def generator_step(
         self, batch: DeviceBatch, fake_images: Tensor | None, is_logged: bool
@@ -170,7 +202,7 @@ class Cycle:
         state, latents = self.state, None
         if fake_images is None:
             update_spectral_norms(state.generator)
-            latents = self._latents("latents/generator", batch.slots)
+            latents = self._latents(GENERATOR_LATENTS, batch.slots, batch.draws)
         inputs = {
             "latents": latents,
             "fake_images": fake_images,
@@ -178,10 +210,10 @@ class Cycle:
             "labels": batch.labels,
             "with_real_logits": is_logged,
         }
-        meters, maxima, logits = state.generator_updater.update(inputs, state.images_seen)
-        state.meters.add(meters, maxima)
+        update = state.generator_updater.update(inputs, state.images_seen)
+        state.meters.add(update.meters, update.maxima)
         if is_logged:
-            state.meters.add(panel_meters("generator", self.objective.panel, logits))
+            state.meters.add(panel_meters("generator", self.objective.panel, update.logits))
         state.steps += 1
 
     @section("ema")
@@ -206,11 +238,13 @@ class Cycle:
         size = training.global_batch_size
         state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
 
-    def _fakes(self, slots: Tensor, labels: Tensor | None) -> Tensor:
-        latents = self._latents("latents/critic", slots)
+    def _fakes(self, slots: Tensor, labels: Tensor | None, draws: Mapping[str, Tensor]) -> Tensor:
+        latents = self._latents(CRITIC_LATENTS, slots, draws)
         with autocast(self.runtime.device, self.config.training.precision):
             return self._run_generator(latents, labels)
 
-    def _latents(self, purpose: str, slots: Tensor) -> Tensor:
-        latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
+    def _latents(self, purpose: str, slots: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+        latents = draws.get(purpose)
+        if latents is None:
+            latents = normal(self.config.seed, purpose, slots, self.config.generator.latent_dim)
         return latents.to(self.state.dtype)

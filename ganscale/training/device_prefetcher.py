@@ -58,7 +58,7 @@ class DevicePrefetcher:
             compute_stream = torch.cuda.current_stream(self._runtime.device)
             compute_stream.wait_stream(self._copy_stream)
             for batch in batches:
-                for tensor in (batch.images, batch.labels, batch.slots):
+                for tensor in _tensors(batch).values():
                     tensor.record_stream(compute_stream)  # keeps its memory until it was used
         for batch in batches:
             self._bad_samples.update((bad.shard, bad.reason) for bad in batch.bad_samples)
@@ -94,8 +94,14 @@ class DevicePrefetcher:
         if self._copy_stream is None:
             return batch
         with torch.cuda.stream(self._copy_stream):
-            images, labels, slots = (
-                tensor.pin_memory().to(self._runtime.device, non_blocking=True)
-                for tensor in (batch.images, batch.labels, batch.slots)
-            )
-        return replace(batch, images=images, labels=labels, slots=slots)
+            sent = {
+                name: tensor.pin_memory().to(self._runtime.device, non_blocking=True)
+                for name, tensor in _tensors(batch).items()
+            }
+        return replace(batch, **sent)
+
+
+def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """What of the batch is needed on the device, by field."""
+    draws = {} if batch.draws is None else {"draws": batch.draws}
+    return {"images": batch.images, "labels": batch.labels, "slots": batch.slots} | draws

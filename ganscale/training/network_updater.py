@@ -1,8 +1,7 @@
 """A network with its optimizer and its wrapped step."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,21 @@ class NonFiniteGuard:
         self.tripped = torch.zeros((), device=device)  # 0.0 or 1.0: fused optimizers read it
 
     def watch(self, gradient_norm: Tensor) -> None:
-        is_bad = (~gradient_norm.isfinite()).to(self.tripped.dtype)
-        torch.maximum(self.tripped, is_bad, out=self.tripped)
+        # 0 times infinity or NaN is NaN; in the norm's own precision, where large ones are finite.
+        self.tripped.add_(gradient_norm * 0).nan_to_num_(nan=1)
 
     def has_tripped(self) -> bool:
         """Waits for the device."""
         return bool(self.tripped.item())
+
+
+class Update(NamedTuple):
+    """What an update returns, for MeterAccumulator.add; all of it detached."""
+
+    meters: Meters
+    maxima: Meters
+    norms: Meters  # of each of this rank's images
+    logits: Logits  # in the order of the batch
 
 
 class NetworkUpdater:
@@ -62,17 +70,16 @@ class NetworkUpdater:
         if self._skips_on_device:
             self.optimizer.found_inf = non_finite_guard.tripped  # type: ignore[attr-defined]
 
-    def update(self, inputs: dict[str, Any], images_seen: int) -> tuple[Meters, Meters, Logits]:
+    def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
         """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension.
 
         Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
         the same images for every world size.
-
-        Returns detached means, maxima, and logits in the order of the batch.
         """
         count = self._training.accumulate
         self._runtime.watch_averaging(self._wrapped, stopwatch.is_running)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         if count > 1 and self._step.needs_global_batch:
             inputs = {**inputs, "gradients": self._logit_gradients(inputs, count)}
         outputs: list[StepOutput] = []
@@ -87,17 +94,19 @@ class NetworkUpdater:
                     micro_batch = _micro_batch(inputs, index, count)
                     output: StepOutput = self._wrapped(**micro_batch, micro_batches=count)
                 with section(f"{self.name} backward"):
-                    (output.loss / count).backward(inputs=self.parameters)
+                    loss = output.loss if count == 1 else output.loss / count
+                    loss.backward(inputs=self.parameters)
             outputs.append(output)
         if not self._has_checked_gradients:
             self._check_gradients()
-        meters = _reduced([output.meters for output in outputs], Tensor.mean)
-        maxima = _reduced([output.maxima for output in outputs], Tensor.amax)
+        meters = _means([output.meters for output in outputs])
+        norms = _in_batch_order([output.norms for output in outputs])
+        logits = _in_batch_order([output.logits for output in outputs])
         with section(f"{self.name} update"):
             norm = self._apply(images_seen)
         meters[f"optim/{self.name}_gradient_norm"] = norm
-        maxima[f"optim/{self.name}_gradient_norm_max"] = norm
-        return meters, maxima, _in_batch_order([output.logits for output in outputs])
+        maxima = {f"optim/{self.name}_gradient_norm_max": norm}
+        return Update(meters, maxima, norms, logits)
 
     def averaging_seconds(self) -> float:
         """How long the last timed backward took after its own gradients were ready: averaging over
@@ -157,14 +166,14 @@ def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, An
     return inputs if count == 1 else rows(inputs)
 
 
-def _in_batch_order(logits: list[Logits]) -> Logits:
-    """The inverse of `_micro_batch` for the logits of all micro-batches."""
-    if len(logits) == 1:
-        return logits[0]
-    return {name: torch.stack([o[name] for o in logits], dim=1).flatten(0, 1) for name in logits[0]}
-
-
-def _reduced(outputs: list[Meters], reduce: Callable[[Tensor], Tensor]) -> Meters:
+def _in_batch_order(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The inverse of `_micro_batch` for outputs of all micro-batches."""
     if len(outputs) == 1:
         return outputs[0]
-    return {name: reduce(torch.stack([meters[name] for meters in outputs])) for name in outputs[0]}
+    return {k: torch.stack([each[k] for each in outputs], dim=1).flatten(0, 1) for k in outputs[0]}
+
+
+def _means(outputs: list[Meters]) -> Meters:
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: torch.stack([meters[name] for meters in outputs]).mean() for name in outputs[0]}

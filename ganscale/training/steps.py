@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # the scalar to differentiate
     meters: Meters  # means over this rank's images
-    maxima: Meters  # over this rank's images
+    norms: Meters  # of each of this rank's images
     logits: Logits
 
 
@@ -72,8 +72,7 @@ class CriticStep(nn.Module):
         terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
         detached = {kind: each.detach() for kind, each in logits.items()}
         meters = {"loss/critic_adversarial": loss.detach(), **_term_meters("critic", terms)}
-        meters |= _logit_meters(detached["real"], detached["fake"])
-        maxima: Meters = {}
+        gradient_norms: Meters = {}
         if points:
             stopwatch.time_backward_until(loss, "penalty")
         for name, penalty in self._objective.penalties.items():
@@ -93,14 +92,11 @@ class CriticStep(nn.Module):
                 value = penalty.penalty.value(gradient)
             weighted = penalty.weight * penalty.interval * value
             loss = loss + weighted
-            lengths = norms(gradient.detach()).double()
             meters[f"loss/penalty_{name}"] = weighted.detach()
             meters[f"penalty/{name}"] = value.detach()
-            meters[f"penalty/{name}_gradient_norm"] = lengths.mean()
-            meters[f"penalty/{name}_gradient_norm_square"] = lengths.square().mean()
-            maxima[f"penalty/{name}_gradient_norm_max"] = lengths.amax()
+            gradient_norms[f"penalty/{name}_gradient_norm"] = norms(gradient.detach())
         meters["loss/critic"] = loss.detach()
-        return StepOutput(loss, meters, maxima, detached)
+        return StepOutput(loss, meters, gradient_norms, detached)
 
     def logits(
         self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
@@ -194,16 +190,3 @@ def _term_meters(network: str, terms: Terms) -> Meters:
     return {
         f"loss/{network}_{kind}": terms[kind].detach() for kind in ("real", "fake") if kind in terms
     }
-
-
-def _logit_meters(real_logits: Tensor, fake_logits: Tensor) -> Meters:
-    """Means over this rank's logits, from which a row derives its metrics (`metrics_row`)."""
-    both = torch.stack([real_logits.flatten(), fake_logits.flatten()]).double()
-    names = [
-        f"logits/{kind}_{statistic}"
-        for statistic in ("mean", "square", "sign_rate")
-        for kind in ("real", "fake")
-    ]
-    moments = torch.cat([both, both.square(), both.sign()]).mean(1)
-    in_order = {"logits/pairs_in_order": (both[0] > both[1]).double().mean()}
-    return dict(zip(names, moments.unbind(), strict=True)) | in_order

@@ -31,7 +31,7 @@ from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import StopRequest
 from ganscale.tracking.console import setup_logging
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
-from ganscale.training.cycle import Cycle
+from ganscale.training.cycle import Cycle, draws_ahead
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
@@ -121,6 +121,7 @@ class Trainer:
             self.data,
             partial(allocate_batch, is_pinned=is_cuda),
             batches_ahead=config.objective.n_critic,
+            draws=draws_ahead(config, self.objective),
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=rank,

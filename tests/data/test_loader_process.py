@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,6 +22,7 @@ from ganscale.data.dataset import DataSet, open_data
 from ganscale.data.loader import Loader
 from ganscale.data.loader_process import LoaderProcess, LoaderThread, start_loader
 from ganscale.errors import EXIT_FAILED, GanscaleError, UnavailableError, UserError
+from ganscale.randomness import Draw, normal, split_draws, uniform
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
 from tests.helpers.processes import HANG_SECONDS, wait_until
@@ -32,7 +34,13 @@ def config_of(path: Path | str, **settings) -> DataConfig:
     return DataConfig(path=str(path), **{"resolution": 28, "channels": 1, "lanes": 8, **settings})
 
 
-PLACE = {"seed": 3, "global_batch_size": 24, "rank": 0, "world_size": 1, "images_seen": 0}
+PLACE: dict[str, Any] = {
+    "seed": 3,
+    "global_batch_size": 24,
+    "rank": 0,
+    "world_size": 1,
+    "images_seen": 0,
+}
 
 
 @pytest.fixture
@@ -87,6 +95,18 @@ def test_workers_decide_whether_there_is_another_process(digits: Path) -> None:
         loader = start_loader(open_data(config), allocate_batch, 3, **PLACE)
         with contextlib.closing(loader):
             assert type(loader) is kind
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_brings_the_random_numbers_of_its_slots(digits: Path, workers: int) -> None:
+    draws = Draw("latents", 5, is_normal=True), Draw("share")
+    data = open_data(config_of(digits, workers=workers))
+    with contextlib.closing(start_loader(data, allocate_batch, 3, draws, **PLACE)) as loader:
+        for batch in itertools.islice(loader, 5):
+            assert batch.draws is not None
+            found = split_draws(draws, batch.draws, len(batch.slots))
+            assert torch.equal(found["latents"], normal(3, "latents", batch.slots, 5))
+            assert torch.equal(found["share"], uniform(3, "share", batch.slots))
 
 
 def test_bad_samples_are_logged_here(

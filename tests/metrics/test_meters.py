@@ -1,8 +1,12 @@
 """Meters are averaged over the steps that had them, are read once, and survive a restart."""
 
+import itertools
 import json
+from typing import Any
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganscale.metrics.meters import MeterAccumulator
 
@@ -54,12 +58,51 @@ def test_sums_of_many_float32_values_are_exact(runtime):
     assert meters.read()["loss"] == (2**24 + 9) / 10
 
 
-def test_adding_keeps_no_graph_and_no_reference_to_the_steps_tensors(runtime):
+class Launches(TorchDispatchMode):
+    """The operators within, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_adding_launches_nothing_and_many_steps_are_reduced_at_once(runtime):
     meters = MeterAccumulator(runtime)
-    loss = torch.tensor(1.0)
-    meters.add({"loss": loss})
-    loss.fill_(100.0)
-    assert meters.read() == {"loss": 1.0}
+    steps = [torch.randn(4, 3) for _ in range(200)]
+    counts = []
+    for step in steps:
+        logits, norms, first = {"real": step[:2], "fake": step[2:]}, {"norm": step[0]}, step[0, 0]
+        with Launches() as launches:
+            meters.add({"loss": first}, {"most": first}, norms, logits)
+        counts.append(len(launches.operators))
+    assert [index for index, count in enumerate(counts) if count] == [63, 127, 191]
+    row = meters.read()
+    values = torch.stack(steps).double()
+    assert row["loss"] == pytest.approx(values[:, 0, 0].mean().item(), rel=1e-12)
+    assert row["most"] == values[:, 0, 0].max()
+    assert row["norm"] == pytest.approx(values[:, 0].mean().item(), rel=1e-12)
+    assert row["norm_max"] == values[:, 0].max()
+    assert row["logits/fake_mean"] == pytest.approx(values[:, 2:].mean().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("portions", [[1] * 100, [63, 2, 35], [30, 70]])
+def test_sums_are_the_same_bits_however_often_they_are_saved(runtime, portions):
+    whole, saved = MeterAccumulator(runtime), MeterAccumulator(runtime)
+    steps = torch.randn(100, 2, 8, 5, generator=torch.Generator().manual_seed(1))
+    loads = iter(steps)
+    for step in steps:
+        whole.add({"loss": step[0, 0, 0]}, {}, {}, {"real": step[0], "fake": step[1]})
+    for portion in portions:
+        for step in itertools.islice(loads, portion):
+            saved.add({"loss": step[0, 0, 0]}, {}, {}, {"real": step[0], "fake": step[1]})
+        continued = MeterAccumulator(runtime)
+        continued.load_state(json.loads(json.dumps(saved.state())))
+        saved = continued
+    assert saved.read() == whole.read()
 
 
 def test_meters_continue_from_a_checkpoint_as_if_never_stopped(runtime):

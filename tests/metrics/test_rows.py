@@ -58,7 +58,7 @@ def test_a_row_has_mean_deviation_and_signs_of_all_logits_since_the_last_one(
 
     def noting(*arguments: Any) -> Any:
         found = update(*arguments)
-        seen.append(found[2])
+        seen.append(found.logits)
         return found
 
     monkeypatch.setattr(cycle.state.critic_updater, "update", noting)

@@ -165,7 +165,7 @@ def test_without_trouble_an_update_is_torchs_plain_optimizer_step(runtime, optim
             plain.parameters(), **settings, momentum=optimizer.momentum, foreach=False
         )
     for seed in range(5):
-        meters, maxima, _ = updater.update(images(seed=seed), 0)
+        meters, maxima, *_ = updater.update(images(seed=seed), 0)
         reference.zero_grad()
         loss = loss_of(plain, seed)
         loss.backward()

@@ -71,12 +71,14 @@ close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
 @pytest.mark.parametrize("with_penalty", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty):
+def test_the_critic_steps_loss_and_gradients_are_the_formulas(runtime, name, with_penalty):
     critic, by_hand = SmoothCritic(), SmoothCritic()
     built = objective(name, **(GRADIENT_PENALTY if with_penalty else {}))
     inputs = critic_inputs(built)
-    loss, meters, maxima, logits = CriticStep(critic, built, "float64")(**inputs)
+    loss, meters, norms, logits = CriticStep(critic, built, "float64")(**inputs)
     loss.backward()
+    sums = MeterAccumulator(runtime)
+    sums.add(meters, {}, norms, logits)
 
     real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
     terms = LOSSES[name].critic(real, fake)
@@ -88,7 +90,6 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
         .double()
         .mean()
     )
-    largest = {}
     if with_penalty:
         norms = by_hand.gradient_norms(inputs["points"]["wgan_gp"])
         penalty = ((norms - 1) ** 2).mean()
@@ -96,7 +97,7 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
         shown |= {"penalty/wgan_gp": penalty, "loss/penalty_wgan_gp": WEIGHT * penalty}
         shown["penalty/wgan_gp_gradient_norm"] = norms.mean()
         shown["penalty/wgan_gp_gradient_norm_square"] = (norms**2).mean()
-        largest = {"penalty/wgan_gp_gradient_norm_max": norms.max().detach()}
+        shown["penalty/wgan_gp_gradient_norm_max"] = norms.max()
     total.backward()
     close(loss, total)
     for parameter, expected in zip(critic.parameters(), by_hand.parameters(), strict=True):
@@ -106,8 +107,7 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(name, with_penalty
         terms = terms_relative_to_means(real, fake)
     if name != "relativistic":
         shown |= {"loss/critic_real": terms[0], "loss/critic_fake": terms[1]}
-    close(meters, {name: value.detach() for name, value in shown.items()})
-    close(maxima, largest)
+    close(sums.read(), {name: value.item() for name, value in shown.items()})
     close(logits, {"real": real.detach(), "fake": fake.detach()})
 
 
@@ -134,8 +134,7 @@ def test_the_parts_of_a_row_add_up_to_its_trained_loss(runtime, name, accumulate
     critic, sums = SmoothCritic(), MeterAccumulator(runtime)
     trained = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
     for step in range(6):
-        meters, maxima, _ = trained.update(critic_inputs(built, update=step), 0)
-        sums.add(meters, maxima)
+        sums.add(*trained.update(critic_inputs(built, update=step), 0))
     row = sums.read()
     penalties = row["loss/penalty_wgan_gp"] + row["loss/penalty_r1"]
     assert row["loss/critic_adversarial"] + penalties == pytest.approx(
@@ -218,7 +217,7 @@ def test_micro_batches_change_no_update_of_the_critic(runtime, name, parts):
         results.append([trained.update(critic_inputs(built, batch=8), seen) for seen in (0, 8)])
         critics.append(critic)
     close(*(list(critic.parameters()) for critic in critics), rtol=1e-12)
-    close(*results)  # meters, and logits in the order of the batch
+    close(*results)  # meters, and norms and logits in the order of the batch
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -313,15 +312,14 @@ def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
     inputs = critic_inputs(built)
     inputs |= {name: inputs[name].float() for name in ("real_images", "fake_images")}
     inputs["points"] = {name: images.float() for name, images in inputs["points"].items()}
-    found = {}
+    found, of_logits = {}, {}
     for precision in ("float32", "bfloat16"):
         loss, meters, _, logits = CriticStep(layers, built, precision)(**inputs)
         assert loss.dtype == logits["real"].dtype == torch.float32
-        found[precision] = meters
+        found[precision], of_logits[precision] = meters, logits["real"].mean().item()
     assert torch.equal(found["bfloat16"]["penalty/wgan_gp"], found["float32"]["penalty/wgan_gp"])
-    of_logits = [meters["logits/real_mean"].item() for meters in found.values()]
-    assert of_logits[0] != of_logits[1]  # the logits, though, are bfloat16's
-    assert of_logits[0] == pytest.approx(of_logits[1], abs=0.02)
+    assert of_logits["float32"] != of_logits["bfloat16"]  # the logits, though, are bfloat16's
+    assert of_logits["float32"] == pytest.approx(of_logits["bfloat16"], abs=0.02)
 
     rounded = CriticStep(layers, built, "bfloat16", penalty_precision="bfloat16")(**inputs)
     exact = found["float32"]["penalty/wgan_gp"]

@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from ganscale.randomness import uniform
+from ganscale.randomness import Draw
+
+FLIP = Draw("flip")
 
 
 def to_network_range(
@@ -22,8 +24,15 @@ def to_bytes(
 
 
 def random_flip(
-    images: Float[Tensor, "batch channels height width"], seed: int, slots: Int64[Tensor, " batch"]
+    images: Float[Tensor, "batch channels height width"],
+    seed: int,
+    slots: Int64[Tensor, " batch"],
+    drawn: Float[Tensor, "batch 1"] | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Mirrors each image with probability 1/2, decided by its slot."""
-    mirrored = uniform(seed, "flip", slots).view(-1, 1, 1, 1) < 0.5
+    """Mirrors each image with probability 1/2, decided by its slot.
+
+    drawn: `FLIP` at these slots, if it was made ahead
+    """
+    drawn = FLIP.at(seed, slots) if drawn is None else drawn
+    mirrored = drawn.view(-1, 1, 1, 1) < 0.5
     return torch.where(mirrored, images.flip(3), images)
