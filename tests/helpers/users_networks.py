@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 _NUMPY_GENERATOR = np.random.default_rng(0)
 _CONSTRUCTED = count()
+_RANK = int(os.environ.get("RANK", "0"))
 
 CLUSTER_CRITICS: dict[str, str] = {}  # by name: the words of the refusal
 WORKING_CRITICS: list[str] = []
@@ -102,7 +103,7 @@ class CriticOfTheRank(Critic):
     """As if a machine had an older version of the code."""
 
     def forward(self, images: Tensor) -> Tensor:
-        return (1 + 0.01 * int(os.environ.get("RANK", "0"))) * super().forward(images)
+        return (1 + 0.01 * _RANK) * super().forward(images)
 
 
 class FailingCritic(Critic):

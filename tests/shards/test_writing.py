@@ -312,7 +312,7 @@ def test_sources_that_cannot_be_used_are_named(tmp_path):
         tmp_path / "nowhere": "no folder, zip or tar at",
         tmp_path / "empty": "no images in",
         tmp_path / "file.bin": "is not a folder, zip or uncompressed tar",
-        tmp_path / "cut.zip": "is a zip whose end is missing",
+        tmp_path / "cut.zip": "is a damaged zip, perhaps cut short",
         "bundled:cats": "unknown bundled set 'cats'",
     }.items():
         with pytest.raises(UserError, match=sentence):
