@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ def _start_or_continue(folder: RunFolder, resolved: Resolved, fingerprint: str) 
     stored, has_other_data = check_settings(folder, resolved.config, fingerprint)
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:
-        _check_can_start_again(folder, stored)
+        _start_again(folder, stored)
     elif not folder.record.exists():
         logger.warning("%s is missing: the rows before %s are lost", folder.record, checkpoint.name)
     keeps_id = KEEP_ID in resolved.config.resume.allow
@@ -117,19 +118,19 @@ def _stored_config(folder: RunFolder) -> Config:
         raise UserError(f"{error}; repair the file, or {remedy}") from None
 
 
-def _check_can_start_again(folder: RunFolder, stored: Config) -> None:
-    """Raises UserError if more would be lost than a run that is killed early repeats: the second
-    checkpoint waits for the first, so a longer record has had one."""
+def _start_again(folder: RunFolder, stored: Config) -> None:
+    """Keeps a record that is longer than that of a run which was killed early: the second
+    checkpoint waits for the first, so it must have had one, or a disk that was full."""
+    if not folder.record.exists():
+        return
+    logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
     reached = newest_images_seen(folder.record)
     cycle_images = stored.objective.n_critic * stored.training.global_batch_size
     if reached > 2 * (stored.checkpoint.every_images + cycle_images):
-        raise UserError(
-            f"{folder.path} has rows up to {reached:,} images, but no whole checkpoint: put "
-            f"{folder.checkpoints} back; or, to start again, move {folder.record} away or choose "
-            "another run.name"
-        )
-    if folder.record.exists():
-        logger.warning("%s has no whole checkpoint: the run starts again", folder.path)
+        kept = folder.record.with_name(f"metrics-until-{reached:09d}.jsonl")
+        if not kept.exists():
+            shutil.copyfile(folder.record, kept)
+        logger.warning("its rows up to %s images are kept in %s", f"{reached:,}", kept)
 
 
 def _known_fingerprint(folder: RunFolder) -> str | None:
