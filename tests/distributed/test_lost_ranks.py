@@ -107,11 +107,10 @@ def test_a_run_on_one_rank_does_not_hang_for_ever(runs: Runs, started: list[Rank
 def test_an_error_on_one_rank_ends_all_with_its_message(runs: Runs, started: list[Ranks]) -> None:
     ranks = Ranks(runs, 2, *MISBEHAVES, MISBEHAVE="1:fail")
     started.append(ranks)
-    assert ranks.exit_codes(0, 1) == [1, 1]
-    sentence = f"rank 1 on {HOST}: RuntimeError: the weights of this rank are tired"
-    assert last_error(ranks, 0) == f"error: {sentence}"
+    assert ranks.exit_codes(0, 1) == [2, 2]
+    sentence = "Critic fails in its forward: RuntimeError: the weights of this rank are tired ("
+    assert sentence in last_error(ranks, 0)
     assert "Traceback" not in ranks.printed(0)
-    assert ranks.printed(1).count("Traceback") == 1
 
 
 def test_a_mistake_is_reported_once_for_all_ranks(runs: Runs, started: list[Ranks]) -> None:
