@@ -259,7 +259,7 @@ def batch_norms_in_evaluation(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """On another rank of another world, as far as a forward can tell. Without communication."""
+    """Pretends to be rank 3 of 7. Nothing within may communicate."""
     environment = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "7"}
     with (
         mock.patch.dict(os.environ, environment),

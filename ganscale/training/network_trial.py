@@ -1,6 +1,6 @@
 """Tries networks before a run, and refuses those that fail or would depend on the cluster.
 
-The names of a user's layers tell little. So the trial takes whole steps, in the run's precision and
+The names of a user's layers say little. So the trial takes whole steps, in the run's precision and
 memory format, and then looks at what each network computes (`network_function`).
 """
 

@@ -76,7 +76,7 @@ def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> 
 
 
 def check_settings(folder: RunFolder, config: Config, fingerprint: str) -> tuple[Config, bool]:
-    """(the stored settings, whether the data are others). Raises UserError when the stored run
+    """(the stored settings, whether the data set has changed). Raises UserError when the stored run
     differs in a way that would break its curve."""
     stored = config
     if folder.config.exists() or folder.has_results():
