@@ -65,7 +65,7 @@ def test_the_critic_sees_fakes_and_mixed_images_without_the_generators_graph(fol
     trainer.run()
     logits, penalty = (8, False, True), (4, True, True)
     of_generator, panel = (4, True, False), (4, False, True)
-    of_checkpoint = (2, False, True)
+    of_checkpoint = (4, False, True)
     assert seen == [logits, penalty, logits, penalty, of_generator, panel, of_checkpoint]
     assert all(parameter.grad is not None for parameter in trainer.state.generator.parameters())
 
