@@ -206,7 +206,7 @@ def resampling(chance: Chance, channels: int) -> nn.Module:
 
 
 class Offence(nn.Module):
-    """What a run must refuse, or what looks like it."""
+    """What a run must refuse, or what looks like it; "none" is neither."""
 
     KINDS = (
         "deviation", "gated deviation", "functional batch norm", "detached mean", "batch size",
@@ -280,6 +280,8 @@ class Offence(nn.Module):
             with torch.no_grad():
                 self.average.copy_(F.normalize(self.matrix @ self.average, dim=0))
             return x / (self.matrix @ self.average).norm()
+        if kind == "none":
+            return x
         return x + torch.cdist(x.flatten(2), x.flatten(2), p=3.0).mean((1, 2)).view(-1, 1, 1, 1)
 
 
@@ -289,7 +291,9 @@ WAYS = (
 )  # fmt: skip
 
 
-def stages(chance: Chance, shape: Sequence[int], is_critic: bool) -> tuple[nn.Sequential, int, int]:
+def stages(
+    chance: Chance, shape: Sequence[int], is_critic: bool, has_offences: bool
+) -> tuple[nn.Sequential, int, int]:
     """(layers, channels and pixels of their output) for maps of `shape`."""
     makers = [convolution, convolution, convolution, activation, activation, normalization]
     makers += [resampling, resampling, lambda c, n: Tokens(c, n)]
@@ -301,7 +305,8 @@ def stages(chance: Chance, shape: Sequence[int], is_critic: bool) -> tuple[nn.Se
         if not is_critic and chance.random() < 0.25:
             layer = nn.BatchNorm2d(sample.shape[1], momentum=0.3)
         elif index == offence_at:
-            layer = Offence(chance.choice(Offence.KINDS), sample.shape[1])
+            kind = chance.choice(Offence.KINDS)
+            layer = Offence(kind if has_offences else "none", sample.shape[1])
         elif chance.random() < 0.02:
             layer = Around(layer, "reentrant checkpoint")
         else:
@@ -318,17 +323,28 @@ def stages(chance: Chance, shape: Sequence[int], is_critic: bool) -> tuple[nn.Se
 
 
 class RandomCritic(nn.Module):
-    def __init__(self, sample_shape: tuple[int, int, int], *, number: int) -> None:
+    def __init__(
+        self,
+        sample_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        number: int,
+        has_offences: bool = True,
+    ) -> None:
         super().__init__()
         chance = Chance(2 * number)
-        self.stages, channels, pixels = stages(chance, sample_shape, is_critic=True)
+        made = stages(chance, sample_shape, is_critic=True, has_offences=has_offences)
+        self.stages, channels, pixels = made
         self.head = chance.choice(("flat", "flat", "patches", "mean", "squeeze"))
         inputs = channels if self.head in ("patches", "mean") else channels * pixels
         self.last = nn.Linear(inputs, 1, bias=chance.random() < 0.7)
         self.is_view = chance.random() < 0.05
+        self.classes = nn.Embedding(num_classes, channels) if num_classes else None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         maps = self.stages(images)
+        if self.classes is not None:
+            maps = maps * (1 + self.classes(labels)[:, :, None, None])
         if self.head == "patches":
             return self.last(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         if self.head == "mean":
@@ -338,14 +354,26 @@ class RandomCritic(nn.Module):
 
 
 class RandomGenerator(nn.Module):
-    def __init__(self, latent_dim: int, sample_shape: tuple[int, int, int], *, number: int) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        sample_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        number: int,
+        has_offences: bool = True,
+    ) -> None:
         super().__init__()
         chance = Chance(2 * number + 1)
         self.size = sample_shape[1:]
         self.first = nn.Linear(latent_dim, 4 * 4 * 4)
-        self.stages, channels, _ = stages(chance, (4, 4, 4), is_critic=False)
+        made = stages(chance, (4, 4, 4), is_critic=False, has_offences=has_offences)
+        self.stages, channels, _ = made
         self.last = nn.Conv2d(channels, sample_shape[0], 1)
+        self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.classes is not None:
+            latents = latents + self.classes(labels)
         maps = self.stages(self.first(latents).view(-1, 4, 4, 4))
         return torch.tanh(F.interpolate(self.last(maps), self.size, mode="nearest"))

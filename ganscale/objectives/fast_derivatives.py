@@ -185,8 +185,14 @@ def _norm_per_channel(
 def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """torch 2.13 crashes on a CPU in a backward that needs the gradient of a weight, but not that
     of images in channels last, such as the images of a batch."""
-    is_at_risk = input.device.type == "cpu" and torch.is_grad_enabled()
-    return func(input.contiguous() if is_at_risk else input, *args, **kwargs)
+    if input.device.type != "cpu" or not torch.is_grad_enabled():
+        return func(input, *args, **kwargs)
+    if _is_traced() and not input.requires_grad and not input.is_contiguous():
+        raise RuntimeError(  # checkpointing repeats the forward without this function
+            "torch 2.13 crashes on a CPU where activation checkpointing repeats a group norm of "
+            "images in channels last; `training.memory_format=contiguous` avoids it"
+        )
+    return func(input.contiguous(), *args, **kwargs)
 
 
 _NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -296,6 +296,19 @@ def test_third_derivatives_match_autograd(name: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+def test_a_group_norm_of_images_in_channels_last_does_not_crash() -> None:
+    images = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    norms = [nn.GroupNorm(2, 2).double() for _ in range(2)]
+    norms[0](images).square().sum().backward()
+    channels_last = images.to(memory_format=torch.channels_last)
+    with FastDerivatives():
+        norms[1](channels_last).square().sum().backward()
+        torch.testing.assert_close(norms[1].weight.grad, norms[0].weight.grad)
+        with pytest.raises(RuntimeError, match="memory_format=contiguous"):
+            checkpoint(norms[1], channels_last, use_reentrant=False)
+        checkpoint(norms[1], images, use_reentrant=False)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_instance_norm_of_a_single_image_has_the_gradient_it_has_in_a_batch(
