@@ -353,8 +353,8 @@ def main() -> int:
     for start in range(chosen.first, chosen.first + count, CHUNK):
         outcomes += try_pairs(start, min(CHUNK, chosen.first + count - start))
         if not chosen.quick:
-            failed = sum(verdict(*pair).startswith("FAILED") for pair in outcomes)
-            print(f"{len(outcomes)} pairs, {failed} failed", flush=True)
+            failed = [what for what in map(lambda pair: verdict(*pair), outcomes) if what.startswith("FAILED")]
+            print(f"{len(outcomes)} pairs, {len(failed)} failed", *failed, sep="\n  ", flush=True)
     report(rows_of(outcomes), chosen.json)
     return int(any(verdict(*pair).startswith("FAILED") for pair in outcomes))
 
