@@ -255,19 +255,19 @@ def _is_right(
     error: UserError, networks: Sequence[nn.Module], config: Config, runtime: Runtime
 ) -> bool:
     """Whether the networks deserve this refusal."""
-    if not isinstance(error, UserCodeError):  # plain autograd need not notice
-        has_offence = any(isinstance(module, Offence) for n in networks for module in n.modules())
-        return has_offence and _are_accepted_without_offences(config, runtime)
-    if "torch 2.13 crashes" in str(error):
-        return True
-    is_last = config.training.memory_format == "channels_last"
-    try:
-        plain_record(config, torch.channels_last if is_last else torch.contiguous_format)
-    except Exception:
-        return True
-    return any(
-        getattr(n, "how", "") == "reentrant checkpoint" for net in networks for n in net.modules()
-    )
+    modules = [module for network in networks for module in network.modules()]
+    if isinstance(error, UserCodeError):
+        if "torch 2.13 crashes" in str(error):  # and would in plain autograd
+            return True
+        is_last = config.training.memory_format == "channels_last"
+        try:
+            plain_record(config, torch.channels_last if is_last else torch.contiguous_format)
+        except Exception:
+            return True
+        if any(getattr(module, "how", "") == "reentrant checkpoint" for module in modules):
+            return True
+    has_offence = any(isinstance(module, Offence) for module in modules)
+    return has_offence and _are_accepted_without_offences(config, runtime)
 
 
 def _are_accepted_without_offences(config: Config, runtime: Runtime) -> bool:
@@ -360,9 +360,7 @@ def main() -> int:
         outcomes += try_pairs(start, min(CHUNK, chosen.first + count - start))
         if not chosen.quick:
             failed = [
-                what
-                for what in map(lambda pair: verdict(*pair), outcomes)
-                if what.startswith("FAILED")
+                what for what in (verdict(*pair) for pair in outcomes) if what.startswith("FAILED")
             ]
             print(f"{len(outcomes)} pairs, {len(failed)} failed", *failed, sep="\n  ", flush=True)
     report(rows_of(outcomes), chosen.json)
