@@ -37,26 +37,41 @@ def upsample_and_convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -
     return F.conv2d(larger, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def pooled_kernel(weight: Tensor) -> Tensor:
+def pooled_kernel(weight: Tensor, images: Tensor) -> Tensor:
     """The kernel that, with stride 2, does the work of `weight` and a mean over 2x2 pixels.
 
     The mean of the convolution at four neighbouring pixels is one convolution with the mean of the
     kernel at four neighbouring positions.
-    (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the same memory format.
+    (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the memory format that torch
+    would choose for the convolution of these images.
     """
-    return F.avg_pool2d(F.pad(weight, [1] * 4), 2, stride=1)
+    return F.avg_pool2d(_in_layout_of(weight, weight, images), 2, stride=1, padding=1)
 
 
-def upsampled_kernel(weight: Tensor) -> Tensor:
+def upsampled_kernel(weight: Tensor, images: Tensor) -> Tensor:
     """The kernel of the transposed convolution with stride 2 that does the work of a nearest
     up-sampling and `weight`: `pooled_kernel` transposed, with a sum for the mean.
 
-    (outputs, inputs, k, k) to (inputs, outputs, k + 1, k + 1), in the same memory format.
+    (outputs, inputs, k, k) to (inputs, outputs, k + 1, k + 1), in that memory format.
     """
-    is_channels_last = weight.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if is_channels_last else torch.contiguous_format
-    flipped = weight.transpose(0, 1).contiguous(memory_format=layout).flip(2, 3)
-    return 4 * pooled_kernel(flipped)
+    flipped = weight.flip(2, 3) if weight.shape[-1] > 1 else weight
+    transposed = _in_layout_of(flipped.transpose(0, 1), weight, images)
+    return F.avg_pool2d(transposed, 2, stride=1, padding=1, divisor_override=1)
+
+
+def _in_layout_of(tensor: Tensor, weight: Tensor, images: Tensor) -> Tensor:
+    """In the memory format that torch chooses for a convolution of these images: channels last if
+    one of the two has it."""
+    is_last = _is_channels_last(weight) or _is_channels_last(images)
+    layout = torch.channels_last if is_last else torch.contiguous_format
+    return tensor.contiguous(memory_format=layout)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """For a map of one pixel, `is_contiguous` is true of both formats: there, strides tell."""
+    _, channel, _, column = tensor.stride()
+    is_contiguous = tensor.is_contiguous(memory_format=torch.channels_last)
+    return is_contiguous and channel == 1 and column >= tensor.shape[1]
 
 
 class _SameConv2d(nn.Conv2d):

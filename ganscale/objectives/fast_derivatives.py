@@ -156,7 +156,7 @@ def _transposed_convolution(
 def _convolve_and_pool(
     images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
 ) -> Tensor:
-    kernel, padding = pooled_kernel(weight), weight.shape[-1] // 2
+    kernel, padding = pooled_kernel(weight, images), weight.shape[-1] // 2
     output = _convolution(images, kernel, bias, 2, padding, order=order)
     return F.conv2d(images, kernel, bias, 2, padding) if output is None else output
 
@@ -164,7 +164,7 @@ def _convolve_and_pool(
 def _upsample_and_convolve(
     images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
 ) -> Tensor:
-    kernel, padding = upsampled_kernel(weight), weight.shape[-1] // 2
+    kernel, padding = upsampled_kernel(weight, images), weight.shape[-1] // 2
     output = _transposed_convolution(images, kernel, bias, 2, padding, order=order)
     return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
 

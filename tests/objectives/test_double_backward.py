@@ -1,6 +1,7 @@
 """The fast double backward against autograd's, in float64, for all kinds of critics."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -410,6 +411,21 @@ def test_resampling_convolutions_cost_four_ninths(layer: nn.Module, order: int) 
             layer(images).sum().backward()
         counted.append(operations.count)
     assert 9 * counted[0] == 4 * counted[1] > 0
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("kind", [PooledConv2d, UpsampledConv2d])
+def test_resampling_convolutions_return_the_layout_of_their_definition(
+    kind: type[PooledConv2d], kernel_size: int
+) -> None:
+    """A network may ask for a view of the result."""
+    formats = torch.contiguous_format, torch.channels_last
+    for weights_format, images_format in itertools.product(formats, formats):
+        layer = kind(4, 6, kernel_size).to(memory_format=weights_format)  # type: ignore[call-overload]
+        images = draw(2, 4, 8, 8).float().contiguous(memory_format=images_format)
+        with FastDerivatives():
+            merged = layer(images)
+        assert merged.stride() == layer(images).stride()
 
 
 @pytest.mark.parametrize("kind", [PooledConv2d, UpsampledConv2d])
