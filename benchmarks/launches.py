@@ -34,6 +34,7 @@ from benchmarks.timing import speedup, step_clock
 from ganscale import randomness
 from ganscale.objectives import fast_convolutions, fast_derivatives
 from ganscale.runtime import Runtime
+from ganscale.training import cycle
 
 OBJECTIVES = tuple(sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
 NETWORKS = ("dcgan32", "resnet32")
@@ -70,9 +71,15 @@ def gpu_path() -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(randomness, "philox", on_device))
-        for module in (fast_convolutions, fast_derivatives):
-            for name in ("is_subpixel_faster", "is_im2col_faster"):
-                patches.enter_context(patch.object(module, name, lambda *_: False))
+        for module, name in (
+            (fast_convolutions, "is_subpixel_faster"),
+            (fast_convolutions, "is_im2col_faster"),
+            (fast_derivatives, "is_subpixel_faster"),
+            (fast_derivatives, "is_im2col_faster"),
+            (fast_derivatives, "has_cheap_launches"),
+            (cycle, "has_cheap_launches"),
+        ):
+            patches.enter_context(patch.object(module, name, lambda *_: False))
         yield
 
 
@@ -88,9 +95,9 @@ def operators(contestant: Ours | PlainLoop) -> Counter[str]:
     """Of one cycle, by name."""
     for _ in range(_WARM_UP):
         contestant()
-    cycle = cycle_of(contestant)
+    run = cycle_of(contestant)
     with OperatorCounter() as counter:
-        cycle()
+        run()
     return counter.counts
 
 
@@ -113,9 +120,9 @@ def host(objective: str, network: str, rounds: int) -> Row:
     seconds: dict[str, list[float]] = {name: [] for name in both}
     for turn in range(_WARM_UP + rounds):
         for name, contestant in both.items():
-            cycle = cycle_of(contestant)
+            run = cycle_of(contestant)
             started = step_clock()
-            cycle()
+            run()
             if turn >= _WARM_UP:
                 seconds[name].append(step_clock() - started)
     medians = {name: 1000 * statistics.median(turns) for name, turns in seconds.items()}

@@ -284,6 +284,12 @@ def _refuse_other_parallelism() -> None:
         )
 
 
+def has_cheap_launches(device: torch.device) -> bool:
+    """Whether starting an operator takes little time next to computing it. On a GPU, it is what
+    small networks wait for."""
+    return device.type == "cpu"
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The config's mixed precision for the enclosed forward.
 

@@ -26,7 +26,7 @@ def input_gradient_norm_meters(
         for index in range(micro_batches):
             gradients = input_gradients(
                 partial(run_network, critic),
-                real_images[index::micro_batches],
+                real_images[index::micro_batches].clone(),
                 None if labels is None else labels[index::micro_batches],
                 precision,
                 is_differentiable=False,

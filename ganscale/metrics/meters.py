@@ -16,11 +16,36 @@ Groups = dict[tuple[str, ...], Tensor]
 _STEPS_HELD, _VALUES_HELD = 64, 1 << 20
 
 
+class Scaled(NamedTuple):
+    """`factor` times a scalar."""
+
+    value: Tensor
+    factor: float
+
+
+class NormOf(NamedTuple):
+    """The 2-norm of scalars."""
+
+    parts: tuple[Tensor, ...]
+
+
+Meter = Tensor | float | Scaled | NormOf
+"""A number of a step, given such that the step need not launch anything for it."""
+
+
+class _Layout(NamedTuple):
+    """Of a meter: `factor`, times the 2-norm of `parts` scalars if there are any."""
+
+    name: str
+    parts: int
+    factor: float
+
+
 class _Kind(NamedTuple):
     """Names and shapes of what one `add` is given; all of a kind are reduced together."""
 
-    meters: tuple[str, ...]
-    maxima: tuple[str, ...]
+    meters: tuple[_Layout, ...]
+    maxima: tuple[_Layout, ...]
     norms: tuple[tuple[str, torch.Size], ...]
     logits: tuple[tuple[str, torch.Size], ...]
 
@@ -42,8 +67,8 @@ class MeterAccumulator:
 
     def add(
         self,
-        meters: Mapping[str, Tensor],
-        maxima: Mapping[str, Tensor] | None = None,
+        meters: Mapping[str, Meter],
+        maxima: Mapping[str, Meter] | None = None,
         norms: Mapping[str, Tensor] | None = None,
         logits: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -54,11 +79,11 @@ class MeterAccumulator:
         ranks; and of `norms` (batch,) and `logits` (batch, *map) what `_summarize` makes of them.
         """
         maxima, norms, logits = maxima or {}, norms or {}, logits or {}
-        shapes = (
-            tuple((name, value.shape) for name, value in each.items()) for each in (norms, logits)
-        )
-        values = [*meters.values(), *maxima.values(), *norms.values(), *logits.values()]
-        self._held[_Kind(tuple(meters), tuple(maxima), *shapes)].append(values)
+        scalars = [
+            each for meter in (*meters.values(), *maxima.values()) for each in parts_of(meter)
+        ]
+        kind = _Kind(_layouts(meters), _layouts(maxima), _shapes(norms), _shapes(logits))
+        self._held[kind].append([*scalars, *norms.values(), *logits.values()])
         self._steps_held += 1
         self._values_held += sum(each.numel() for each in (*norms.values(), *logits.values()))
         if self._steps_held >= _STEPS_HELD or self._values_held >= _VALUES_HELD:
@@ -69,7 +94,7 @@ class MeterAccumulator:
         """Adds what is held to the sums, in the order of the steps: a run that was interrupted, and
         so reduced its steps in other portions, gets the same bits."""
         for kind, steps in self._held.items():
-            means, maxima = _summarize(kind, steps)
+            means, maxima = _summarize(kind, steps, self._runtime.device)
             names = tuple(means)
             self._counts[names] += len(steps)
             if means:
@@ -123,21 +148,53 @@ class MeterAccumulator:
                 self._sums[names], self._counts[names] = values, group["count"]
 
 
-def _summarize(kind: _Kind, steps: Sequence[list[Tensor]]) -> tuple[dict[str, Tensor], ...]:
+def parts_of(meter: Meter) -> tuple[Tensor, ...]:
+    """The scalars that a meter is made of."""
+    if isinstance(meter, NormOf):
+        return meter.parts
+    if isinstance(meter, Scaled):
+        return (meter.value,)
+    return (meter,) if isinstance(meter, Tensor) else ()
+
+
+def _layouts(meters: Mapping[str, Meter]) -> tuple[_Layout, ...]:
+    named = meters.items()
+    return tuple(_Layout(name, len(parts_of(meter)), _factor(meter)) for name, meter in named)
+
+
+def _shapes(values: Mapping[str, Tensor]) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, value.shape) for name, value in values.items())
+
+
+def _factor(meter: Meter) -> float:
+    if isinstance(meter, Scaled):
+        return meter.factor
+    return meter if isinstance(meter, float) else 1.0
+
+
+def _summarize(
+    kind: _Kind, steps: Sequence[list[Tensor]], device: torch.device
+) -> tuple[dict[str, Tensor], ...]:
     """(means, maxima) by name, of each step, (steps,) float64.
 
     Of norms: the mean, the mean square, from which a row derives its deviation, and the maximum.
     Of logits: the first two and the mean sign; of both kinds, how often the real one is larger.
     """
-    scalars = (*kind.meters, *kind.maxima)
+    layouts = (*kind.meters, *kind.maxima)
+    count = sum(layout.parts for layout in layouts)
     columns: list[Tensor] = []
-    if scalars:
-        in_order = [value for step in steps for value in step[: len(scalars)]]
-        columns = [*torch.stack(in_order).double().view(len(steps), -1).unbind(1)]
-    means = dict(zip(kind.meters, columns[: len(kind.meters)], strict=True))
-    maxima = dict(zip(kind.maxima, columns[len(kind.meters) :], strict=True))
+    if layouts:
+        in_order = [value for step in steps for value in step[:count]]
+        table = torch.stack(in_order) if in_order else torch.empty(0, device=device)
+        table = table.double().view(len(steps), count)
+        counts = [layout.parts for layout in layouts]
+        for layout, parts in zip(layouts, table.split(counts, dim=1), strict=True):
+            columns.append(_combined(parts, layout.factor))
+    names = [layout.name for layout in layouts]
+    means = dict(zip(names[: len(kind.meters)], columns, strict=False))
+    maxima = dict(zip(names[len(kind.meters) :], columns[len(kind.meters) :], strict=True))
     logits: dict[str, Tensor] = {}
-    others = zip(*(step[len(scalars) :] for step in steps), strict=True)
+    others = zip(*(step[count:] for step in steps), strict=True)
     for index, values in enumerate(others):
         rows = torch.stack(values).double().flatten(1)
         if index < len(kind.norms):
@@ -153,6 +210,15 @@ def _summarize(kind: _Kind, steps: Sequence[list[Tensor]]) -> tuple[dict[str, Te
     if logits:
         means["logits/pairs_in_order"] = (logits["real"] > logits["fake"]).double().mean(1)
     return means, maxima
+
+
+def _combined(parts: Tensor, factor: float) -> Tensor:
+    """The meter of each step from its parts, (steps, parts)."""
+    if parts.shape[1] == 0:
+        return parts.new_full((len(parts),), factor)
+    if parts.shape[1] == 1:
+        return parts[:, 0] * factor
+    return parts.square().cumsum(1)[:, -1].sqrt() * factor  # one after another, as in `_reduce`
 
 
 def _as_numbers(

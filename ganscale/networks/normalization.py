@@ -59,6 +59,11 @@ class GlobalBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _forward_concatenated(self, batches: Sequence[Tensor]) -> Tensor:
+        if get_world_size() == 1:
+            settings = self.running_mean, self.running_var, self.weight, self.bias, True
+            return torch.cat(
+                [F.batch_norm(batch, *settings, self.momentum, self.eps) for batch in batches]
+            )
         outputs = []
         for batch, mean, variance in zip(batches, *_global_moments(*batches), strict=True):
             self._update_running(batch, mean, variance)
@@ -95,12 +100,11 @@ def concatenated_batches(count: int) -> Iterator[None]:
 
 
 def can_concatenate_batches(network: nn.Module) -> bool:
-    """Whether `concatenated_batches` is correct for the network and saves it all-reduces: its class
-    promises by `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms
-    only, draws no random numbers and changes no other buffers."""
-    has_norms = any(isinstance(module, GlobalBatchNorm) for module in network.modules())
+    """Whether `concatenated_batches` is correct for the network: its class promises by
+    `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms only, draws
+    no random numbers and changes no other buffers."""
     # Not inherited: a base class cannot promise this for what a subclass adds.
-    return has_norms and vars(type(network)).get("mixes_images_in_batch_norm_only", False)
+    return vars(type(network)).get("mixes_images_in_batch_norm_only", False)
 
 
 class _BatchNormFunction(torch.autograd.Function):

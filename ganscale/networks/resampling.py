@@ -2,39 +2,95 @@
 
 A convolution and a mean over 2x2 pixels are together a convolution with stride 2 and a kernel
 larger by one. So are, transposed, a nearest up-sampling and a convolution. That takes 4/9 of the
-multiplications of a 3x3 kernel. The two convolutions here are the definition; in a training step
-`objectives.fast_derivatives.FastDerivatives` replaces them with the faster form, whose kernels
-`pooled_kernel` and `upsampled_kernel` make.
+multiplications of a 3x3 kernel. The two layers here are defined by two operations; within
+`merged_kernels`, as in a training step, they compute the one.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import wrap_torch_function
+
+_Kernels = dict[tuple[int, bool], tuple[Tensor, Tensor]]
+_avg_pool2d = torch.ops.aten.avg_pool2d  # FastDerivatives has nothing to add here
+_kernels: ContextVar[_Kernels | None] = ContextVar("kernels", default=None)
 
 
-def _tensors(images: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    return images, weight, bias
+@contextmanager
+def merged_kernels() -> Iterator[None]:
+    """Within, resampling convolutions are one operation, and the forwards of a step make each
+    kernel once. Weights must not change within."""
+    if _kernels.get() is not None:
+        yield
+        return
+    token = _kernels.set({})
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
 
 
-@wrap_torch_function(_tensors)
-def convolve_and_pool(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def is_traced() -> bool:
+    """Whether the calls are being recorded: by a network's own torch.compile, where it is not known
+    which derivatives will be needed, or by activation checkpointing, which repeats the forward
+    outside of all contexts and must save the same tensors there."""
+    if torch.compiler.is_compiling():
+        return True
+    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+    return top_hooks(True) is not None
+
+
+class _SameConv2d(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> None:
+        """Raises ValueError for an even kernel_size, which cannot keep the resolution."""
+        if kernel_size % 2 == 0:
+            raise ValueError(f"a kernel of even size, {kernel_size}, cannot keep the resolution")
+        super().__init__(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+
+
+class PooledConv2d(_SameConv2d):
     """The mean over 2x2 pixels of a convolution that keeps the resolution.
 
     (batch, inputs, height, width) to (batch, outputs, height // 2, width // 2)
-    weight: (outputs, inputs, kernel, kernel) with an odd kernel
     """
-    return F.avg_pool2d(F.conv2d(images, weight, bias, padding=weight.shape[-1] // 2), 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, padding = self.weight, self.kernel_size[0] // 2
+        if (kernel := _merged_kernel(pooled_kernel, weight, input)) is not None:
+            return F.conv2d(input, kernel, self.bias, 2, padding)
+        return F.avg_pool2d(F.conv2d(input, weight, self.bias, padding=padding), 2)
 
 
-@wrap_torch_function(_tensors)
-def upsample_and_convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class UpsampledConv2d(_SameConv2d):
     """A convolution of the images doubled in size, each pixel repeated 2x2 times.
 
-    (batch, inputs, height, width) to (batch, outputs, 2 height, 2 width); weight as above
+    (batch, inputs, height, width) to (batch, outputs, 2 height, 2 width)
     """
-    larger = F.interpolate(images, scale_factor=2.0, mode="nearest")
-    return F.conv2d(larger, weight, bias, padding=weight.shape[-1] // 2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, padding = self.weight, self.kernel_size[0] // 2
+        if (kernel := _merged_kernel(upsampled_kernel, weight, input)) is not None:
+            return F.conv_transpose2d(input, kernel, self.bias, 2, padding)
+        larger = F.interpolate(input, scale_factor=2.0, mode="nearest")
+        return F.conv2d(larger, weight, self.bias, padding=padding)
+
+
+def _merged_kernel(
+    make: Callable[[Tensor, Tensor], Tensor], weight: Tensor, images: Tensor
+) -> Tensor | None:
+    """The kernel that `make` makes, from the step's if it was made before; None if the layer is to
+    compute its definition."""
+    if is_traced() or (kernels := _kernels.get()) is None:
+        return None
+    key = id(weight), torch.is_grad_enabled()
+    if key not in kernels:
+        # With its weight, which a parametrization may have made for this forward only, so that no
+        # other gets its id.
+        kernels[key] = weight, make(weight, images)
+    return kernels[key][1]
 
 
 def pooled_kernel(weight: Tensor, images: Tensor) -> Tensor:
@@ -45,7 +101,7 @@ def pooled_kernel(weight: Tensor, images: Tensor) -> Tensor:
     (outputs, inputs, k, k) to (outputs, inputs, k + 1, k + 1), in the memory format that torch
     would choose for the convolution of these images.
     """
-    return F.avg_pool2d(_in_layout_of(weight, weight, images), 2, stride=1, padding=1)
+    return _avg_pool2d(_in_layout_of(weight, weight, images), [2, 2], [1, 1], [1, 1])
 
 
 def upsampled_kernel(weight: Tensor, images: Tensor) -> Tensor:
@@ -56,7 +112,7 @@ def upsampled_kernel(weight: Tensor, images: Tensor) -> Tensor:
     """
     flipped = weight.flip(2, 3) if weight.shape[-1] > 1 else weight
     transposed = _in_layout_of(flipped.transpose(0, 1), weight, images)
-    return F.avg_pool2d(transposed, 2, stride=1, padding=1, divisor_override=1)
+    return _avg_pool2d(transposed, [2, 2], [1, 1], [1, 1], divisor_override=1)
 
 
 def _in_layout_of(tensor: Tensor, weight: Tensor, images: Tensor) -> Tensor:
@@ -72,25 +128,3 @@ def _is_channels_last(tensor: Tensor) -> bool:
     _, channel, _, column = tensor.stride()
     is_contiguous = tensor.is_contiguous(memory_format=torch.channels_last)
     return is_contiguous and channel == 1 and column >= tensor.shape[1]
-
-
-class _SameConv2d(nn.Conv2d):
-    def __init__(self, inputs: int, outputs: int, kernel_size: int, *, bias: bool = True) -> None:
-        """Raises ValueError for an even kernel_size, which cannot keep the resolution."""
-        if kernel_size % 2 == 0:
-            raise ValueError(f"a kernel of even size, {kernel_size}, cannot keep the resolution")
-        super().__init__(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
-
-
-class PooledConv2d(_SameConv2d):
-    """`convolve_and_pool` with the parameters of a Conv2d."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return convolve_and_pool(input, self.weight, self.bias)
-
-
-class UpsampledConv2d(_SameConv2d):
-    """`upsample_and_convolve` with the parameters of a Conv2d."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return upsample_and_convolve(input, self.weight, self.bias)

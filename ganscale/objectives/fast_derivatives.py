@@ -6,12 +6,14 @@ implementation is as good.
 `order=2` is for forwards that a gradient penalty differentiates twice: the functions of
 `double_backward` replace convolutions, average pools and ReLUs. Everything else keeps autograd's
 derivatives; the two mix freely. `order=1` is for forwards that are differentiated once or never: it
-replaces average pools and the convolutions that `fast_convolutions` speeds up.
+replaces average pools and the convolutions that `fast_convolutions` speeds up. Both merge
+convolutions with resampling (`networks.resampling`).
 
 Both work around two errors of torch's norms on a CPU (`_norm_per_channel`, `_group_norm`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,12 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ganscale.networks.resampling import (
-    convolve_and_pool,
-    pooled_kernel,
-    upsample_and_convolve,
-    upsampled_kernel,
-)
+from ganscale.networks.resampling import is_traced, merged_kernels
 from ganscale.objectives.double_backward import FastAvgPool2d, FastConvolution, FastLeakyReLU
 from ganscale.objectives.fast_convolutions import (
     ConvolutionSettings,
@@ -34,8 +31,18 @@ from ganscale.objectives.fast_convolutions import (
     is_im2col_faster,
     is_subpixel_faster,
 )
+from ganscale.runtime import has_cheap_launches
 
 Sizes = int | Sequence[int]
+
+
+def first_derivatives(device: torch.device) -> AbstractContextManager[Any]:
+    """A context for forwards that are differentiated once or never.
+
+    Merged kernels save work on every device. The other forms of order 1 were found on CPUs, and
+    calls from Python would outlast the kernels of a GPU.
+    """
+    return FastDerivatives() if has_cheap_launches(device) else merged_kernels()
 
 
 class FastDerivatives(TorchFunctionMode):
@@ -43,6 +50,15 @@ class FastDerivatives(TorchFunctionMode):
         """order: how many times the forward will be differentiated, 1 or 2"""
         super().__init__()
         self._order = order
+
+    def __enter__(self) -> "FastDerivatives":
+        self._merged = merged_kernels()
+        self._merged.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._merged.__exit__(*error)
 
     def __torch_function__(
         self,
@@ -55,7 +71,7 @@ class FastDerivatives(TorchFunctionMode):
         if (norm := _NORMS.get(func)) is not None and not torch.compiler.is_compiling():
             return norm(func, *args, **kwargs)
         output, replacement = None, _REPLACEMENTS.get(func)
-        if replacement is not None and not _is_traced():
+        if replacement is not None and not is_traced():
             output = replacement(*args, **kwargs, order=self._order)
         return func(*args, **kwargs) if output is None else output
 
@@ -153,22 +169,6 @@ def _transposed_convolution(
     )  # fmt: skip
 
 
-def _convolve_and_pool(
-    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
-) -> Tensor:
-    kernel, padding = pooled_kernel(weight, images), weight.shape[-1] // 2
-    output = _convolution(images, kernel, bias, 2, padding, order=order)
-    return F.conv2d(images, kernel, bias, 2, padding) if output is None else output
-
-
-def _upsample_and_convolve(
-    images: Tensor, weight: Tensor, bias: Tensor | None, *, order: int
-) -> Tensor:
-    kernel, padding = upsampled_kernel(weight, images), weight.shape[-1] // 2
-    output = _transposed_convolution(images, kernel, bias, 2, padding, order=order)
-    return F.conv_transpose2d(images, kernel, bias, 2, padding) if output is None else output
-
-
 def _norm_per_channel(
     func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
@@ -187,7 +187,7 @@ def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs
     of images in channels last, such as the images of a batch."""
     if input.device.type != "cpu" or not torch.is_grad_enabled():
         return func(input, *args, **kwargs)
-    if _is_traced() and not input.requires_grad and not input.is_contiguous():
+    if is_traced() and not input.requires_grad and not input.is_contiguous():
         raise RuntimeError(  # checkpointing repeats the forward without this function
             "torch 2.13 crashes on a CPU where activation checkpointing repeats a group norm of "
             "images in channels last; `training.memory_format=contiguous` avoids it"
@@ -209,17 +209,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.avg_pool2d: _avg_pool2d,
     **dict.fromkeys([F.conv1d, F.conv2d, F.conv3d], _convolution),
     **dict.fromkeys(_TRANSPOSED, _transposed_convolution),
-    convolve_and_pool: _convolve_and_pool,
-    upsample_and_convolve: _upsample_and_convolve,
 }
-
-
-def _is_traced() -> bool:
-    """Whether the calls are being recorded: by a network's own torch.compile, where it is not known
-    which derivatives will be needed, or by activation checkpointing, which repeats the forward
-    outside this context and must save the same tensors there."""
-    top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
-    return torch.compiler.is_compiling() or top_hooks(True) is not None
 
 
 def _is_faster_once(input: Tensor, weight: Tensor, settings: ConvolutionSettings) -> bool:

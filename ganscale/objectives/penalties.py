@@ -10,14 +10,17 @@ of all when the norm is near 1.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ganscale.objectives.fast_derivatives import FastDerivatives
+from ganscale.objectives.fast_derivatives import FastDerivatives, first_derivatives
 from ganscale.randomness import uniform
 from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
 
@@ -53,12 +56,18 @@ class Draws:
 @dataclass(frozen=True)
 class Penalty:
     """points: (real_images, fake_images, draws) -> images at which the gradient is taken
-    value: gradients (batch, *sample) -> scalar, the mean over the batch
-    draws: purposes of numbers per sample that may be made ahead; others are made when asked for"""
+    value: gradients (batch, *sample) -> scalar, the mean over the batch; or (scalar, norms) if it
+        knows their detached 2-norms (batch,), which are metered, anyway
+    draws: purposes of numbers per sample that may be made ahead; others are made when asked for
+    """
 
     points: Callable[[Tensor, Tensor, Draws], Tensor]
-    value: Callable[[Tensor], Tensor]
+    value: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
     draws: tuple[str, ...] = ()
+
+    def value_and_norms(self, gradients: Float[Tensor, "batch *sample"]) -> tuple[Tensor, Tensor]:
+        value = self.value(gradients)
+        return value if isinstance(value, tuple) else (value, norms(gradients.detach()))
 
 
 def input_gradients(
@@ -76,15 +85,33 @@ def input_gradients(
     patch_score: "mean" takes the mean of an image's logits for its score
     is_differentiable: whether the gradients can be differentiated again
     """
-    attention = twice_differentiable_attention(is_differentiable)
-    with autocast(images.device, precision), attention:
+    device = images.device
+    derivatives = FastDerivatives(order=2) if is_differentiable else first_derivatives(device)
+    with autocast(device, precision), twice_differentiable_attention(is_differentiable):
         images = at_least_float32(images.detach()).requires_grad_()
-        with FastDerivatives(order=2 if is_differentiable else 1):
+        with derivatives:
             logits = at_least_float32(critic(images, labels))
-        # Images do not affect each other, so the gradient of the sum holds each one's own.
-        score = logits.sum() if patch_score == "sum" else logits.sum() / logits[0].numel()
-        (gradients,) = torch.autograd.grad(score, images, create_graph=is_differentiable)
-        return gradients
+        return gradients_of_scores(logits, images, patch_score, is_differentiable=is_differentiable)
+
+
+def gradients_of_scores(
+    logits: Float[Tensor, "batch *map"],
+    images: Float[Tensor, "batch *sample"],
+    patch_score: str,
+    *,
+    is_differentiable: bool = True,
+) -> Float[Tensor, "batch *sample"]:
+    """`input_gradients`, from the logits of these images."""
+    # Images do not affect each other, so the gradient of the sum holds each one's own.
+    scale = 1.0 if patch_score == "sum" else logits.shape[0] / logits.numel()
+    weights = _constant(scale, logits.shape, logits.dtype, logits.device)
+    (gradients,) = torch.autograd.grad(logits, images, weights, create_graph=is_differentiable)
+    return gradients
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def twice_differentiable_attention(is_needed: bool) -> AbstractContextManager[Any]:
@@ -112,15 +139,13 @@ def interpolates(real_images: Tensor, fake_images: Tensor, draws: Draws) -> Tens
 
 def wgan_gp() -> Penalty:
     """E[(||grad|| - 1)^2]: Gulrajani et al. 2017 (arXiv:1704.00028), equation 3."""
-    return Penalty(interpolates, _deviation_from_one, _INTERPOLATION)
+    return Penalty(interpolates, _SquaredDeviation.apply, _INTERPOLATION)
 
 
 def wgan_lp() -> Penalty:
     """E[max(0, ||grad|| - 1)^2]: Petzka et al. 2018 (arXiv:1709.08894), equation 8."""
     return Penalty(
-        interpolates,
-        lambda gradients: (norms(gradients) - 1).clamp_min(0).square().mean(),
-        _INTERPOLATION,
+        interpolates, lambda gradients: _SquaredDeviation.apply(gradients, True), _INTERPOLATION
     )
 
 
@@ -136,17 +161,17 @@ def dragan() -> Penalty:
         share = draws.per_sample("dragan share", real_images)
         return real_images + share * 0.5 * global_deviation(real_images) * noise
 
-    return Penalty(points, _deviation_from_one, ("dragan share",))
+    return Penalty(points, _SquaredDeviation.apply, ("dragan share",))
 
 
 def r1() -> Penalty:
     """E[||grad||^2] / 2 at real images: Mescheder et al. 2018 (arXiv:1801.04406), equation 9."""
-    return Penalty(lambda real_images, _, __: real_images, _half_square)
+    return Penalty(lambda real_images, _, __: real_images, _HalfSquare.apply)
 
 
 def r2() -> Penalty:
     """E[||grad||^2] / 2 at fakes: Mescheder et al. 2018 (arXiv:1801.04406), equation 10."""
-    return Penalty(lambda _, fake_images, __: fake_images, _half_square)
+    return Penalty(lambda _, fake_images, __: fake_images, _HalfSquare.apply)
 
 
 def wgan_gp_pixel() -> Penalty:
@@ -175,12 +200,45 @@ def global_deviation(images: Tensor) -> Tensor:
     return (square - mean.square()).clamp_min(0).sqrt().to(images.dtype)
 
 
-def _deviation_from_one(gradients: Tensor) -> Tensor:
-    return (norms(gradients) - 1).square().mean()
+class _SquaredDeviation(Function):
+    """(E[d^2], norms) of gradients g, with d = ||g|| - 1; or d = max(0, ||g|| - 1) if it is
+    one-sided. In half the operators that autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Tensor, is_one_sided: bool = False) -> tuple[Tensor, Tensor]:
+        lengths = norms(gradients)
+        deviations = lengths - 1
+        if is_one_sided:
+            deviations.clamp_min_(0)
+        ctx.save_for_backward(gradients, lengths, deviations)
+        ctx.mark_non_differentiable(lengths)
+        return torch.dot(deviations, deviations) / len(lengths), lengths
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """2 d g / (||g|| batch); a gradient of zero stays zero."""
+        gradients, lengths, deviations = ctx.saved_tensors
+        smallest = torch.finfo(lengths.dtype).tiny ** 0.75  # squares of smaller ones underflow
+        factors = deviations / lengths.clamp_min(smallest) * (grad * (2 / len(lengths)))
+        return gradients * factors.view(-1, *[1] * (gradients.ndim - 1)), None
 
 
-def _half_square(gradients: Tensor) -> Tensor:
-    return 0.5 * gradients.square().sum(_sample_dimensions(gradients)).mean()
+class _HalfSquare(Function):
+    """(E[||g||^2] / 2, norms) of gradients g, likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = norms(gradients)
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(lengths)
+        return torch.dot(lengths, lengths) / (2 * len(lengths)), lengths
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+        (gradients,) = ctx.saved_tensors
+        return gradients * (grad / len(gradients))
 
 
 def _sample_dimensions(gradients: Tensor) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ def cycle_exchanges(
     if is_global and micro_batches > 1:
         forwards += micro_batches
     fakes_forwards = n_critic
-    if makes_fakes_together(config, generator, ranks):
+    if makes_fakes_together(config, generator, ranks, torch.device("cpu")):
         fakes_forwards = min(n_critic, 1 + reuses_fakes)
     critic_bytes, critic_buckets = _gradients(config, critic)
     generator_bytes, generator_buckets = _gradients(config, generator)

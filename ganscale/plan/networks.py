@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ganscale.runtime import weights_dtype
-from ganscale.schema import Config, OptimizerConfig
+from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_unchecked_networks
-from ganscale.training.optimizers import build_optimizer, optimizer_tensors
+from ganscale.training.optimizers import build_optimizer
 from ganscale.training.state import Files, checkpoint_files
 
 
@@ -35,28 +35,9 @@ def planned_files(config: Config, generator: nn.Module, critic: nn.Module) -> Fi
         generator,
         critic,
         ema_copy(generator),
-        _planned_optimizer_tensors(generator, config.optimizer.generator),
-        _planned_optimizer_tensors(critic, config.optimizer.critic),
+        build_optimizer(trainable(generator), config.optimizer.generator).tensors(),
+        build_optimizer(trainable(critic), config.optimizer.critic).tensors(),
     )
-
-
-def _planned_optimizer_tensors(network: nn.Module, config: OptimizerConfig) -> dict[str, Tensor]:
-    """The optimizer's state, derived from a step on a parameter of two elements: state tensors with
-    that parameter's shape have the shape of any parameter."""
-    tensors: dict[str, Tensor] = {}
-    parameters = trainable(network)
-    for dtype in {p.dtype for p in parameters}:
-        probe = nn.Parameter(torch.zeros(2, dtype=dtype, device="cpu"))
-        probe.grad = torch.zeros_like(probe)
-        optimizer = build_optimizer([probe], config)
-        optimizer.step()
-        for name, tensor in optimizer_tensors(optimizer).items():
-            for index, parameter in enumerate(parameters):
-                if parameter.dtype == dtype:
-                    shape = parameter.shape if tensor.shape == probe.shape else tensor.shape
-                    empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
-                    tensors[f"{index}.{name.partition('.')[2]}"] = empty
-    return tensors
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -14,13 +14,17 @@ from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import update_spectral_norms
-from ganscale.networks.normalization import can_concatenate_batches, concatenated_batches
+from ganscale.networks.normalization import (
+    GlobalBatchNorm,
+    can_concatenate_batches,
+    concatenated_batches,
+)
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.objective import Objective, panel_meters
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import Draw, normal, split_draws
-from ganscale.runtime import Runtime, autocast
+from ganscale.runtime import Runtime, autocast, has_cheap_launches
 from ganscale.schema import Config
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
@@ -53,10 +57,15 @@ def draws_ahead(config: Config, objective: Objective) -> tuple[Draw, ...]:
     return (*draws, *map(Draw, dict.fromkeys(purposes)))
 
 
-def makes_fakes_together(config: Config, generator: nn.Module, world_size: int) -> bool:
+def makes_fakes_together(
+    config: Config, generator: nn.Module, world_size: int, device: torch.device
+) -> bool:
     """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
-    each other's batch norm statistics once. Not with micro-batches: then memory is short."""
-    return world_size > 1 and config.training.accumulate == 1 and can_concatenate_batches(generator)
+    each other's batch norm statistics once, and a device for fewer launches. Not with
+    micro-batches: then memory is short."""
+    has_norms = any(isinstance(module, GlobalBatchNorm) for module in generator.modules())
+    has_gain = (has_norms and world_size > 1) or not has_cheap_launches(device)
+    return has_gain and config.training.accumulate == 1 and can_concatenate_batches(generator)
 
 
 class Cycle:
@@ -70,7 +79,8 @@ class Cycle:
         self._draws_ahead = draws_ahead(config, objective)
         self._run_generator = fast_forward(state.generator, config.training.compile)
         ranks = runtime.world_size
-        self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks)
+        device = runtime.device
+        self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks, device)
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.networks.forward import run_network
-from ganscale.objectives.fast_derivatives import FastDerivatives
+from ganscale.objectives.fast_derivatives import first_derivatives
 
 
 def fast_forward(
     network: nn.Module, compiles: bool, is_frozen: bool = False
 ) -> Callable[..., Tensor]:
-    """`run_network` of `network` under `FastDerivatives`, or compiled.
+    """`run_network` of `network` under `first_derivatives`, or compiled.
 
     compiles: by torch.compile, which has no second derivatives. The result raises UserError for a
         network that cannot be compiled.
@@ -24,7 +24,7 @@ def fast_forward(
         return _compiled(network, is_frozen)
 
     def run(inputs: Tensor, labels: Tensor | None) -> Tensor:
-        with FastDerivatives():
+        with first_derivatives(inputs.device):
             return run_network(network, inputs, labels)
 
     return run

@@ -1,13 +1,14 @@
 """A network with its optimizer and its wrapped step."""
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from ganscale.errors import UserError
+from ganscale.metrics.meters import Meter, NormOf, Scaled
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import buffers_restored
 from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
@@ -25,10 +26,11 @@ class NonFiniteGuard:
 
     def __init__(self, device: torch.device) -> None:
         self.tripped = torch.zeros((), device=device)  # 0.0 or 1.0: fused optimizers read it
+        self._one = torch.ones((), device=device)
 
-    def watch(self, gradient_norm: Tensor) -> None:
-        # 0 times infinity or NaN is NaN; in the norm's own precision, where large ones are finite.
-        self.tripped.add_(gradient_norm * 0).nan_to_num_(nan=1)
+    def watch(self, gradient_norms: list[Tensor]) -> None:
+        # In the norms' own precision, where large ones are finite; multiplies them by 1.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradient_norms, self.tripped, self._one)
 
     def has_tripped(self) -> bool:
         """Waits for the device."""
@@ -40,7 +42,7 @@ class Update(NamedTuple):
 
     meters: Meters
     maxima: Meters
-    norms: Meters  # of each of this rank's images
+    norms: dict[str, Tensor]  # of each of this rank's images
     logits: Logits  # in the order of the batch
 
 
@@ -58,17 +60,12 @@ class NetworkUpdater:
         non_finite_guard: NonFiniteGuard,
     ) -> None:
         self.name, self._step, self._network = name, step, network
-        self._has_checked_gradients = False
         self._wrapped = runtime.prepare(step, training.gradient_compression)
         self._runtime, self._training = runtime, training
         self._non_finite_guard = non_finite_guard
         self._learning_rate = optimizer.learning_rate
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, optimizer)
-        self.skipped_updates = torch.zeros((), device=runtime.device)
-        self._skips_on_device = optimizer.name != "rmsprop"
-        if self._skips_on_device:
-            self.optimizer.found_inf = non_finite_guard.tripped  # type: ignore[attr-defined]
+        self.optimizer = build_optimizer(self.parameters, optimizer, non_finite_guard.tripped)
 
     def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
         """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension.
@@ -97,8 +94,8 @@ class NetworkUpdater:
                     loss = output.loss if count == 1 else output.loss / count
                     loss.backward(inputs=self.parameters)
             outputs.append(output)
-        if not self._has_checked_gradients:
-            self._check_gradients()
+        if any(parameter.grad is None for parameter in self.parameters):
+            self._refuse_idle_parameters()
         meters = _means([output.meters for output in outputs])
         norms = _in_batch_order([output.norms for output in outputs])
         logits = _in_batch_order([output.logits for output in outputs])
@@ -122,41 +119,40 @@ class NetworkUpdater:
             logits = [self._step.logits(**_micro_batch(inputs, k, count)) for k in range(count)]
         return logit_gradients(self._step.loss_terms, _in_batch_order(logits))
 
-    def _check_gradients(self) -> None:
-        """Raises UserError for a parameter that the loss does not reach: on one rank it would never
-        change, on several DDP would wait for its gradient and fail at the next step."""
+    def _refuse_idle_parameters(self) -> NoReturn:
+        """Raises UserError for parameters that the loss does not reach: on one rank they would not
+        change, on several DDP would wait for their gradients and fail at the next step."""
         names = {id(p): name for name, p in self._network.named_parameters()}
         idle = [names[id(p)] for p in self.parameters if p.grad is None]
-        if idle:
-            raise UserError(
-                f"the {self.name}'s parameters {', '.join(idle)} get no gradient from its loss: "
-                "use them in forward, remove them, or set requires_grad=False"
-            )
-        self._has_checked_gradients = True
+        raise UserError(
+            f"the {self.name}'s parameters {', '.join(idle)} get no gradient from its loss: "
+            "use them in forward, remove them, or set requires_grad=False"
+        )
 
     @torch.no_grad()
-    def _apply(self, images_seen: int) -> Tensor:
+    def _apply(self, images_seen: int) -> Meter:
         """Clips gradients and takes the optimizer's step, unless a gradient was not finite; returns
         the gradient norm before clipping."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        self._non_finite_guard.watch(norm)
-        self.skipped_updates += self._non_finite_guard.tripped
+        norms = [*torch._foreach_norm(gradients)]
+        self._non_finite_guard.watch(norms)
         if self._training.gradient_clip > 0:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
             clip_grads_with_norm_(self.parameters, self._training.gradient_clip, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(images_seen)
-        if self._skips_on_device or not self._non_finite_guard.has_tripped():
-            self.optimizer.step()
-        return norm
+        self.optimizer.step(self.learning_rate(images_seen))
+        return NormOf(tuple(norms))
 
 
 def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, Any]:
-    """Every `count`-th row from row `index` on of all tensors within `inputs`."""
+    """Every `count`-th row from row `index` on of all tensors within `inputs`; a tensor that is
+    there twice stays one."""
+    taken: dict[int, Tensor] = {}
 
     def rows(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value[index::count]
+            if id(value) not in taken:  # without gaps: networks may ask for views
+                taken[id(value)] = value[index::count].clone()
+            return taken[id(value)]
         if isinstance(value, LogitGradients):
             return LogitGradients(*map(rows, value))
         if isinstance(value, dict):
@@ -176,4 +172,13 @@ def _in_batch_order(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _means(outputs: list[Meters]) -> Meters:
     if len(outputs) == 1:
         return outputs[0]
-    return {name: torch.stack([meters[name] for meters in outputs]).mean() for name in outputs[0]}
+    return {name: _mean([meters[name] for meters in outputs]) for name in outputs[0]}
+
+
+def _mean(meters: list[Meter]) -> Meter:
+    first = meters[0]
+    if isinstance(first, Scaled):
+        values = [meter.value for meter in meters if isinstance(meter, Scaled)]
+        return Scaled(torch.stack(values).mean(), first.factor)
+    tensors = [meter for meter in meters if isinstance(meter, Tensor)]
+    return torch.stack(tensors).mean() if tensors else first

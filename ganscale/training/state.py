@@ -21,7 +21,6 @@ from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.optimizers import load_optimizer_tensors, optimizer_tensors
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 Files = dict[str, dict[str, torch.Tensor]]
@@ -96,8 +95,8 @@ class TrainingState:
             self.generator,
             self.critic,
             self.ema,
-            optimizer_tensors(self.generator_updater.optimizer),
-            optimizer_tensors(self.critic_updater.optimizer),
+            self.generator_updater.optimizer.tensors(),
+            self.critic_updater.optimizer.tensors(),
         )
 
     def numbers(self) -> dict[str, Any]:
@@ -135,7 +134,7 @@ class TrainingState:
                 getattr(self, name).load_state_dict(load_tensors(folder, name))
             for updater in self.updaters:
                 tensors = load_tensors(folder, f"{updater.name}_optimizer")
-                load_optimizer_tensors(updater.optimizer, tensors)
+                updater.optimizer.load_tensors(tensors)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UserError(
                 f"{folder} does not fit these settings ({' '.join(str(error).split())[:300]}): "

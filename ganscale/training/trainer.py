@@ -268,10 +268,10 @@ class Trainer:
         state = self.state
         if not is_due or not state.non_finite_guard.has_tripped():
             return
-        skipped = int(state.critic_updater.skipped_updates.item())
+        skipped = int(state.critic_updater.optimizer.skipped_steps.item())
         failed_at = state.images_seen - skipped * self.config.training.global_batch_size
         state.images_seen = failed_at
-        state.steps -= int(state.generator_updater.skipped_updates.item())
+        state.steps -= int(state.generator_updater.optimizer.skipped_steps.item())
         state.health.non_finite_events += 1
         kept = "the weights before it were not finite either; continue from an older checkpoint"
         if is_good := state.is_finite():

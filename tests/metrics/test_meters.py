@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ganscale.metrics.meters import MeterAccumulator
+from ganscale.metrics.meters import MeterAccumulator, NormOf, Scaled
 
 
 def add(meters: MeterAccumulator, **values: float) -> None:
@@ -32,6 +32,14 @@ def test_the_largest_of_maxima_is_read_and_reset(runtime):
     assert meters.read() == {"loss": 1.5, "norm": -1.0, "other": 7.0}
     meters.add({"loss": torch.tensor(1.0)}, {"norm": torch.tensor(-5.0)})
     assert meters.read() == {"loss": 1.0, "norm": -5.0}
+
+
+def test_a_meter_may_be_a_number_a_multiple_or_a_norm(runtime):
+    meters, one, two = MeterAccumulator(runtime), torch.tensor(-1.0), torch.tensor(2.0)
+    for factor in (1.0, 3.0):
+        meters.add({"a": factor, "b": Scaled(one, factor), "c": NormOf((2 * two, 3 * one))})
+    meters.add({"a": 5.0}, {"c_max": NormOf((two, two, one))})
+    assert meters.read() == {"a": 3.0, "b": -2.0, "c": 5.0, "c_max": 3.0}
 
 
 def test_reading_resets(runtime):

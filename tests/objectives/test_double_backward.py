@@ -52,7 +52,7 @@ def assert_matches_autograd(
         pairs = (actual, input_gradients), (expected, autograd_input_gradients)
         for results, gradients_of in pairs:
             grads = gradients_of(score, images, labels)
-            value = make().value(grads)
+            value, _ = make().value_and_norms(grads)
             gradients = torch.autograd.grad(
                 value, parameters, allow_unused=True, materialize_grads=True
             )

@@ -46,7 +46,7 @@ def draws_of(batch: int, first: int = 1000, seed: int = 7) -> Draws:
 
 
 def value(name: str, critic, images: Tensor, labels: Tensor | None = None) -> Tensor:
-    return PENALTIES[name]().value(input_gradients(critic, images, labels))
+    return PENALTIES[name]().value_and_norms(input_gradients(critic, images, labels))[0]
 
 
 def test_every_registered_penalty_is_held_against_its_paper():

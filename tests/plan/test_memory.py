@@ -73,7 +73,7 @@ def test_checkpoint_and_device_bytes_are_those_of_a_trained_state(digits, tmp_pa
     held = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     held += [p.grad for network in networks for p in network.parameters() if p.grad is not None]
     for updater in (state.generator_updater, state.critic_updater):
-        held += [t for each in updater.optimizer.state.values() for t in each.values()]
+        held += updater.optimizer.tensors().values()
     assert plan.device_bytes == sum(t.nbytes for t in held if t is not None)
     count = sum(p.numel() for p in state.generator.parameters())
     assert plan.generator_parameters == count

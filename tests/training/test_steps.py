@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.formulas import LOSSES, cross_entropy
-from ganscale.metrics.meters import MeterAccumulator
+from ganscale.metrics.meters import MeterAccumulator, parts_of
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.objectives.penalties import Draws
 from ganscale.runtime import Runtime
@@ -302,7 +302,8 @@ def test_nothing_that_a_step_reports_keeps_its_graph_alive(runtime):
     step = GeneratorStep(SmallGenerator(), critic, objective("relativistic"), "float64")
     for loss, *seen in (output, step(**generator_inputs())):
         assert loss.requires_grad
-        assert not any(value.requires_grad for figures in seen for value in figures.values())
+        meters = [meter for figures in seen for meter in figures.values()]
+        assert not any(part.requires_grad for meter in meters for part in parts_of(meter))
 
 
 def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
