@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu, softplus
+from torch.nn.functional import mse_loss, relu, softplus
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
@@ -100,10 +100,10 @@ def lsgan(a: float = 0.0, b: float = 1.0, c: float = 1.0) -> Loss:
     """
     return Loss(
         lambda real, fake: {
-            "real": 0.5 * (real - b).square().mean(),
-            "fake": 0.5 * (fake - a).square().mean(),
+            "real": _half_squared_error(real, b),
+            "fake": _half_squared_error(fake, a),
         },
-        lambda fake: {"fake": 0.5 * (fake - c).square().mean()},
+        lambda fake: {"fake": _half_squared_error(fake, c)},
     )
 
 
@@ -153,6 +153,10 @@ def relativistic_average() -> Loss:
             "fake": softplus(real.mean() - fake).mean(),
         },
     )
+
+
+def _half_squared_error(logits: Tensor, label: float) -> Tensor:
+    return 0.5 * mse_loss(logits, torch.full_like(logits, label))
 
 
 _BUILT_IN = minimax, non_saturating, lsgan, wgan, hinge, relativistic, relativistic_average

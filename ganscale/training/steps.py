@@ -227,11 +227,11 @@ def _terms_and_loss(
     gradients: LogitGradients | None,
     micro_batches: int,
 ) -> tuple[Terms, Tensor]:
-    if not step.needs_global_batch:
+    scale = get_world_size() * micro_batches
+    if scale == 1 or not step.needs_global_batch:
         terms = step.loss_terms(*logits.values())
         return terms, total(terms)
     gradients = gradients or logit_gradients(step.loss_terms, logits)
-    scale = get_world_size() * micro_batches
     return gradients.terms, surrogate_loss(logits, gradients, scale)
 
 
