@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 _FEISTEL_ROUNDS = 24
 
@@ -44,20 +45,27 @@ def philox(counter: Int64[Tensor, "4 *shape"], key: tuple[int, int]) -> Int64[Te
 
 
 def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """int64 products wrap around, but their bits are right: masks take the low and the high word,
-    and remove the extended sign of the latter."""
-    words = [*counter.unbind(0)]
-    key_0, key_1 = key
-    for _ in range(10):
-        product_0, product_1 = words[0] * _MULTIPLIER_0, words[2] * _MULTIPLIER_1
-        words = [
-            ((product_1 >> 32) & _WORD) ^ words[1] ^ key_0,
-            product_1 & _WORD,
-            ((product_0 >> 32) & _WORD) ^ words[3] ^ key_1,
-            product_0 & _WORD,
-        ]
-        key_0, key_1 = (key_0 + _WEYL_0) & _WORD, (key_1 + _WEYL_1) & _WORD
-    return torch.stack(words)
+    """With few operators. int64 products wrap around, but their low 64 bits are right; bits above
+    the words are removed where they would matter."""
+    even, odd = counter[0::2], counter[1::2]
+    factors, *round_keys = (
+        pair.view(2, *[1] * (counter.ndim - 1)) for pair in _round_constants(key, counter.device)
+    )
+    for keys in round_keys:
+        products = even * factors
+        even = ((products >> 32).flip(0) ^ odd ^ keys) & _WORD
+        odd = products.flip(0)
+    return torch.stack([even, odd & _WORD], dim=1).flatten(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _round_constants(key: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    """The factors, and the keys of the ten rounds, a pair each; copied to the device once."""
+    pairs = [(_MULTIPLIER_0, _MULTIPLIER_1)]
+    pairs += [
+        tuple((k + n * w) & _WORD for k, w in zip(key, _WEYL, strict=True)) for n in range(10)
+    ]
+    return torch.tensor(pairs, device=device).unbind(0)
 
 
 def _philox_on_host(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -66,7 +74,7 @@ def _philox_on_host(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     even, odd = words[0::2], words[1::2]
     factors = np.array([[_MULTIPLIER_0], [_MULTIPLIER_1]], dtype=np.uint64)
     keys = np.array([[key[0]], [key[1]]], dtype=np.uint64)
-    weyl = np.array([[_WEYL_0], [_WEYL_1]], dtype=np.uint64)
+    weyl = np.array(_WEYL, dtype=np.uint64)[:, None]
     word, half = np.uint64(_WORD), np.uint64(32)
     for _ in range(10):
         products = even * factors
