@@ -196,6 +196,12 @@ class TrainingConfig:
         autocast="that of training.precision; in bfloat16 the gradient errs by about 2 %",
     )
     compile: bool = setting("Use torch.compile, except for penalties; slower on a CPU.", False)
+    cuda_graphs: str = choice(
+        "Replay steps as CUDA graphs, which start with one launch each. Not yet tried on a GPU.",
+        false="never",
+        auto="on one GPU, without training.compile",
+        true="the same, or an error",
+    )
     gradient_compression: str = choice(
         "Format in which ranks exchange gradients.",
         none="as computed",

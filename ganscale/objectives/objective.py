@@ -31,15 +31,18 @@ class Objective:
     clip: ClipConfig | None
     panel: dict[str, Loss]
 
+    def due_penalties(self, update: int) -> tuple[str, ...]:
+        """The names of those that are taken at this critic update."""
+        return tuple(n for n, each in self.penalties.items() if update % each.interval == 0)
+
     def penalty_points(
         self, real_images: Tensor, fake_images: Tensor, draws: Draws, update: int
     ) -> dict[str, Tensor]:
         """For each penalty that is due at this critic update, the images at which its gradient is
         taken."""
         return {
-            name: weighted.penalty.points(real_images, fake_images, draws)
-            for name, weighted in self.penalties.items()
-            if update % weighted.interval == 0
+            name: self.penalties[name].penalty.points(real_images, fake_images, draws)
+            for name in self.due_penalties(update)
         }
 
 

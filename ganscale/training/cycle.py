@@ -1,7 +1,9 @@
 """One training cycle: `n_critic` critic steps, a generator step, and the update of the EMA."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,8 +28,10 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
 from ganscale.schema import Config
+from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
+from ganscale.training.network_updater import Update
 from ganscale.training.state import TrainingState
 
 CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
@@ -81,6 +85,8 @@ class Cycle:
         ranks = runtime.world_size
         device = runtime.device
         self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks, device)
+        is_captured = captures_steps(config.training, device, ranks)
+        self.captured_steps = CapturedSteps() if is_captured else None
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -118,7 +124,9 @@ class Cycle:
             is_last = step == len(batches) - 1
             stopwatch.is_running = is_logged and is_last
             with_graph = is_last and reuses_fakes
-            fake_images = fakes[step] if step < len(fakes) else self.fakes(batch, with_graph)
+            fake_images = (
+                fakes[step] if step < len(fakes) else self.fakes(batch, is_logged, with_graph)
+            )
             logits = self.critic_step(batch, fake_images, is_logged and is_last)
         assert batch is not None
         on_phase("generator")
@@ -169,38 +177,64 @@ class Cycle:
         drawn = [self._drawn(batch).get(CRITIC_LATENTS) for batch in batches]
         made = [each for each in drawn if each is not None]
         draws = {CRITIC_LATENTS: torch.cat(made)} if len(made) == len(batches) else {}
-        with section("fakes together"), concatenated_batches(len(batches)):
-            fakes = self._fakes(slots, torch.cat(labels) if labels else None, draws)
-            return fakes.chunk(len(batches))
+        inputs = {"slots": slots, "labels": torch.cat(labels) if labels else None, "draws": draws}
 
-    def fakes(self, batch: DeviceBatch, with_graph: bool = False) -> Tensor:
+        def make(inputs: dict[str, Any], _: Mapping[str, Any]) -> Tensor:
+            with concatenated_batches(len(batches)):
+                return self._fakes(**inputs)
+
+        with section("fakes together"):
+            kind = "fakes", len(batches)
+            return self._run_step(kind, make, inputs, {}, is_logged).chunk(len(batches))
+
+    def fakes(self, batch: DeviceBatch, is_logged: bool, with_graph: bool = False) -> Tensor:
         """The fakes of one critic step; `with_graph` if they serve the generator's step, too."""
         if with_graph:
             update_spectral_norms(self.state.generator)
-        with section("fake images"), torch.set_grad_enabled(with_graph):
-            return self._fakes(batch.slots, batch.labels, batch.draws)
+        inputs = {"slots": batch.slots, "labels": batch.labels, "draws": batch.draws}
+
+        def make(inputs: dict[str, Any], _: Mapping[str, Any]) -> Tensor:
+            with torch.set_grad_enabled(with_graph):
+                return self._fakes(**inputs)
+
+        with section("fake images"):
+            return self._run_step("fakes", make, inputs, {}, is_logged or with_graph)
 
     def critic_step(self, batch: DeviceBatch, fake_images: Tensor, is_logged: bool) -> Logits:
         """One update of the critic; afterwards its images count as seen."""
         state, global_batch_size = self.state, self.config.training.global_batch_size
-        update_spectral_norms(state.critic)
-        fake_images = fake_images.detach().to(batch.images.dtype)
-        draws = Draws(self.config.seed, batch.slots, state.images_seen, batch.draws)
         number = state.images_seen // global_batch_size
-        inputs = {
+        kind = "critic", *self.objective.due_penalties(number)
+        fake_images = fake_images.detach().to(batch.images.dtype)
+        seen = state.images_seen
+        numbers = {"rate": state.critic_updater.learning_rate(seen), "first_slot": seen}
+        inputs = {"batch": vars(batch), "fake_images": fake_images}
+        step = partial(self._update_critic, number)
+        update = self._run_step(kind, step, inputs, numbers, is_logged)
+        state.meters.add(*update)
+        if is_logged:
+            self._add_logged_meters(batch, fake_images, update.logits)
+        state.images_seen += global_batch_size
+        return update.logits
+
+    def _update_critic(
+        self, number: int, inputs: dict[str, Any], numbers: Mapping[str, Any]
+    ) -> Update:
+        """The critic's `number`-th update: what a device computes of it."""
+        batch, fake_images = DeviceBatch(**inputs["batch"]), inputs["fake_images"]
+        update_spectral_norms(self.state.critic)
+        draws = Draws(self.config.seed, batch.slots, numbers["first_slot"], batch.draws)
+        step_inputs = {
             "real_images": batch.images,
             "fake_images": fake_images,
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
         }
-        update = state.critic_updater.update(inputs, state.images_seen)
-        state.meters.add(*update)
+        seen = self.state.images_seen
+        update = self.state.critic_updater.update(step_inputs, seen, numbers["rate"])
         if self.objective.clip is not None:
             clip_weights(self._clipped, self.objective.clip.value)
-        if is_logged:
-            self._add_logged_meters(batch, fake_images, update.logits)
-        state.images_seen += global_batch_size
-        return update.logits
+        return update
 
     def generator_step(
         self, batch: DeviceBatch, fake_images: Tensor | None, is_logged: bool
@@ -209,22 +243,50 @@ class Cycle:
 
         fake_images: that step's fakes with their graph, to be used again; None makes new ones
         """
-        state, latents = self.state, None
-        if fake_images is None:
-            update_spectral_norms(state.generator)
-            latents = self._latents(GENERATOR_LATENTS, batch.slots, batch.draws)
-        inputs = {
-            "latents": latents,
-            "fake_images": fake_images,
-            "real_images": batch.images,
-            "labels": batch.labels,
-            "with_real_logits": is_logged,
-        }
-        update = state.generator_updater.update(inputs, state.images_seen)
+        state = self.state
+        numbers = {"rate": state.generator_updater.learning_rate(state.images_seen)}
+        inputs = {"batch": vars(batch), "fake_images": fake_images}
+        step = partial(self._update_generator, is_logged)
+        is_eager = is_logged or fake_images is not None  # with a graph from outside
+        update = self._run_step("generator", step, inputs, numbers, is_eager)
         state.meters.add(update.meters, update.maxima)
         if is_logged:
             state.meters.add(panel_meters("generator", self.objective.panel, update.logits))
         state.steps += 1
+
+    def _update_generator(
+        self,
+        with_real_logits: bool,
+        inputs: dict[str, Any],
+        numbers: Mapping[str, Any],
+    ) -> Update:
+        """What a device computes of `generator_step`."""
+        batch, fake_images, latents = DeviceBatch(**inputs["batch"]), inputs["fake_images"], None
+        if fake_images is None:
+            update_spectral_norms(self.state.generator)
+            latents = self._latents(GENERATOR_LATENTS, batch.slots, batch.draws)
+        step_inputs = {
+            "latents": latents,
+            "fake_images": fake_images,
+            "real_images": batch.images,
+            "labels": batch.labels,
+            "with_real_logits": with_real_logits,
+        }
+        seen = self.state.images_seen
+        return self.state.generator_updater.update(step_inputs, seen, numbers["rate"])
+
+    def _run_step(
+        self,
+        kind: Hashable,
+        step: Callable[[Any, Mapping[str, Any]], Any],
+        inputs: Any,
+        numbers: Mapping[str, float],
+        is_eager: bool,
+    ) -> Any:
+        """Captured steps are those of no row: its step has more to measure."""
+        if self.captured_steps is None or is_eager:
+            return step(inputs, numbers)
+        return self.captured_steps.run(kind, step, inputs, numbers)
 
     @section("ema")
     def _update_ema(self) -> None:

@@ -16,7 +16,7 @@ from ganscale.objectives.losses import Logits
 from ganscale.objectives.penalties import twice_differentiable_attention
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
-from ganscale.training.optimizers import build_optimizer, learning_rate_factor
+from ganscale.training.optimizers import Rate, build_optimizer, learning_rate_factor
 from ganscale.training.steps import CriticStep, GeneratorStep, Meters, StepOutput
 
 
@@ -67,12 +67,17 @@ class NetworkUpdater:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, optimizer, non_finite_guard.tripped)
 
-    def update(self, inputs: dict[str, Any], images_seen: int) -> Update:
-        """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension.
+    def update(
+        self, inputs: dict[str, Any], images_seen: int, learning_rate: Rate | None = None
+    ) -> Update:
+        """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension;
+        by default with the learning rate of `images_seen`.
 
         Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
         the same images for every world size.
         """
+        if learning_rate is None:
+            learning_rate = self.learning_rate(images_seen)
         count = self._training.accumulate
         self._runtime.watch_averaging(self._wrapped, stopwatch.is_running)
         for parameter in self.parameters:
@@ -100,7 +105,7 @@ class NetworkUpdater:
         norms = _in_batch_order([output.norms for output in outputs])
         logits = _in_batch_order([output.logits for output in outputs])
         with section(f"{self.name} update"):
-            norm = self._apply(images_seen)
+            norm = self._apply(learning_rate)
         meters[f"optim/{self.name}_gradient_norm"] = norm
         maxima = {f"optim/{self.name}_gradient_norm_max": norm}
         return Update(meters, maxima, norms, logits)
@@ -130,7 +135,7 @@ class NetworkUpdater:
         )
 
     @torch.no_grad()
-    def _apply(self, images_seen: int) -> Meter:
+    def _apply(self, learning_rate: Rate) -> Meter:
         """Clips gradients and takes the optimizer's step, unless a gradient was not finite; returns
         the gradient norm before clipping."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -139,7 +144,7 @@ class NetworkUpdater:
         if self._training.gradient_clip > 0:
             norm = torch.linalg.vector_norm(torch.stack(norms))
             clip_grads_with_norm_(self.parameters, self._training.gradient_clip, norm)
-        self.optimizer.step(self.learning_rate(images_seen))
+        self.optimizer.step(learning_rate)
         return NormOf(tuple(norms))
 
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ganscale.schema import OptimizerConfig, TrainingConfig
 
+Rate = float | Tensor
+"""A number, or a float32 scalar on the device, where it may change between replays of a graph."""
+
 
 class Optimizer(ABC):
     """An update of all parameters by torch's fused kernels.
@@ -39,14 +42,14 @@ class Optimizer(ABC):
         }
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: Rate) -> None:
         """Every parameter must have a gradient, which may be changed."""
         self.skipped_steps += self._skip
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._update(gradients, learning_rate)
 
     @abstractmethod
-    def _update(self, gradients: list[Tensor], learning_rate: float) -> None: ...
+    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None: ...
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments as `<parameter index>.<name>`."""
@@ -75,7 +78,7 @@ class Optimizer(ABC):
         averages: Sequence[Tensor],
         squares: Sequence[Tensor],
         steps: Tensor,
-        learning_rate: float,
+        learning_rate: Rate,
         betas: Sequence[float],
         weight_decay: float,
     ) -> None:
@@ -100,7 +103,7 @@ class Optimizer(ABC):
         self,
         gradients: Sequence[Tensor],
         buffers: Sequence[Tensor],
-        learning_rate: float,
+        learning_rate: Rate,
         weight_decay: float,
     ) -> None:
         torch._fused_sgd_(
@@ -128,7 +131,7 @@ class Adam(Optimizer):
         super().__init__(parameters, config, skip, ("exp_avg", "exp_avg_sq"))
         self._steps = torch.zeros((), device=self._device)  # with those that were skipped
 
-    def _update(self, gradients: list[Tensor], learning_rate: float) -> None:
+    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
         self._steps += 1
         betas, weight_decay = self.config.betas, self.config.weight_decay
         averages, squares = self._moments["exp_avg"], self._moments["exp_avg_sq"]
@@ -159,7 +162,7 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(parameters, config, skip, _momentum(config))
 
-    def _update(self, gradients: list[Tensor], learning_rate: float) -> None:
+    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
         buffers = self._moments.get("momentum_buffer", [])
         self._sgd(gradients, buffers, learning_rate, self.config.weight_decay)
 
@@ -180,7 +183,7 @@ class RMSprop(Optimizer):
         # Of a step that far away, the bias correction is 1.
         self._infinite_steps = torch.full((), math.inf, device=self._device)
 
-    def _update(self, gradients: list[Tensor], learning_rate: float) -> None:
+    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
         weight_decay, betas = self.config.weight_decay, (0.0, self.config.alpha)
         averages, squares = gradients, self._moments["square_avg"]  # an average of one gradient
         if self.config.momentum == 0:

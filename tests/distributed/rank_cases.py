@@ -171,7 +171,7 @@ def after_two_cycles(combination: Combination, accumulate: int, runtime: Runtime
 def critic_step(cycle: Cycle) -> None:
     batch = synthetic_batch(cycle.config, cycle.runtime, cycle.state.images_seen)
     device_batch = cycle.to_device(batch)
-    cycle.critic_step(device_batch, cycle.fakes(device_batch), is_logged=False)
+    cycle.critic_step(device_batch, cycle.fakes(device_batch, is_logged=False), is_logged=False)
 
 
 def generator_step(cycle: Cycle) -> None:

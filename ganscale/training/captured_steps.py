@@ -1,0 +1,137 @@
+"""Steps as CUDA graphs: their operators are recorded once and then started by a single launch.
+
+A graph repeats operators on the same memory, so whatever changes from step to step has to be in
+tensors: a batch is copied to where the graph reads it, numbers such as a learning rate are scalars
+there, and results are copied out before the next replay overwrites them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ganscale.errors import UserError
+from ganscale.schema import TrainingConfig
+
+Number = float | Tensor
+Step = Callable[[Any, Mapping[str, Number]], Any]
+Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+"""Of a function without arguments: (its outputs, a function that computes them again in place)."""
+
+WARM_UP = 3  # steps of a kind before it is captured: they make caches and states
+
+
+def captures_steps(config: TrainingConfig, device: torch.device, world_size: int) -> bool:
+    """Whether steps are captured. Raises UserError if they are asked for where they cannot be."""
+    if config.cuda_graphs == "false":
+        return False
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = f"the device is {device.type}"
+    elif world_size > 1:
+        obstacle = "several ranks exchange gradients by DDP, outside of a graph"
+    elif config.compile:
+        obstacle = "`training.compile` starts kernels in its own way"
+    if obstacle and config.cuda_graphs == "true":
+        raise UserError(f"`training.cuda_graphs=true` is not possible, since {obstacle}")
+    return obstacle is None
+
+
+def capture_cuda_graph(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may pin memory meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = run()
+    return outputs, graph.replay
+
+
+class CapturedSteps:
+    def __init__(self, capture: Capture = capture_cuda_graph) -> None:
+        self._capture = capture
+        self._calls: Counter[Hashable] = Counter()
+        self._captured: dict[Hashable, _CapturedStep] = {}
+
+    def run(
+        self, kind: Hashable, step: Step, inputs: Any, numbers: Mapping[str, float] | None = None
+    ) -> Any:
+        """What `step(inputs, numbers)` returns: nested containers of tensors.
+
+        kind: steps of a kind launch the same operators on tensors of the same shapes; `numbers` are
+            all that may differ between them on the host
+        """
+        numbers = numbers or {}
+        self._calls[kind] += 1
+        if self._calls[kind] <= WARM_UP:
+            return _beside_the_default_stream(lambda: step(inputs, _as_tensors(inputs, numbers)))
+        if kind not in self._captured:
+            self._captured[kind] = _CapturedStep(self._capture, step, inputs, numbers)
+        return self._captured[kind].replay(inputs, numbers)
+
+
+class _CapturedStep:
+    def __init__(
+        self, capture: Capture, step: Step, inputs: Any, numbers: Mapping[str, float]
+    ) -> None:
+        leaves, structure = tree_flatten(inputs)
+        self._inputs = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._numbers = _as_tensors(inputs, numbers)
+
+        def run() -> tuple[list[Tensor], list[Any], Any]:
+            results, structure_of_results = tree_flatten(
+                step(tree_unflatten(self._inputs, structure), self._numbers)
+            )
+            tensors = [each for each in results if isinstance(each, Tensor)]
+            return _packed(tensors), results, structure_of_results
+
+        (self._packed, self._results, self._structure), self._replay = capture(run)
+
+    def replay(self, inputs: Any, numbers: Mapping[str, float]) -> Any:
+        for own, given in zip(self._inputs, tree_flatten(inputs)[0], strict=True):
+            if isinstance(own, Tensor):
+                if own.shape != given.shape:
+                    raise ValueError(f"captured with {tuple(own.shape)}, not {tuple(given.shape)}")
+                own.copy_(given, non_blocking=True)
+        for name, number in numbers.items():
+            self._numbers[name].fill_(number)
+        self._replay()
+        copies = iter(_unpacked([each.clone() for each in self._packed], self._results))
+        filled = [next(copies) if isinstance(each, Tensor) else each for each in self._results]
+        return tree_unflatten(filled, self._structure)
+
+
+def _as_tensors(inputs: Any, numbers: Mapping[str, float]) -> dict[str, Tensor]:
+    """On the device of the inputs; fused optimizers read rates in float32."""
+    device = next(leaf.device for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
+    dtypes = {int: torch.int64, float: torch.float32}
+    return {k: torch.full((), n, dtype=dtypes[type(n)], device=device) for k, n in numbers.items()}
+
+
+def _packed(tensors: list[Tensor]) -> list[Tensor]:
+    """One tensor for each dtype, so that copying many small results takes a launch."""
+    dtypes = list(dict.fromkeys(each.dtype for each in tensors))
+    return [torch.cat([t.flatten() for t in tensors if t.dtype == dtype]) for dtype in dtypes]
+
+
+def _unpacked(packed: list[Tensor], results: list[Any]) -> list[Tensor]:
+    """The inverse, in the order of `results`."""
+    tensors = [each for each in results if isinstance(each, Tensor)]
+    parts = {
+        each.dtype: iter(each.split([t.numel() for t in tensors if t.dtype == each.dtype]))
+        for each in packed
+    }
+    return [next(parts[each.dtype]).view(each.shape) for each in tensors]
+
+
+def _beside_the_default_stream(run: Callable[[], Any]) -> Any:
+    """As torch asks for before a capture, so that libraries set themselves up for other streams."""
+    if not torch.cuda.is_available():
+        return run()
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        outputs = run()
+    current.wait_stream(stream)
+    return outputs

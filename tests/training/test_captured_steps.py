@@ -1,0 +1,188 @@
+"""Replayed steps train as steps that run: here, by a recording of operators in a graph's place."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from benchmarks.invariance import (
+    Combination,
+    config_of,
+    synthetic_batch,
+)
+from benchmarks.launches import gpu_path
+from ganscale.errors import UserError
+from ganscale.objectives.objective import build_objective
+from ganscale.runtime import Runtime
+from ganscale.schema import Config, TrainingConfig
+from ganscale.training.captured_steps import CapturedSteps, captures_steps
+from ganscale.training.cycle import Cycle
+from ganscale.training.metrics_row import metrics_row
+from ganscale.training.state import TrainingState
+
+CYCLES = 7  # the first three are warm-up
+
+
+class Recorder(TorchDispatchMode):
+    """Notes operators with the tensors that they were given. As of a graph, Python is not repeated,
+    and results go to where they went at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._overloadpacket in (torch.ops.aten.item, torch.ops.aten._local_scalar_dense):
+            raise RuntimeError(f"{func} in a step would wait for the device")
+        outputs = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, tree_flatten(outputs)[0]))
+        return outputs
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, outputs in self.calls:
+            found = tree_flatten(func(*args, **kwargs))[0]
+            for own, new in zip(outputs, found, strict=True):
+                is_own = not isinstance(own, Tensor) or own.data_ptr() == new.data_ptr()
+                if not is_own:
+                    own.copy_(new)
+
+
+class Graphs:
+    """Captures on a CPU. There, recording also computes, so the first replay is left out."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        with Recorder() as recorder:
+            outputs = run()
+        is_first = True
+
+        def replay() -> None:
+            nonlocal is_first
+            if not is_first:
+                recorder.replay()
+                self.replays += 1
+            is_first = False
+
+        return outputs, replay
+
+
+def trained(config: Config, graphs: Graphs | None, log_every: int = 100) -> dict[str, Tensor]:
+    """Everything in the state, and all meters, after a few cycles."""
+    runtime, objective = Runtime.start(), build_objective(config.objective)
+    state = TrainingState(config, objective, runtime, 3 if config.training.conditional else 0)
+    cycle = Cycle(config, objective, runtime, state)
+    if graphs is not None:
+        cycle.captured_steps = CapturedSteps(graphs.capture)
+    n_critic, size = config.objective.n_critic, config.training.global_batch_size
+    found: dict[str, Tensor] = {}
+    for number in range(CYCLES):
+        seen = state.images_seen
+        batches = [synthetic_batch(config, runtime, seen + size * k) for k in range(n_critic)]
+        is_logged = number % log_every == log_every - 1
+        logits = cycle.run(batches, is_logged=is_logged)
+        if is_logged:
+            row = metrics_row(state, runtime, config.training.total_images, logits)
+            figures = {k: torch.tensor(v) for k, v in row.items() if isinstance(v, float)}
+            found |= {f"{number} {k}": v for k, v in figures.items()}
+    found |= {f"meter {k}": torch.tensor(v) for k, v in state.meters.read().items()}
+    return found | {k: v.clone() for k, v in state.audited().items()}
+
+
+def config_with(combination: Combination, **training: Any) -> Config:
+    config = config_of(combination, 1, "float32")
+    for optimizer in (config.optimizer.critic, config.optimizer.generator):
+        optimizer.learning_rate = 2.0**-8  # in a graph, rates are float32
+    config.training.total_images = CYCLES * config.objective.n_critic * 8
+    for name, value in training.items():
+        setattr(config.training, name, value)
+    return config
+
+
+CASES = {
+    **{f"wgan/{k}": config_with(Combination("wgan", k)) for k in ("none", "wgan_gp", "lazy_r1")},
+    "wgan_gp_pixel": config_with(Combination("wgan", "wgan_gp_pixel", "batch_norm")),
+    **{
+        f"dragan/{k}": config_with(Combination("hinge", "dragan", k))
+        for k in ("spectral_norm", "conditional", "gradient_clip", "flip")
+    },
+    "relativistic_average": config_with(Combination("relativistic_average", "r1+r2")),
+    "clip": config_with(Combination("wgan", "none", "clip_weights")),
+    "micro-batches": config_with(Combination("relativistic_average", "r1+r2"), accumulate=2),
+    "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu_path() -> Iterator[None]:
+    """There, draws that were not made ahead are made by operators."""
+    with gpu_path():
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_replayed_steps_are_the_same_bits(name):
+    graphs = Graphs()
+    eager, replayed = trained(CASES[name], None), trained(CASES[name], graphs)
+    assert graphs.replays > 5
+    assert eager.keys() == replayed.keys()
+    for key, tensor in eager.items():
+        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+
+
+def test_logged_cycles_between_replays_change_nothing():
+    graphs, config = Graphs(), CASES["wgan/lazy_r1"]
+    eager, replayed = trained(config, None, log_every=2), trained(config, graphs, log_every=2)
+    assert graphs.replays > 1
+    for key, tensor in eager.items():
+        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+
+
+def test_rates_that_change_reach_a_replayed_step():
+    config = config_with(Combination("wgan", "wgan_gp"), schedule="linear")
+    graphs = Graphs()
+    eager, replayed = trained(config, None), trained(config, graphs)
+    assert graphs.replays > 5
+    for key, tensor in eager.items():
+        torch.testing.assert_close(replayed[key], tensor, rtol=1e-4, atol=1e-6, msg=key)
+    constant = trained(config_with(Combination("wgan", "wgan_gp")), None)
+    key = "critic.input.weight"
+    assert not torch.allclose(constant[key], eager[key], rtol=1e-3)
+
+
+def test_inputs_of_another_shape_are_refused():
+    steps = CapturedSteps(Graphs().capture)
+    for _ in range(4):
+        steps.run("double", lambda x, _: x * 2, torch.ones(3))
+    with pytest.raises(ValueError, match="captured with"):
+        steps.run("double", lambda x, _: x * 2, torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "ranks", "answer"),
+    [
+        ({}, "cuda", 1, False),
+        ({"cuda_graphs": "auto"}, "cuda", 1, True),
+        ({"cuda_graphs": "auto"}, "cpu", 1, False),
+        ({"cuda_graphs": "auto"}, "cuda", 2, False),
+        ({"cuda_graphs": "auto", "compile": True}, "cuda", 1, False),
+        ({"cuda_graphs": "true"}, "cuda", 1, True),
+        ({"cuda_graphs": "true"}, "cpu", 1, "the device is cpu"),
+        ({"cuda_graphs": "true"}, "cuda", 2, "several ranks"),
+        ({"cuda_graphs": "true", "compile": True}, "cuda", 1, "training.compile"),
+    ],
+)
+def test_steps_are_captured_where_it_is_possible_and_asked_for(settings, device, ranks, answer):
+    config = TrainingConfig(1000, **settings)
+    if isinstance(answer, bool):
+        assert captures_steps(config, torch.device(device), ranks) is answer
+        return
+    with pytest.raises(UserError, match=answer):
+        captures_steps(config, torch.device(device), ranks)
