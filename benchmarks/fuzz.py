@@ -107,11 +107,15 @@ class PlainNorms(TorchFunctionMode):
     """Group norms and instance norms without two errors of torch 2.13 on a CPU: in channels last,
     the backward of one can crash, and that of the other is wrong for a single image."""
 
+    def __init__(self, *, of_instances: bool = True) -> None:
+        super().__init__()
+        self.of_instances = of_instances
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.group_norm:
             args = args[0].contiguous(), *args[1:]
-        if func is F.instance_norm:
+        if func is F.instance_norm and self.of_instances:
             output = func(*args, **kwargs).detach()
             is_last = output.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if is_last else torch.contiguous_format
@@ -131,23 +135,26 @@ def plain_record(
     config: Config,
     layout: torch.memory_format = torch.contiguous_format,
     disturbance: float = 0.0,
+    *,
+    keeps_checkpoints: bool = False,
 ) -> Record:
     """The gradients of every update and the final weights, by plain autograd and torch's Adam.
 
     disturbance: of all initial weights, relative
+    keeps_checkpoints: repeats forwards where the networks ask for it, outside of PlainNorms
     """
     generator, critic = (
         network.double().to(memory_format=layout)  # type: ignore[call-overload]
         for network in _networks(config)
     )
     for module in (*generator.modules(), *critic.modules()):
-        if getattr(module, "how", "") == "checkpoint":  # which repeats without PlainNorms
+        if getattr(module, "how", "") == "checkpoint" and not keeps_checkpoints:
             module.how = "plainly"  # type: ignore[assignment]
     with torch.no_grad():
         for parameter in (*generator.parameters(), *critic.parameters()):
             parameter *= 1 + disturbance
     # torch's fused attention has no second derivatives.
-    with PlainNorms(), sdpa_kernel(SDPBackend.MATH):
+    with PlainNorms(of_instances=not keeps_checkpoints), sdpa_kernel(SDPBackend.MATH):
         return _plain_record(generator, critic, config, layout)
 
 
@@ -261,7 +268,8 @@ def _is_right(
             return True
         is_last = config.training.memory_format == "channels_last"
         try:
-            plain_record(config, torch.channels_last if is_last else torch.contiguous_format)
+            layout = torch.channels_last if is_last else torch.contiguous_format
+            plain_record(config, layout, keeps_checkpoints=True)
         except Exception:
             return True
         if any(getattr(module, "how", "") == "reentrant checkpoint" for module in modules):
