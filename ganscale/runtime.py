@@ -99,7 +99,9 @@ class Runtime:
             mixed_precision="no",  # the config decides, not the launcher: see `autocast`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
         )
-        accelerator.ddp_handler = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(  # type: ignore[assignment]
+            gradient_as_bucket_view=True
+        )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         world_size, promised = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))

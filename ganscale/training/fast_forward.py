@@ -43,7 +43,7 @@ def _compiled(network: nn.Module, is_frozen: bool) -> Callable[..., Tensor]:
         options["isolate_recompiles"] = True
     else:  # older torch counts per code object
         forward.__code__ = forward.__code__.replace()
-    compiled = torch.compile(forward, dynamic=False, **options)
+    compiled: Callable[..., Tensor] = torch.compile(forward, dynamic=False, **options)
     trained = [p for p in network.parameters() if is_frozen and p.requires_grad]
 
     def run(*inputs: Tensor | None) -> Tensor:

@@ -315,10 +315,9 @@ def _torch_has_lanczos() -> bool:
     import torch
     from torch.nn.functional import interpolate
 
+    image = torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     try:
-        interpolate(
-            torch.zeros(1, 1, 2, 2, dtype=torch.uint8), (1, 1), mode="lanczos", antialias=True
-        )
+        interpolate(image, (1, 1), mode="lanczos", antialias=True)
     except (NotImplementedError, ValueError):
         return False
     return True
