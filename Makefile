@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench rivals pin clean
+.PHONY: install demo test test-slurm test-first-half test-second-half test-torch lint check image-check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -33,6 +33,23 @@ test-first-half:
 
 test-second-half:
 	$(PYTEST) $(addprefix --ignore=,tests/slurm $(FIRST_HALF))
+
+# What another torch could change, in an environment of its own (gigabytes): the oldest accepted by
+# default, `make test-torch TORCH=2.14.1` for another. The README names those that passed.
+TORCH ?= 2.9.1
+TORCH_ENV = .venv-torch-$(TORCH)
+TORCH_TESTS = tests/objectives tests/networks tests/distributed/test_ranks.py \
+	tests/distributed/test_invariance.py tests/training/test_compile.py \
+	tests/training/test_network_trial.py tests/training/test_trainer.py \
+	tests/checkpoints/test_checkpoint.py tests/data/test_decoding.py tests/data/test_loader_process.py
+
+test-torch:
+	test -x $(TORCH_ENV)/bin/python || $(PYTHON) -m venv $(TORCH_ENV)
+	@# torch pins a version of sympy, often another one than ours.
+	grep -vE '^(torch|sympy)==' constraints.txt > $(TORCH_ENV)/constraints.txt
+	$(TORCH_ENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(TORCH_ENV)/constraints.txt torch==$(TORCH) -e '.[test]'
+	$(TORCH_ENV)/bin/python -m pytest -o cache_dir=.pytest_cache/$(TORCH) $(TORCH_TESTS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -72,4 +89,4 @@ pin: install
 	$(BIN)/python -m pip freeze --exclude-editable | $(BIN)/python tools/pin.py > constraints.txt
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv .venv-torch-* data runs

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,7 +49,22 @@ def all_reduce_sum_with_grad(tensor: Tensor) -> Tensor:
     """
     if get_world_size() == 1:
         return tensor
-    return funcol.all_reduce(tensor, "sum", dist.group.WORLD)  # type: ignore[arg-type]
+    return _AllReduceSum.apply(tensor)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """torch's own differentiable all-reduce is deprecated, and its functional collectives have no
+    gradient in older versions, without an error."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _AllReduceSum.apply(grad)
 
 
 @dataclass
@@ -76,12 +90,6 @@ class Runtime:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-        @dataclass
-        class DDPSettings(DistributedDataParallelKwargs):
-            """Adds a setting of torch's DDP that Accelerate does not have."""
-
-            forward_sync_buffers: bool = True
-
         _refuse_other_parallelism()
         # Torch warns of this for every channels-last weight; the copy into the bucket is cheap.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
@@ -91,10 +99,8 @@ class Runtime:
             mixed_precision="no",  # the config decides, not the launcher: see `autocast`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds))],
         )
-        # Buffers start equal and stay equal, since every rank computes them from the same numbers:
-        # broadcasting them at each forward would be a waste.
-        accelerator.ddp_handler = DDPSettings(  # type: ignore[assignment]
-            gradient_as_bucket_view=True, forward_sync_buffers=False
+        accelerator.ddp_handler = DistributedDataParallelKwargs(  # type: ignore[assignment]
+            gradient_as_bucket_view=True
         )
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -128,7 +134,10 @@ class Runtime:
         if compression == "bfloat16" and self.world_size > 1:
             prepared.register_comm_hook(None, _average_in_bfloat16)
         self.watch_averaging(prepared, False)
-        if self.world_size > 1:
+        if isinstance(prepared, DistributedDataParallel):
+            # Buffers start equal and stay equal, since every rank computes them from the same
+            # numbers: broadcasting them at each forward would be a waste.
+            prepared.broadcast_buffers = False
             _settle_buckets(prepared)
         return prepared
 

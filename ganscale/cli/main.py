@@ -1,9 +1,13 @@
 """`ganscale COMMAND`: parses the command line, and turns errors into one line each."""
 
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
 
 # Set before torch is loaded, so that waiting threads soon sleep. By default they spin so long that
 # on cores shared with other processes the demo falls from 1,600 to 57 images/s; with this, to 810.
@@ -13,7 +17,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from ganscale import __version__
 from ganscale.cli import checkpoint, config, plan, ready, report, sample, shards, sync, train
 from ganscale.cli.arguments import CommandParser
-from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError
+from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:
+        _refuse_other_torch()
         return parsed.run(parsed) or EXIT_DONE
     except GanscaleError as error:
         _print_error(f"error: {error}")
@@ -38,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _print_error(f"error: {error}")
         return EXIT_FAILED
+
+
+def _refuse_other_torch() -> None:
+    """pip refuses it, too, but not with --no-deps, and not if torch is replaced afterwards."""
+    with contextlib.suppress(PackageNotFoundError):
+        installed = version("torch")
+        (needed,) = [r for r in map(Requirement, requires("ganscale") or ()) if r.name == "torch"]
+        if not needed.specifier.contains(installed, prereleases=True):
+            raise UserError(f"torch {installed} is installed, but ganscale needs {needed}")
 
 
 def _print_error(message: str) -> None:

@@ -1,6 +1,7 @@
 """The fastest exact form of a network's forward that is differentiated at most once."""
 
 from collections.abc import Callable
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +34,16 @@ def fast_forward(
 def _compiled(network: nn.Module, is_frozen: bool) -> Callable[..., Tensor]:
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
+    def forward(inputs: Tensor, labels: Tensor | None) -> Tensor:
+        return network(inputs) if labels is None else network(inputs, labels)
+
     # Each network may compile a form per batch size; none of them counts against the others.
-    compiled = torch.compile(  # pyright: ignore[reportCallIssue]
-        lambda inputs, labels: network(inputs) if labels is None else network(inputs, labels),
-        dynamic=False,
-        isolate_recompiles=True,
-    )
+    options = {}
+    if "isolate_recompiles" in signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    else:  # older torch counts per code object
+        forward.__code__ = forward.__code__.replace()
+    compiled: Callable[..., Tensor] = torch.compile(forward, dynamic=False, **options)
     trained = [p for p in network.parameters() if is_frozen and p.requires_grad]
 
     def run(*inputs: Tensor | None) -> Tensor:

@@ -37,6 +37,7 @@ def run(folder: Path) -> None:
         "runtime": collectives(runtime),
         "sums": differentiable_sums(runtime),
         "compressed": compressed_gradients(runtime),
+        "buffers": buffers(runtime),
         "norms": batch_norms(runtime),
         "audits": audits(runtime),
         "reductions": {
@@ -106,6 +107,18 @@ def compressed_gradients(runtime: Runtime) -> dict[str, Tensor]:
         assert layer.weight.grad is not None
         gradients[compression] = layer.weight.grad
     return gradients
+
+
+def buffers(runtime: Runtime) -> dict[str, Tensor]:
+    """The mean of a norm that starts with 1 plus the rank, before and after two batches."""
+    norm = nn.BatchNorm1d(3).double()
+    assert norm.running_mean is not None
+    norm.running_mean.fill_(1.0 + runtime.rank)
+    wrapped = runtime.prepare(norm)
+    found = {"prepared": norm.running_mean.clone()}
+    for seed in (5, 6):
+        wrapped(share(draw(GLOBAL_BATCH, 3, seed=seed), runtime))
+    return {**found, "trained": norm.running_mean}
 
 
 def statistic_loss(weights: Tensor, images: Tensor, mean_of: Any) -> Tensor:
@@ -265,6 +278,8 @@ def disturbed_run(folder: Path, runtime: Runtime) -> dict[str, Any]:
     def disturb(*arguments: Any, **settings: Any) -> dict[str, Tensor]:
         logits = run_cycle(*arguments, **settings)
         if trainer.state.images_seen == 96:
+            trainer.writer.wait()
+            runtime.all_gather_object(None)  # rank 0 has written the one at 64
             found["checkpoints before"] = digests(checkpoints)
             if runtime.rank == 1:
                 with torch.no_grad():

@@ -57,6 +57,16 @@ def test_compressed_gradients_are_the_mean_of_rounded_ones(found: Found) -> None
         torch.testing.assert_close(compressed["none"][0], sum(local))
 
 
+def test_buffers_start_as_those_of_rank_0_and_are_then_left_to_each_rank(found: Found) -> None:
+    batches = [rank_cases.draw(rank_cases.GLOBAL_BATCH, 3, seed=seed) for seed in (5, 6)]
+    for number, rank in enumerate(found):
+        assert torch.equal(rank["buffers"]["prepared"], torch.ones(3).double())
+        mean = torch.ones(3).double()
+        for batch in batches:
+            mean = 0.9 * mean + 0.1 * batch.chunk(RANKS)[number].mean(0)
+        torch.testing.assert_close(rank["buffers"]["trained"], mean)
+
+
 def test_a_generator_update_leaves_the_critic_without_gradients(found: Found) -> None:
     for rank in found:
         for seen in rank["reductions"].values():

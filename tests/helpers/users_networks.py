@@ -395,9 +395,8 @@ def detached(_, maps):
 
 @refused(r"cannot be trained: .*users_networks\.py:\d+\); .*no second derivative", FAILING_CRITICS)
 def without_second_derivative(_, maps):
-    return maps + torch.cdist(maps.flatten(2), maps.flatten(2), p=3.0).mean((1, 2)).view(
-        -1, 1, 1, 1
-    )
+    numbers = torch.arange(len(maps)).view(-1, 1)
+    return F.embedding_bag(numbers, maps.flatten(1), mode="sum").view_as(maps)
 
 
 @refused("returns NaN or infinity", FAILING_CRITICS)
