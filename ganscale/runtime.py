@@ -64,11 +64,14 @@ class Runtime:
     _control_group: Any  # gloo, for flags and paths: these never wait for the device
 
     @classmethod
-    def start(cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0) -> "Runtime":
+    def start(
+        cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0, *, tf32: bool = False
+    ) -> "Runtime":
         """Joins the launcher's process group, or starts as a single rank.
 
         timeout_seconds: after which a collective fails
         closing_seconds: how much longer `barrier` and other host collectives may take
+        tf32: whether GPUs may compute float32 in TF32
 
         Raises UserError when the world size is not the one that the launcher set: every process
         would train by itself and exit successfully.
@@ -96,6 +99,7 @@ class Runtime:
         accelerator.ddp_handler = DDPSettings(  # type: ignore[assignment]
             gradient_as_bucket_view=True, forward_sync_buffers=False
         )
+        set_tf32(tf32)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         world_size, promised = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
@@ -282,6 +286,13 @@ def _refuse_other_parallelism() -> None:
             "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
             "launch with --dynamo_backend no and set training.compile=true, which compiles the rest"
         )
+
+
+def set_tf32(is_allowed: bool) -> None:
+    """Whether NVIDIA GPUs may compute float32 in TF32. By default, torch lets convolutions do so,
+    and some containers let matrix products do so."""
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ganscale.evaluation import sample_files, sampling
+    from ganscale.runtime import set_tf32
     from ganscale.training.network_setup import load_run_generator
 
     if not (arguments.grid or arguments.folder or arguments.shards):
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise UserError(f"--class {arguments.label}: this run has {classes}")
+    set_tf32(False)
     if torch.accelerator.is_available():
         generator.to(torch.accelerator.current_accelerator())
 
