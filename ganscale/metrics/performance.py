@@ -15,7 +15,7 @@ from ganscale.schema import Config, TrainingConfig
 _HOST_SECTIONS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
 
 # Dense TFLOP/s of one GPU as its maker states them, by precision.
-_PRECISIONS = ("bfloat16", "tf32", "float32")
+_PRECISIONS: tuple[str, ...] = ("bfloat16", "tf32", "float32")
 _PEAKS = {
     "B200": (2250.0, 1125.0, 75.0),
     "H200": (989.0, 494.0, 67.0),
