@@ -20,7 +20,8 @@ demo: install
 
 # Two halves that take about as long, for two cores; the tests on a real SLURM mostly wait.
 FIRST_HALF := tests/distributed tests/plan $(wildcard tests/test_*.py)
-PYTEST = $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
+# They hide GPUs: what runs there is in tests/cuda, for `make gpu`.
+PYTEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
 
 test: install
 	$(MAKE) --no-print-directory --jobs 3 test-slurm test-first-half test-second-half

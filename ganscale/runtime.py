@@ -237,9 +237,28 @@ def is_communication_error(error: BaseException) -> bool:
     return has_words or isinstance(error, dist.DistError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Only torch's allocator of devices has a type of its own.
+    words = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def is_device_error(error: BaseException) -> bool:
     """Whether a GPU failed rather than the program. Out of memory is the program's fault."""
-    return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether memory, a device or another rank is to blame rather than the code that ran."""
+    return is_out_of_memory(error) or is_device_error(error) or is_communication_error(error)
 
 
 def _settle_buckets(wrapped: nn.Module) -> None:
