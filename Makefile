@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench rivals pin clean
+.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench gpu rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -62,6 +62,17 @@ bench: install
 	$(BIN)/python -m benchmarks.manifest --quick
 	$(BIN)/python -m benchmarks.gaussians --quick
 	$(BIN)/python -m benchmarks.faults --quick
+
+# On a machine with a GPU: the tests and benchmarks there, in less than eight minutes, written to
+# results/. `make gpu PYTHON=python3` installs nothing and takes that Python, with the packages that
+# it has: without a network, for example.
+ifeq ($(origin PYTHON),file)
+gpu: install
+	$(BIN)/python -m benchmarks.gpu
+else
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+endif
 
 # GAN libraries for `benchmarks.step`, without the dependencies that it does not need.
 rivals: install

@@ -13,14 +13,15 @@ from tests.helpers.runs import Runs
 
 
 @pytest.fixture
-def sync_is_an_error() -> Iterator[None]:
+def allowing_sync_afterwards() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.usefixtures("sync_is_an_error")
+@pytest.mark.usefixtures("allowing_sync_afterwards")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_cycle_never_waits_for_the_device(
     gpu: torch.device, objective: str, network: str
 ) -> None:
