@@ -283,6 +283,13 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
     return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
 
 
+def set_tf32(is_allowed: bool) -> None:
+    """Whether NVIDIA GPUs may compute float32 in TF32. By default, torch lets convolutions do so,
+    and some containers let matrix products do so."""
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
+
+
 def keep_freed_memory() -> None:
     """Makes the C library reuse large blocks instead of returning each to the system: page faults
     took a tenth of a float32 step on a CPU, and a tenth of decoding a batch."""
@@ -305,13 +312,6 @@ def _refuse_other_parallelism() -> None:
             "the launcher asks for torch.compile, which cannot differentiate a gradient penalty: "
             "launch with --dynamo_backend no and set training.compile=true, which compiles the rest"
         )
-
-
-def set_tf32(is_allowed: bool) -> None:
-    """Whether NVIDIA GPUs may compute float32 in TF32. By default, torch lets convolutions do so,
-    and some containers let matrix products do so."""
-    torch.backends.cuda.matmul.allow_tf32 = is_allowed
-    torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
