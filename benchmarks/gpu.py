@@ -55,10 +55,10 @@ class Step:
 
 
 STEPS = (
-    Step("tests", (*_TESTS, "--junit-xml", "FILE", "tests/cuda"), 0.4),
+    Step("tests", (*_TESTS, "--junit-xml", "FILE", "tests/cuda"), 0.45),
     Step("launches", ("-m", "benchmarks.launches", "--quick", "--json", "FILE"), 0.08),
-    Step("limit", ("-m", "benchmarks.limit", "--quick", "--json", "FILE"), 0.08),
-    Step("loop", ("-m", "benchmarks.loop", "--quick", "--json", "FILE"), 0.13),
+    Step("limit", ("-m", "benchmarks.limit", "--quick", "--json", "FILE"), 0.1),
+    Step("loop", ("-m", "benchmarks.loop", "--quick", "--json", "FILE"), 0.17),
     Step("step", ("-m", "benchmarks.step_on_gpu", "--seconds", "SECONDS", "--json", "FILE")),
 )
 

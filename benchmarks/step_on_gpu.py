@@ -16,14 +16,17 @@ have contiguous memory format, as their users have. A row is an objective, netwo
 The ratio is the time of the fastest rival over ours, the median of interleaved rounds; low and high
 are its quartiles. The share of the peak is that of the cycle's useful operations at the speed of a
 large matrix product in the same precision (see `benchmarks.limit`). A turn is as many cycles as
-take 50 ms. Rows are written after every case; a case that finds no more time is "not measured".
+take 50 ms. Rows are written after every case. A case for which no time is left, that fails or that
+needs more memory than there is, is "not measured"; if one failed, the exit code is 1.
 
 On a CPU, the same runs with tiny networks, to see that it works.
 """
 
 import gc
 import statistics
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,7 +37,7 @@ import torch
 from benchmarks.limit import matrix_product, useful_operations
 from benchmarks.ours import Ours, config_of, next_cycle, random_images
 from benchmarks.report import Row, argument_parser, table, write
-from benchmarks.rivals.libraries import Mimicry, NotMeasured
+from benchmarks.rivals.libraries import Mimicry
 from benchmarks.rivals.lightning import LightningLoop
 from benchmarks.rivals.loops import PlainLoop, PyTorchGAN, Task
 from benchmarks.step import AGAINST_ALL, BFLOAT16, BFLOAT16_THROUGHOUT, Contestant
@@ -124,9 +127,14 @@ class Rivals:
                 name = make.name  # type: ignore[attr-defined]
                 task = replace(networks.task(), config=config)
                 try:
-                    self.found[precision][name] = make(task)
-                except (NotMeasured, ImportError) as reason:
-                    self.missing[name] = str(reason)
+                    contestant = make(task)
+                    contestant()
+                except Exception as reason:  # whatever a library raises on this machine
+                    if is_out_of_memory(reason):
+                        raise
+                    self.missing[name] = " ".join(str(reason).split())[:200]
+                else:
+                    self.found[precision][name] = contestant
         if tasks["f32"].objective.penalties:
             task = replace(networks.task(), config=tasks["bf16"])
             plain = PlainLoop(task, penalty_in_float32=True)
@@ -218,7 +226,7 @@ def _product_peaks(device: torch.device) -> dict[torch.dtype, float]:
     return peaks
 
 
-def main() -> None:
+def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--only", default="", metavar="SUBSTRING", help="only such rows")
     parser.add_argument("--seconds", type=float, default=400.0, help="when to end (default: 400)")
@@ -228,16 +236,18 @@ def main() -> None:
     peaks = _product_peaks(runtime.device)
     chosen = [case for case in cases(runtime.device) if options.only in f"step/{case.name}"]
     rows: list[Row] = []
+    failures = 0
     for done, case in enumerate(chosen):
         left = (deadline - time.monotonic()) / (len(chosen) - done)
         reason = "not measured: no time was left" if left <= 0 else ""
         try:
             # Building the contestants and warming them up takes about as long as measuring.
             rows += [] if reason else measure(case, runtime, peaks, min(_CASE_SECONDS, left) / 2)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = "not measured: out of memory"
+        except Exception as error:  # the other cases are worth their time
+            traceback.print_exc()
+            is_short = is_out_of_memory(error)
+            reason = f"not measured: {'out of memory' if is_short else error!r}"
+            failures += not is_short
         if reason:
             rows.append(Row(f"step/{case.name}/*", "", nan, note=reason))
         gc.collect()
@@ -245,7 +255,8 @@ def main() -> None:
             torch.cuda.empty_cache()
         write(rows, options.json)
     print(table(rows))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
