@@ -36,7 +36,7 @@ _NEEDED = (
     "accelerate", "beartype", "braceexpand", "fsspec", "jaxtyping", "omegaconf", "psutil", "pytest",
     "pytest_timeout", "safetensors", "simplejpeg", "torch", "wandb", "webdataset",
 )  # fmt: skip
-_OUTPUT_CHARACTERS = 4000  # of a step that fails
+_OUTPUT_CHARACTERS = 10_000  # of a step that fails
 _TESTS = ("-m", "pytest", "-v", "-W", "default", "-o", "timeout=100", "-p", "no:cacheprovider")
 
 
@@ -92,7 +92,10 @@ def run_step(step: Step, seconds: float, environment: dict[str, str]) -> dict[st
         result["failure"] = failure and f"{failure}: {printed[-_OUTPUT_CHARACTERS:]}"
         if found.exists():
             read = _read_tests if "--junit-xml" in step.arguments else _read_rows
-            result |= read(found)
+            try:
+                result |= read(found)
+            except (SyntaxError, ValueError) as error:  # cut off with the process that wrote it
+                result["failure"] += f"\nand its file cannot be read: {error}"
     return result
 
 

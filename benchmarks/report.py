@@ -59,7 +59,9 @@ def write(rows: Sequence[Row], json_file: Path | None) -> None:
     """Writes the rows, with the machine, as JSON, if there is a file for them."""
     if json_file is not None:
         content = {"machine": machine(), "rows": [_as_json(row) for row in rows]}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        part = json_file.with_suffix(".part")  # whoever ends this process finds a whole file
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(json_file)
 
 
 def _as_json(row: Row) -> dict[str, Any]:

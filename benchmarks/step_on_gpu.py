@@ -181,10 +181,10 @@ def measure(
     missing = [f"{name} not measured: {why}" for name, why in rivals.missing.items()]
     rows: list[Row] = []
     for variant in case.variants():
-        own = [turn / cycles for turn in seconds[variant.name]]
+        own = [each / cycles for each in seconds[variant.name]]
         ratios: dict[str, tuple[float, float, float]] = {}
         for name in rivals.comparable(variant):
-            theirs = [turn / cycles for turn in seconds[f"{variant.precision} {name}"]]
+            theirs = [each / cycles for each in seconds[f"{variant.precision} {name}"]]
             ratios[name] = speedup(theirs, own)
         fastest = min(ratios, key=lambda name: ratios[name][0])
         penalty, rest = variant.dtypes
@@ -235,7 +235,10 @@ def main() -> int:
     runtime, deadline = Runtime.start(), time.monotonic() + options.seconds
     peaks = _product_peaks(runtime.device)
     chosen = [case for case in cases(runtime.device) if options.only in f"step/{case.name}"]
-    rows: list[Row] = []
+    rows = [
+        Row(f"step/peak/{dtype}", "", peak / 1e12, unit="TFLOP/s of a matrix product")
+        for dtype, peak in peaks.items()
+    ]
     failures = 0
     for done, case in enumerate(chosen):
         left = (deadline - time.monotonic()) / (len(chosen) - done)

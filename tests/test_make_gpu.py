@@ -19,6 +19,7 @@ ON_CPU = {
 }
 ROW = '{"name": "cycle", "rival": "", "ratio": 2, "unit": "x", "note": ""}'
 DIES = f"import sys; open(sys.argv[1], 'w').write('{{\"rows\": [{ROW}]}}'); sys.exit('too hot')"
+HANGS = "import sys, time; open(sys.argv[1], 'w').write('[{'); time.sleep(600)"
 
 
 def small(name: str, *arguments: str) -> Step:
@@ -41,13 +42,15 @@ def test_results_are_written_with_versions_tests_rows_and_a_table(
     assert [tests["failure"], cycles["failure"]] == ["", ""]
     assert (tests["passed"], tests["failed"]) == (2, [])
     assert tests["skipped"] == {"a CPU has neither streams nor NCCL": 1}
-    names = [row["name"].rpartition("/")[2] for row in cycles["rows"]]
+    *peaks, plain, autocast, mixed = cycles["rows"]
+    assert all(peak["ratio"] > 0 and "TFLOP/s" in peak["unit"] for peak in peaks)
+    names = [row["name"].rpartition("/")[2] for row in (plain, autocast, mixed)]
     assert names == ["f32", "bf16", "bf16_penalty_f32"]
-    for row in cycles["rows"]:
+    for row in (plain, autocast, mixed):
         assert row["ratio"] == min(row["rivals"].values()) > 0
         assert row["images_per_second"] > 0
         assert 0 < row["percent_of_peak"] < 100
-    assert {"plain loop", "PyTorch-GAN", "PyTorch Lightning"} <= cycles["rows"][0]["rivals"].keys()
+    assert {"plain loop", "PyTorch-GAN", "PyTorch Lightning"} <= plain["rivals"].keys()
     printed = capsys.readouterr().out
     assert "| cycle | images/s | plain loop |" in printed
     assert "| `wgan_gp/dcgan32/bf16` |" in printed
@@ -58,13 +61,14 @@ def test_a_step_that_fails_or_hangs_loses_nothing(
 ) -> None:
     steps = [
         Step("dies", ("-c", DIES, "FILE")),
-        Step("hangs", ("-c", "import time; time.sleep(600)"), share=0.001),
+        Step("hangs", ("-c", HANGS, "FILE"), share=0.01),
     ]
     found = measure(steps, tmp_path, 600, ON_CPU)["steps"]
     assert found == json.loads((tmp_path / "gpu-cpu.json").read_text())["steps"]
     assert [row["ratio"] for row in found["dies"]["rows"]] == [2]
     assert found["dies"]["failure"] == "exit code 1: too hot\n"
-    assert found["hangs"]["failure"].startswith("not done after 1 s")
+    assert found["hangs"]["failure"].startswith("not done after 6 s")
+    assert "its file cannot be read" in found["hangs"]["failure"]
     assert "| `dies/cycle` |  | 2 | x |" in capsys.readouterr().out
 
 
