@@ -15,8 +15,8 @@ it does during training.
 The ratio is images per second of the run over those of the bare step, in percent: the median over
 periods from one checkpoint to the next; low and high are its quartiles. Reporting takes the same
 time however small the networks are, so its intervals are set by time: a row about every 4 seconds,
-samples about every 20, an audit and a checkpoint about every 40 (--quick: 8). That is as often as
-on a GPU with the default intervals. torch has one thread; the loader has a process with
+samples about every 20, an audit and a checkpoint about every 40 (--quick: 8; on a GPU, 2). That is
+as often as on a GPU with the default intervals. torch has one thread; the loader has a process with
 `data.workers` threads, which "cores used" does not include.
 """
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ours import CONFIGS, Ours, next_cycle, random_images
-from benchmarks.report import Row, arguments, report
+from benchmarks.report import Row, arguments, table, write
 from benchmarks.timing import interleaved, spread, step_clock
 from ganscale.cli.main import main as ganscale
 from ganscale.config import resolve
@@ -74,7 +74,7 @@ CASES = (
 )
 QUICK = (Case("demo", "mnist", (str(CONFIGS / "demo.yaml"),), 25, 8, 2),)
 QUICK_ON_GPU = tuple(
-    replace(case, blocks=4, periods=2, block_seconds=1.0) for case in (CASES[0], CASES[2])
+    replace(case, blocks=4, periods=2, block_seconds=0.5) for case in (CASES[0], CASES[2])
 )
 
 
@@ -210,7 +210,11 @@ def main() -> None:
     options = arguments(__doc__)
     torch.set_num_threads(1)
     quick = QUICK_ON_GPU if torch.cuda.is_available() else QUICK
-    report([measure(case) for case in (quick if options.quick else CASES)], options.json)
+    rows: list[Row] = []
+    for case in quick if options.quick else CASES:
+        rows.append(measure(case))
+        write(rows, options.json)
+    print(table(rows))
 
 
 if __name__ == "__main__":
