@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench gpu rivals pin clean
+.PHONY: install demo test test-slurm test-first-half test-second-half lint check image-check bench rivals pin clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -66,6 +66,7 @@ bench: install
 # On a machine with a GPU: the tests and benchmarks there, in less than eight minutes, written to
 # results/. `make gpu PYTHON=python3` installs nothing and takes that Python, with the packages that
 # it has: without a network, for example.
+.PHONY: gpu
 ifeq ($(origin PYTHON),file)
 gpu: install
 	$(BIN)/python -m benchmarks.gpu
