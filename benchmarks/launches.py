@@ -87,7 +87,8 @@ def contestants(objective: str, network: str, width: int, batch: int) -> tuple[O
     """Our cycle and the plain loop with copies of its networks."""
     widths = [f"{role}.options.width={width}" for role in ("generator", "critic")]
     config = config_of(objective, network, batch, *widths)
-    ours = Ours(config, Runtime.start(), random_images(config, torch.device("cpu")))
+    runtime = Runtime.start()
+    ours = Ours(config, runtime, random_images(config, runtime.device))
     return ours, PlainLoop(ours.task())
 
 

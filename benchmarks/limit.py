@@ -23,9 +23,10 @@ such as a convolution and a mean over pixels in one, the note also has the share
 that are computed (hardware utilization).
 
 The peaks are measured in the same process, in turns with the cycles: a `matrix product` of 2048 x
-2048 matrices, and the fastest `convolution` (forward, in either memory format) of the networks'
-shapes. The ratio, in percent, is the time that the useful operations would take at the peak of
-their precision, over the measured time: the median of rounds; low and high are its quartiles.
+2048 matrices (on a GPU, 8192 x 8192), and the fastest `convolution` (forward, in either memory
+format) of the networks' shapes. The ratio, in percent, is the time that the useful operations would
+take at the peak of their precision, over the measured time: the median of rounds; low and high are
+its quartiles.
 """
 
 import copy
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.ours import Ours, config_of, random_images
+from benchmarks.ours import Ours, config_of, next_cycle, random_images
 from benchmarks.report import Row, arguments, report
 from benchmarks.timing import interleaved, spread, step_clock
 from ganscale.objectives.fast_derivatives import FastDerivatives
@@ -52,7 +53,9 @@ PRECISIONS = {
     "bf16_penalty_f32": ("training.precision=bfloat16",),
     "bf16": ("training.precision=bfloat16", "training.penalty_precision=autocast"),
 }
-_MATRIX_SIZE = 2048  # rows and columns
+_MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
+_LEAST_OPERATIONS = {"cpu": 1e9, "cuda": 1e12}  # for the clock
+_NETWORKS = {"cpu": ("dcgan32", "resnet32"), "cuda": ("dcgan32", "dcgan256", "resnet32")}
 
 
 def count_flops(
@@ -138,9 +141,11 @@ def _convolution(module: nn.Module, weights: dict[str, Tensor], image: Tensor) -
     return lambda: functional_call(copied, weights, image)
 
 
-def _product(dtype: torch.dtype, device: torch.device) -> Run:
-    matrix = torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, device=device).to(dtype)
-    return lambda: matrix @ matrix
+def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Run, int]:
+    """A product that is large enough for the device's peak, and its operations."""
+    size = _MATRIX_SIZE[device.type]
+    matrix = torch.randn(size, size, device=device).to(dtype)
+    return lambda: matrix @ matrix, 2 * size**3
 
 
 def _repeat(run: Run, times: int) -> Run:
@@ -166,14 +171,15 @@ def measure(network: str, objective: str, batch: int, rounds: int, runtime: Runt
     contestants: dict[str, Run] = dict(ours)
     operations: dict[str, int] = {}
     for dtype in (FLOAT32, BFLOAT16):
-        contestants[f"matrix product {dtype}"] = _product(dtype, images.device)
-        operations[f"matrix product {dtype}"] = 2 * _MATRIX_SIZE**3
+        product, product_flops = matrix_product(dtype, images.device)
+        contestants[f"matrix product {dtype}"] = product
+        operations[f"matrix product {dtype}"] = product_flops
         runs = convolutions(state.generator, latents, dtype)
         run, flops = _fastest(runs + convolutions(state.critic, images, dtype))
-        repeats = max(1, round(1e9 / flops))  # long enough for the clock
+        repeats = max(1, round(_LEAST_OPERATIONS[images.device.type] / flops))
         contestants[f"convolution {dtype}"] = _repeat(run, repeats)
         operations[f"convolution {dtype}"] = repeats * flops
-    seconds = interleaved(contestants, rounds, clock=step_clock)
+    seconds = interleaved(contestants, rounds, clock=step_clock, prepare=next_cycle)
     networks = state.generator, state.critic
     needed = useful_operations(configs["f32"], *networks, images)
     computed = computed_operations(configs["f32"], *networks, images)
@@ -216,9 +222,10 @@ def measure(network: str, objective: str, batch: int, rounds: int, runtime: Runt
 
 def _fastest(runs: list[tuple[Run, int]]) -> tuple[Run, int]:
     """The run with the most operations per second."""
+    repeats = 10 if torch.cuda.is_available() else 1  # so that a launch takes no time
     speeds = []
     for run, flops in runs:
-        times = interleaved({"": lambda run=run: run()}, 5, clock=step_clock)[""]
+        times = interleaved({"": _repeat(run, repeats)}, 5, clock=step_clock)[""]
         speeds.append(flops / min(times))
     return runs[speeds.index(max(speeds))]
 
@@ -230,11 +237,13 @@ def _short(dtype: torch.dtype) -> str:
 def main() -> None:
     options = arguments(__doc__)
     torch.set_num_threads(1)
-    batch, rounds = (16, 5) if options.quick else (64, 15)
+    is_small = options.quick and not torch.cuda.is_available()
+    batch, rounds = (16 if is_small else 64), (5 if options.quick else 15)
+    runtime = Runtime.start()
     rows = []
     for objective in ("wgan_gp",) if options.quick else ("wgan_gp", "non_saturating"):
-        for network in ("dcgan32", "resnet32"):
-            rows += measure(network, objective, batch, rounds, Runtime.start())
+        for network in _NETWORKS[runtime.device.type]:
+            rows += measure(network, objective, batch, rounds, runtime)
     report(rows, options.json)
 
 

@@ -15,8 +15,8 @@ it does during training.
 The ratio is images per second of the run over those of the bare step, in percent: the median over
 periods from one checkpoint to the next; low and high are its quartiles. Reporting takes the same
 time however small the networks are, so its intervals are set by time: a row about every 4 seconds,
-samples about every 20, an audit and a checkpoint about every 40 (--quick: 8). That is as often as
-on a GPU with the default intervals. torch has one thread; the loader has a process with
+samples about every 20, an audit and a checkpoint about every 40 (--quick: 8; on a GPU, 2). That is
+as often as on a GPU with the default intervals. torch has one thread; the loader has a process with
 `data.workers` threads, which "cores used" does not include.
 """
 
@@ -26,27 +26,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.ours import CONFIGS, Ours
-from benchmarks.report import Row, arguments, report
-from benchmarks.timing import spread
+from benchmarks.ours import CONFIGS, Ours, next_cycle, random_images
+from benchmarks.report import Row, arguments, table, write
+from benchmarks.timing import interleaved, spread, step_clock
 from ganscale.cli.main import main as ganscale
 from ganscale.config import resolve
 from ganscale.data.batch import Batch
 from ganscale.runtime import Runtime
+from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, DeviceBatch
 from ganscale.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Case:
-    """block_cycles: cycles per turn and per logged row; blocks: turns per period"""
+    """block_cycles: cycles per turn and per logged row, on a CPU; blocks: turns per period;
+    block_seconds: of such a turn, on a GPU"""
 
     name: str
     data: str
@@ -54,6 +56,7 @@ class Case:
     block_cycles: int
     blocks: int
     periods: int
+    block_seconds: float = 4.0
 
 
 _SMALL = ("generator.options.width=32", "critic.options.width=32", "generator.latent_dim=64")
@@ -70,6 +73,9 @@ CASES = (
     Case("wgan_gp_resnet32", "emoji", (str(CONFIGS / "resnet32.yaml"), *_SMALL), 4, 10, 3),
 )
 QUICK = (Case("demo", "mnist", (str(CONFIGS / "demo.yaml"),), 25, 8, 2),)
+QUICK_ON_GPU = tuple(
+    replace(case, blocks=4, periods=2, block_seconds=0.5) for case in (CASES[0], CASES[2])
+)
 
 
 @dataclass(frozen=True)
@@ -127,9 +133,10 @@ class TakesTurns(Cycle):
             self._ours = Ours(self.config, self.runtime, images)
             self._ours()
             self._ours()
+        batches = [self._ours.batches() for _ in range(self._block_cycles)]  # as a loader does
         began = Clocks.read()
-        for _ in range(self._block_cycles):
-            self._ours()
+        for each in batches:
+            self._ours.run(each)
         self.bare.append(Clocks.read().since(began))
         self._began = Clocks.read()
 
@@ -141,6 +148,9 @@ def measure(case: Case) -> Row:
             if ganscale(["shards", "write", f"bundled:{case.data}", str(folder / "data")]) != 0:
                 raise RuntimeError("writing the shards failed")
         probe = resolve([*case.settings, f"data.path={folder / 'data'}"]).config
+        runtime = Runtime.start()
+        if runtime.device.type == "cuda":
+            case = replace(case, block_cycles=_cycles_within(case.block_seconds, probe, runtime))
         cycle_images = probe.objective.n_critic * probe.training.global_batch_size
         block = case.block_cycles * cycle_images
         period = case.blocks * block
@@ -158,11 +168,18 @@ def measure(case: Case) -> Row:
                 f"training.total_images={block + case.periods * period + cycle_images}",
             ]
         )
-        trainer = Trainer(resolved, Runtime.start())
+        trainer = Trainer(resolved, runtime)
         cycle = trainer.cycle = TakesTurns(trainer, case.block_cycles)
         if trainer.run() != 0:
             raise RuntimeError("the run failed")
     return row_of(case, cycle)
+
+
+def _cycles_within(seconds: float, config: Config, runtime: Runtime) -> int:
+    """Bare cycles that take about that long."""
+    ours = Ours(config, runtime, random_images(config, runtime.device))
+    times = interleaved({"": ours}, 5, clock=step_clock, prepare=next_cycle)[""]
+    return max(1, round(seconds / statistics.median(times)))
 
 
 def row_of(case: Case, cycle: TakesTurns) -> Row:
@@ -192,7 +209,12 @@ def row_of(case: Case, cycle: TakesTurns) -> Row:
 def main() -> None:
     options = arguments(__doc__)
     torch.set_num_threads(1)
-    report([measure(case) for case in (QUICK if options.quick else CASES)], options.json)
+    quick = QUICK_ON_GPU if torch.cuda.is_available() else QUICK
+    rows: list[Row] = []
+    for case in quick if options.quick else CASES:
+        rows.append(measure(case))
+        write(rows, options.json)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """ganscale's own cycle on one batch in memory, which rivals are compared with."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +22,12 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def config_of(objective: str, network: str, batch: int, *settings: str) -> Config:
     """A run with configs/objective/OBJECTIVE.yaml, `network` (a kind and its resolution, such as
-    dcgan32 or resnet64) and `settings`.
+    dcgan32 or resnet256) and `settings`.
 
     DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long.
     """
-    kind, resolution = network[:-2], network[-2:]
+    kind = network.rstrip("0123456789")
+    resolution = network.removeprefix(kind)
     width = {"dcgan": 64, "resnet": 32}[kind]
     return resolve(
         [
@@ -91,3 +94,10 @@ class Ours:
             copy.deepcopy(self.state.critic).to(memory_format=usual),  # type: ignore[call-overload]
             self._images.contiguous(),
         )
+
+
+def next_cycle(contestant: Callable[[], object]) -> Callable[[], object]:
+    """Of ours or a rival, without what a loader's process does for it meanwhile."""
+    if isinstance(contestant, Ours):
+        return partial(contestant.run, contestant.batches())
+    return contestant

@@ -6,16 +6,23 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> None:
+def run_ranks(
+    function: str,
+    folder: Path,
+    world_size: int,
+    seconds: float,
+    environment: Mapping[str, str] = {},
+) -> None:
     """Calls `package.module:function` with `folder` on every rank, and waits for all.
 
-    Ranks get the environment of a launcher, unless there is only one. Their output goes to
+    Ranks get the environment of a launcher, unless there is only one, and `environment`, without
+    which they see no GPU. Their output goes to
     `rankN.txt` in the folder. Raises RuntimeError, with the end of its output, as soon as a rank
     fails, and after `seconds`; the other ranks are then killed.
     """
@@ -31,7 +38,7 @@ def run_ranks(function: str, folder: Path, world_size: int, seconds: float) -> N
                     subprocess.Popen(
                         [sys.executable, "-c", program, str(folder)],
                         cwd=REPOSITORY,
-                        env=os.environ | environment_of(rank, world_size, port),
+                        env=os.environ | environment_of(rank, world_size, port) | {**environment},
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )

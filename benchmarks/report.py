@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -51,9 +52,16 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 def report(rows: Sequence[Row], json_file: Path | None) -> None:
     """Prints the rows as a table and writes them, with the machine, as JSON."""
     print(table(rows))
+    write(rows, json_file)
+
+
+def write(rows: Sequence[Row], json_file: Path | None) -> None:
+    """Writes the rows, with the machine, as JSON, if there is a file for them."""
     if json_file is not None:
         content = {"machine": machine(), "rows": [_as_json(row) for row in rows]}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
+        part = json_file.with_suffix(".part")  # whoever ends this process finds a whole file
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(json_file)
 
 
 def _as_json(row: Row) -> dict[str, Any]:
@@ -79,11 +87,24 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
+        "cuda": torch.version.cuda if has_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if has_gpu else None,
+        "driver": _driver_version() if has_gpu else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def _driver_version() -> str:
+    """Of the first GPU, or "unknown"."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return printed.stdout.split("\n")[0].strip()
 
 
 def _cpu_model() -> str:

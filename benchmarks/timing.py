@@ -1,10 +1,13 @@
 """Times of contestants that take turns, so that other load on the machine affects all alike."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+LEAST_ROUNDS = 3  # for a median and its quartiles
 
 
 def interleaved(
@@ -12,11 +15,21 @@ def interleaved(
     rounds: int,
     warm_up: int = 2,
     clock: Callable[[], float] = time.perf_counter,
+    prepare: Callable[[Callable[[], object]], Callable[[], object]] = lambda run: run,
+    limit_seconds: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; in every round each runs once."""
+    """Seconds of each contestant in each round; in every round each runs once.
+
+    prepare: makes of a contestant what is timed, outside of the time
+    limit_seconds: after which no further round begins, once there are `LEAST_ROUNDS`
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    deadline = time.monotonic() + limit_seconds
     for turn in range(warm_up + rounds):
-        for name, run in contestants.items():
+        if turn >= warm_up + LEAST_ROUNDS and time.monotonic() > deadline:
+            break
+        for name, contestant in contestants.items():
+            run = prepare(contestant)
             started = clock()
             run()
             if turn >= warm_up:

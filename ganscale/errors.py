@@ -45,5 +45,9 @@ class ReplicaError(GanscaleError):
     """The weights of two ranks differ; nothing was saved."""
 
 
+class OutOfMemoryError(GanscaleError):
+    """A device or the host has too little memory: other settings would need less."""
+
+
 class NonFiniteError(GanscaleError):
     """A loss or gradient became NaN or infinite; the last good state is in a checkpoint."""

@@ -78,11 +78,14 @@ class Runtime:
     _control_group: Any  # gloo, for flags and paths: these never wait for the device
 
     @classmethod
-    def start(cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0) -> "Runtime":
+    def start(
+        cls, timeout_seconds: float = 600.0, closing_seconds: float = 0.0, *, tf32: bool = False
+    ) -> "Runtime":
         """Joins the launcher's process group, or starts as a single rank.
 
         timeout_seconds: after which a collective fails
         closing_seconds: how much longer `barrier` and other host collectives may take
+        tf32: whether GPUs may compute float32 in TF32
 
         Raises UserError when the world size is not the one that the launcher set: every process
         would train by itself and exit successfully.
@@ -102,6 +105,7 @@ class Runtime:
         accelerator.ddp_handler = DistributedDataParallelKwargs(  # type: ignore[assignment]
             gradient_as_bucket_view=True
         )
+        set_tf32(tf32)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         world_size, promised = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
@@ -242,9 +246,28 @@ def is_communication_error(error: BaseException) -> bool:
     return has_words or isinstance(error, dist.DistError)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Only torch's allocator of devices has a type of its own.
+    words = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def is_device_error(error: BaseException) -> bool:
     """Whether a GPU failed rather than the program. Out of memory is the program's fault."""
-    return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether memory, a device or another rank is to blame rather than the code that ran."""
+    return is_out_of_memory(error) or is_device_error(error) or is_communication_error(error)
 
 
 def _settle_buckets(wrapped: nn.Module) -> None:
@@ -267,6 +290,13 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
     work = dist.all_reduce(compressed, async_op=True)
     assert work is not None
     return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
+
+
+def set_tf32(is_allowed: bool) -> None:
+    """Whether NVIDIA GPUs may compute float32 in TF32. By default, torch lets convolutions do so,
+    and some containers let matrix products do so."""
+    torch.backends.cuda.matmul.allow_tf32 = is_allowed
+    torch.backends.cudnn.allow_tf32 = is_allowed
 
 
 def keep_freed_memory() -> None:

@@ -169,6 +169,11 @@ class TrainingConfig:
         bfloat16="autocast over float32 weights",
         float64="slow; to check that two runs agree",
     )
+    tf32: bool = setting(
+        "Let NVIDIA GPUs round the factors of float32 products and convolutions to 10 bits of "
+        "fraction (TF32). This is faster, but another precision, for penalties too.",
+        False,
+    )
     conditional: bool = setting("Pass class labels to both networks.", False)
     schedule: str = choice(
         "Schedule of both learning rates after warmup.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
 from ganscale.cli.checkpoint import select_checkpoint
-from ganscale.errors import UserError
+from ganscale.errors import OutOfMemoryError, UserError
 from ganscale.run_folder import RunFolder
 
 
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ganscale.evaluation import sample_files, sampling
+    from ganscale.runtime import is_out_of_memory, set_tf32
     from ganscale.training.network_setup import load_run_generator
 
     if not (arguments.grid or arguments.folder or arguments.shards):
@@ -53,8 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.label is not None and not 0 <= arguments.label < num_classes:
         classes = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
         raise UserError(f"--class {arguments.label}: this run has {classes}")
-    if torch.accelerator.is_available():
-        generator.to(torch.accelerator.current_accelerator())
+    set_tf32(False)
 
     if arguments.interpolate:
         rows = -(-count // columns)
@@ -69,6 +69,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     generate = partial(sampling.generate_uint8, generator, latents, labels)
     try:
+        if torch.accelerator.is_available():
+            generator.to(torch.accelerator.current_accelerator())
         if path := arguments.grid:
             sample_files.write_grid(generate(), path, columns)
             print(f"{count} images in {path}")
@@ -80,3 +82,10 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{count} images in shards in {path}")
     except (OSError, ValueError) as error:  # ValueError: Pillow does not know the file extension
         raise UserError(f"the images cannot be written: {error}") from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory while making {sampling.CHUNK_SIZE} images at a time; with "
+            "CUDA_VISIBLE_DEVICES set to nothing, the same command uses the CPU"
+        ) from error

@@ -62,7 +62,7 @@ def _train(arguments: argparse.Namespace) -> int:
         with Watchdog(placement, progress, config.runtime, stop):
             # Collectives time out after the watchdog, which can name the rank to blame.
             timeout = 1.5 * limit + config.data.retry_seconds
-            runtime = Runtime.start(timeout, CLOSING_SECONDS)
+            runtime = Runtime.start(timeout, CLOSING_SECONDS, tf32=config.training.tf32)
             if (seconds := config.runtime.health_check_seconds) > 0:
                 progress.mark("health check", seconds - limit)
                 check_health(runtime)

@@ -10,23 +10,23 @@ import torch
 
 from ganscale.metrics.profiling import HOST_SECTIONS, stopwatch
 from ganscale.runtime import Runtime, all_gather_batch
-from ganscale.schema import Config
+from ganscale.schema import Config, TrainingConfig
 
 _HOST_SECTIONS = tuple(sorted(name.replace(" ", "_") for name in HOST_SECTIONS))
 
-# Dense TFLOP/s of one GPU as its maker states them: (bfloat16, float32). The latter with the
-# tensor cores' TF32, which is what torch's convolutions take in float32.
+# Dense TFLOP/s of one GPU as its maker states them, by precision.
+_PRECISIONS: tuple[str, ...] = ("bfloat16", "tf32", "float32")
 _PEAKS = {
-    "B200": (2250.0, 1125.0),
-    "H200": (989.0, 494.0),
-    "GH200": (989.0, 494.0),
-    "H100 PCIe": (756.0, 378.0),
-    "H100 NVL": (835.0, 417.0),
-    "H100": (989.0, 494.0),
-    "A100": (312.0, 156.0),
-    "L40S": (362.0, 183.0),
-    "A10": (125.0, 62.5),
-    "L4": (121.0, 60.0),
+    "B200": (2250.0, 1125.0, 75.0),
+    "H200": (989.0, 494.0, 67.0),
+    "GH200": (989.0, 494.0, 67.0),
+    "H100 PCIe": (756.0, 378.0, 51.0),
+    "H100 NVL": (835.0, 417.0, 60.0),
+    "H100": (989.0, 494.0, 67.0),
+    "A100": (312.0, 156.0, 19.5),
+    "L40S": (362.0, 183.0, 91.6),
+    "A10": (125.0, 62.5, 31.2),
+    "L4": (121.0, 60.0, 30.3),
 }
 
 
@@ -51,7 +51,7 @@ class PerformanceMeter:
         self._peak_tflops = config.log.peak_tflops
         if not self._peak_tflops and runtime.device.type == "cuda":
             name = torch.cuda.get_device_name(runtime.device)
-            self._peak_tflops = known_peak(name, config.training.precision)
+            self._peak_tflops = known_peak(name, config.training)
         self._last = (time.perf_counter(), images_seen)
         stopwatch.read_host()
 
@@ -141,10 +141,12 @@ def _host_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def known_peak(device_name: str, precision: str) -> float:
-    """Of a GPU by its full name, in TFLOP/s; 0 if unknown."""
+def known_peak(device_name: str, training: TrainingConfig) -> float:
+    """Of a GPU by its full name at the run's precision, in TFLOP/s; 0 if unknown."""
+    is_tf32 = training.tf32 and training.precision == "float32"
+    precision = "tf32" if is_tf32 else training.precision
     words = set(device_name.replace("-", " ").split())
-    for known, (bfloat16, float32) in _PEAKS.items():
+    for known, peaks in _PEAKS.items():
         if words.issuperset(known.split()):
-            return {"bfloat16": bfloat16, "float32": float32}.get(precision, 0.0)
+            return dict(zip(_PRECISIONS, peaks, strict=True)).get(precision, 0.0)
     return 0.0

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ganscale.errors import GanscaleError, UserCodeError
 from ganscale.importing import describe
-from ganscale.runtime import is_communication_error, is_device_error
+from ganscale.runtime import is_of_machine
 
 
 def run_network(
@@ -27,10 +27,10 @@ def run_network(
         # A critic that squeezes its output returns a scalar for a batch of one.
         is_scalar = isinstance(outputs, Tensor) and outputs.ndim == 0 and len(inputs) == 1
         return outputs[None] if is_scalar else outputs
-    except (GanscaleError, torch.OutOfMemoryError):
+    except GanscaleError:
         raise
     except Exception as error:
-        if is_communication_error(error) or is_device_error(error):
+        if is_of_machine(error):
             raise
         message = f"{type(network).__name__} fails in its forward: {describe(error)}"
         raise UserCodeError(message) from error

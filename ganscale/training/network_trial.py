@@ -17,7 +17,7 @@ from ganscale.importing import describe, users_line
 from ganscale.networks.forward import default_dtype, update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
-from ganscale.runtime import autocast, is_communication_error, is_device_error, weights_dtype
+from ganscale.runtime import autocast, is_of_machine, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.hidden_state import HiddenState, seeded
@@ -141,10 +141,10 @@ def _differentiate(subject: Subject, take_step: Callable[[], StepOutput]) -> Non
     try:
         with twice_differentiable_attention(subject.order > 1):
             take_step().loss.backward(inputs=parameters)
-    except (GanscaleError, torch.OutOfMemoryError):
+    except GanscaleError:
         raise
     except Exception as error:
-        if is_communication_error(error) or is_device_error(error):
+        if is_of_machine(error):
             raise
         hints = [hint for pattern, hint in _HINTS.items() if re.search(pattern, str(error))]
         hint = f"; {hints[0]}" if hints else ""

@@ -16,7 +16,7 @@ from ganscale.metrics.meters import MeterAccumulator
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
-from ganscale.runtime import Runtime, weights_dtype
+from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks, sample_shape
@@ -136,6 +136,8 @@ class TrainingState:
                 tensors = load_tensors(folder, f"{updater.name}_optimizer")
                 updater.optimizer.load_tensors(tensors)
         except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"{folder} does not fit these settings ({' '.join(str(error).split())[:300]}): "
                 "continue with the networks and kinds of optimizer that it was trained with"

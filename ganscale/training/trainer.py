@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle, draws_ahead
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.invariance_checks import check_batch_divides
+from ganscale.training.memory_shortage import memory_shortage_explained
 from ganscale.training.network_setup import class_count
 from ganscale.training.replica_audit import audit_replicas
 from ganscale.training.resume import accept_settings, open_run
@@ -74,7 +76,8 @@ class Trainer:
         self.folder = RunFolder(Path(config.run.folder) / config.run.name)
         self.progress.run_folder = self.folder
         mark("building the networks")
-        self.state = TrainingState(config, self.objective, runtime, num_classes)
+        with self._memory_explained():
+            self.state = TrainingState(config, self.objective, runtime, num_classes)
 
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
@@ -135,7 +138,8 @@ class Trainer:
             reporter = RunReporter(config, self.objective, *history, self.runtime, state)
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
-                with profile_cycles(self.folder.profile, cycles) as after_cycle:
+                profiled = profile_cycles(self.folder.profile, cycles)
+                with self._memory_explained(), profiled as after_cycle:
                     exit_code = self._train(prefetcher, reporter, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
@@ -191,6 +195,7 @@ class Trainer:
             # Samples: a stop gives up all but the last grid of a run, which nobody would make
             # later; it then takes effect in this cycle
             if is_sampled:
+                mark("samples")
                 reporter.make_samples(partial(self._is_stopped, is_last=is_last))
                 votes.append(self._start_vote(prefetcher))
 
@@ -220,6 +225,7 @@ class Trainer:
         seen, every = self.state.images_seen, self.config.samples.every_images
         had_samples = seen == 0 or _crosses(seen - self.cycle.images, seen, every)
         if had_samples and reporter.lacks_samples():
+            self.progress.mark("samples")
             reporter.make_samples(self._is_stopped)
         self.progress.mark("data", self.config.data.retry_seconds)
         prefetcher.prefetch(self.stop.is_requested)
@@ -252,6 +258,9 @@ class Trainer:
             seen = f"{self.state.images_seen:,}"
             logger.log(level, "stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
+
+    def _memory_explained(self) -> AbstractContextManager[None]:
+        return memory_shortage_explained(self.config.training, self.runtime, self.progress)
 
     @section("audit")
     def _audit(self, reporter: RunReporter) -> None:

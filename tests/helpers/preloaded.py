@@ -81,9 +81,11 @@ def stop_server() -> None:
 
 
 def _start_server() -> None:
-    """With one thread for each process that it forks, whatever the tests' own process uses."""
+    """With one thread for each process that it forks, whatever the tests' own process uses, and
+    without CUDA, which no process could use that is forked after its start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         forkserver.ensure_running()
 
 

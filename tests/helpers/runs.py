@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,16 @@ class Runs:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         )
 
-    def finish(self, name: str, *settings: str, ranks: int = 1, exit_code: int = 0) -> str:
+    def finish(
+        self,
+        name: str,
+        *settings: str,
+        ranks: int = 1,
+        exit_code: int = 0,
+        environment: Mapping[str, Any] = {},
+    ) -> str:
         """Trains to the end, without a launcher; what all ranks printed."""
-        processes = Ranks(self, ranks, *settings, name=name)
+        processes = Ranks(self, ranks, *settings, name=name, **environment)
         try:
             exit_codes = processes.exit_codes(*range(ranks))
             printed = "".join(map(processes.printed, range(ranks)))

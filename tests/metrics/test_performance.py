@@ -17,7 +17,7 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES, Penalty
 from ganscale.runtime import Runtime
-from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig
+from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig, TrainingConfig
 from ganscale.training.cycle import Cycle
 from ganscale.training.flops import count_cycle_flops
 from ganscale.training.state import TrainingState
@@ -249,15 +249,19 @@ def flops_with_collectives(runtime: Runtime) -> list[float | None]:
     [
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
         ("NVIDIA H100 PCIe", "bfloat16", 756),
-        ("NVIDIA A100-SXM4-40GB", "float32", 156),
-        ("NVIDIA A10", "float32", 62.5),
+        ("NVIDIA A100-SXM4-40GB", "float32", 19.5),
+        ("NVIDIA A100-SXM4-40GB", "tf32", 156),
+        ("NVIDIA A10", "float32", 31.2),
         ("NVIDIA L40S", "bfloat16", 362),
         ("NVIDIA L40", "bfloat16", 0),
         ("NVIDIA H200", "float64", 0),
     ],
 )
 def test_peaks_go_by_a_gpus_whole_name(name, precision, tflops):
-    assert known_peak(name, precision) == tflops
+    is_tf32 = precision == "tf32"
+    precision = "float32" if is_tf32 else precision
+    training = TrainingConfig(total_images=1, precision=precision, tf32=is_tf32)
+    assert known_peak(name, training) == tflops
 
 
 def test_the_rank_that_holds_the_others_up_is_named(two_ranks):

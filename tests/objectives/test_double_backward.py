@@ -38,7 +38,11 @@ def autograd_input_gradients(critic: Callable, images: Tensor, labels: Tensor | 
 
 
 def assert_matches_autograd(
-    critic: nn.Module, images: Tensor, labels: Tensor | None = None, takes_labels: bool = False
+    critic: nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    takes_labels: bool = False,
+    tolerance: float = 1e-14,
 ) -> None:
     """Every penalty's input gradients, value and weight gradients, to a few units in the last
     place."""
@@ -60,7 +64,7 @@ def assert_matches_autograd(
         scale = max(1.0, max(tensor.abs().max().item() for tensor in expected[2:]))
         assert any(tensor.abs().max() > 0 for tensor in expected[2:]) or expected[1] == 0
         for result, reference in zip(actual, expected, strict=True):
-            assert (result - reference).abs().max().item() <= 1e-14 * scale, name
+            assert (result - reference).abs().max().item() <= tolerance * scale, name
 
 
 CRITICS: dict[str, Callable[[], nn.Module]] = {

@@ -80,6 +80,7 @@ def test_an_error_ends_with_the_code_that_says_whether_to_try_again() -> None:
     assert exit_code(RuntimeError("a bug")) == 1
     assert exit_code(torch.AcceleratorError("CUDA error: uncorrectable ECC error")) == 76
     assert exit_code(torch.OutOfMemoryError("would happen again")) == 1
+    assert exit_code(torch.AcceleratorError("CUDA error: out of memory")) == 1
 
 
 @pytest.mark.parametrize(
