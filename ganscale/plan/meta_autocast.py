@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def _names(words: str) -> frozenset[str]:
@@ -16,7 +17,8 @@ def _names(words: str) -> frozenset[str]:
 
 
 # Names of torch's Python functions, from the lists for CUDA in ATen/autocast_mode.h: computed in
-# autocast's precision, in float32, and in float32 by a kernel that casts itself.
+# autocast's precision, in float32, in float32 by a kernel that casts itself, and in float32 if any
+# argument has it.
 IN_LOWER_PRECISION = _names(
     """
     addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_tbc
@@ -38,6 +40,12 @@ IN_FLOAT32 = _names(
 TO_FLOAT32 = _names(
     """
     cumprod cumsum linalg_matrix_norm linalg_vector_norm log_softmax norm prod softmax sum
+    """
+)
+PROMOTED = _names(
+    """
+    addcdiv addcmul atan2 bilinear cat cross dot grid_sample grid_sampler index_put scatter_add
+    stack tensordot vdot
     """
 )
 
@@ -72,7 +80,7 @@ class _Autocast(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.dtype, self.is_enabled = dtype, enabled
-        self._casts: dict[int, Tensor] = {}
+        self._casts = WeakIdKeyDictionary()
 
     def __enter__(self) -> "_Autocast":
         _contexts.append(self)
@@ -96,9 +104,11 @@ class _Autocast(TorchFunctionMode):
         cast = None
         if name in IN_LOWER_PRECISION:
             cast = self._lower
-        elif name in IN_FLOAT32:
+        elif name in IN_FLOAT32 or (
+            name in PROMOTED and any(map(_is_float32, tree_iter((args, options))))
+        ):
             cast = _float32
-        elif name in TO_FLOAT32 and _float32(args[0]) is not args[0]:
+        elif name in TO_FLOAT32 and args and _is_cast(args[0]):
             options.setdefault("dtype", torch.float32)
         if cast is not None:
             args, options = tree_map(cast, args), tree_map(cast, options)
@@ -109,9 +119,13 @@ class _Autocast(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(self.dtype)
-        if id(value) not in self._casts:
-            self._casts[id(value)] = value.to(self.dtype)
-        return self._casts[id(value)]
+        if (cast := self._casts.get(value)) is None:
+            self._casts[value] = cast = value.to(self.dtype)
+        return cast
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 def _float32(value: Any) -> Any:

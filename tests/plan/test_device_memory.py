@@ -16,7 +16,7 @@ from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
 from ganscale.plan.device_memory import MemoryPlanner, usable_bytes
-from ganscale.plan.meta_autocast import IN_FLOAT32, IN_LOWER_PRECISION, TO_FLOAT32
+from ganscale.plan.meta_autocast import IN_FLOAT32, IN_LOWER_PRECISION, PROMOTED, TO_FLOAT32
 from ganscale.plan.planning import make_plan
 from ganscale.schema import Config
 from tests.helpers.processes import REPOSITORY
@@ -61,6 +61,10 @@ TRACKED = {
     "contiguous": ("wgan_gp", "dcgan32", "training.memory_format=contiguous"),
     "float64": ("wgan_gp", "resnet32", "training.precision=float64"),
     "bfloat16": ("wgan_gp", "dcgan32", "training.precision=bfloat16"),
+    "bfloat16 spectral norm": (
+        *("hinge", "dcgan32", "training.precision=bfloat16", "critic.target=resnet"),
+        "critic.options.spectral_norm=true",
+    ),
     "bfloat16 penalty": (
         *("wgan_gp", "dcgan32", "training.precision=bfloat16"),
         "training.penalty_precision=autocast",
@@ -120,6 +124,7 @@ def test_autocast_on_the_meta_device_has_the_rules_for_cuda_of_the_installed_tor
     resampling = {name for name in names("AT_FORALL_FP32") if "upsample" in name}
     assert names("AT_FORALL_FP32") - resampling <= IN_FLOAT32
     assert names("AT_FORALL_FP32_SET_OPT_DTYPE") <= TO_FLOAT32
+    assert names("AT_FORALL_PROMOTE") <= PROMOTED
 
 
 @pytest.mark.parametrize("name", ["wgan_gp", "micro-batches", "no penalty"])
