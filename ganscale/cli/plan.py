@@ -19,6 +19,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("settings", nargs="+", metavar="CONFIG|key=value")
     add("--nodes", type=positive_int, default=1, metavar="N", help="(default: 1)")
     add("--gpus-per-node", type=positive_int, default=1, metavar="N", help="ranks (default: 1)")
+    add(
+        "--gpu-memory",
+        type=positive_int,
+        metavar="GB",
+        help="memory of a GPU; a run that does not fit is refused (default: some usual ones)",
+    )
     add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run)
 
@@ -31,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ganscale.plan.planning import make_plan
 
     config = resolve(arguments.settings).config
-    plan = make_plan(config, arguments.nodes, arguments.gpus_per_node)
+    plan = make_plan(config, arguments.nodes, arguments.gpus_per_node, arguments.gpu_memory)
     if arguments.json:
         try:
             arguments.json.write_text(json.dumps(asdict(plan), indent=1) + "\n")

@@ -1,20 +1,31 @@
 """Plans a run on a cluster, or says why it is not possible and which settings would be."""
 
 import sys
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import chunks_and_depth
 from ganscale.data.manifest import Manifest
-from ganscale.errors import UserError
+from ganscale.errors import UserCodeError, UserError
+from ganscale.importing import describe
 from ganscale.networks.build import parameter_count
-from ganscale.objectives.objective import build_objective
+from ganscale.objectives.objective import Objective, build_objective
 from ganscale.plan.communication import communication
 from ganscale.plan.data import DataPlan, plan_data
+from ganscale.plan.device_memory import MemoryPlanner
 from ganscale.plan.networks import device_bytes, planned_files, planned_networks, safetensors_bytes
-from ganscale.plan.sections import Batches, Cluster, HostMemory, Networks, Plan, Run, nearest
+from ganscale.plan.sections import (
+    Batches,
+    Cluster,
+    DeviceMemory,
+    HostMemory,
+    Networks,
+    Plan,
+    Run,
+    nearest,
+)
 from ganscale.schema import Config
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
@@ -22,8 +33,12 @@ from ganscale.training.network_setup import class_count
 _LOADER_BYTES = 160 << 20  # measured; Python and torch, without memory-mapped files
 
 
-def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
+def make_plan(
+    config: Config, nodes: int, gpus_per_node: int, gpu_gigabytes: int | None = None
+) -> Plan:
     """What `config` means on `nodes` machines with `gpus_per_node` ranks each.
+
+    gpu_gigabytes: the memory of a GPU, which the run has to fit; None describes several usual ones
 
     Reads the manifest but no shards. Raises UserError, with the nearest valid settings, for a run
     that is not possible there; and as training does for a bad manifest, network or objective.
@@ -42,6 +57,8 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
     tensors = sum(map(len, files.values()))
     batch = config.training.global_batch_size
     images_per_rank = batch // cluster.ranks
+    memory, remarks = _device_memory(config, objective, num_classes, cluster.ranks, gpu_gigabytes)
+    data = replace(data, remarks=(*data.remarks, *remarks))
     return Plan(
         cluster=cluster,
         batches=Batches(batch, images_per_rank, images_per_rank // config.training.accumulate),
@@ -59,6 +76,7 @@ def make_plan(config: Config, nodes: int, gpus_per_node: int) -> Plan:
             checkpoint_bytes=checkpoint_bytes,
             checkpoints_kept_bytes=_checkpoints_kept(config, saved_at) * checkpoint_bytes,
         ),
+        device_memory=memory,
         communication=communication(config, objective, generator, critic, cluster.ranks, tensors),
     )
 
@@ -82,6 +100,24 @@ def _refuse_batch(config: Config, cluster: Cluster) -> None:
             choices.append(f"training.accumulate={micro_batches}")
         alternatives = f"; or, with this batch, {'; or '.join(choices)}" if choices else ""
         raise UserError(f"{error}{alternatives}") from None
+
+
+def _device_memory(
+    config: Config, objective: Objective, num_classes: int, ranks: int, gpu_gigabytes: int | None
+) -> tuple[DeviceMemory | None, list[str]]:
+    """The section and remarks; no section if the cycle does not run on the meta device."""
+    planner = MemoryPlanner(config, objective, num_classes, ranks)
+    try:
+        section = planner.section(gpu_gigabytes)
+    except Exception as error:  # a user's network may raise anything
+        if isinstance(error, UserError) and not isinstance(error, UserCodeError):
+            raise
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        return None, [
+            "the peak of device memory is unknown, because the networks do not run on torch's meta "
+            f"device: {describe(cause)}"
+        ]
+    return section, []
 
 
 def checkpoint_positions(config: Config) -> np.ndarray:

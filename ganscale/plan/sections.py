@@ -88,6 +88,16 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class DeviceMemory:
+    """Of one rank."""
+
+    peak_bytes: Annotated[int, "of a cycle's tensors, with activations and second derivatives"]
+    bytes_per_image: Annotated[int, "for further images of a rank"]
+    peak_bytes_with_accumulate: Annotated[dict[int, int], "for the same batch"]
+    images_per_rank_on: Annotated[dict[str, int], "at most, if 10 % of it and 1 GB stay free"]
+
+
+@dataclass(frozen=True)
 class Communication:
     """Between n ranks. In a ring, each sends 2 (n - 1) / n of the bytes that are all-reduced."""
 
@@ -120,6 +130,7 @@ class Plan:
     cache: Cache | None
     host_memory: HostMemory
     networks: Networks
+    device_memory: DeviceMemory | None
     communication: Communication | None
     remarks: tuple[str, ...]
 
@@ -131,9 +142,13 @@ class Plan:
                 continue
             lines += ["", title.replace("_", " ")]
             for name, hint in get_type_hints(type(section), include_extras=True).items():
-                label, value = name.replace("_", " "), _readable(name, getattr(section, name))
                 (note,) = getattr(hint, "__metadata__", ("",))
-                lines.append(f"  {label:<30} {value:>14}  {note}".rstrip())
+                label, value = name.replace("_", " "), getattr(section, name)
+                rows = {label: value}
+                if isinstance(value, dict):
+                    rows = {f"{label} {key}": each for key, each in value.items()}
+                for label, each in rows.items():
+                    lines.append(f"  {label:<30} {_readable(name, each):>14}  {note}".rstrip())
         lines += ["", *(f"note: {remark}" for remark in self.remarks)]
         return "\n".join(lines).strip("\n") + "\n"
 

@@ -47,10 +47,20 @@ class TrainingState:
     """Everything that a checkpoint holds, ready to train."""
 
     def __init__(
-        self, config: Config, objective: Objective, runtime: Runtime, num_classes: int
+        self,
+        config: Config,
+        objective: Objective,
+        runtime: Runtime,
+        num_classes: int,
+        networks: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
-        """Raises UserError as `build_networks` does."""
-        self.generator, self.critic = build_networks(config, objective, num_classes, runtime.device)
+        """networks: (generator, critic), by default those of the config, tried once
+
+        Raises UserError as `build_networks` does.
+        """
+        self.generator, self.critic = networks or build_networks(
+            config, objective, num_classes, runtime.device
+        )
         self.dtype = weights_dtype(config.training.precision)
         for network in (self.generator, self.critic):
             network.to(self.dtype)
