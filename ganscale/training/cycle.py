@@ -34,6 +34,7 @@ from ganscale.training.fast_forward import fast_forward
 from ganscale.training.network_updater import Update
 from ganscale.training.state import TrainingState
 
+_MOST_PIXELS_TOGETHER = 1 << 21  # 5 batches of 64 images of 64 pixels are 1.3 million
 CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
 
 
@@ -66,10 +67,15 @@ def makes_fakes_together(
 ) -> bool:
     """Whether the fakes of several critic steps are made in one forward, so that ranks wait for
     each other's batch norm statistics once, and a device for fewer launches. Not with
-    micro-batches: then memory is short."""
-    has_norms = any(isinstance(module, GlobalBatchNorm) for module in generator.modules())
-    has_gain = (has_norms and world_size > 1) or not has_cheap_launches(device)
-    return has_gain and config.training.accumulate == 1 and can_concatenate_batches(generator)
+    micro-batches: then memory is short; nor for large images alone, where launches matter less
+    than memory."""
+    if config.training.accumulate > 1 or not can_concatenate_batches(generator):
+        return False
+    if world_size > 1:
+        return any(isinstance(module, GlobalBatchNorm) for module in generator.modules())
+    images = config.objective.n_critic * config.training.global_batch_size
+    pixels = images * config.data.resolution**2
+    return not has_cheap_launches(device) and pixels <= _MOST_PIXELS_TOGETHER
 
 
 class Cycle:

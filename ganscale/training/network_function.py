@@ -9,6 +9,7 @@ values, which may hide a layer behind a zero:
 - An image's output and derivatives are the same with other images around it, at another place in
   the batch, in a larger batch, and alone.
 - The gradient of the weights for a batch is the sum of those for its parts.
+- The gradient of a penalty is the one that finite differences give.
 """
 
 import os
@@ -24,6 +25,7 @@ from ganscale.errors import UserError
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.fast_derivatives import FastDerivatives
+from ganscale.objectives.penalties import twice_differentiable_attention
 from ganscale.runtime import autocast
 from ganscale.training.hidden_state import HiddenState, seeded
 
@@ -33,6 +35,9 @@ _MOVES = (0.3, 0.3, 0.3, 0.0)  # of the weights; the next in case that an output
 # Of outputs, relative to the largest, by the lowest precision of anything in the forward.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 _DERIVATIVES = {torch.float64: 1e3}  # times more; if they are wrong, it is by their size
+# Of weights, relative to their size: a smaller one meets fewer kinks, such as those of ReLUs, at
+# which the penalty jumps. One without a kink is enough.
+_DIFFERENCE_STEPS, _DIFFERENCE_TOLERANCE = (1e-6, 1e-7, 1e-8, 1e-8), 1e-3
 
 _NO_DRAWS = (
     "which would differ between ranks, micro-batches and restarts: remove them, or pass noise in "
@@ -118,6 +123,8 @@ def check_function(subject: Subject) -> None:
         raise UserError(_mixing(subject))
     _check_companions(subject, outputs, own)
     _check_weight_gradients(subject)
+    if subject.order > 1 and subject.lowest == torch.float64:
+        _check_second_derivatives(subject)
 
 
 @torch.no_grad()
@@ -183,6 +190,43 @@ def _check_weight_gradients(subject: Subject) -> None:
                 f"the gradient of {subject.name}'s weights for a batch is not the sum of those for "
                 "its parts (look for hooks): it would differ between ranks and micro-batches"
             )
+
+
+def _check_second_derivatives(subject: Subject) -> None:
+    """Refuses critics whose gradient penalty has another gradient than by finite differences:
+    where a backward cannot be differentiated, autograd takes it for a constant."""
+    parameters = [p for p in subject.network.parameters() if p.requires_grad]
+    exact = torch.autograd.grad(
+        _squared_derivatives(subject), parameters, allow_unused=True, materialize_grads=True
+    )
+    for step in _DIFFERENCE_STEPS:
+        directions = [
+            p.detach().norm() / p.numel() ** 0.5 * torch.randn_like(p) for p in parameters
+        ]
+        expected = sum(float((g * d).sum()) for g, d in zip(exact, directions, strict=True))
+        values = []
+        for distance in (step, -2 * step, step):  # there, to the other side, and back
+            torch._foreach_add_([p.data for p in parameters], directions, alpha=distance)
+            values.append(_squared_derivatives(subject).item())
+        found = (values[0] - values[1]) / (2 * step)
+        # The last value is that of the weights as they were, but for rounding.
+        scale = max(abs(expected), abs(found), 1e-4 * abs(values[2]))
+        if abs(found - expected) <= _DIFFERENCE_TOLERANCE * scale:
+            return
+    raise UserError(
+        f"the gradient penalty of {subject.name} would have a wrong gradient: something in its "
+        "forward has no second derivative, but does not say so (a torch.autograd.Function whose "
+        "backward is marked as once_differentiable, uses NumPy or has no graph)"
+    )
+
+
+def _squared_derivatives(subject: Subject) -> Tensor:
+    """The sum of squares of each score's derivative with respect to its own input."""
+    inputs = subject.inputs.detach().clone().requires_grad_()
+    with twice_differentiable_attention(True):
+        scores = _scores(replace(subject, inputs=inputs).run_fast())
+        (derivatives,) = torch.autograd.grad(scores.sum(), inputs, create_graph=True)
+        return derivatives.square().sum()
 
 
 def _mixing(subject: Subject) -> str:

@@ -8,6 +8,7 @@ from itertools import count
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -397,6 +398,58 @@ def detached(_, maps):
 def without_second_derivative(_, maps):
     numbers = torch.arange(len(maps)).view(-1, 1)
     return F.embedding_bag(numbers, maps.flatten(1), mode="sum").view_as(maps)
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class CubeDifferentiatedOnce(Cube):
+    backward = staticmethod(once_differentiable(Cube.backward))  # type: ignore[assignment]
+
+
+class CubeByNumPy(Cube):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(3 * x.detach().numpy() ** 2) * grad
+
+
+class CubeWithoutGraph(Cube):
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            slope = 3 * x**2
+        return slope * grad
+
+
+@works
+def own_function(_, maps):
+    return Cube.apply(maps)
+
+
+@refused("would have a wrong gradient", FAILING_CRITICS)
+def own_function_that_is_differentiated_once(_, maps):
+    return CubeDifferentiatedOnce.apply(maps)
+
+
+@refused("would have a wrong gradient", FAILING_CRITICS)
+def own_function_by_numpy(_, maps):
+    return CubeByNumPy.apply(maps)
+
+
+@refused("would have a wrong gradient", FAILING_CRITICS)
+def own_function_without_a_graph(_, maps):
+    return CubeWithoutGraph.apply(maps)
 
 
 @refused("returns NaN or infinity", FAILING_CRITICS)

@@ -1,0 +1,82 @@
+"""A cycle on torch's meta device, which has no values: there, an operator that mixes devices, asks
+for a number or copies to the host raises an error."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.launches import OBJECTIVES
+from benchmarks.ours import config_of
+from ganscale.data.batch import Batch
+from ganscale.objectives.objective import build_objective
+from ganscale.plan.meta_device import META, MetaRuntime, meta_device
+from ganscale.plan.networks import planned_networks
+from ganscale.schema import OptimizerConfig
+from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.state import TrainingState
+
+OPTIMIZERS = {
+    "as in the config": None,
+    "rmsprop": OptimizerConfig("rmsprop", 1e-3, momentum=0.9, weight_decay=0.1),
+    "sgd": OptimizerConfig("sgd", 1e-3, momentum=0.9),
+}
+
+
+def run_cycles(objective: str, network: str, optimizer: str, *settings: str) -> TrainingState:
+    config = config_of(objective, network, 4, *settings)
+    if (chosen := OPTIMIZERS[optimizer]) is not None:
+        config.optimizer.critic = config.optimizer.generator = chosen
+    built = build_objective(config.objective)
+    with meta_device(1):
+        generator, critic = (n.to(META) for n in planned_networks(config, 0))
+        state = TrainingState(config, built, MetaRuntime(1), 0, (generator, critic))
+        cycle = Cycle(config, built, MetaRuntime(1), state)
+        draws = torch.empty(4 * sum(draw.columns for draw in draws_ahead(config, built)))
+        size, channels = config.data.resolution, config.data.channels
+        images = torch.empty(4, size, size, channels, dtype=torch.uint8)
+        labels, slots = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+        batch = Batch(images, labels, slots, draws=draws)
+        for is_logged in (False, True, False):
+            cycle.run([batch] * config.objective.n_critic, is_logged=is_logged)
+    return state
+
+
+def assert_on_meta(state: TrainingState) -> None:
+    tensors = state.audited()
+    assert tensors
+    assert {tensor.device for tensor in tensors.values()} == {META}
+
+
+@pytest.mark.parametrize("network", ["dcgan32", "resnet32"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_cycle_of_every_objective_stays_on_its_device(objective, network):
+    assert_on_meta(run_cycles(objective, network, "as in the config"))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "training.gradient_clip=1",
+        "training.accumulate=2",
+        "training.reuse_fakes=true",
+        "training.precision=bfloat16",
+        "data.flip=true",
+        "critic.options.norm=layer",
+    ],
+)
+def test_a_cycle_with_every_setting_stays_on_its_device(setting, optimizer):
+    assert_on_meta(run_cycles("wgan_gp", "dcgan32", optimizer, setting))
+
+
+def test_a_question_to_the_device_is_noticed(monkeypatch):
+    finish = Cycle._update_ema
+
+    def asking(self: Cycle) -> None:
+        loss: Tensor = next(iter(self.state.generator.parameters())).sum()
+        assert loss.item() < 1e9
+        finish(self)
+
+    monkeypatch.setattr(Cycle, "_update_ema", asking)
+    with pytest.raises(RuntimeError, match="item"):
+        run_cycles("lsgan", "dcgan32", "sgd")
