@@ -132,8 +132,8 @@ class _BatchNormFunction(torch.autograd.Function):
         from its own output, and, through mean and variance, from the outputs of all ranks."""
         images, weight, mean, variance = ctx.saved_tensors
         if len(images) == 1:
-            # On a CPU, torch 2.13 misreads a single image or gradient in channels last whose stride
-            # over the batch is not that of a whole image.
+            # On a CPU, torch (2.8 to 2.14) misreads a single image or gradient in channels last
+            # whose stride over the batch is not that of a whole image.
             grad = grad.contiguous()
         # Terms cancel below: in bfloat16 they would be rounded first.
         wide_images, grad = images.to(mean.dtype), grad.to(mean.dtype)

@@ -172,8 +172,8 @@ def _transposed_convolution(
 def _norm_per_channel(
     func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """On a CPU, torch 2.13 misreads a single image or gradient in channels last whose stride over
-    the batch is not that of a whole image, and returns a wrong gradient."""
+    """On a CPU, torch (2.8 to 2.14) misreads a single image or gradient in channels last whose
+    stride over the batch is not that of a whole image, and returns a wrong gradient."""
     if len(input) > 1 or input.device.type != "cpu":
         return func(input, *args, **kwargs)
     output = func(input.contiguous(), *args, **kwargs)
@@ -183,13 +183,13 @@ def _norm_per_channel(
 
 
 def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """torch 2.13 crashes on a CPU in a backward that needs the gradient of a weight, but not that
-    of images in channels last, such as the images of a batch."""
+    """torch (2.8 to 2.13) crashes on a CPU in a backward that needs the gradient of a weight, but
+    not that of images in channels last, such as the images of a batch."""
     if input.device.type != "cpu" or not torch.is_grad_enabled():
         return func(input, *args, **kwargs)
     if is_traced() and not input.requires_grad and not input.is_contiguous():
         raise RuntimeError(  # checkpointing repeats the forward without this function
-            "torch 2.13 crashes on a CPU where activation checkpointing repeats a group norm of "
+            "torch (2.8 to 2.13) crashes on a CPU where checkpointing repeats a group norm of "
             "images in channels last; `training.memory_format=contiguous` avoids it"
         )
     return func(input.contiguous(), *args, **kwargs)
