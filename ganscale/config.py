@@ -78,6 +78,7 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     blank = OmegaConf.structured(Config)
     merged = blank.copy()
     origin: dict[str, str] = {}
+    dropped: dict[str, str] = {}
     for path in paths:
         layers = list(_read(path, ()))
         if is_stored or path.with_name("run.json").exists():
@@ -87,6 +88,8 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
         for section in REPLACED_WHOLE:
             if any(section in layer for _, layer in layers):
                 merged[section] = blank[section]
+                given = [key for key in origin if is_within(key, (section,))]
+                dropped |= dict.fromkeys(given, layers[-1][0])
                 _forget(origin, section)
         for source, layer in layers:
             merged = _merge(merged, layer, source, origin)
@@ -97,7 +100,7 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     if merged.run._get_node("name")._value() in ("", MISSING):
         merged.run.name = paths[0].stem
         origin["run.name"] = f"name of {paths[0]}"
-    return Resolved(_validate(merged, origin), origin)
+    return Resolved(_validate(merged, origin, dropped), origin)
 
 
 def load_stored(path: Path) -> Config:
@@ -212,11 +215,18 @@ def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
     return f"`{key}` must be {wording}, not {without_secrets(value)!r}"
 
 
-def _validate(merged: Any, origin: Mapping[str, str]) -> Config:
+def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]) -> Config:
+    """dropped: keys that a file has replaced with their section, and that file"""
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise UserError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
+            keys = ", ".join(f"`{key}`" for key in missing)
+            hints = [
+                f"; {file} replaces `{key.partition('.')[0]}` of earlier files as a whole"
+                for key, file in dropped.items()
+                if key in missing
+            ]
+            raise UserError(f"the config lacks {keys}{''.join(hints[:1])}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         key, reason = str(error.full_key), str(error).partition("\n")[0]

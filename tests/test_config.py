@@ -453,6 +453,12 @@ def test_an_override_that_cannot_be_read_is_named_without_its_value(folder, over
     assert "token" not in said
 
 
+def test_what_a_later_file_has_replaced_and_left_out_is_blamed_on_it(folder):
+    sentence = folder.mistake("optimizer: {critic: {learning_rate: 0.1}}")
+    assert sentence.startswith("the config lacks `optimizer.generator.learning_rate`; ")
+    assert sentence.endswith("mine.yaml replaces `optimizer` of earlier files as a whole")
+
+
 def test_what_is_missing_is_listed_whole(folder):
     mine = folder.write("mine.yaml", "training: {total_images: 1}\ndata: {path: x}")
     with pytest.raises(UserError) as raised:

@@ -11,6 +11,16 @@ class CommandParser(argparse.ArgumentParser):
     """Takes settings before and after options, and rejects an unknown option with the usage of its
     own command and the nearest option."""
 
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation would change its meaning with the next option.
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = None if action.choices is None else [*map(str, action.choices)]
+        if choices is not None and str(value) not in choices:
+            hint = nearest(str(value), choices) or f" (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:

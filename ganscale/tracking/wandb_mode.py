@@ -20,11 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_mode(mode: RequestedMode) -> WandbMode:
-    """`auto` follows WANDB_MODE; without it, `auto` is online if an API key is configured and
-    offline otherwise. Raises UserError for `online` without a key."""
+    """`auto` follows WANDB_MODE, and WANDB_DISABLED as Transformers does; without them, `auto` is
+    online if an API key is configured and offline otherwise. Raises UserError for `online` without
+    a key."""
     settings = client_settings()
     if mode == "auto":
         preferred = {"dryrun": "offline", "run": "online"}.get(settings.mode, settings.mode)
+        if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "true", "yes"):
+            preferred = "disabled"
         if preferred in ("offline", "disabled"):
             return preferred
     if mode in ("offline", "disabled"):

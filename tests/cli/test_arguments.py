@@ -36,6 +36,7 @@ def test_settings_may_stand_before_and_after_options(
         ("shards write a b c", "shards write", "unknown argument c"),
         ("checkpoint list a b", "checkpoint list", "unknown argument b"),
         ("sample a --weigths ema", "sample", "unknown option --weigths (did you mean '--weights'"),
+        ("sample a --wei ema", "sample", "unknown option --wei (did you mean '--weights'"),
     ],
 )
 def test_what_is_not_understood_is_named_with_the_usage_of_its_command(
@@ -51,3 +52,21 @@ def test_what_is_not_understood_is_named_with_the_usage_of_its_command(
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"usage: ganscale {command} ")
     assert last.startswith(f"ganscale {command}: error: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("trian C", "argument COMMAND: invalid choice: 'trian' (did you mean 'train'?)"),
+        ("shards wrte a b", "argument COMMAND: invalid choice: 'wrte' (did you mean 'write'?)"),
+        ("sample a --weights emma", "argument --weights: invalid choice: 'emma' (did you mean 'em"),
+        ("zzz", "argument COMMAND: invalid choice: 'zzz' (choose from train, "),
+    ],
+)
+def test_a_command_or_choice_that_does_not_exist_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str], arguments: str, sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.split())
+    assert raised.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -109,6 +109,15 @@ def test_variables_that_are_set_but_empty_count_as_unset(environment, run_folder
     assert len(offline_records(run_folder, "history")) == 3
 
 
+def test_a_machine_on_which_wandb_is_disabled_for_transformers_has_none(
+    environment, run_folder, server
+):
+    disabled = {**environment, "WANDB_DISABLED": "true"}
+    train(disabled, run_folder=run_folder, mode="auto", first_step=1, last_step=3)
+    assert not [*run_folder.glob("wandb/offline-run-*")]
+    assert not server.runs
+
+
 def test_a_variable_that_wandb_rejects_is_named_without_its_value(environment, run_folder):
     wrong = {**environment, "WANDB_MODE": "secret"}
     outcome = train(wrong, run_folder=run_folder, mode="offline", first_step=1, last_step=3)
