@@ -26,6 +26,7 @@ from ganscale.training.network_function import (
     Subject,
     batch_norms_in_evaluation,
     check_function,
+    check_second_derivatives,
     refuse_change,
 )
 from ganscale.training.steps import CriticStep, GeneratorStep, StepOutput
@@ -78,6 +79,8 @@ def try_networks(
             for subject in map(Subject.in_float64, subjects):
                 with default_dtype(subject.inputs.dtype):
                     check_function(subject)
+                    if subject.order > 1 and objective.penalties:
+                        check_second_derivatives(subject)
 
 
 def _different_images(*shape: int) -> Tensor:
