@@ -267,6 +267,8 @@ def test_options_that_do_not_fit_end_the_job_with_a_sentence(
 ) -> None:
     job = jobs.submit(script, *arguments, options=options)
     jobs.cluster.wait_for(job, JobState="FAILED", ExitCode="2:0")
+    # Of an array, the first task to fail makes the job a failed one; the log is another's.
+    jobs.wait_until(job, lambda: bool(jobs.log(job)))
     line = jobs.log(job).splitlines()[-1]
     assert "error: " in line
     assert sentence in line
