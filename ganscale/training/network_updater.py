@@ -149,22 +149,21 @@ class NetworkUpdater:
 
 
 def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, Any]:
-    """Every `count`-th row from row `index` on of all tensors within `inputs`; a tensor that is
-    there twice stays one."""
-    taken: dict[int, Tensor] = {}
+    """Every `count`-th row from row `index` on of all tensors within `inputs`."""
+    return inputs if count == 1 else _rows(inputs, slice(index, None, count), {})
 
-    def rows(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim > 0:
-            if id(value) not in taken:  # without gaps: networks may ask for views
-                taken[id(value)] = value[index::count].clone()
-            return taken[id(value)]
-        if isinstance(value, LogitGradients):
-            return LogitGradients(*map(rows, value))
-        if isinstance(value, dict):
-            return {name: rows(each) for name, each in value.items()}
-        return value
 
-    return inputs if count == 1 else rows(inputs)
+def _rows(value: Any, which: slice, taken: dict[int, Tensor]) -> Any:
+    """taken: by id, so that a tensor that is there twice stays one"""
+    if isinstance(value, Tensor) and value.ndim > 0:
+        if id(value) not in taken:  # without gaps: networks may ask for views
+            taken[id(value)] = value[which].clone()
+        return taken[id(value)]
+    if isinstance(value, LogitGradients):
+        return LogitGradients(*(_rows(each, which, taken) for each in value))
+    if isinstance(value, dict):
+        return {name: _rows(each, which, taken) for name, each in value.items()}
+    return value
 
 
 def _in_batch_order(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -206,7 +206,7 @@ def audits(runtime: Runtime) -> dict[str, str]:
         "ema.input.bias",
         "critic_optimizer.0.exp_avg",
         "generator_optimizer.1.exp_avg_sq",
-        "generator_optimizer.0.step",
+        "generator_optimizer.step",
     ):
         tensor = tensors[name]
         element = tensor[(-1,) * tensor.ndim]  # a view, whatever the strides
