@@ -231,7 +231,7 @@ def try_pair(number: int, runtime: Runtime, expected: Record | None) -> tuple[Ou
     config = config_of_pair(number)
     networks = _networks(config)
     try:
-        found = record(config, runtime)
+        found = record(config, runtime, tries_networks=True)
     except UserError as error:
         is_right = _is_right(error, networks, config, runtime)
         verdict = "refused" if is_right else "FAILED: refused without a reason"
@@ -298,7 +298,7 @@ def _are_accepted_without_offences(config: Config, runtime: Runtime) -> bool:
     for network in (config.generator, config.critic):
         network.options["has_offences"] = False
     try:
-        record(config, runtime)
+        record(config, runtime, tries_networks=True)
     except UserCodeError:  # which is another matter
         return True
     except UserError:

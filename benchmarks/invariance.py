@@ -59,6 +59,7 @@ from ganscale.schema import (
 )
 from ganscale.training.cycle import Cycle
 from ganscale.training.metrics_row import metrics_row
+from ganscale.training.network_setup import build_unchecked_networks
 from ganscale.training.state import TrainingState
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -178,11 +179,15 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
     )
 
 
-def record(config: Config, runtime: Runtime) -> Record:
-    """Trains from the start to the end of `config`, and what there was to see."""
+def record(config: Config, runtime: Runtime, *, tries_networks: bool = False) -> Record:
+    """Trains from the start to the end of `config`, and what there was to see.
+
+    tries_networks: before that, as a run does with networks that it does not know
+    """
     objective = build_objective(config.objective)
     num_classes = CLASSES if config.training.conditional else 0
-    state = TrainingState(config, objective, runtime, num_classes)
+    networks = None if tries_networks else untried_networks(config, num_classes, runtime)
+    state = TrainingState(config, objective, runtime, num_classes, networks)
     cycle = Cycle(config, objective, runtime, state)
     found: Record = {}
     while state.images_seen < config.training.total_images:
@@ -210,6 +215,13 @@ def record(config: Config, runtime: Runtime) -> Record:
         kind = f"{file} {key.partition('.')[2]}" if file.endswith("_optimizer") else file
         found.setdefault(kind, {})[key] = tensor.detach().clone()
     return found
+
+
+def untried_networks(
+    config: Config, num_classes: int, runtime: Runtime
+) -> tuple[nn.Module, nn.Module]:
+    generator, critic = build_unchecked_networks(config, num_classes)
+    return generator.to(runtime.device), critic.to(runtime.device)
 
 
 def _as_tensors(row: dict[str, Any], config: Config) -> dict[str, Tensor]:

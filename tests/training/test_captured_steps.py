@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.invariance import (
+    CLASSES,
     Combination,
     config_of,
     synthetic_batch,
+    untried_networks,
 )
 from benchmarks.launches import gpu_path
 from ganscale.errors import UserError
@@ -77,7 +79,9 @@ class Graphs:
 def trained(config: Config, graphs: Graphs | None, log_every: int = 100) -> dict[str, Tensor]:
     """Everything in the state, and all meters, after a few cycles."""
     runtime, objective = Runtime.start(), build_objective(config.objective)
-    state = TrainingState(config, objective, runtime, 3 if config.training.conditional else 0)
+    classes = CLASSES if config.training.conditional else 0
+    networks = untried_networks(config, classes, runtime)
+    state = TrainingState(config, objective, runtime, classes, networks)
     cycle = Cycle(config, objective, runtime, state)
     if graphs is not None:
         cycle.captured_steps = CapturedSteps(graphs.capture)
