@@ -51,8 +51,11 @@ def test_as_many_processes_start_as_the_file_or_the_option_says(
     )
     file, *options = arguments
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    environment = dict(os.environ)
+    environment.pop("CUDA_VISIBLE_DEVICES", None)  # `make test` hides GPUs
     subprocess.run(
         [*launcher, "--config_file", str(LAUNCH / file), *options, str(script)],
+        env=environment,
         check=True,
         timeout=300,
     )
