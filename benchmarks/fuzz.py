@@ -56,7 +56,7 @@ from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime
 from ganscale.schema import Config, CriticConfig, GeneratorConfig
-from ganscale.training.network_setup import build_unchecked_networks
+from ganscale.training.network_setup import build_unchecked_networks, sample_shape
 
 TOLERANCE, FLOAT32_TOLERANCE = 1e-8, 1e-4  # the latter for networks that cast to float32
 # A difference that is this many times what a disturbance of the size of rounding makes is an error.
@@ -115,13 +115,18 @@ class PlainNorms(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.group_norm:
-            args = args[0].contiguous(), *args[1:]
+            layout = _layout_of(args[0])
+            normalized = func(args[0].contiguous(), *args[1:], **kwargs)
+            return normalized.contiguous(memory_format=layout)
         if func is F.instance_norm and self.of_instances:
             output = func(*args, **kwargs).detach()
-            is_last = output.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if is_last else torch.contiguous_format
-            return _instance_norm(*args, **kwargs).contiguous(memory_format=layout)
+            return _instance_norm(*args, **kwargs).contiguous(memory_format=_layout_of(output))
         return func(*args, **kwargs)
+
+
+def _layout_of(maps: Tensor) -> torch.memory_format:
+    is_last = maps.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last and not maps.is_contiguous() else torch.contiguous_format
 
 
 def _instance_norm(x: Tensor, *_, weight=None, bias=None, eps=1e-5, **__) -> Tensor:
@@ -289,6 +294,12 @@ def _is_right(
             return True
         if any(getattr(module, "how", "") == "reentrant checkpoint" for module in modules):
             return True
+    if "has no derivative" in str(error):
+        images = torch.randn(4, *sample_shape(config), requires_grad=True)
+        labels = (torch.arange(4) % CLASSES,) if config.training.conditional else ()
+        scores = networks[1](images, *labels).sum()
+        slopes = torch.autograd.grad(scores, images, allow_unused=True, materialize_grads=True)
+        return not slopes[0].any()
     has_offence = any(isinstance(module, Offence) for module in modules)
     return has_offence and _are_accepted_without_offences(config, runtime)
 

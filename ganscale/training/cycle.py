@@ -32,7 +32,7 @@ from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.network_updater import Update
-from ganscale.training.state import TrainingState
+from ganscale.training.state import TrainingState, is_channels_last
 
 _MOST_PIXELS_TOGETHER = 1 << 21  # 5 batches of 64 images of 64 pixels are 1.3 million
 CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
@@ -93,6 +93,7 @@ class Cycle:
         self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks, device)
         is_captured = captures_steps(config.training, device, ranks)
         self.captured_steps = CapturedSteps() if is_captured else None
+        self._is_channels_last = is_channels_last(config.training, runtime)
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
@@ -153,7 +154,7 @@ class Cycle:
         images = to_network_range(batch.images.to(device, non_blocking=True)).to(self.state.dtype)
         if self.config.data.flip:
             images = random_flip(images, self.config.seed, slots, draws.get(FLIP.purpose))
-        if self.config.training.memory_format == "contiguous":
+        if not self._is_channels_last:
             # `contiguous` alone keeps the strides of channels last for one channel, and
             # convolutions would go on with them.
             images = images.flatten().view(images.shape)

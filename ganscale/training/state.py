@@ -17,7 +17,7 @@ from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
-from ganscale.schema import Config
+from ganscale.schema import Config, TrainingConfig
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
@@ -43,6 +43,14 @@ def checkpoint_files(
     }
 
 
+def is_channels_last(training: TrainingConfig, runtime: Runtime) -> bool:
+    """Not for single images on a CPU: in that layout, torch (2.8 to 2.14) returns wrong gradients
+    of norms and of the weights of grouped convolutions for them."""
+    images = training.global_batch_size // (runtime.world_size * training.accumulate)
+    is_at_risk = runtime.device.type == "cpu" and images == 1
+    return training.memory_format == "channels_last" and not is_at_risk
+
+
 class TrainingState:
     """Everything that a checkpoint holds, ready to train."""
 
@@ -65,7 +73,7 @@ class TrainingState:
         for network in (self.generator, self.critic):
             network.to(self.dtype)
             update_spectral_norms(network)
-            if config.training.memory_format == "channels_last":
+            if is_channels_last(config.training, runtime):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.non_finite_guard = NonFiniteGuard(runtime.device)
         precision, compiles = config.training.precision, config.training.compile

@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from benchmarks.fuzz import Outcome, try_pairs, verdict
 
 FIRST, COUNT = 300, 60
@@ -16,6 +18,13 @@ def test_random_networks_are_refused_for_a_reason_or_train_alike_on_any_cluster(
     assert sum(counts.values()) == COUNT
     assert counts["agrees"] > COUNT // 3
     assert len([what for what in counts if what.startswith("refused")]) > 5
+
+
+@pytest.mark.parametrize("number", [1462, 3418])
+def test_a_rank_with_one_image_has_the_gradient_of_grouped_convolutions(number: int) -> None:
+    """In channels last, torch returns another one on a CPU."""
+    ((alone, two),) = try_pairs(number, 1, seconds=DEADLINE_SECONDS)
+    assert verdict(alone, two) == "agrees"
 
 
 def test_ranks_that_disagree_on_a_refusal_are_a_failure() -> None:
