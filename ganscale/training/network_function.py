@@ -111,6 +111,11 @@ def check_function(subject: Subject) -> None:
             break
     if not outputs.isfinite().all():
         raise UserError(f"{subject.name} returns NaN or infinity for ordinary inputs")
+    if not derivatives.isfinite().all():
+        raise UserError(
+            f"the derivative of {subject.name} with respect to its inputs is NaN or infinite for "
+            "ordinary inputs: look for a root, a norm or a division of what can be zero"
+        )
     if subject.order > 1 and not own.any():
         raise UserError(
             f"the output of {subject.name} has no derivative with respect to its images: look for "

@@ -455,3 +455,8 @@ def own_function_without_a_graph(_, maps):
 @refused("returns NaN or infinity", FAILING_CRITICS)
 def not_a_number(_, maps):
     return (maps - maps) / (maps - maps)
+
+
+@refused("the derivative of .* is NaN or infinite", FAILING_CRITICS)
+def root_of_zero(_, maps):
+    return maps + (maps - maps).abs().sqrt()
