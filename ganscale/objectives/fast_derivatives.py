@@ -173,13 +173,22 @@ def _norm_per_channel(
     func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """On a CPU, torch (2.8 to 2.14) misreads a single image or gradient in channels last whose
-    stride over the batch is not that of a whole image, and returns a wrong gradient."""
-    if len(input) > 1 or input.device.type != "cpu":
+    stride over the batch is not that of a whole image, and returns a wrong gradient. To an instance
+    norm, a batch is a single image of more channels."""
+    is_single = len(input) == 1 or func in _INSTANCE_NORMS
+    if not is_single or input.device.type != "cpu":
         return func(input, *args, **kwargs)
-    output = func(input.contiguous(), *args, **kwargs)
+    output = func(_in_one_layout(input), *args, **kwargs)
     if output.requires_grad:
-        output.register_hook(lambda grad: grad.contiguous())
+        output.register_hook(_in_one_layout)
     return output
+
+
+def _in_one_layout(maps: Tensor) -> Tensor:
+    """Contiguous, or really in channels last."""
+    if len(maps) > 1 and maps.is_contiguous(memory_format=torch.channels_last):
+        return maps
+    return maps.contiguous()
 
 
 def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -195,8 +204,9 @@ def _group_norm(func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs
     return func(input.contiguous(), *args, **kwargs)
 
 
+_INSTANCE_NORMS = F.instance_norm, torch.instance_norm
 _NORMS: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    **dict.fromkeys([F.instance_norm, torch.instance_norm], _norm_per_channel),
+    **dict.fromkeys(_INSTANCE_NORMS, _norm_per_channel),
     **dict.fromkeys([F.batch_norm, torch.batch_norm], _norm_per_channel),
     **dict.fromkeys([F.group_norm, torch.group_norm], _group_norm),
 }

@@ -301,6 +301,22 @@ def test_third_derivatives_match_autograd(name: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+def test_the_instance_norm_before_attention_has_the_gradient_of_its_formula() -> None:
+    """Whose gradient has the batch and the channels side by side in memory."""
+    images = draw(4, 3, 6, 6).requires_grad_()
+    factors = draw(6, 6, 4, 3).permute(2, 3, 0, 1)
+
+    def gradient(normalized: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(normalized, images, factors)
+        return found
+
+    centered = images - images.mean((2, 3), keepdim=True)
+    variance = centered.square().mean((2, 3), keepdim=True)
+    expected = gradient(centered / (variance + 1e-5).sqrt())
+    with FastDerivatives():
+        torch.testing.assert_close(gradient(F.instance_norm(images)), expected)
+
+
 def test_a_group_norm_of_images_in_channels_last_does_not_crash() -> None:
     images = torch.randn(4, 2, 8, 8, dtype=torch.float64)
     norms = [nn.GroupNorm(2, 2).double() for _ in range(2)]
