@@ -124,7 +124,9 @@ def _in_layout_of(tensor: Tensor, weight: Tensor, images: Tensor) -> Tensor:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """For a map of one pixel, `is_contiguous` is true of both formats: there, strides tell."""
+    """Maps of one pixel count as contiguous in both formats; only their strides differ."""
+    if tensor.ndim != 4:  # a single image, without a batch
+        return False
     _, channel, _, column = tensor.stride()
     is_contiguous = tensor.is_contiguous(memory_format=torch.channels_last)
     return is_contiguous and channel == 1 and column >= tensor.shape[1]

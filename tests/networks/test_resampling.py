@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
+from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d, merged_kernels
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
@@ -33,6 +33,14 @@ def test_both_match_their_definition(size: int) -> None:
     torch.testing.assert_close(
         upsampled(images), convolved(upsampled, larger), rtol=1e-13, atol=1e-13
     )
+
+
+@pytest.mark.parametrize("kind", [PooledConv2d, UpsampledConv2d])
+def test_an_image_without_a_batch_is_computed_in_the_merged_form_too(kind) -> None:
+    layer, image = kind(3, 4, 3), torch.randn(3, 6, 4)
+    expected = layer(image[None])[0]
+    with merged_kernels():
+        torch.testing.assert_close(layer(image), expected)
 
 
 @pytest.mark.parametrize("layer", [PooledConv2d, UpsampledConv2d])
