@@ -1,0 +1,1 @@
+"""Networks whose features samples are judged by."""

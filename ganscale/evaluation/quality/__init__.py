@@ -1,0 +1,1 @@
+"""Figures of sample quality as functions of features: distances, coverage, class scores."""
