@@ -180,7 +180,8 @@ def _norm_per_channel(
         return func(input, *args, **kwargs)
     output = func(_in_one_layout(input), *args, **kwargs)
     if output.requires_grad:
-        output.register_hook(_in_one_layout)
+        # Autograd passes None for a gradient of zeros.
+        output.register_hook(lambda grad: None if grad is None else _in_one_layout(grad))
     return output
 
 

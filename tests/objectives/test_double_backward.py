@@ -317,6 +317,26 @@ def test_the_instance_norm_before_attention_has_the_gradient_of_its_formula() ->
         torch.testing.assert_close(gradient(F.instance_norm(images)), expected)
 
 
+class _WithoutGradient(torch.autograd.Function):
+    """The identity, with an undefined gradient in place of zeros, as autograd allows."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor) -> Tensor:
+        return maps.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+def test_an_instance_norm_takes_an_undefined_gradient() -> None:
+    images = draw(4, 3, 6, 6).requires_grad_()
+    with FastDerivatives():
+        maps = _WithoutGradient.apply(F.instance_norm(images))
+    (gradient,) = torch.autograd.grad((maps + images).sum(), images)
+    torch.testing.assert_close(gradient, torch.ones_like(images))
+
+
 def test_a_group_norm_of_images_in_channels_last_does_not_crash() -> None:
     images = torch.randn(4, 2, 8, 8, dtype=torch.float64)
     norms = [nn.GroupNorm(2, 2).double() for _ in range(2)]
