@@ -396,8 +396,9 @@ def main() -> int:
             failed = [
                 what for what in (verdict(*pair) for pair in outcomes) if what.startswith("FAILED")
             ]
-            print(f"{len(outcomes)} pairs, {len(failed)} failed", *failed, sep="\n  ", flush=True)
-    report(rows_of(outcomes), chosen.json)
+            print(f"{len(outcomes)} pairs, {len(failed)} failed", *failed, sep="\n  ")
+        report(rows_of(outcomes), chosen.json)  # so far: a long run may be ended
+        sys.stdout.flush()
     return int(any(verdict(*pair).startswith("FAILED") for pair in outcomes))
 
 
