@@ -25,7 +25,7 @@ def save_statistics(path: Path, statistics: GaussianStatistics) -> None:
     if statistics.count is not None:
         arrays["count"] = np.array(statistics.count)
     with atomic_write(path) as file:
-        np.savez(file, **arrays)  # type: ignore[reportArgumentType]
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def load_statistics(path: Path, dim: int) -> GaussianStatistics:

@@ -1,0 +1,32 @@
+"""What sets of features must fulfil before they are compared."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ganscale.errors import UserError
+
+
+def check_features(features: Float[Tensor, "count dim"], least: int, purpose: str) -> None:
+    """Raises UserError for fewer than `least` samples, and for NaN or infinite features."""
+    if len(features) < least:
+        raise UserError(f"{purpose} needs {least:,} samples or more, not {len(features):,}")
+    # `isfinite` would take a mask of all features.
+    if not features.sum(dtype=torch.float64).isfinite():
+        raise UserError(f"{purpose}: features of the {len(features):,} samples are NaN or infinite")
+
+
+def check_feature_sets(
+    real: Float[Tensor, "real_count real_dim"],
+    fake: Float[Tensor, "fake_count fake_dim"],
+    least: int,
+    purpose: str,
+) -> None:
+    """Raises UserError, too, if the two have other dimensions."""
+    check_features(real, least, purpose)
+    check_features(fake, least, purpose)
+    if real.shape[1] != fake.shape[1]:
+        raise UserError(
+            f"{purpose}: the reference has features of {real.shape[1]:,} dimensions, the samples "
+            f"of {fake.shape[1]:,}: they are of different feature networks"
+        )
