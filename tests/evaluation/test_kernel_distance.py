@@ -65,7 +65,7 @@ def test_subsets_scatter_around_the_full_estimate_as_their_deviation_says():
 
 
 def test_estimate_has_no_bias():
-    """The mean over many pairs of small sets of one distribution is 0, within four of its errors."""
+    """Small sets of one distribution are at 0 on average, within four standard errors."""
     distances = [
         kernel_distance(random_features(20, 8, 2 * n), random_features(20, 8, 2 * n + 1))
         for n in range(400)

@@ -38,7 +38,7 @@ def kernel_distance(
     real_term: `mean_kernel(real)`, where it is known already
 
     Takes dim (real_count^2 + fake_count^2 + 2 real_count fake_count) floating-point operations,
-    the first of them only without `real_term`; and 17,000 dim + 9 million bytes beside the features.
+    the first of them only without `real_term`, and 20,000 dim + 10 million bytes of memory.
 
     Raises UserError for fewer than 2 samples, other dimensions, and features that are NaN.
     """
@@ -86,11 +86,9 @@ def kernel_distance_of_subsets(
     distances = torch.zeros(subsets, dtype=torch.float64, device=real.device)
     for numbers in share.rounds(subsets, 1):
         for number in numbers:
-            pair = (
-                _random_rows(features, seed, f"kernel distance: {name}", number, size)
-                for name, features in (("real", real), ("fake", fake))
-            )
-            distances[number] = kernel_distance(*pair)
+            real_subset = _random_rows(real, seed, "kernel distance: real", number, size)
+            fake_subset = _random_rows(fake, seed, "kernel distance: fake", number, size)
+            distances[number] = kernel_distance(real_subset, fake_subset)
     distances = share.sum(distances)
     return distances.mean().item(), distances.std(correction=0).item()
 

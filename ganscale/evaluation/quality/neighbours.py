@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: which samples lie among the nearest neighbours of others.
+"""Precision, recall, density and coverage: which samples lie among the neighbours of others.
 
 All ranks hold all features, (count, dim) of any float type, and share the work. Distances are as
 exact as differences in float64: products give them to a rounding error, and those that differ by
@@ -27,7 +27,7 @@ _COLUMNS = 2048
 _EXACT_PAIRS = 1024
 
 _SPARE_CANDIDATES = 8
-"""Neighbours whose exact distances are computed beyond those needed, since rounding may swap them."""
+"""Neighbours beyond those needed whose distances are computed again, as rounding may swap them."""
 
 
 def neighbour_distances(
