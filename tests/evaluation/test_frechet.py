@@ -107,6 +107,8 @@ def test_identical_samples_have_the_distance_of_a_point():
     for pair in ((real, collapsed.statistics()), (collapsed.statistics(), real)):
         assert frechet_distance(*pair) == pytest.approx(expected.item(), rel=1e-9)
     assert frechet_distance(collapsed.statistics(), collapsed.statistics()) == 0
+    with pytest.raises(UserError, match="all equal"):
+        frechet_distance_of_components(collapsed.statistics(), real)
 
 
 @settings(max_examples=25, deadline=None)

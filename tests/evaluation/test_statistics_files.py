@@ -56,6 +56,8 @@ def lopsided(array):
         ({"mu": MEAN, "sigma": lopsided(COVARIANCE)}, "not symmetric"),
         ({"mu": MEAN, "sigma": -COVARIANCE}, "not a covariance"),
         ({"mu": MEAN.astype(str), "sigma": COVARIANCE}, "of type <U"),
+        ({"mu": MEAN, "sigma": COVARIANCE, "num_images": 1}, "of 1 images"),
+        ({"mu": MEAN, "sigma": COVARIANCE, "num_images": MEAN}, "num_images .* has the shape"),
         ({"mu": MEAN.astype(object), "sigma": COVARIANCE}, "not an npz file of plain arrays"),
     ],
 )

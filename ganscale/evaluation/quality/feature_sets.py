@@ -1,6 +1,5 @@
 """What sets of features must fulfil before they are compared."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,8 +10,8 @@ def check_features(features: Float[Tensor, "count dim"], least: int, purpose: st
     """Raises UserError for fewer than `least` samples, and for NaN or infinite features."""
     if len(features) < least:
         raise UserError(f"{purpose} needs {least:,} samples or more, not {len(features):,}")
-    # `isfinite` would take a mask of all features.
-    if not features.sum(dtype=torch.float64).isfinite():
+    # Both are NaN if any feature is. `isfinite` of all features would take a mask of their size.
+    if not all(bound.isfinite() for bound in features.aminmax()):
         raise UserError(f"{purpose}: features of the {len(features):,} samples are NaN or infinite")
 
 

@@ -123,11 +123,7 @@ def frechet_distance(reference: GaussianStatistics, other: GaussianStatistics) -
 
     Raises UserError if the dimensions differ.
     """
-    if reference.dim != other.dim:
-        raise UserError(
-            f"the reference has features of {reference.dim:,} dimensions, the samples of "
-            f"{other.dim:,}: they are of different feature networks"
-        )
+    _check_dimensions(reference, other)
     variances, directions = reference.components
     factor = directions * variances.sqrt()
     eigenvalues = torch.linalg.eigvalsh(factor.T @ other.covariance @ factor)
@@ -144,12 +140,23 @@ def frechet_distance_of_components(
 ) -> float:
     """The Frechet distance along the reference's `components` main components, or its rank if
     that is lower. A covariance of few dimensions needs few samples, so unlike FID it hardly
-    depends on their number. Raises UserError if the dimensions differ.
+    depends on their number.
+
+    Raises UserError if the dimensions differ, and if all samples of the reference are equal.
     """
-    if reference.dim != other.dim:
-        return frechet_distance(reference, other)
+    _check_dimensions(reference, other)
     directions = reference.components[1][:, -components:]
+    if not directions.numel():
+        raise UserError("the reference's samples are all equal, so it has no components")
     return frechet_distance(reference.projected(directions), other.projected(directions))
+
+
+def _check_dimensions(reference: GaussianStatistics, other: GaussianStatistics) -> None:
+    if reference.dim != other.dim:
+        raise UserError(
+            f"the reference has features of {reference.dim:,} dimensions, the samples of "
+            f"{other.dim:,}: they are of different feature networks"
+        )
 
 
 def too_few_samples(count: int, dim: int) -> str | None:

@@ -38,7 +38,7 @@ def kernel_distance(
     real_term: `mean_kernel(real)`, where it is known already
 
     Takes dim (real_count^2 + fake_count^2 + 2 real_count fake_count) floating-point operations,
-    the first of them only without `real_term`, and 20,000 dim + 10 million bytes of memory.
+    the first of them only without `real_term`, and 30,000 dim + 15 million bytes of memory.
 
     Raises UserError for fewer than 2 samples, other dimensions, and features that are NaN.
     """

@@ -6,7 +6,7 @@ less from the radius they are compared with are computed again. So results do no
 number of ranks, and a copy of a sample is exactly as far from others as the sample.
 
 Beside the features, memory holds blocks of 512 x 2,048 distances and their features: about
-50,000 dim + 50 million bytes, and 60 bytes per sample.
+60,000 dim + 80 million bytes, and 100 bytes per sample.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ DENSITY_NEIGHBOURS = 5
 
 _ROWS = 512
 _COLUMNS = 2048
-_EXACT_PAIRS = 1024
+_EXACT_PAIRS = 256
 
 _SPARE_CANDIDATES = 8
 """Neighbours beyond those needed whose distances are computed again, as rounding may swap them."""
@@ -177,13 +177,13 @@ def _blocks(points: Tensor, rows: range, others: Tensor) -> Iterator[_Block]:
     """The distances of points[rows] to all others."""
     if not rows:
         return
-    # Small norms round less. Any centre would do, as long as it is the same for both sets.
-    centre = others[: min(len(others), _COLUMNS)].mean(dim=0, dtype=torch.float64)
-    own = points[rows.start : rows.stop].double() - centre
+    # Products of small norms round less, so all are relative to a sample.
+    origin = others[0].double()
+    own = points[rows.start : rows.stop] - origin
     own_norms = own.square().sum(dim=1, keepdim=True)
     for start in range(0, len(others), _COLUMNS):
         columns = range(start, min(start + _COLUMNS, len(others)))
-        block = others[columns.start : columns.stop].double() - centre
+        block = others[columns.start : columns.stop] - origin
         norms = block.square().sum(dim=1)
         squared = torch.addmm(norms, own, block.T, alpha=-2).add_(own_norms)
         # A sum of n products errs by n times the rounding of one at most.

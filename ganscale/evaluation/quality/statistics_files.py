@@ -1,7 +1,7 @@
 """Files of a reference's statistics, `mu` (dim,) and `sigma` (dim, dim) in npz.
 
 ADM, EDM, pytorch-fid and clean-fid write them; other arrays beside these two, such as ADM's
-`mu_s`, `sigma_s` and `arr_0`, are not read. Ours also hold `count`, the number of samples.
+`mu_s`, `sigma_s` and `arr_0`, are not read. Ours also hold `num_images`, as EDM2 names it.
 """
 
 import zipfile
@@ -23,7 +23,7 @@ def save_statistics(path: Path, statistics: GaussianStatistics) -> None:
     """Replaces the file at once."""
     arrays = {"mu": statistics.mean.numpy(), "sigma": statistics.covariance.numpy()}
     if statistics.count is not None:
-        arrays["count"] = np.array(statistics.count)
+        arrays["num_images"] = np.array(statistics.count)
     with atomic_write(path) as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
@@ -45,17 +45,18 @@ def load_statistics(path: Path, dim: int) -> GaussianStatistics:
         raise UserError(f"the statistics {path} are not an npz file of plain arrays") from error
     if missing := {"mu", "sigma"} - arrays.keys():
         raise UserError(f"the statistics {path} have no {' and no '.join(sorted(missing))}")
+    shapes = {"mu": (dim,), "sigma": (dim, dim), "num_images": ()}
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise UserError(f"{name} of the statistics {path} is of type {array.dtype}")
         if not np.isfinite(array).all():
             raise UserError(f"{name} of the statistics {path} is NaN or infinite in places")
+        if array.shape != shapes[name]:
+            raise UserError(
+                f"{name} of the statistics {path} has the shape {array.shape}, not {shapes[name]}: "
+                f"the feature network has {dim:,} features"
+            )
     mean, covariance = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
-    if mean.shape != (dim,) or covariance.shape != (dim, dim):
-        raise UserError(
-            f"the statistics {path} have mu of shape {mean.shape} and sigma of shape "
-            f"{covariance.shape}, but the feature network has {dim:,} features"
-        )
     tolerance = _ROUNDING * np.abs(covariance).max()
     symmetric = (covariance + covariance.T) / 2
     if np.abs(covariance - covariance.T).max() > tolerance:
@@ -64,7 +65,9 @@ def load_statistics(path: Path, dim: int) -> GaussianStatistics:
         raise UserError(
             f"sigma of the statistics {path} is not a covariance: a variance is below 0"
         )
-    count = int(arrays["count"]) if "count" in arrays and arrays["count"].shape == () else None
+    count = int(arrays["num_images"]) if "num_images" in arrays else None
+    if count is not None and count < 2:
+        raise UserError(f"the statistics {path} are of {count} images, but a covariance needs 2")
     return GaussianStatistics(torch.from_numpy(mean), torch.from_numpy(symmetric), count)
 
 
@@ -74,4 +77,4 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         if isinstance(arrays, np.ndarray):
             raise ValueError("a single array")
         with arrays:
-            return {name: arrays[name] for name in ("mu", "sigma", "count") if name in arrays}
+            return {name: arrays[name] for name in ("mu", "sigma", "num_images") if name in arrays}
