@@ -30,7 +30,7 @@ class ClassScores:
     @property
     def modes_covered(self) -> int:
         """The classes that one sample or more is classified as: Srivastava et al. 2017, "VEEGAN"
-        (arXiv:1705.07761), section 4.1; for StackedMNIST, of 26,000 samples and 1,000 classes."""
+        (arXiv:1705.07761), section 4; for StackedMNIST, of 26,000 samples and 1,000 classes."""
         return int((self.histogram > 0).sum())
 
 

@@ -64,7 +64,7 @@ class Moments:
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self._count = 0
         self._waiting: list[Tensor] = []
         self._waiting_rows = 0
         self._shift = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -82,12 +82,12 @@ class Moments:
         if not self._waiting_rows:
             return
         rows = torch.cat(self._waiting)
-        if not self.count:
+        if not self._count:
             self._shift = rows.mean(dim=0)
         rows -= self._shift
         self._sum += rows.sum(dim=0)
         self._products.addmm_(rows.T, rows)
-        self.count += len(rows)
+        self._count += len(rows)
         self._waiting, self._waiting_rows = [], 0
 
     def statistics(self, share: WorkShare = WorkShare()) -> GaussianStatistics:
@@ -96,7 +96,7 @@ class Moments:
         Raises UserError for fewer than two samples, and for features that are NaN or infinite.
         """
         self._add_waiting()
-        own_count = self._sum.new_tensor(float(self.count))
+        own_count = self._sum.new_tensor(float(self._count))
         total = share.sum(torch.cat([own_count[None], own_count * self._shift + self._sum]))
         count = int(total[0])
         if count < 2:

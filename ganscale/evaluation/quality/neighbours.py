@@ -109,7 +109,7 @@ def density_and_coverage(
     real samples with a fake within their radius.
 
     Naeem et al. 2020, "Reliable fidelity and diversity metrics for generative models"
-    (arXiv:2002.09797), equations 3 and 4: the radius is the distance to the k-th nearest real
+    (arXiv:2002.09797), section 3: the radius is the distance to the k-th nearest real
     neighbour, 5 as published; the ball does not include its surface, as in the authors' `prdc`.
 
     real_distances: as for `precision_and_recall`
