@@ -20,9 +20,11 @@ _STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 _OURS = Path(__file__).parent
 
 
-def find(target: str, known: Mapping[str, T], kind: str, makes: type) -> T | Callable[..., Any]:
+def find(
+    target: str, known: Mapping[str, T], kind: str, makes: type, requirement: str = ""
+) -> T | Callable[..., Any]:
     """The object called `target` in `known`, or the class or function at that import path that
-    makes a `makes`; `kind` is for messages.
+    makes a `makes`; `kind` and, for a protocol, `requirement` are for messages.
 
     Raises UserError, with the nearest name, if it does not exist, its import fails, or it is not
     declared to make a `makes`: a config may be a stranger's, so nothing else is ever called.
@@ -41,11 +43,30 @@ def find(target: str, known: Mapping[str, T], kind: str, makes: type) -> T | Cal
         public = [other for other in vars(module) if not other.startswith("_")]
         raise UserError(f"module {module_name} has no {name}{nearest(name, public)}")
     if not _is_declared_to_make(makes, value):
-        raise UserError(
-            f"{target} is not a {kind}: it must be a subclass of {makes.__name__}, or a function "
-            f"annotated to return one (`-> {makes.__name__}`)"
+        name = makes.__name__
+        requirement = requirement or (
+            f"a subclass of {name}, or a function annotated to return one (`-> {name}`)"
         )
+        raise UserError(f"{target} is not a {kind}: it must be {requirement}")
     return value
+
+
+def check_options(
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    what: str,
+    run_options: Mapping[str, Any] = {},
+) -> None:
+    """Raises UserError for one of `options` that `function` does not have, with the nearest name,
+    or that is one of `run_options`."""
+    names, accepts_any = _parameters(function)
+    valid = [name for name in names if name not in run_options]
+    for option in options:
+        if option in run_options:
+            raise UserError(f"{option} of {what} follows from the run and is not an option")
+        if option not in valid and not accepts_any:
+            hint = f"; choose from {', '.join(valid)}" if valid else "; it has no options"
+            raise UserError(f"{what} has no option {option!r}{nearest(option, valid)}{hint}")
 
 
 def call(
@@ -56,16 +77,8 @@ def call(
 ) -> T:
     """Calls `function` with all of `options`, and those of `run_options` that it accepts. Raises
     UserError for an option that it does not have, with the nearest name, or cannot use."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    accepts_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    valid = [name for name in names if name not in run_options]
-    for option in options:
-        if option in run_options:
-            raise UserError(f"{option} of {what} follows from the run and is not an option")
-        if option not in valid and not accepts_any:
-            hint = f"; choose from {', '.join(valid)}" if valid else "; it has no options"
-            raise UserError(f"{what} has no option {option!r}{nearest(option, valid)}{hint}")
+    check_options(function, options, what, run_options)
+    names, accepts_any = _parameters(function)
     accepted = {key: value for key, value in run_options.items() if accepts_any or key in names}
     try:
         return function(**accepted, **options)
@@ -73,6 +86,13 @@ def call(
         raise
     except Exception as error:
         raise UserCodeError(f"{what} cannot be built: {describe(error)}") from error
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names of its parameters, and whether it takes any others."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

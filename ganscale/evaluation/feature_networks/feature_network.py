@@ -1,6 +1,6 @@
 """What an evaluation asks of a feature network."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -13,6 +13,7 @@ class Features(NamedTuple):
     probabilities: Float[Tensor, "batch classes"] | None = None
 
 
+@runtime_checkable
 class FeatureNetwork(Protocol):
     """Features, and class probabilities where it classifies, of uint8 images on one device.
 

@@ -1,0 +1,27 @@
+"""How images reach a network: three channels, and its size."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ganscale.errors import UserError
+
+
+def check_channels(name: str, sample_shape: tuple[int, int, int]) -> None:
+    """Raises UserError unless the images are grey or RGB."""
+    if sample_shape[0] not in (1, 3):
+        raise UserError(
+            f"feature network {name} takes images of 1 or 3 channels, not of {sample_shape[0]}: "
+            "use a network of your own (evaluation.network=package.module:Class)"
+        )
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """(batch, 1 or 3, height, width) -> (batch, 3, height, width); grey is repeated."""
+    return images.expand(-1, 3, -1, -1)
+
+
+def resize(images: Tensor, size: int, mode: str) -> Tensor:
+    """Float images at size x size; antialiased where that is smaller."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode=mode, antialias=True)
