@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from ganscale.errors import UserError
-from ganscale.evaluation.feature_networks import efficientnet_lite0
+from ganscale.evaluation.feature_networks import efficientnet_lite0, inception
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.feature_networks.own_network import OwnNetwork
 from ganscale.evaluation.feature_networks.recipe import Place, Recipe
 from ganscale.importing import call, nearest
 
 FEATURE_NETWORKS: dict[str, Callable[..., Recipe]] = {
+    inception.NAME: inception.Inception,
     efficientnet_lite0.NAME: efficientnet_lite0.EfficientNetLite0,
 }
 
