@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ganscale.errors import UserError
-from ganscale.evaluation.feature_networks import efficientnet_lite0, inception
+from ganscale.evaluation.feature_networks import dinov2, efficientnet_lite0, inception
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.feature_networks.own_network import OwnNetwork
 from ganscale.evaluation.feature_networks.recipe import Place, Recipe
@@ -15,6 +15,7 @@ from ganscale.importing import call, nearest
 
 FEATURE_NETWORKS: dict[str, Callable[..., Recipe]] = {
     inception.NAME: inception.Inception,
+    dinov2.NAME: dinov2.DINOv2,
     efficientnet_lite0.NAME: efficientnet_lite0.EfficientNetLite0,
 }
 

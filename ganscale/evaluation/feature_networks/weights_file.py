@@ -13,7 +13,7 @@ from ganscale.files import FileLock, atomic_write
 
 _FOLDER = "feature_networks"
 _PIECE_BYTES = 1 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_weights(location: str, sha256: str, cache: Path, retry_seconds: float) -> bytes:
@@ -56,7 +56,7 @@ class _Copy:
                     self._fetch(retry_seconds)
                     content = self._path.read_bytes()
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL_DISK:
                 raise self._no_space() from error
             raise UserError(
                 f"data.cache={self._cache} cannot be written ({error.strerror}): name a folder on "
