@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ganscale.errors import UserCodeError, UserError
 from ganscale.evaluation.feature_networks.build import build_feature_network, check_feature_network
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork, Features
 from ganscale.files import sha256
+from tests.helpers.processes import REPOSITORY
 
 LITE0 = "efficientnet_lite0"
 OWN = f"{__name__}:"
@@ -95,6 +97,14 @@ def test_the_same_images_have_the_same_features_bit_for_bit(lite0: FeatureNetwor
         assert torch.equal(classes(first), classes(features))
     laid_out = lite0(batch.to(memory_format=torch.channels_last))
     assert torch.equal(first.features, laid_out.features)
+
+
+def test_a_few_images_are_repeated_to_a_batch_of_sixteen(lite0: FeatureNetwork) -> None:
+    few = images(3, 3, 64, 64)
+    repeated = lite0(few.repeat(6, 1, 1, 1)[:16])
+    found = lite0(few)
+    assert torch.equal(found.features, repeated.features[:3])
+    assert torch.equal(classes(found), classes(repeated)[:3])
 
 
 def test_grey_images_are_rgb_images_of_three_equal_channels(lite0: FeatureNetwork) -> None:
@@ -328,3 +338,17 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UserError, match=r"pip install 'ganscale\[evaluation\]'"):
         build(LITE0)
+
+
+def test_the_documentations_example_is_a_feature_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs" / "evaluation.md").read_text()
+    example = re.search(r"```python\n(# my_features\.py\n.*?)```", text, re.DOTALL)
+    assert example is not None
+    (tmp_path / "my_features.py").write_text(example[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    network = build("my_features:Colors", gain=2.0)
+    assert (network.dim, network.num_classes, network.resize) == (3, 3, "none")
+    found = network(images(4, 3, 64, 64))
+    assert torch.equal(classes(found), (2 * found.features).softmax(1))

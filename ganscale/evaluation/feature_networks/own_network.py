@@ -62,7 +62,7 @@ class OwnNetwork:
         found = checked(
             self.target,
             _checksum(self.target, self.options, network),
-            str(getattr(network, "resize", "its own")),
+            _resize(network),
             extract,
             device=device,
             sample_shape=place.sample_shape,
@@ -99,9 +99,16 @@ def _extract(network: Any, images: Tensor) -> Features:
     return Features(cast(Tensor, found))
 
 
+def _resize(network: Any) -> str:
+    resize = getattr(network, "resize", None)
+    return resize if isinstance(resize, str) else "its own"  # it may be a method
+
+
 def _checksum(target: str, options: Mapping[str, Any], network: Any) -> str:
     """Of the class's source, its options, and its weights if it has any."""
-    digest = hashlib.sha256(json.dumps([target, dict(options)], default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps([target, dict(options)], default=str, sort_keys=True).encode()
+    )
     with suppress(OSError, TypeError):  # a class without a file
         digest.update(inspect.getsource(type(network)).encode())
     state = network.state_dict() if isinstance(network, nn.Module) else {}
