@@ -32,6 +32,7 @@ OPTIONS_OF = {
     "generator.target": "generator.options",
     "critic.target": "critic.options",
     "objective.loss.name": "objective.loss.options",
+    "evaluation.network": "evaluation.options",
 }
 """Options belong to a network or loss: those of the one before are dropped with its name."""
 
@@ -39,9 +40,9 @@ DEFAULT = "default"
 
 # Settings and sections that may change when a run resumes: they do not affect its curve.
 FREE_TO_CHANGE = (
-    "run", "log", "samples", "checkpoint", "audit", "objective.panel", "resume", "runtime",
-    "profile", "data.path", "data.shards", "data.cache", "data.cache_gib", "data.retry_seconds",
-    "data.workers", "data.max_bad_fraction", "training.total_images",
+    "run", "log", "samples", "evaluation", "checkpoint", "audit", "objective.panel", "resume",
+    "runtime", "profile", "data.path", "data.shards", "data.cache", "data.cache_gib",
+    "data.retry_seconds", "data.workers", "data.max_bad_fraction", "training.total_images",
 )  # fmt: skip
 
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # escaped after an odd number of backslashes

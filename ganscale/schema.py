@@ -276,6 +276,39 @@ class SamplesConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Figures of sample quality, such as FID, of the EMA generator."""
+
+    every_images: int = setting("Interval between evaluations; 0: none.", 0, at_least=0)
+    samples: int = setting("Generated images to judge.", 50_000, unit="images", at_least=2)
+    metrics: list[str] = setting(
+        "Figures: fd (with Inception, FID), fd64, kid, kid_subsets, precision, recall, density, "
+        "coverage, is, modes, class_kl.",
+        lambda: ["fd", "fd64"],
+    )
+    network: str = setting(
+        "Feature network: efficientnet_lite0, inception, dinov2, or your own as "
+        "package.module:Class.",
+        "efficientnet_lite0",
+    )
+    options: dict[str, Any] = setting("Keyword arguments of the network, such as path.", dict)
+    reference: str = setting(
+        "What samples are compared with: a data set with a manifest, or a file of mu and sigma "
+        "(.npz); by default the run's own data.",
+        "",
+    )
+    reference_images: int = setting(
+        "Use so many images of it, chosen at random; 0: all.", 0, unit="images", at_least=0
+    )
+    batch_size: int = setting(
+        "Images per forward of the generator and the network, on every number of ranks.",
+        64,
+        unit="images",
+        at_least=1,
+    )
+
+
+@dataclass
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
@@ -285,7 +318,7 @@ class CheckpointConfig:
         "Also keep checkpoints at multiples of this; 0: off.", 0, unit="images", at_least=0
     )
     best: str = setting(
-        "Also keep the checkpoint with the best value of this metric (collapse/nearest, say).", ""
+        "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""
     )
     best_is: str = setting("Which value of it is best.", "lowest", choices=("lowest", "highest"))
     on_failure: str = setting(
@@ -351,6 +384,7 @@ class Config:
     ema: EMAConfig = field(default_factory=EMAConfig)
     log: LogConfig = field(default_factory=LogConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)

@@ -50,17 +50,23 @@ class CheckpointWriter:
         self._has_warned_of_no_score = False
 
     def save(
-        self, images_seen: int, files: Files, state: Mapping[str, Any], score: object = None
+        self,
+        images_seen: int,
+        files: Files,
+        state: Mapping[str, Any],
+        score: object = None,
+        score_identity: str = "",
     ) -> None:
         """Waits for the previous write, copies everything, and starts to write the copy.
 
         score: the newest logged value of `checkpoint.best`, None if there is none yet
+        score_identity: what it depends on besides the weights
         Raises what the previous write raised unless it was an OSError.
         """
         self.close()
         if self._failure is not None and not isinstance(self._failure, OSError):
             raise self._failure
-        state = {**state, **score_entry(self._config.best, score)}
+        state = {**state, **score_entry(self._config.best, score, score_identity)}
         if self._config.best and "score" not in state and not self._has_warned_of_no_score:
             self._has_warned_of_no_score = True
             logger.warning(

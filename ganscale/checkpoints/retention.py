@@ -23,6 +23,7 @@ class CheckpointInfo:
     """What can be known of a checkpoint without reading its tensors.
 
     score: (name of the logged value, value) if the run scored it
+    score_identity: what the value depends on besides the weights; values of others do not compare
     written_at: seconds since 1970
     damage: what is wrong with its files, or None
     """
@@ -33,6 +34,7 @@ class CheckpointInfo:
     written_at: float
     score: tuple[str, float] | None
     damage: str | None
+    score_identity: str = ""
 
 
 def inspect_checkpoints(root: Path) -> list[CheckpointInfo]:
@@ -40,24 +42,27 @@ def inspect_checkpoints(root: Path) -> list[CheckpointInfo]:
     return [_inspect(folder) for folder in checkpoint_folders(root)]
 
 
-def score_entry(name: str, value: object) -> dict[str, Any]:
+def score_entry(name: str, value: object, identity: str = "") -> dict[str, Any]:
     """The entry of `state.json` for a checkpoint's score; empty unless it is a finite number."""
     if not name or not isinstance(value, (int, float)) or not math.isfinite(value):
         return {}
-    return {"score": {"name": name, "value": value}}
+    return {"score": {"name": name, "value": value, "identity": identity}}
 
 
 def best_checkpoint(
     checkpoints: Sequence[CheckpointInfo], config: CheckpointConfig
 ) -> CheckpointInfo | None:
     """The best of `checkpoints` (oldest first) with a score named `config.best`; of equal ones the
-    oldest, since a later one may carry the score of the same evaluation."""
+    oldest, since a later one may carry the score of the same evaluation. Only those that compare
+    with the newest score count."""
     sign = 1 if config.best_is == "lowest" else -1
-    candidates = [
+    scored = [
         (sign * info.score[1], info)
         for info in checkpoints
         if info.damage is None and info.score and info.score[0] == config.best
     ]
+    newest = scored[-1][1].score_identity if scored else ""
+    candidates = [each for each in scored if each[1].score_identity == newest]
     return min(candidates, key=lambda candidate: candidate[0], default=(0.0, None))[1]
 
 
@@ -94,7 +99,7 @@ def prune(
 
 
 def _inspect(folder: Path) -> CheckpointInfo:
-    total_bytes, written_at, score, damage = 0, 0.0, None, None
+    total_bytes, written_at, score, identity, damage = 0, 0.0, None, "", None
     try:
         written_at = (folder / CHECKSUMS).stat().st_mtime
         for name, expected in load_checksums(folder).items():
@@ -103,6 +108,8 @@ def _inspect(folder: Path) -> CheckpointInfo:
                 damage = f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
         if entry := load_state(folder).get("score"):
             score = str(entry["name"]), float(entry["value"])
+            identity = str(entry.get("identity", ""))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         damage = f"{type(error).__name__}: {error}"
-    return CheckpointInfo(folder, images_seen_of(folder), total_bytes, written_at, score, damage)
+    facts = images_seen_of(folder), total_bytes, written_at, score, damage, identity
+    return CheckpointInfo(folder, *facts)

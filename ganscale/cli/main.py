@@ -15,7 +15,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from ganscale import __version__
-from ganscale.cli import checkpoint, config, plan, ready, report, sample, shards, sync, train
+from ganscale.cli import (
+    checkpoint,
+    config,
+    evaluate,
+    plan,
+    ready,
+    report,
+    sample,
+    shards,
+    sync,
+    train,
+)
 from ganscale.cli.arguments import CommandParser
 from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError, UserError
 
@@ -25,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(prog="ganscale", description="Train GANs on clusters.")
     parser.add_argument("--version", action="version", version=f"ganscale {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (train, sample, report, sync, checkpoint, shards, plan, config, ready):
+    for module in (train, sample, evaluate, report, sync, checkpoint, shards, plan, config, ready):
         module.add_parser(commands)
     parsed = parser.parse_args(arguments)
     try:

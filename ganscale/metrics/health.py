@@ -10,11 +10,13 @@ _EARLY_IMAGES, _EARLY_FRACTION = 50_000, 0.25
 class Health:
     """audits_passed: replica audits that found all ranks equal
     non_finite_events: stops because of a NaN or infinite gradient or loss
+    failed_evaluations: evaluations that could not be made
     low_rows: consecutive rows with a low `collapse/nearest`, up to the newest
     """
 
     audits_passed: int = 0
     non_finite_events: int = 0
+    failed_evaluations: int = 0
     has_been_diverse: bool = False
     low_rows: int = 0
 

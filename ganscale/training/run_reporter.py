@@ -13,6 +13,7 @@ from ganscale.checkpoints.checkpoint import checkpoint_folders
 from ganscale.data.bad_samples import bad_sample_rows, check_bad_sample_limit
 from ganscale.data.batch import Batch
 from ganscale.errors import EXIT_DONE, NonFiniteError
+from ganscale.evaluation.figures import is_figure
 from ganscale.evaluation.sample_grids import SampleGrids
 from ganscale.metrics.performance import Interval, PerformanceMeter
 from ganscale.metrics.profiling import section
@@ -135,6 +136,17 @@ class RunReporter:
             self._tracker.alert("nan", "not finite", reason, self._state.images_seen)
         self._log(row, self._performance.interval(self._state.images_seen, 0.0))
 
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """Logs the figures of an evaluation, on rank 0."""
+        if self._tracker is None:
+            return
+        state = self._state
+        self._tracker.log(row, step=state.steps, images_seen=state.images_seen)
+        figures = [f"{k.removeprefix('eval/')} {row[k]:.4g}" for k in row if is_figure(k)]
+        if figures:
+            seen, seconds = f"{state.images_seen:,}", row["eval/seconds"]
+            logger.info("%s images: %s (%.0f s)", seen, ", ".join(figures), seconds)
+
     def _log(self, row: dict[str, Any], interval: Interval) -> None:
         state = self._state
         state.seconds += interval.seconds
@@ -193,6 +205,7 @@ class RunReporter:
             "bad_samples": state.bad_samples.total(),
             "bad_samples_by_shard": bad_sample_rows(state.bad_samples),
             "sessions": state.sessions,
+            "best_figures": state.best_figures,
             "last": {k: v for k, v in self._newest_row.items() if not isinstance(v, dict)},
         }
         try:

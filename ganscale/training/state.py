@@ -104,6 +104,7 @@ class TrainingState:
         # Bad samples by (shard, reason), on all ranks and in all sessions.
         self.bad_samples: Counter[tuple[str, str]] = Counter()
         self.health = Health()
+        self.best_figures: dict[str, Any] = {}  # see `training.evaluations`
         self.seconds = 0.0  # of training, over all sessions of the run
         self.sessions: list[dict[str, Any]] = []  # where each session began, on how many ranks
         self._check_equal_code(runtime)
@@ -127,6 +128,7 @@ class TrainingState:
             "seconds": self.seconds,
             "sessions": self.sessions,
             "health": asdict(self.health),
+            "best_figures": self.best_figures,
             "meters": self.meters.state(),
         }
 
@@ -167,6 +169,7 @@ class TrainingState:
         self.images_seen, self.steps = numbers["images_seen"], numbers["steps"]
         self.seconds, self.sessions = numbers["seconds"], numbers["sessions"]
         self.health = Health(**numbers.get("health", {}))
+        self.best_figures = numbers.get("best_figures", {})
         self.meters.load_state(numbers["meters"])
 
     def _check_equal_code(self, runtime: Runtime) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from ganscale.errors import (
     UnavailableError,
     UserError,
 )
+from ganscale.evaluation.figures import IDENTITY, is_figure
 from ganscale.metrics.profiling import profile_cycles, section
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
@@ -31,9 +33,11 @@ from ganscale.supervision.job_history import note_started
 from ganscale.supervision.progress import Progress
 from ganscale.supervision.signals import StopRequest
 from ganscale.tracking.console import setup_logging
+from ganscale.tracking.record import Record
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.cycle import Cycle, draws_ahead
 from ganscale.training.device_prefetcher import DevicePrefetcher
+from ganscale.training.evaluations import EVALUATED, Evaluation, Evaluations
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.memory_shortage import memory_shortage_explained
 from ganscale.training.network_setup import class_count
@@ -79,6 +83,10 @@ class Trainer:
         with self._memory_explained():
             self.state = TrainingState(config, self.objective, runtime, num_classes)
 
+        mark("loading the feature network", retry_seconds)
+        with self._memory_explained():
+            self.evaluations = Evaluations(config, self.data, runtime, self.state)
+
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
         self._run = self.folder, resolved, self.data.fingerprint
@@ -104,13 +112,14 @@ class Trainer:
             on_progress=lambda: self.progress.mark("checkpoint"),
         )
         self.progress.before_abort = self.writer.wait
-        self.newest_metrics: dict[str, float] = {}  # the newest value of every name
+        self.newest_metrics: dict[str, Any] = {}  # the newest value of every name
 
     def run(self) -> int:
         """Trains to the end or to a request to stop; the exit code says which."""
         # The folder's lock is released last: nobody else may train here during a write.
         with contextlib.closing(self.folder), contextlib.closing(self.writer):
-            if self.state.images_seen >= self.config.training.total_images:
+            is_over = self.state.images_seen >= self.config.training.total_images
+            if is_over and not self._lacks_evaluation():
                 logger.info("the run in %s is finished already", self.folder.path)
                 return EXIT_DONE
             return self._session()
@@ -165,6 +174,7 @@ class Trainer:
             is_last = after >= config.training.total_images
             is_logged = is_last or _crosses(before, after, config.log.every_images)
             is_sampled = is_last or _crosses(before, after, config.samples.every_images)
+            is_evaluated = self.evaluations.is_due(before, after)
 
             # Data: this cycle's batches, and those of the next
             batches = prefetcher.take()
@@ -174,9 +184,9 @@ class Trainer:
                 prefetcher.prefetch(self.stop.is_requested)
             votes = [self._start_vote(prefetcher)]
 
-            # Critic, generator and EMA. Rows and samples must not count skipped updates as
+            # Critic, generator and EMA. Rows, samples and figures must not count skipped updates as
             # training; on a CPU, checking for them waits for nothing
-            checks = is_logged or is_sampled or self.runtime.device.type == "cpu"
+            checks = is_logged or is_sampled or is_evaluated or self.runtime.device.type == "cpu"
             logits = cycle.run(
                 batches,
                 is_logged=is_logged,
@@ -199,11 +209,20 @@ class Trainer:
                 reporter.make_samples(partial(self._is_stopped, is_last=is_last))
                 votes.append(self._start_vote(prefetcher))
 
+            # Evaluation: a stop gives it up, and it is made after the resume
+            evaluation = None
+            if is_evaluated:
+                evaluation = self._evaluate(reporter)
+                votes.append(self._start_vote(prefetcher))
+
             # Audit and checkpoint: only what is the same on all ranks is saved
             mark("vote", retry_seconds)  # ranks may wait for data
             ending = max(vote() for vote in votes)
-            stops = ending != _CONTINUE and not is_last
-            saves = is_last or stops or _crosses(before, after, config.checkpoint.every_images)
+            is_done = is_last and (not is_evaluated or evaluation is not None)
+            stops = ending != _CONTINUE and not is_done
+            is_new_best = evaluation is not None and evaluation.is_new_best
+            is_due = _crosses(before, after, config.checkpoint.every_images)
+            saves = is_last or stops or is_due or is_new_best
             if saves or _crosses(before, after, config.audit.every_images):
                 mark("audit")
                 self._audit(reporter)
@@ -219,7 +238,8 @@ class Trainer:
         return EXIT_DONE
 
     def _begin(self, prefetcher: DevicePrefetcher, reporter: RunReporter) -> int:
-        """Makes samples that an interrupted session left out, and fetches the first batches."""
+        """Makes the samples and the evaluation that an interrupted session left out, and fetches
+        the first batches."""
         if self.runtime.is_main:
             note_started(self.state.images_seen)
         seen, every = self.state.images_seen, self.config.samples.every_images
@@ -227,9 +247,32 @@ class Trainer:
         if had_samples and reporter.lacks_samples():
             self.progress.mark("samples")
             reporter.make_samples(self._is_stopped)
+        if self._lacks_evaluation():
+            evaluation = self._evaluate(reporter)
+            if evaluation is not None and evaluation.is_new_best:
+                self._save(must_succeed=False)
         self.progress.mark("data", self.config.data.retry_seconds)
         prefetcher.prefetch(self.stop.is_requested)
         return self._start_vote(prefetcher)()
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether one was due after the newest cycle and has not been made. Collective."""
+        seen = self.state.images_seen
+        if not seen or not self.evaluations.is_due(seen - self.cycle.images, seen):
+            return False
+        record = Record(self.folder.record)
+        return not self.runtime.run_on_main(lambda: record.has(EVALUATED, seen))
+
+    @section("evaluation")
+    def _evaluate(self, reporter: RunReporter) -> Evaluation | None:
+        """Evaluates and logs the figures; None when stopped meanwhile. Collective."""
+        mark, seconds = self.progress.mark, self.config.data.retry_seconds
+        on_round = lambda *_: mark("evaluation", seconds)  # noqa: E731
+        evaluation = self.evaluations.make(self.stop.is_requested, on_round)
+        if evaluation is not None:
+            reporter.log_evaluation(evaluation.row)
+            self.newest_metrics |= evaluation.row
+        return evaluation
 
     def _start_vote(self, prefetcher: DevicePrefetcher) -> Callable[[], int]:
         """Begins to agree on whether and why to stop; the largest vote of any rank counts."""
@@ -301,9 +344,11 @@ class Trainer:
         numbers, images_seen = self.state.numbers(), self.state.images_seen
 
         def save() -> None:
-            score = self.newest_metrics.get(self.config.checkpoint.best)
+            best = self.config.checkpoint.best
+            score = self.newest_metrics.get(best)
+            identity = self.newest_metrics.get(IDENTITY, "") if is_figure(best) else ""
             state = {**numbers, "fingerprints": self.state.fingerprints()}
-            self.writer.save(images_seen, self.state.files(), state, score)
+            self.writer.save(images_seen, self.state.files(), state, score, identity)
             if not must_succeed:
                 return
             try:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class Ranks:
-    """started: which of the ranks are started; all of them by default"""
+    """started: which of the ranks are started; all of them by default
+    command: the arguments of `script`, by default those that train
+    """
 
     def __init__(
         self,
@@ -27,6 +29,7 @@ class Ranks:
         name: str = "run",
         started: Sequence[int] | None = None,
         script: Path = REPOSITORY / "launch" / "train.py",
+        command: Sequence[str] | None = None,
         **environment: str,
     ) -> None:
         port = str(free_port())
@@ -35,7 +38,7 @@ class Ranks:
         self.processes = [
             PreloadedProcess(
                 script,
-                runs.settings(name, *settings),
+                runs.settings(name, *settings) if command is None else command,
                 {**common, **environment_of(rank, count, port), **environment},
             )
             for rank in (range(count) if started is None else started)

@@ -1,0 +1,224 @@
+"""Evaluations of generated images: every figure asked for, with what it depends on."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ganscale.data.manifest import Manifest
+from ganscale.errors import UserError
+from ganscale.evaluation.collection import Collected, collect
+from ganscale.evaluation.feature_networks.build import build_feature_network
+from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
+from ganscale.evaluation.figures import (
+    METRICS,
+    STATISTICS_SUFFIX,
+    Figures,
+    Identity,
+    check_metrics,
+    figure_name,
+)
+from ganscale.evaluation.images import Images
+from ganscale.evaluation.quality.class_scores import SPLITS, class_divergence
+from ganscale.evaluation.quality.frechet import (
+    frechet_distance,
+    frechet_distance_of_components,
+    too_few_samples,
+)
+from ganscale.evaluation.quality.kernel_distance import (
+    kernel_distance,
+    kernel_distance_of_subsets,
+    mean_kernel,
+)
+from ganscale.evaluation.quality.neighbours import (
+    density_and_coverage,
+    neighbour_distances,
+    precision_and_recall,
+)
+from ganscale.evaluation.reference import DataSetReference, Reference, StatisticsFile
+from ganscale.evaluation.rounds import OnRound, Rounds
+from ganscale.evaluation.work_share import WorkShare
+from ganscale.runtime import Runtime
+from ganscale.schema import DataConfig, EvaluationConfig
+
+logger = logging.getLogger(__name__)
+
+_SUBSET_SEED = 0  # the same subsets in all runs
+
+
+class Evaluator:
+    """Evaluates with one feature network against one reference, which is computed when it is first
+    needed. The network is loaded for each evaluation: between two, it takes no memory."""
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        data: DataConfig,
+        manifest: Manifest | None,
+        runtime: Runtime,
+    ) -> None:
+        """data, manifest: of the run's own images; without a manifest, another reference is needed.
+        It is read as these settings say, too.
+
+        Loads the network once. Raises UserError for a network that cannot be loaded, a reference
+        that cannot be read, and metrics that these cannot give.
+        """
+        self._config, self._data, self._runtime = config, data, runtime
+        self._metrics = check_metrics(config.metrics, config.network, config.reference)
+        network = self._load_network()
+        self._network = network.name, network.checksum, network.resize
+        self._source = _open_reference(config, data, manifest, network)
+        self._reference: Reference | None = None
+        self._of_reference: dict[str, Any] = {}
+        for metric in self._metrics:
+            if METRICS[metric].needs == "classes" and not network.num_classes:
+                raise UserError(
+                    f"`{metric}` needs class probabilities, but {network.name} does not classify"
+                )
+        if runtime.is_main and (warning := too_few_samples(config.samples, network.dim)):
+            logger.warning("evaluation: %s", warning)
+
+    @property
+    def names(self) -> list[str]:
+        """The figures' names in a row."""
+        return [figure_name(metric, self._network[0]) for metric in self._metrics]
+
+    def identity(self) -> Identity:
+        """That of the figures to come."""
+        reference = self._source.description, self._source.images
+        return Identity(*self._network, *reference, self._config.samples)
+
+    def evaluate(
+        self, images: Images, is_stopped: Callable[[], bool], on_round: OnRound
+    ) -> Figures:
+        """Collective, and the same on every rank.
+
+        on_round: called repeatedly, as a sign of life
+        Raises Interrupted once any rank is stopped; otherwise, on every rank, UserError,
+        UnavailableError or OutOfMemoryError.
+        """
+        started = time.monotonic()
+        config, runtime = self._config, self._runtime
+        rounds = Rounds(runtime, is_stopped, on_round)
+        network = None
+        with rounds.attempt():
+            network = self._load_network()
+        rounds.check()
+        assert network is not None
+        needs_features = self._needs("features")
+        if self._reference is None:
+            self._reference = self._source.load(
+                network, runtime, rounds, config.batch_size, needs_features=needs_features
+            )
+        found = collect(
+            images,
+            network,
+            runtime.device,
+            rounds,
+            config.batch_size,
+            stage="samples",
+            keep=np.ones(len(images), dtype=bool) if self._needs("features") else None,
+            class_splits=SPLITS if self._needs("classes") else 0,
+        )
+        values = self._values(found, self._reference, rounds)
+        identity = replace(
+            self.identity(),
+            reference_images=self._reference.images,
+            samples=found.statistics.count or 0,
+        )
+        return Figures(values, identity, time.monotonic() - started)
+
+    def _values(self, found: Collected, reference: Reference, rounds: Rounds) -> dict[str, float]:
+        """The figures by their names in a row, equal on every rank."""
+        runtime, share = self._runtime, rounds.share()
+        values: dict[str, float] = {}
+
+        def frechet_distances() -> dict[str, float]:
+            distances = {
+                "fd": frechet_distance,
+                "fd64": frechet_distance_of_components,
+            }
+            pair = reference.statistics, found.statistics
+            return {m: distances[m](*pair) for m in self._metrics if m in distances}
+
+        rounds.enter("Fréchet distance")
+        rounds.check()
+        values |= runtime.run_on_main(frechet_distances)
+        if reference.features is not None and found.features is not None:
+            rounds.enter("neighbours and kernels")
+            values |= self._pairwise(reference.features, found.features, share)
+        if found.classes is not None:
+            scores = found.classes
+            values |= _named("is", (scores.inception_score, scores.deviation))
+            values["modes"] = float(scores.modes_covered)
+            if reference.class_histogram is not None:
+                histograms = scores.histogram, reference.class_histogram
+                values["class_kl"] = class_divergence(*histograms)
+        asked = {m: v for m, v in values.items() if m.removesuffix("_std") in self._metrics}
+        return {figure_name(m, self._network[0]): value for m, value in asked.items()}
+
+    def _pairwise(self, real: Tensor, fake: Tensor, share: WorkShare) -> dict[str, float]:
+        """The figures that compare every image with every other; what they need of the reference
+        alone is computed once."""
+        asked, of_reference, values = {*self._metrics}, self._of_reference, {}
+        if "kid" in asked:
+            if "kernel" not in of_reference:
+                of_reference["kernel"] = mean_kernel(real, share)
+            values["kid"] = kernel_distance(real, fake, share, of_reference["kernel"])
+        if "kid_subsets" in asked:
+            found = kernel_distance_of_subsets(real, fake, _SUBSET_SEED, share=share)
+            values |= _named("kid_subsets", found)
+        if asked & {"precision", "recall", "density", "coverage"}:
+            if "distances" not in of_reference:
+                of_reference["distances"] = neighbour_distances(real, share)
+            distances = of_reference["distances"]
+            if asked & {"precision", "recall"}:
+                pair = precision_and_recall(real, fake, share, distances)
+                values |= zip(("precision", "recall"), pair, strict=True)
+            if asked & {"density", "coverage"}:
+                pair = density_and_coverage(real, fake, share, distances)
+                values |= zip(("density", "coverage"), pair, strict=True)
+        return values
+
+    def _needs(self, what: str) -> bool:
+        return any(METRICS[metric].needs == what for metric in self._metrics)
+
+    def _load_network(self) -> FeatureNetwork:
+        return build_feature_network(
+            self._config.network,
+            self._config.options,
+            device=self._runtime.device,
+            sample_shape=(self._data.channels, self._data.resolution, self._data.resolution),
+            cache=Path(self._data.cache).expanduser(),
+            retry_seconds=self._data.retry_seconds,
+        )
+
+
+def _open_reference(
+    config: EvaluationConfig,
+    data: DataConfig,
+    manifest: Manifest | None,
+    network: FeatureNetwork,
+) -> DataSetReference | StatisticsFile:
+    path = config.reference
+    if path.endswith(STATISTICS_SUFFIX):
+        return StatisticsFile(Path(path), network)
+    if path:
+        data = replace(data, path=path, shards="")
+        cache, retry_seconds = data.cache, data.retry_seconds
+        manifest = Manifest.load(path, shards="", cache=cache, retry_seconds=retry_seconds)
+    if manifest is None:
+        raise UserError(
+            "the data are streamed without a manifest, so they cannot be the reference of an "
+            "evaluation: index them with `ganscale shards index`, or set evaluation.reference"
+        )
+    return DataSetReference(manifest, data, config.reference_images)
+
+
+def _named(metric: str, mean_and_std: tuple[float, float]) -> dict[str, float]:
+    return {metric: mean_and_std[0], f"{metric}_std": mean_and_std[1]}

@@ -1,0 +1,185 @@
+"""Images to judge, by their positions: made by a generator, or read from a data set or files."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64, UInt8
+from torch import Tensor, nn
+
+from ganscale.data.bad_samples import BadSampleError
+from ganscale.data.images.decoding import DecodeError, decode, decode_into
+from ganscale.data.images.preprocessing import to_bytes
+from ganscale.data.manifest import Manifest
+from ganscale.data.order import Order
+from ganscale.data.shard_reader import SampleLocation, ShardReader
+from ganscale.data.thread_pool import DaemonThreadPool
+from ganscale.errors import UserError
+from ganscale.evaluation.sampling import sample_labels, sample_latents
+from ganscale.schema import DataConfig
+from ganscale.shards.sources import Source, image_reader
+
+_CLOSE_SECONDS = 5.0
+
+
+class ImageChunk(NamedTuple):
+    """is_usable: False for an image that could not be read"""
+
+    images: UInt8[Tensor, "chunk channels height width"]
+    is_usable: Bool[Tensor, " chunk"]
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Any number of images of one size."""
+
+    def __len__(self) -> int: ...
+
+    def chunk(self, rows: range) -> ImageChunk:
+        """On the CPU or a device. Raises UserError or UnavailableError."""
+        ...
+
+
+class GeneratedImages:
+    """The images of positions 0 to `count`, as `ganscale sample` makes them with the same seed,
+    quantised to uint8 as files would be.
+
+    labels: of all positions, None for an unconditional generator
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        seed: int,
+        count: int,
+        latent_dim: int,
+        labels: Tensor | None,
+    ) -> None:
+        self._generator, self._seed, self._count = generator, seed, count
+        self._latent_dim, self._labels = latent_dim, labels
+
+    def __len__(self) -> int:
+        return self._count
+
+    @torch.no_grad()
+    def chunk(self, rows: range) -> ImageChunk:
+        """Raises UserError for images that are not finite."""
+        weights = next(self._generator.parameters())
+        inputs = [sample_latents(self._seed, rows.start, len(rows), self._latent_dim).to(weights)]
+        if self._labels is not None:
+            inputs.append(self._labels[rows.start : rows.stop].to(weights.device))
+        was_training = self._generator.training
+        self._generator.eval()
+        try:
+            images = self._generator(*inputs)
+        finally:
+            self._generator.train(was_training)
+        if not bool(images.isfinite().all()):
+            raise UserError("the generator makes images with NaN or infinite pixels")
+        usable = torch.ones(len(rows), dtype=torch.bool)
+        return ImageChunk(to_bytes(images).permute(0, 3, 1, 2), usable)
+
+
+class DataSetImages:
+    """Samples of a data set by index, decoded as for training but never flipped."""
+
+    def __init__(
+        self, manifest: Manifest, config: DataConfig, samples: Int64[np.ndarray, " images"]
+    ) -> None:
+        self._samples = samples
+        self._reader = ShardReader(manifest, config)
+        self._threads = DaemonThreadPool(max(1, config.workers), "reference")
+        self._shape = config.resolution, config.resolution, config.channels
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def chunk(self, rows: range) -> ImageChunk:
+        locations = self._reader.locations(self._samples[rows.start : rows.stop])
+        images = np.zeros((len(rows), *self._shape), np.uint8)
+
+        def decode(location: SampleLocation, pixels: np.ndarray) -> bool:
+            try:
+                decode_into(self._reader.read_location(location), pixels)
+            except BadSampleError:
+                return False
+            return True
+
+        waiting = [
+            self._threads.submit(lambda row=row, pixels=pixels: decode(row, pixels))
+            for row, pixels in zip(locations, images, strict=True)
+        ]
+        usable = torch.tensor([each.result() for each in waiting], dtype=torch.bool)
+        return ImageChunk(torch.from_numpy(images).permute(0, 3, 1, 2), usable)
+
+    def close(self) -> None:
+        self._threads.close(_CLOSE_SECONDS)
+        self._reader.close()
+
+
+def chosen_samples(manifest: Manifest, limit: int = 0) -> np.ndarray:
+    """All samples, or `limit` of them chosen at random, by index in ascending order, (n,) int64."""
+    total = len(manifest.samples)
+    if limit == 0 or limit >= total:
+        return np.arange(total)
+    return np.sort(_order(manifest).samples(np.arange(limit)))
+
+
+def labels_for(
+    manifest: Manifest | None, count: int, num_classes: int
+) -> Int64[Tensor, " count"] | None:
+    """Classes with the frequencies that they have in the data set, in turn where it is not known;
+    None without classes."""
+    if manifest is None or not num_classes:
+        return sample_labels(0, count, num_classes)
+    order, labels = _order(manifest), np.empty(count, np.int64)
+    for first in range(0, count, order.window_length):  # windows must not be cached all at once
+        positions = np.arange(first, min(first + order.window_length, count))
+        labels[positions] = manifest.samples["label"][order.samples(positions)]
+    return torch.from_numpy(labels)
+
+
+def _order(manifest: Manifest) -> Order:
+    """The same for runs with other seeds and settings, so that they have the same reference."""
+    return Order(
+        np.diff(manifest.first_sample),
+        seed=0,
+        fingerprint=manifest.fingerprint,
+        lanes=1,
+        block_samples=256,
+        window_blocks=8,
+    )
+
+
+class FileImages:
+    """The image files of a folder, zip or tar, in the order of their names, all of one size."""
+
+    def __init__(self, source: Source, shape: tuple[int, int, int], limit: int = 0) -> None:
+        """shape: (channels, height, width) that they must have
+        limit: take only the first ones; 0: all
+        """
+        self._source, self._shape = source, shape
+        self._files = source.images[:limit] if limit else source.images
+        self._read = image_reader(source.kind, source.path)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def chunk(self, rows: range) -> ImageChunk:
+        """Raises UserError for an image that cannot be read or has another size."""
+        channels, height, width = self._shape
+        images = np.empty((len(rows), height, width, channels), np.uint8)
+        for pixels, file in zip(images, self._files[rows.start : rows.stop], strict=True):
+            where = f"{file.name} in {self._source.path}"
+            try:
+                found = decode(self._read(file), None, channels)
+            except (OSError, DecodeError) as error:
+                raise UserError(f"{where} cannot be read: {error}") from error
+            if found.shape != pixels.shape:
+                raise UserError(
+                    f"{where} has {found.shape[1]} x {found.shape[0]} pixels, but the reference "
+                    f"{width} x {height}: images are judged in the size in which they were made"
+                )
+            pixels[...] = found
+        usable = torch.ones(len(rows), dtype=torch.bool)
+        return ImageChunk(torch.from_numpy(images).permute(0, 3, 1, 2), usable)
