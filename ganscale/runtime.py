@@ -338,6 +338,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a layer with this weight computes, under autocast if that is enabled."""
+    device = weight.device.type
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_autocast or weight.dtype == torch.float64:
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def weights_dtype(precision: str) -> torch.dtype:
     """The dtype of weights and images under a precision of the config."""
     return torch.float64 if precision == "float64" else torch.float32

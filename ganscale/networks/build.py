@@ -14,11 +14,22 @@ from ganscale.errors import UserError
 from ganscale.importing import call, find
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.mlp import MLPCritic, MLPGenerator
+from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 
 NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
-    "generator": {"mlp": MLPGenerator, "dcgan": DCGANGenerator, "resnet": ResNetGenerator},
-    "critic": {"mlp": MLPCritic, "dcgan": DCGANCritic, "resnet": ResNetCritic},
+    "generator": {
+        "mlp": MLPGenerator,
+        "dcgan": DCGANGenerator,
+        "resnet": ResNetGenerator,
+        "r3gan": R3GANGenerator,
+    },
+    "critic": {
+        "mlp": MLPCritic,
+        "dcgan": DCGANCritic,
+        "resnet": ResNetCritic,
+        "r3gan": R3GANCritic,
+    },
 }
 
 

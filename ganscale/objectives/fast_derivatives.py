@@ -31,7 +31,7 @@ from ganscale.objectives.fast_convolutions import (
     is_im2col_faster,
     is_subpixel_faster,
 )
-from ganscale.runtime import has_cheap_launches
+from ganscale.runtime import compute_dtype, has_cheap_launches
 
 Sizes = int | Sequence[int]
 
@@ -146,7 +146,7 @@ def _convolution(
     has_gain = _is_differentiated(input) if order > 1 else _is_faster_once(input, weight, settings)
     if not has_gain:
         return None
-    input, weight, *biases = [tensor.to(_compute_dtype(tensor)) for tensor in tensors]
+    input, weight, *biases = [tensor.to(compute_dtype(tensor)) for tensor in tensors]
     function = FastConvolution.apply if torch.is_grad_enabled() else convolve
     return function(input, weight, biases[0] if biases else None, settings)
 
@@ -228,7 +228,7 @@ def _is_faster_once(input: Tensor, weight: Tensor, settings: ConvolutionSettings
     if is_subpixel_faster(weight, settings):
         return settings.is_transposed or _is_differentiated(input)
     is_trained = torch.is_grad_enabled() and weight.requires_grad
-    return is_trained and is_im2col_faster(weight, _compute_dtype(weight), settings)
+    return is_trained and is_im2col_faster(weight, compute_dtype(weight), settings)
 
 
 def _is_differentiated(input: Tensor) -> bool:
@@ -243,15 +243,6 @@ def _are_plain(*tensors: Tensor) -> bool:
         and tensors[0].is_floating_point()
         and not torch._C._are_functorch_transforms_active()
     )
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a convolution computes with it, under autocast if that is enabled."""
-    device = tensor.device.type
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not is_autocast or tensor.dtype == torch.float64:
-        return tensor.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _per_dimension(size: Sizes, dimensions: int) -> list[int]:
