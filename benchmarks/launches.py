@@ -32,9 +32,9 @@ from benchmarks.report import Row, argument_parser, report
 from benchmarks.rivals.loops import PlainLoop
 from benchmarks.timing import speedup, step_clock
 from ganscale import randomness
-from ganscale.objectives import fast_convolutions, fast_derivatives
+from ganscale.objectives import double_backward, fast_convolutions, fast_derivatives
 from ganscale.runtime import Runtime
-from ganscale.training import cycle
+from ganscale.training import cycle, steps
 
 OBJECTIVES = tuple(sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
 NETWORKS = ("dcgan32", "resnet32")
@@ -77,7 +77,9 @@ def gpu_path() -> Iterator[None]:
             (fast_derivatives, "is_subpixel_faster"),
             (fast_derivatives, "is_im2col_faster"),
             (fast_derivatives, "has_cheap_launches"),
+            (double_backward, "has_cheap_launches"),
             (cycle, "has_cheap_launches"),
+            (steps, "has_cheap_launches"),
         ):
             patches.enter_context(patch.object(module, name, lambda *_: False))
         yield

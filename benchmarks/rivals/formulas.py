@@ -80,7 +80,7 @@ LOSSES = {
 
 
 def penalty(name: str, score: Score, real: Tensor, fake: Tensor) -> Tensor:
-    """The penalty called `name`; fakes carry no graph."""
+    """The penalty called `name`, from a forward of its own; fakes carry no graph."""
     at = real
     if name in ("wgan_gp", "wgan_lp"):
         share = torch.rand(len(real), 1, 1, 1, device=real.device)
@@ -92,13 +92,16 @@ def penalty(name: str, score: Score, real: Tensor, fake: Tensor) -> Tensor:
     elif name == "r2":
         at = fake
     at = at.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(score(at).sum(), at, create_graph=True)
-    norm = gradient.flatten(1).norm(dim=1)
-    if name == "wgan_lp":
-        return relu(norm - 1).square().mean()
+    return penalty_of(name, score(at), at)
+
+
+def penalty_of(name: str, logits: Tensor, images: Tensor) -> Tensor:
+    """The penalty called `name`, from the logits of these images."""
+    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     if name in ("r1", "r2"):
         return 0.5 * gradient.flatten(1).square().sum(1).mean()
-    return (norm - 1).square().mean()
+    deviation = gradient.flatten(1).norm(dim=1) - 1
+    return (relu(deviation) if name == "wgan_lp" else deviation).square().mean()
 
 
 @torch.no_grad()

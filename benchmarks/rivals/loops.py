@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from benchmarks.rivals.formulas import LOSSES, clip, penalty
+from benchmarks.rivals.formulas import LOSSES, clip, penalty, penalty_of
 from ganscale.schema import Config, OptimizerConfig
 
 
@@ -60,11 +60,13 @@ def optimizer_of(network: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 class PlainLoop:
-    """Well written: fakes without a graph; a forward each for real, fake and penalty; one backward;
-    the generator step computes only the generator's gradients."""
+    """Well written: fakes without a graph; a forward each for real and fake, and for a penalty that
+    is taken at other images than those; one backward; the generator step computes only the
+    generator's gradients."""
 
     name = "plain loop"
     reuses_fakes = False  # whether the generator step uses the critic step's fakes
+    shares_forwards = True  # whether R1 and R2 are taken from the loss's forwards
 
     def __init__(self, task: Task, *, penalty_in_float32: bool = False) -> None:
         self.task = task
@@ -111,10 +113,20 @@ class PlainLoop:
 
     def critic_terms(self, real: Tensor, fake: Tensor) -> list[Tensor]:
         """Their sum is what the critic minimizes."""
-        terms = self.loss.critic(self.score(real), self.score(fake))
+        own = {"r1": real, "r2": fake}
+        if self.shares_forwards and not self._penalty_in_float32:
+            own |= {
+                n: own[n].detach().requires_grad_() for n in own if n in self.objective.penalties
+            }
+        logits = {name: self.score(images) for name, images in own.items()}
+        terms = self.loss.critic(logits["r1"], logits["r2"])
         with self.in_float32() if self._penalty_in_float32 else contextlib.nullcontext():
             for name, settings in self.objective.penalties.items():
-                terms.append(settings.weight * penalty(name, self.score, real, fake))
+                if name in own and own[name].requires_grad:
+                    value = penalty_of(name, logits[name], own[name])
+                else:
+                    value = penalty(name, self.score, real, fake)
+                terms.append(settings.weight * value)
         return terms
 
     def score(self, images: Tensor) -> Tensor:
@@ -151,10 +163,11 @@ class PlainLoop:
 
 
 class UsualLoop(PlainLoop):
-    """As it is often written: a backward per term, and in the generator step also the critic's
-    gradients, which nobody uses."""
+    """As it is often written: a forward of its own for every penalty, a backward per term, and in
+    the generator step also the critic's gradients, which nobody uses."""
 
     name = "usual loop"
+    shares_forwards = False
 
     def backward_critic(self, terms: list[Tensor]) -> None:
         for term in terms:

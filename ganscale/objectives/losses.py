@@ -202,11 +202,12 @@ def _cross_entropy(smoothing: float) -> Callable[[Tensor, Tensor], Terms]:
     With one-sided label smoothing the label of real images is 1 - smoothing (Salimans et al. 2016,
     arXiv:1606.03498, section 3.4).
     """
-
     if not 0 <= smoothing < 1:
         raise UserError(f"`smoothing` of a loss must be at least 0 and below 1, not {smoothing}")
-    # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
-    return lambda real, fake: {
-        "real": (softplus(-real) + smoothing * real).mean(),
-        "fake": softplus(fake).mean(),
-    }
+
+    def real_term(real: Tensor) -> Tensor:
+        # -(1 - s) log D - s log(1 - D) = softplus(-logit) + s logit
+        loss = softplus(-real)
+        return (loss + smoothing * real if smoothing else loss).mean()
+
+    return lambda real, fake: {"real": real_term(real), "fake": softplus(fake).mean()}

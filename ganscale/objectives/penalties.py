@@ -107,13 +107,14 @@ def gradients_of_scores(
     """`input_gradients`, from the logits of these images."""
     # Images do not affect each other, so the gradient of the sum holds each one's own.
     scale = 1.0 if patch_score == "sum" else logits.shape[0] / logits.numel()
-    weights = _constant(scale, logits.shape, logits.dtype, logits.device)
+    weights = constant(scale, logits.shape, logits.dtype, logits.device)
     (gradients,) = torch.autograd.grad(logits, images, weights, create_graph=is_differentiable)
     return gradients
 
 
 @lru_cache(maxsize=64)
-def _constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once; not to be changed."""
     return torch.full(shape, value, dtype=dtype, device=device)
 
 
@@ -215,11 +216,12 @@ class _SquaredDeviation(Function):
             deviations.clamp_min_(0)
         ctx.save_for_backward(gradients, lengths, deviations)
         ctx.mark_non_differentiable(lengths)
+        ctx.set_materialize_grads(False)
         return torch.dot(deviations, deviations) / len(lengths), lengths
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor, None]:  # type: ignore[override]
         """2 d g / (||g|| batch); a gradient of zero stays zero."""
         gradients, lengths, deviations = ctx.saved_tensors
         smallest = torch.finfo(lengths.dtype).tiny ** 0.75  # squares of smaller ones underflow
@@ -235,11 +237,12 @@ class _HalfSquare(Function):
         lengths = norms(gradients)
         ctx.save_for_backward(gradients)
         ctx.mark_non_differentiable(lengths)
+        ctx.set_materialize_grads(False)
         return torch.dot(lengths, lengths) / (2 * len(lengths)), lengths
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: None) -> Tensor:  # type: ignore[override]
         (gradients,) = ctx.saved_tensors
         return gradients * (grad / len(gradients))
 

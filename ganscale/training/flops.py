@@ -14,6 +14,7 @@ from ganscale.networks.forward import run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
+from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
 from ganscale.training.network_setup import sample_shape
 from ganscale.training.steps import CriticStep, GeneratorStep
@@ -55,31 +56,43 @@ def _count_step_flops(
             module.eval()
     like = next(generator.parameters())
     latents = like.new_zeros(_BATCH, config.generator.latent_dim)
-    images = like.new_zeros(_BATCH, *sample_shape(config))
+    real, fake = (like.new_zeros(_BATCH, *sample_shape(config)) for _ in range(2))
     labels = torch.zeros(_BATCH, dtype=torch.int64, device=like.device) if num_classes else None
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
-    critic_step = CriticStep(critic, plain, "float32")
+    critic_step = CriticStep(critic, plain, "float32", joins_forwards=False)
 
-    def critic_flops(*penalties: str) -> int:
-        points: dict[str, Tensor] = dict.fromkeys(penalties, images)
+    trained = [p for p in critic.parameters() if p.requires_grad]
+
+    def critic_flops(points: dict[str, Tensor]) -> int:
         with _FlopCounter() as counter:
-            critic_step(images, images, labels, points).loss.backward()
+            critic_step(real, fake, labels, points).loss.backward(inputs=trained)
         return counter.flops
 
-    without_penalties = critic_flops()
+    without_penalties = critic_flops({})
     of_critic = float(without_penalties)
     for name, weighted in objective.penalties.items():
-        of_critic += (critic_flops(name) - without_penalties) / weighted.interval
+        points = {name: _points(weighted.penalty, real, fake)}
+        of_critic += (critic_flops(points) - without_penalties) / weighted.interval
     with _FlopCounter() as fakes, torch.no_grad():
         run_network(generator, latents, labels)
-    step = GeneratorStep(generator, critic, plain, "float32")
+    step = GeneratorStep(generator, critic, plain, "float32", joins_forwards=False)
     with _FlopCounter() as of_generator:
         needs_real = objective.loss.generator_needs_real
-        loss = step(latents, images, labels, with_real_logits=needs_real).loss
+        loss = step(latents, real, labels, with_real_logits=needs_real).loss
         loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
     reused = fakes.flops if config.training.reuse_fakes else 0  # the generator step makes none
     return of_critic + fakes.flops, of_generator.flops - reused
+
+
+def _points(penalty: Penalty, real: Tensor, fake: Tensor) -> Tensor:
+    """Where the penalty is taken: it matters only whether that is at one of these images."""
+    slots = torch.arange(len(real), device=real.device)
+    try:
+        with _FlopCounter():
+            return penalty.points(real, fake, Draws(0, slots, 0))
+    except RuntimeError:  # points from all ranks' images
+        return real.clone()
 
 
 class _FlopCounter(TorchDispatchMode):

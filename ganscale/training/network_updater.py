@@ -13,7 +13,7 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import buffers_restored
 from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
 from ganscale.objectives.losses import Logits
-from ganscale.objectives.penalties import twice_differentiable_attention
+from ganscale.objectives.penalties import constant, twice_differentiable_attention
 from ganscale.runtime import Runtime
 from ganscale.schema import OptimizerConfig, TrainingConfig
 from ganscale.training.optimizers import Rate, build_optimizer, learning_rate_factor
@@ -96,8 +96,9 @@ class NetworkUpdater:
                     micro_batch = _micro_batch(inputs, index, count)
                     output: StepOutput = self._wrapped(**micro_batch, micro_batches=count)
                 with section(f"{self.name} backward"):
-                    loss = output.loss if count == 1 else output.loss / count
-                    loss.backward(inputs=self.parameters)
+                    loss = output.loss
+                    share = constant(1 / count, loss.shape, loss.dtype, loss.device)
+                    loss.backward(share, inputs=self.parameters)
             outputs.append(output)
         if any(parameter.grad is None for parameter in self.parameters):
             self._refuse_idle_parameters()

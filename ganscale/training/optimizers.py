@@ -35,6 +35,7 @@ class Optimizer(ABC):
         self._device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._skip = torch.zeros((), device=self._device) if skip is None else skip
         self.skipped_steps = torch.zeros((), device=self._device)
+        self._counts, self._increments = [self.skipped_steps], [self._skip]
         # Fused kernels walk through a parameter and its moments side by side.
         self._moments = {
             name: [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
@@ -44,7 +45,7 @@ class Optimizer(ABC):
     @torch.no_grad()
     def step(self, learning_rate: Rate) -> None:
         """Every parameter must have a gradient, which may be changed."""
-        self.skipped_steps += self._skip
+        torch._foreach_add_(self._counts, self._increments)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._update(gradients, learning_rate)
 
@@ -130,9 +131,10 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(parameters, config, skip, ("exp_avg", "exp_avg_sq"))
         self._steps = torch.zeros((), device=self._device)  # with those that were skipped
+        self._counts.append(self._steps)
+        self._increments.append(torch.ones((), device=self._device))
 
     def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
-        self._steps += 1
         betas, weight_decay = self.config.betas, self.config.weight_decay
         averages, squares = self._moments["exp_avg"], self._moments["exp_avg_sq"]
         self._adam(

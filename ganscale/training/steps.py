@@ -21,10 +21,12 @@ from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradient
 from ganscale.objectives.losses import Logits, Terms, total
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import gradients_of_scores, input_gradients
-from ganscale.runtime import at_least_float32, autocast, get_world_size
+from ganscale.runtime import at_least_float32, autocast, get_world_size, has_cheap_launches
 from ganscale.training.fast_forward import fast_forward
 
 Meters = dict[str, Meter]
+
+_FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
 
 
 class StepOutput(NamedTuple):
@@ -46,7 +48,9 @@ class CriticStep(nn.Module):
         precision: str,
         penalty_precision: str = "float32",
         compiles: bool = False,
+        joins_forwards: bool = True,
     ) -> None:
+        """joins_forwards: whether to save launches where they take longer than small batches"""
         super().__init__()
         self.critic = critic
         self.loss_terms = objective.loss.critic
@@ -55,8 +59,10 @@ class CriticStep(nn.Module):
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
+        is_same = (precision == "bfloat16") == (penalty_precision == "bfloat16")
         # Compiled code has no second derivatives.
-        self._can_share_forward = precision == penalty_precision and not compiles
+        self._can_share_forward = is_same and not compiles
+        self._joins_forwards = joins_forwards
 
     def forward(
         self,
@@ -70,16 +76,14 @@ class CriticStep(nn.Module):
         """points: for each penalty that is due, the images at which its gradient is taken
         gradients: for a loss of the global batch, in one of several micro-batches
 
-        Real and fake images share one forward. A penalty has its own, since a double backward
-        through all images would drag zeros along for those of the other kind; unless penalties at
-        both kinds are due (as R1 and R2 are), which then share it, too.
+        A penalty at the critic's own images takes its gradient from their forward; others have a
+        forward of their own, since a double backward through all images would drag zeros along.
         """
+        images = {"real": real_images, "fake": fake_images}
         with merged_kernels():
-            shared = self._penalties_at_both(real_images, fake_images, points)
-            if shared:
-                logits, found = self._logits_and_gradients(
-                    real_images, fake_images, labels, points, shared
-                )
+            own = self._penalties_at(images, points)
+            if own:
+                logits, found = self._logits_and_gradients(images, labels, own)
             else:
                 logits, found = self.logits(real_images, fake_images, labels), {}
             terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
@@ -108,37 +112,51 @@ class CriticStep(nn.Module):
         meters["loss/critic"] = loss.detach()
         return StepOutput(loss, meters, gradient_norms, detached)
 
-    def _penalties_at_both(
-        self, real_images: Tensor, fake_images: Tensor, points: dict[str, Tensor]
-    ) -> list[str]:
-        """The penalties that are due at the real or at the fake images themselves, if there are
-        some of both kinds."""
+    def _penalties_at(self, images: dict[str, Tensor], points: dict[str, Tensor]) -> dict[str, str]:
+        """For each penalty that is due at these images themselves, which of them: as a penalty in
+        the training's precision, it can use their forward."""
         if not self._can_share_forward:
-            return []
-        at_real = [name for name, images in points.items() if images is real_images]
-        at_fake = [name for name, images in points.items() if images is fake_images]
-        names = list(dict.fromkeys(at_real + at_fake))
-        scores = {self._objective.penalties[name].patch_score for name in names}
-        return names if at_real and at_fake and len(scores) == 1 else []
+            return {}
+        kinds = {id(each): kind for kind, each in images.items()}
+        return {name: kinds[id(each)] for name, each in points.items() if id(each) in kinds}
 
     def _logits_and_gradients(
-        self,
-        real_images: Tensor,
-        fake_images: Tensor,
-        labels: Tensor | None,
-        points: dict[str, Tensor],
-        names: list[str],
+        self, images: dict[str, Tensor], labels: Tensor | None, own: dict[str, str]
     ) -> tuple[Logits, dict[str, Tensor]]:
-        """`logits`, and the gradients that these penalties take, from the same forward."""
-        both = torch.cat([real_images, fake_images]).requires_grad_()
-        with autocast(both.device, self._precision), FastDerivatives(order=2):
-            logits = at_least_float32(run_network(self.critic, both, _twice(labels)))
-        with section("penalty"), autocast(both.device, self._precision):
-            patch_score = self._objective.penalties[names[0]].patch_score
-            gradients = gradients_of_scores(logits, both, patch_score)
-        halves = dict(zip((id(real_images), id(fake_images)), gradients.chunk(2), strict=True))
-        real, fake = logits.chunk(2)
-        return {"real": real, "fake": fake}, {name: halves[id(points[name])] for name in names}
+        """`logits`, and the gradients of the penalties of `_penalties_at`, from the same forwards.
+
+        With penalties at one kind of images only, the other kind has a forward without second
+        derivatives: in a joint one, the double backward would compute with zeros.
+        """
+        scores = {name: self._objective.penalties[name].patch_score for name in own}
+        logits, found = {}, {}
+        is_few = self._joins_forwards and _saves_launches(images["real"])
+        if is_few or len(set(own.values())) == len(images):
+            both = torch.cat([*images.values()])
+            joint, gradients = self._differentiated(both, _twice(labels), {*scores.values()})
+            logits = dict(zip(images, joint.chunk(2), strict=True))
+            for score, gradient in gradients.items():
+                halves = zip(images, gradient.chunk(2), strict=True)
+                found |= {(kind, score): half for kind, half in halves}
+        else:
+            for kind, each in images.items():
+                of_kind = {scores[name] for name in own if own[name] == kind}
+                logits[kind], gradients = self._differentiated(each, labels, of_kind)
+                found |= {(kind, score): gradient for score, gradient in gradients.items()}
+        return logits, {name: found[kind, scores[name]] for name, kind in own.items()}
+
+    def _differentiated(
+        self, images: Tensor, labels: Tensor | None, patch_scores: set[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits of these images, and their gradient for each way to score a patch map."""
+        with autocast(images.device, self._precision):
+            if not patch_scores:
+                return at_least_float32(self._run_critic(images, labels)), {}
+            images = images.detach().requires_grad_()
+            with FastDerivatives(order=2):
+                logits = at_least_float32(run_network(self.critic, images, labels))
+            with section("penalty"):
+                return logits, {s: gradients_of_scores(logits, images, s) for s in patch_scores}
 
     def _input_gradients(self, images: Tensor, labels: Tensor | None, patch_score: str) -> Tensor:
         critic = partial(run_network, self.critic)
@@ -165,6 +183,7 @@ class GeneratorStep(nn.Module):
         objective: Objective,
         precision: str,
         compiles: bool = False,
+        joins_forwards: bool = True,
     ) -> None:
         super().__init__()
         self.generator = generator
@@ -175,6 +194,7 @@ class GeneratorStep(nn.Module):
         self._run_critic = fast_forward(critic, compiles, is_frozen=True)
         self._needs_real = objective.loss.generator_needs_real
         self._precision = precision
+        self._joins_forwards = joins_forwards
 
     def forward(
         self,
@@ -207,14 +227,26 @@ class GeneratorStep(nn.Module):
         **_: object,
     ) -> Logits:
         """Of fake images, and of real ones where they are needed, in float32 or better."""
+        needs_real = with_real_logits or self._needs_real
         with autocast(real_images.device, self._precision):
             if fake_images is None:
                 fake_images = self._run_generator(latents, labels)
+            if needs_real and self._joins_forwards and _saves_launches(real_images):
+                both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
+                fake, real = at_least_float32(self._run_critic(both, _twice(labels))).chunk(2)
+                return {"fake": fake, "real": real.detach()}
             logits = {"fake": at_least_float32(self._run_critic(fake_images, labels))}
-            if with_real_logits or self._needs_real:
+            if needs_real:
                 with torch.no_grad():
                     logits["real"] = at_least_float32(self._run_critic(real_images, labels))
         return logits
+
+
+def _saves_launches(images: Tensor) -> bool:
+    """Whether the device would wait longer for the launches of another forward than for computing
+    as much as that of these images."""
+    is_small = images.shape[0] * images.shape[2:].numel() <= _FEW_PIXELS
+    return is_small and not has_cheap_launches(images.device)
 
 
 def _twice(labels: Tensor | None) -> Tensor | None:

@@ -65,13 +65,13 @@ def row_of(cycle: Cycle, speed: PerformanceMeter, waited_seconds: float = 0.0) -
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_penaltys_time_is_that_of_its_own_forward_and_backward(runtime, monkeypatch, accumulate):
     """Of the adversarial loss's backward, which is three times as slow here, it has nothing."""
-    r1 = PENALTIES["r1"]()
+    wgan_gp = PENALTIES["wgan_gp"]()
 
     def value(gradients: Tensor) -> Tensor:
         time.sleep(PAUSE)
-        return SlowBackward.apply(r1.value_and_norms(gradients)[0], 2 * PAUSE)
+        return SlowBackward.apply(wgan_gp.value_and_norms(gradients)[0], 2 * PAUSE)
 
-    monkeypatch.setitem(PENALTIES, "slow", lambda: Penalty(r1.points, value))
+    monkeypatch.setitem(PENALTIES, "slow", lambda: Penalty(wgan_gp.points, value))
     config = config_of(Combination("lsgan", "none"), accumulate, "float32")
     config.objective.penalties = {"slow": PenaltyConfig(1.0)}
     cycle = cycle_of(config, runtime)
@@ -160,6 +160,10 @@ def test_operations_of_penalties_and_reused_fakes():
     lazy = flops(mlp_config(penalties={"r1": PenaltyConfig(1.0, interval=4)})) - plain
     assert always > 0
     assert lazy == pytest.approx(always / 4)
+    # R1 takes its gradient from the forward of the loss; DRAGAN needs another one.
+    forward, n_critic = 8 * 2 * (2 * 8 * 8 * 32 + 32 * 1), 2
+    elsewhere = flops(mlp_config(penalties={"dragan": PenaltyConfig(1.0)})) - plain
+    assert elsewhere - always == n_critic * forward
     reusing = mlp_config()
     reusing.training.reuse_fakes = True
     assert plain - flops(reusing) == 8 * 2 * (6 * 16 + 16 * 2 * 8 * 8)

@@ -19,6 +19,7 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
+from ganscale.training import steps
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.steps import CriticStep, GeneratorStep
 from tests.helpers.networks import SmoothCritic, draw
@@ -205,6 +206,89 @@ def updater(
         runtime,
         NonFiniteGuard(runtime.device),
     )
+
+
+class ForwardsSeen(nn.Module):
+    """A critic of patches that notes how many images each forward has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 6, 2, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(6, 4, 3), nn.Tanh()
+        ).double()
+        self.seen: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(len(images))
+        return self.layers(images).mean(1)
+
+
+BOTH = [2 * BATCH]
+APART = [BATCH, BATCH]
+
+
+@pytest.mark.parametrize("saves_launches", [False, True])
+@pytest.mark.parametrize(
+    ("penalties", "forwards"),
+    [
+        ({"r1": PenaltyConfig(WEIGHT)}, APART),
+        ({"r2": PenaltyConfig(WEIGHT, patch_score="mean")}, APART),
+        ({"r1": PenaltyConfig(2.0), "r2": PenaltyConfig(3.0)}, BOTH),
+        ({"r1": PenaltyConfig(2.0), "r2": PenaltyConfig(3.0, patch_score="mean")}, BOTH),
+        ({"r1": PenaltyConfig(2.0, interval=2), "wgan_gp": PenaltyConfig(3.0)}, [*APART, BATCH]),
+    ],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", ["non_saturating", "relativistic_average"])
+def test_penalties_at_the_critics_own_images_use_the_forwards_of_the_loss(
+    runtime, monkeypatch, name, penalties, forwards, saves_launches, accumulate
+):
+    """With the gradients of separate forwards, on a device that waits for launches, too."""
+    monkeypatch.setattr(steps, "has_cheap_launches", lambda device: not saves_launches)
+    built, critic, by_hand = objective(name, **penalties), ForwardsSeen(), ForwardsSeen()
+    inputs = critic_inputs(built)
+    update = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
+    found = update.update(inputs, 0)
+
+    real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
+    expected = {"loss/critic_adversarial": torch.stack(LOSSES[name].critic(real, fake)).sum()}
+    for penalty, config in penalties.items():
+        at = inputs["points"][penalty].detach().requires_grad_()
+        scores = by_hand(at).flatten(1)
+        scores = scores.sum() if config.patch_score == "sum" else scores.mean(1).sum()
+        (gradients,) = torch.autograd.grad(scores, at, create_graph=True)
+        square = gradients.square().sum((1, 2, 3))
+        value = (square.sqrt() - 1).square() if penalty == "wgan_gp" else square / 2
+        expected[f"penalty/{penalty}"] = value.mean()
+        close(found.norms[f"penalty/{penalty}_gradient_norm"], square.sqrt().detach())
+    weights = {n: config.weight * config.interval for n, config in penalties.items()}
+    loss = sum((w * expected[f"penalty/{n}"] for n, w in weights.items()), torch.tensor(0.0))
+    (loss + expected["loss/critic_adversarial"]).backward()
+    for parameter, other in zip(critic.parameters(), by_hand.parameters(), strict=True):
+        close(parameter.grad, other.grad)
+    for meter, value in expected.items():
+        close(found.meters[meter], value.detach())
+    close(found.logits, {"real": real.detach(), "fake": fake.detach()})
+    if saves_launches:
+        forwards = [*BOTH, *forwards[2:]] if forwards[0] == BATCH else forwards
+    of_micro_batch = [images // accumulate for images in forwards]
+    assert critic.seen[-len(of_micro_batch) :] == of_micro_batch
+
+
+def test_where_launches_cost_more_than_a_small_batch_the_generators_loss_takes_one_forward(
+    monkeypatch,
+):
+    results = []
+    for saves_launches in (False, True):
+        monkeypatch.setattr(steps, "has_cheap_launches", lambda _, saves=saves_launches: not saves)
+        generator, critic = SmallGenerator(), ForwardsSeen()
+        step = GeneratorStep(generator, critic, objective("relativistic"), "float64")
+        loss, *_, logits = step(**generator_inputs())
+        results.append([torch.autograd.grad(loss, [*generator.parameters()]), logits])
+        assert critic.seen == (BOTH if saves_launches else APART)
+        assert not logits["real"].requires_grad
+    close(*results)
 
 
 @pytest.mark.parametrize("name", LOSSES)
