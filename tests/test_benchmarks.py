@@ -15,7 +15,7 @@ from benchmarks.rivals.formulas import penalty
 from benchmarks.rivals.libraries import Mimicry, NotMeasured, TorchGAN
 from benchmarks.rivals.lightning import LightningLoop
 from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task, UsualLoop
-from ganscale.randomness import uniform
+from ganscale.randomness import uniform, uniform_noise
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 
@@ -54,7 +54,7 @@ def same_draws(monkeypatch: pytest.MonkeyPatch, config: Config, latents: Tensor)
     is_dragan = "dragan" in config.objective.penalties
     shares = coefficients(config, "dragan share" if is_dragan else "interpolation")
     noise = (
-        uniform(config.seed, "dragan noise", step * BATCH + torch.arange(BATCH), 3 * 16 * 16)
+        uniform_noise(config.seed, "dragan noise", step * BATCH + torch.arange(BATCH), 3 * 16 * 16)
         for step in range(100)
     )
     monkeypatch.setattr(torch, "randn", lambda *_, **__: latents)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ganscale.randomness import (
+    _key,
     _philox_on_device,
     derived_seed,
     normal,
@@ -17,6 +18,7 @@ from ganscale.randomness import (
     purpose_id,
     random_words,
     uniform,
+    uniform_noise,
 )
 
 MANY = torch.arange(50_000)
@@ -81,7 +83,49 @@ def test_the_words_of_a_position_are_those_of_its_counter_and_the_seed(
     assert actual.tolist() == [expected[:columns]]
 
 
-@pytest.mark.parametrize("draw", [uniform, normal])
+def reference_squares(counter: int, key: int) -> int:
+    """The function `squares32` of the paper's section 3, in Python's unbounded integers."""
+    y = counter * key
+    z = y + key
+    x = y
+    for term in (y, z, y):
+        x = (x * x + term) % 2**64
+        x = (x >> 32) | (x % 2**32 << 32)
+    return (x * x + z) % 2**64 >> 32
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    purpose=st.text(max_size=20),
+    position=st.integers(0, 2**50),
+    columns=st.integers(1, 9),
+)
+def test_noise_is_squares_as_published(seed, purpose, position, columns):
+    """A word's upper 24 bits, its first one inverted."""
+    key = _key(seed, purpose) % 2**64
+    expected = [
+        (reference_squares(position * columns + column, key) ^ 2**31) // 2**8 / 2**24
+        for column in range(columns)
+    ]
+    drawn = uniform_noise(seed, purpose, torch.tensor([position]), columns)
+    assert drawn.dtype == torch.float32
+    assert drawn.tolist() == [expected]
+
+
+def test_keys_of_noise_are_irregular_and_all_different():
+    """The paper's section 4: digits that differ, and an odd number."""
+    names = [(seed, purpose) for seed in (*range(100), 2**63) for purpose in ("", "a", "b")]
+    keys = [f"{_key(*name) % 2**64:016x}" for name in names]
+    assert len({*keys}) == len(names)
+    for key in keys:
+        assert int(key, 16) % 2 == 1
+        assert "0" not in key
+        for digits in (key[:8], key[8:15]):
+            assert len({*digits}) == len(digits)
+
+
+@pytest.mark.parametrize("draw", [uniform, uniform_noise, normal])
 @settings(deadline=None, max_examples=30)
 @given(
     first=st.integers(0, 2**40),
@@ -149,6 +193,60 @@ def test_uniform_numbers_are_uniform_in_zero_to_one_without_one():
     assert (torch.tensor((2**32 - 1) >> 8).float() * 2**-24).item() < 1
     for column in drawn.double().T:
         assert distance_to_distribution(column, np.sort(column.numpy())) < 1.95
+
+
+NOISE = {
+    "one draw": lambda: uniform_noise(0, "dragan noise", torch.arange(64), 3 * 64 * 64),
+    "many steps of few pixels": lambda: uniform_noise(0, "dragan noise", torch.arange(65_536), 12),
+    "pixels far into a run": lambda: uniform_noise(7, "b", 2**36 + torch.arange(256), 3072),
+    "the first number of many seeds": lambda: torch.cat(
+        [uniform_noise(seed, "a", torch.arange(4), 4) for seed in range(4096)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_noise_has_the_distribution_of_independent_bits(name):
+    """Bytes and pairs of neighbours by chi-square; bits, moments and correlations at distances
+    that are steps within a row, between rows and between batches."""
+    values = NOISE[name]().double()
+    columns = values.shape[1]
+    words = (values * 2**24).long().flatten()
+    assert 0 <= words.min() <= words.max() < 2**24
+    n = len(words)
+    tables = [torch.bincount(words >> shift & 255, minlength=256) for shift in (0, 8, 16)]
+    tables += [
+        torch.bincount((words[:-lag] >> shift & 15) * 16 + (words[lag:] >> shift & 15))
+        for lag in (1, columns)
+        for shift in (0, 10, 20)
+    ]
+    for counts in tables:
+        expected = counts.sum() / 256
+        deviation = ((counts - expected).square().sum() / expected - 255) / math.sqrt(2 * 255)
+        assert abs(deviation.item()) < 5
+    for bit in range(24):
+        assert abs((words >> bit & 1).double().mean().item() - 0.5) < 5 * 0.5 / math.sqrt(n)
+    centred = values.flatten() - 0.5
+    for power, variance in ((1, 1 / 12), (2, 1 / 180), (3, 1 / 448)):
+        moment = 1 / 12 if power == 2 else 0.0
+        assert abs(centred.pow(power).mean().item() - moment) < 5 * math.sqrt(variance / n)
+    for lag in {1, 2, 3, 32, columns - 1, columns, columns + 1, 2 * columns, 16 * columns}:
+        product = (centred[lag:] * centred[:-lag]).mean() * 12
+        assert abs(product.item()) < 5 / math.sqrt(n - lag), f"{lag} apart"
+
+
+@pytest.mark.parametrize(
+    ("seed", "purpose"), [(1, "a"), (2**32, "a"), (2**63, "a"), (0, "b"), (0, "a ")]
+)
+def test_noise_of_another_seed_or_purpose_is_other_noise(seed, purpose):
+    base, other = (
+        uniform_noise(*name, torch.arange(64), 3072).double() - 0.5
+        for name in ((0, "a"), (seed, purpose))
+    )
+    for shift in (0, 1, 3072):
+        product = (base.flatten() * other.flatten().roll(shift)).mean() * 12
+        assert abs(product.item()) < 5 / math.sqrt(base.numel())
+    assert (base == other).sum() < 5
 
 
 def test_normal_numbers_are_normal():

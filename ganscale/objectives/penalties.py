@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ganscale.objectives.fast_derivatives import FastDerivatives, first_derivatives
-from ganscale.randomness import uniform
+from ganscale.randomness import uniform, uniform_noise
 from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
 
 
@@ -52,7 +52,7 @@ class Draws:
 
     def per_element(self, purpose: str, like: Tensor) -> Tensor:
         """One uniform number in [0, 1) per element of each sample."""
-        drawn = uniform(self.seed, purpose, self.slots, like[0].numel())
+        drawn = uniform_noise(self.seed, purpose, self.slots, like[0].numel())
         return drawn.to(like.dtype).view(like.shape)
 
 
@@ -163,7 +163,7 @@ def dragan() -> Penalty:
     def points(real_images: Tensor, _: Tensor, draws: Draws) -> Tensor:
         noise = draws.per_element("dragan noise", real_images)
         share = draws.per_sample("dragan share", real_images)
-        return real_images + share * 0.5 * global_deviation(real_images) * noise
+        return torch.addcmul(real_images, share * global_deviation(real_images), noise, value=0.5)
 
     return Penalty(points, _SquaredDeviation.apply, ("dragan share",))
 
@@ -198,10 +198,12 @@ PENALTIES: dict[str, Callable[[], Penalty]] = {penalty.__name__: penalty for pen
 @torch.no_grad()
 def global_deviation(images: Tensor) -> Tensor:
     """The standard deviation of all elements of the global batch, a scalar."""
-    wide = images.double()
-    moments = torch.stack([wide.mean(), wide.square().mean()])
-    mean, square = all_reduce_sum_with_grad(moments) / get_world_size()
-    return (square - mean.square()).clamp_min(0).sqrt().to(images.dtype)
+    variance, mean = torch.var_mean(images.double(), correction=0)
+    if (world_size := get_world_size()) > 1:
+        moments = torch.stack([mean, variance + mean.square()])
+        mean, square = all_reduce_sum_with_grad(moments) / world_size
+        variance = (square - mean.square()).clamp_min(0)
+    return variance.sqrt().to(images.dtype)
 
 
 class _SquaredDeviation(Function):
