@@ -55,6 +55,7 @@ from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime
+from ganscale.schedules import value_at
 from ganscale.schema import Config, CriticConfig, GeneratorConfig
 from ganscale.training.network_setup import build_unchecked_networks, sample_shape
 
@@ -195,7 +196,7 @@ def _plain_record(
         draws = Draws(config.seed, batch.slots, step * batch_size)
         for name, points in objective.penalty_points(real, fake, draws, step).items():
             weighted = config.objective.penalties[name]
-            value = value + weighted.weight * weighted.interval * _penalty(
+            value = value + value_at(weighted.weight, 0) * weighted.interval * _penalty(
                 name, critic, points, labels
             )
         _update(critic, value, optimizers[0])

@@ -29,6 +29,7 @@ from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime
+from ganscale.schedules import Schedule
 from ganscale.schema import (
     ClipConfig,
     LossConfig,
@@ -78,8 +79,9 @@ class Recipe:
             n_critic=self.n_critic,
         )
 
-    def optimizer_config(self) -> OptimizerConfig:
-        return OptimizerConfig(self.optimizer, self.rate, list(self.betas))
+    def optimizer_config(self, images: int) -> OptimizerConfig:
+        rate = Schedule(self.rate, 0.0, images, "linear")
+        return OptimizerConfig(self.optimizer, rate, list(self.betas))
 
 
 # Penalties have weight 0.1, as in the WGAN-GP authors' code for this mixture. They take five critic
@@ -154,13 +156,12 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
         critic = MLPCritic((2,), width=WIDTH).to(runtime.device)
     ema = ema_copy(generator)
     objective = build_objective(recipe.objective())
-    training = TrainingConfig(images, BATCH, schedule="linear")
+    training = TrainingConfig(images, BATCH)
+    optimizer = recipe.optimizer_config(images)
     non_finite_guard = NonFiniteGuard(runtime.device)
 
     def updater(name: str, step: CriticStep | GeneratorStep, network: nn.Module) -> NetworkUpdater:
-        return NetworkUpdater(
-            name, step, network, recipe.optimizer_config(), training, runtime, non_finite_guard
-        )
+        return NetworkUpdater(name, step, network, optimizer, training, runtime, non_finite_guard)
 
     critic_updater = updater("critic", CriticStep(critic, objective, "float32"), critic)
     generator_updater = updater(

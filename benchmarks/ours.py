@@ -40,7 +40,6 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
             "generator.latent_dim=64",
             f"data.resolution={resolution}",
             f"training.global_batch_size={batch}",
-            "training.schedule=constant",
             *settings,
         ]
     ).config

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -19,10 +19,12 @@ from typing import Any, get_args
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from ganscale.config_schedules import keep_starts, plain, read_numbers, schedule_mistakes
 from ganscale.config_yaml import COMMAND_LINE, read_file, read_override, update
 from ganscale.errors import UserError
 from ganscale.importing import nearest
 from ganscale.ready import find_config, ready_configs
+from ganscale.schedules import Schedule, ends
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, settings_of
@@ -57,7 +59,7 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The run as YAML that loads again."""
-        escaped = _map_text(lambda text: _INTERPOLATION.sub(r"\1\1\\${", text), asdict(self.config))
+        escaped = _map_text(lambda text: _INTERPOLATION.sub(r"\1\1\\${", text), plain(self.config))
         return OmegaConf.to_yaml(OmegaConf.create(escaped))
 
 
@@ -81,8 +83,9 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     origin: dict[str, str] = {}
     dropped: dict[str, str] = {}
     for path in paths:
-        layers = list(_read(path, ()))
-        if is_stored or path.with_name("run.json").exists():
+        of_run = is_stored or path.with_name("run.json").exists()
+        layers = list(_read(path, (), of_run))
+        if of_run:
             layers = [
                 (source, _map_text(_without_interpolations, layer)) for source, layer in layers
             ]
@@ -116,11 +119,8 @@ def load_stored(path: Path) -> Config:
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = (dict(_flatten(asdict(config))) for config in (stored, requested))
-    free = {*FREE_TO_CHANGE}
-    if requested.training.schedule != "constant":
-        free.discard("training.total_images")  # the learning rates depend on it
-    free |= {*requested.resume.allow}
+    before, after = (dict(_flatten(plain(each, as_text=True))) for each in (stored, requested))
+    free = {*FREE_TO_CHANGE, *requested.resume.allow}
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -133,7 +133,7 @@ def settings_digest(config: Config) -> str:
     for the same files."""
     settings = {
         key: repr(value)
-        for key, value in _flatten(asdict(config))
+        for key, value in _flatten(plain(config))
         if key not in ("run.folder", "data.path", "data.cache")
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
@@ -158,23 +158,27 @@ def _locate(name: str, folder: Path = Path()) -> Path:
     raise UserError(f"{shown}: no such config file{hint or nearest(name, ready_configs())}")
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read(
+    path: Path, parents: tuple[Path, ...], is_stored: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (path, settings) of each included file, then of the file itself."""
     if path.resolve() in parents:
         raise UserError(f"{path}: includes itself")
-    includes, settings = read_file(path)
+    includes, settings = read_file(path, is_stored=is_stored)
     for included in includes:
         try:
             file = _locate(included, path.parent)
         except UserError as error:
             raise UserError(f"{path} includes {error}") from None
-        yield from _read(file, (*parents, path.resolve()))
+        yield from _read(file, (*parents, path.resolve()), is_stored)
     yield str(path), settings
 
 
 def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]) -> Any:
     """`base` overridden by `layer`; sets the origin of the layer's keys to `source`."""
-    before, given = dict(_flatten(OmegaConf.to_container(base))), dict(_flatten(layer))
+    before = dict(_flatten(OmegaConf.to_container(base)))
+    kept = {f"{key}.from": origin.get(key, DEFAULT) for key in keep_starts(layer, before)}
+    given = dict(_flatten(layer))
     for name, options in OPTIONS_OF.items():
         if before[name] not in (MISSING, given.get(name, before[name])):
             OmegaConf.update(base, options, {}, merge=False)
@@ -184,7 +188,10 @@ def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]
         merged = OmegaConf.merge(base, created)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {_type_mistake(error, created)}") from None
-    origin.update(dict.fromkeys(given, source))
+    for key in given:  # a number in place of a schedule, or the other way round
+        _forget(origin, key)
+        origin.pop(key.rpartition(".")[0], None)
+    origin.update(dict.fromkeys(given, source) | kept)
     return merged
 
 
@@ -213,7 +220,8 @@ def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
     value = OmegaConf.select(layer, key, throw_on_resolution_failure=False)
     if OmegaConf.is_config(value):
         value = OmegaConf.to_container(value)
-    return f"`{key}` must be {wording}, not {without_secrets(value)!r}"
+    hint = ": it cannot have a schedule" if isinstance(value, dict) and "to" in value else ""
+    return f"`{key}` must be {wording}, not {without_secrets(value)!r}{hint}"
 
 
 def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]) -> Config:
@@ -233,12 +241,19 @@ def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]
         key, reason = str(error.full_key), str(error).partition("\n")[0]
         raise UserError(f"{origin.get(key, DEFAULT)}: `{key}`: {reason}") from None
     assert isinstance(config, Config)
+    for key, mistake in read_numbers(config):
+        raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     for key, mistake in chain(
-        _not_finite(asdict(config), ""), _mistakes(config, ""), _combination_mistakes(config)
+        _not_finite(plain(config), ""), _mistakes(config, ""), _combination_mistakes(config)
     ):
-        source = origin.get(key.partition("[")[0], DEFAULT)
-        raise UserError(f"{source}: `{key}` {mistake}")
+        raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     return config
+
+
+def _source(key: str, origin: Mapping[str, str]) -> str:
+    """Where a key, or the first within it, was given."""
+    key = key.partition("[")[0]
+    return next((source for given, source in origin.items() if is_within(given, (key,))), DEFAULT)
 
 
 def _not_finite(value: Any, key: str) -> Iterator[tuple[str, str]]:
@@ -257,7 +272,9 @@ def _mistakes(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for each value outside its setting's limits."""
     for name, setting in settings_of(type(section)).items():
         key, value = prefix + name, getattr(section, name)
-        if setting is not None:
+        if isinstance(value, Schedule) and setting is not None:
+            yield from schedule_mistakes(setting, value, key)
+        elif setting is not None:
             if mistake := setting.mistake(value):
                 yield key, mistake
         elif isinstance(value, dict):
@@ -271,8 +288,9 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for values that are valid alone but not together."""
     for network in ("critic", "generator"):
         betas = getattr(config.optimizer, network).betas
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            yield f"optimizer.{network}.betas", f"must be two numbers in [0, 1), not {betas}"
+        if len(betas) != 2 or not all(0 <= end < 1 for beta in betas for end in ends(beta)):
+            shown = f"[{', '.join(map(str, betas))}]"
+            yield f"optimizer.{network}.betas", f"must be two numbers in [0, 1), not {shown}"
     batch, micro_batches = config.training.global_batch_size, config.training.accumulate
     if batch % micro_batches:
         yield "training.accumulate", f"must divide the global batch of {batch}, not {micro_batches}"

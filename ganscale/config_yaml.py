@@ -15,9 +15,10 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ganscale.errors import UserError
+from ganscale.older_settings import REPLACED, add_older, take_older
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
-from ganscale.setting import child_type, main_setting, types_of
+from ganscale.setting import child_type, has_keys, main_setting, scheduled_type, types_of
 
 COMMAND_LINE = "command line"
 
@@ -48,9 +49,12 @@ for kind, pattern, first in (
     _Loader.add_implicit_resolver(_TAG + kind, re.compile(rf"(?:{pattern})\Z"), first)
 
 
-def read_file(path: Path) -> tuple[list[str], dict[str, Any]]:
+def read_file(path: Path, *, is_stored: bool = False) -> tuple[list[str], dict[str, Any]]:
     """(the files that a config file includes, its settings by section). Raises UserError, naming
-    the file, if it cannot be read or has keys that the schema does not have."""
+    the file, if it cannot be read or has keys that the schema does not have.
+
+    is_stored: the file is a run folder's, maybe of an older version
+    """
     with _mistakes(f"{path}: "):
         try:
             text = path.read_text(encoding="utf-8")
@@ -65,7 +69,10 @@ def read_file(path: Path) -> tuple[list[str], dict[str, Any]]:
         for value in files:
             if not isinstance(value, list) or not all(isinstance(file, str) for file in value):
                 raise UserError(f"`include` must be a list of files, not {value!r}")
-        return [file for value in files for file in value], _section(node, Config, "")
+        older = take_older(node) if is_stored else {}
+        settings = _section(node, Config, "")
+        add_older(older, settings)
+        return [file for value in files for file in value], settings
 
 
 def read_override(override: str) -> dict[str, Any]:
@@ -123,15 +130,16 @@ def _mapping(dotted: str, value: yaml.Node) -> yaml.MappingNode:
 
 
 def _section(node: yaml.MappingNode, section: Any, prefix: str) -> dict[str, Any]:
-    """The settings in a section of the type `section`, a dataclass or `dict[str, ...]`."""
+    """The settings in a section of the type `section`: a dataclass, `dict[str, ...]`, or a number
+    that may be a schedule."""
     settings: dict[str, Any] = {}
     for key, value in _pairs(node, prefix):
         expected = child_type(section, key)
-        if is_dataclass(section) and expected is None:
+        if has_keys(section) and expected is None:
             head, _, rest = key.partition(".")
             expected = child_type(section, head)
             if not rest or expected is None:
-                raise UserError(f"unknown key `{prefix}{key}`{_nearest(key, section, prefix)}")
+                raise UserError(f"unknown key `{prefix}{key}`{_hint(key, section, prefix)}")
             key, value = head, _mapping(rest, value)  # `optimizer: {critic.learning_rate: 1e-4}`
         update(settings, {key: _value(value, expected, prefix + key)})
     return settings
@@ -155,10 +163,12 @@ def _pairs(node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, yaml.Node
 
 def _value(node: yaml.Node, expected: Any, key: str) -> Any:
     is_options = get_origin(expected) is dict
-    if not is_dataclass(expected) and not is_options:
+    if not has_keys(expected) and not is_options:
         return _plain(node, expected, key)
     if isinstance(node, yaml.MappingNode):
         return _section(node, expected, key + ".")
+    if number := scheduled_type(expected):
+        return _plain(node, number, key)
     value = _plain(node, Any, key)
     if is_dataclass(expected) and value is None:  # `clip: null`
         return None
@@ -178,7 +188,7 @@ def _plain(node: yaml.Node, expected: Any, key: str) -> Any:
         return values
     if isinstance(node, yaml.SequenceNode):
         (item,) = get_args(expected) if get_origin(expected) is list else (Any,)
-        return [_plain(child, item, key) for child in node.value]
+        return [_value(child, item, f"{key}[{i}]") for i, child in enumerate(node.value)]
     text, tag = node.value, node.tag.removeprefix(_TAG)
     if tag not in ("null", "bool", "int", "float", "str"):
         raise UserError(f"`{key}` has the unknown tag {node.tag}")
@@ -202,7 +212,10 @@ def _plain(node: yaml.Node, expected: Any, key: str) -> Any:
     return text
 
 
-def _nearest(key: str, section: Any, prefix: str) -> str:
+def _hint(key: str, section: Any, prefix: str) -> str:
+    """How to write an unknown key now, or the nearest valid one."""
+    if prefix + key in REPLACED:
+        return f": {REPLACED[prefix + key]}"
     siblings = {name: prefix + name for name in types_of(section)}
     everywhere = {dotted.rsplit(".", 1)[-1]: dotted for dotted in _schema_keys(Config, "")}
     for candidates in (siblings, everywhere):

@@ -8,6 +8,7 @@ and docs/settings.md print them. A setting without a default is required; the fi
 from dataclasses import dataclass, field
 from typing import Any
 
+from ganscale.schedules import FloatOrSchedule, IntOrSchedule
 from ganscale.setting import choice, setting
 
 
@@ -99,7 +100,9 @@ class PenaltyConfig:
     """A gradient penalty of the critic; NAME is wgan_gp, wgan_lp, wgan_gp_pixel, dragan, r1, r2, or
     your own as package.module:function."""
 
-    weight: float = setting("Factor of the penalty in the critic's loss.", at_least=0, is_main=True)
+    weight: FloatOrSchedule = setting(
+        "Factor of the penalty in the critic's loss.", at_least=0, is_main=True
+    )
     interval: int = setting("Apply it every n critic steps, at n times its weight.", 1, at_least=1)
     patch_score: str = choice(
         "The score of an image of which a patch critic returns a map.",
@@ -136,8 +139,10 @@ class OptimizerConfig:
     """Algorithm and hyperparameters."""
 
     name: str = setting("Algorithm.", "adam", choices=("adam", "rmsprop", "sgd"))
-    learning_rate: float = setting("Learning rate, after warmup.", at_least=0)
-    betas: list[float] = setting("Decay rates of Adam's moments, in [0, 1).", lambda: [0.9, 0.999])
+    learning_rate: FloatOrSchedule = setting("Learning rate.", at_least=0)
+    betas: list[FloatOrSchedule] = setting(
+        "Decay rates of Adam's moments, in [0, 1).", lambda: [0.9, 0.999]
+    )
     alpha: float = setting("Smoothing of RMSprop's squared gradients.", 0.99, at_least=0, below=1)
     momentum: float = setting("Momentum of RMSprop and SGD.", 0.0, at_least=0, below=1)
     eps: float = setting("Small number added to Adam's and RMSprop's denominator.", 1e-8, above=0)
@@ -175,15 +180,6 @@ class TrainingConfig:
         False,
     )
     conditional: bool = setting("Pass class labels to both networks.", False)
-    schedule: str = choice(
-        "Schedule of both learning rates after warmup.",
-        constant="stays the same",
-        linear="falls linearly to zero",
-        cosine="falls to zero along half a cosine",
-    )
-    warmup_images: int = setting(
-        "Images over which the learning rates rise linearly from 0.", 0, unit="images", at_least=0
-    )
     gradient_clip: float = setting(
         "Clip the norm of each network's gradient to this; 0: off.", 0.0, at_least=0
     )
@@ -218,7 +214,7 @@ class TrainingConfig:
 class EMAConfig:
     """The exponential moving average of the generator's weights."""
 
-    half_life_images: int = setting(
+    half_life_images: IntOrSchedule = setting(
         "Half-life of past weights; with 0, nothing is averaged.", 10_000, unit="images", at_least=0
     )
     ramp_up: float = setting("Largest half-life, as a share of the images seen.", 0.05, at_least=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from operator import ge, gt, lt
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
@@ -66,8 +66,8 @@ def choice(sentence: str, **meanings: str) -> Any:
 
 @cache
 def settings_of(schema: type) -> dict[str, Setting | None]:
-    """The fields of a config dataclass by name; None for a section."""
-    return {each.name: each.metadata.get("setting") for each in fields(schema)}
+    """The fields of a config dataclass by key; None for a section."""
+    return {key_of(each.name): each.metadata.get("setting") for each in fields(schema)}
 
 
 @cache
@@ -77,16 +77,36 @@ def main_setting(schema: type) -> str | None:
 
 
 @cache
-def types_of(schema: type) -> dict[str, Any]:
-    """The types of a config dataclass's fields by name, without `| None`."""
-    return {name: _without_none(hint) for name, hint in get_type_hints(schema).items()}
+def types_of(schema: Any) -> dict[str, Any]:
+    """The types of the keys of a config dataclass or of a number's schedule, without `| None`."""
+    number = scheduled_type(schema)
+    if number is not None:
+        parts = types_of(get_args(schema)[2])
+        return {key: number if part is float else part for key, part in parts.items()}
+    hints = get_type_hints(schema, include_extras=True)
+    return {key_of(name): _without_none(hint) for name, hint in hints.items()}
+
+
+def key_of(name: str) -> str:
+    """The key of a field in files: `from` cannot be a name in Python, so the field is `from_`."""
+    return name.removesuffix("_")
 
 
 def child_type(parent: Any, key: str) -> Any:
-    """The type of `key` in a section of a dataclass or `dict[str, ...]`; None if unknown."""
+    """The type of `key` in a section or `dict[str, ...]`; None if unknown."""
     if get_origin(parent) is dict:
         return _without_none(get_args(parent)[1])
-    return types_of(parent).get(key) if is_dataclass(parent) else None
+    return types_of(parent).get(key) if has_keys(parent) else None
+
+
+def has_keys(hint: Any) -> bool:
+    """Whether the type is one of a section whose keys are known, or has a schedule's keys."""
+    return is_dataclass(hint) or scheduled_type(hint) is not None
+
+
+def scheduled_type(hint: Any) -> type | None:
+    """The type of a number that may be a schedule (see ganscale.schedules); None for others."""
+    return get_args(hint)[1] if get_origin(hint) is Annotated else None
 
 
 def _without_none(hint: Any) -> Any:

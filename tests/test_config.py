@@ -381,7 +381,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ),
         (
             "objective: {penalties: {wgan_gp: strong}}",
-            "`objective.penalties.wgan_gp.weight` must be float, not 'strong'",
+            "`objective.penalties.wgan_gp.weight` must be float or a schedule, not 'strong'",
         ),
         ("generator: {options: {3: 4}}", "a key of `generator.options` must be a word, not 3"),
         (
@@ -392,7 +392,7 @@ def test_an_unknown_key_is_named_with_its_file_and_the_nearest(folder, text, key
         ("optimizer: {critic: {betas: 5}}", "`optimizer.critic.betas` must be list, not 5"),
         (
             "optimizer: {critic: {betas: [0, x]}}",
-            "`optimizer.critic.betas[1]` must be float, not 'x'",
+            "`optimizer.critic.betas[1]` must be float or a schedule, not 'x'",
         ),
         ("resume: {allow: optimizer}", "`resume.allow` must be list, not 'optimizer'"),
         ("include: base.yaml", "`include` must be a list of files, not 'base.yaml'"),
@@ -704,15 +704,19 @@ def test_what_bends_the_curve_is_named_unless_it_is_allowed_by_name(
     assert curve_changes(stored, requested) == [change]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_length_of_a_run_bends_the_curve_when_the_learning_rate_depends_on_it(folder, schedule):
-    same = [folder.base, f"training.schedule={schedule}"]
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_the_length_of_a_run_bends_the_curve_when_the_learning_rate_depends_on_it(folder, shape):
+    key = "optimizer.critic.learning_rate"
+    same = [folder.base, f"{key}={{to: 0, shape: {shape}}}"]
     stored = resolve(same).config
     longer = [*same, "training.total_images=60k"]
-    change = "training.total_images: 50000 -> 60000"
-    assert curve_changes(stored, resolve(longer).config) == [change]
-    allowed = resolve([*longer, "resume.allow=[training.total_images]"]).config
-    assert curve_changes(stored, allowed) == []
+    before, after = (
+        f"{{from: 0.0001, to: 0.0, over_images: {n}, shape: {shape}}}" for n in (50_000, 60_000)
+    )
+    assert curve_changes(stored, resolve(longer).config) == [f"{key}: {before} -> {after}"]
+    for allowed in (key, "optimizer"):
+        assert not curve_changes(stored, resolve([*longer, f"resume.allow=[{allowed}]"]).config)
+    assert not curve_changes(stored, resolve([*longer, f"{key}.over_images=50k"]).config)
 
 
 def test_a_swapped_objective_is_a_change_of_the_curve(folder):

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from benchmarks.rivals.formulas import LOSSES, clip, penalty, penalty_of
+from ganscale.schedules import value_at
 from ganscale.schema import Config, OptimizerConfig
 
 
@@ -48,9 +49,11 @@ class Task:
 
 def optimizer_of(network: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's fastest form of it."""
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    rate = value_at(config.learning_rate, 0)
+    options: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay}
     if config.name == "adam":
-        options |= {"betas": (config.betas[0], config.betas[1]), "eps": config.eps}
+        beta1, beta2 = (value_at(beta, 0) for beta in config.betas)
+        options |= {"betas": (beta1, beta2), "eps": config.eps}
         return torch.optim.Adam(network.parameters(), fused=True, **options)
     options["momentum"] = config.momentum
     if config.name == "sgd":
@@ -126,7 +129,7 @@ class PlainLoop:
                     value = penalty_of(name, logits[name], own[name])
                 else:
                     value = penalty(name, self.score, real, fake)
-                terms.append(settings.weight * value)
+                terms.append(value_at(settings.weight, 0) * value)
         return terms
 
     def score(self, images: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from ganscale.importing import call, find
 from ganscale.objectives.losses import LOSSES, Logits, Loss, build_loss, total
 from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
 from ganscale.runtime import all_gather_batch
+from ganscale.schedules import Schedule, ends
 from ganscale.schema import ClipConfig, ObjectiveConfig
 
 
 @dataclass(frozen=True)
 class WeightedPenalty:
     penalty: Penalty
-    weight: float
+    weight: float | Schedule
     interval: int  # taken every `interval` critic updates, at `interval` times the weight
     patch_score: str = "sum"  # or "mean": what makes one score of a patch map
 
@@ -34,6 +35,14 @@ class Objective:
     def due_penalties(self, update: int) -> tuple[str, ...]:
         """The names of those that are taken at this critic update."""
         return tuple(n for n, each in self.penalties.items() if update % each.interval == 0)
+
+    def scheduled_weights(self, images_seen: int) -> dict[str, float]:
+        """The weights at this critic update of the penalties whose weight has a schedule."""
+        return {
+            name: each.weight.at(images_seen)
+            for name, each in self.penalties.items()
+            if isinstance(each.weight, Schedule)
+        }
 
     def penalty_points(
         self, real_images: Tensor, fake_images: Tensor, draws: Draws, update: int
@@ -56,7 +65,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
             penalty.patch_score,
         )
         for name, penalty in config.penalties.items()
-        if penalty.weight > 0
+        if max(ends(penalty.weight)) > 0
     }
     loss = build_loss(config.loss.name, config.loss.options)
     panel = {name: build_loss(name, {}) for name in LOSSES}

@@ -2,10 +2,10 @@
 
 import re
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 from ganscale.checkpoints.retention import best_checkpoint, inspect_checkpoints
+from ganscale.config_schedules import plain
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
@@ -26,7 +26,7 @@ def wandb_identity(config: Config, folder: RunFolder) -> WandbIdentity:
     return WandbIdentity(
         run_id=identity["id"],
         name=config.run.name,
-        config=without_secrets(asdict(config) | history),
+        config=without_secrets(plain(config) | history),
         destination={
             "project": log.project,
             "entity": log.entity,

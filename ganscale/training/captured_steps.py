@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ganscale.errors import UserError
-from ganscale.schema import TrainingConfig
+from ganscale.schedules import Schedule
+from ganscale.schema import Config
 
 Number = float | Tensor
 Step = Callable[[Any, Mapping[str, Number]], Any]
@@ -24,18 +25,22 @@ Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 WARM_UP = 3  # steps of a kind before it is captured: they make caches and states
 
 
-def captures_steps(config: TrainingConfig, device: torch.device, world_size: int) -> bool:
+def captures_steps(config: Config, device: torch.device, world_size: int) -> bool:
     """Whether steps are captured. Raises UserError if they are asked for where they cannot be."""
-    if config.cuda_graphs == "false":
+    training = config.training
+    if training.cuda_graphs == "false":
         return False
+    betas = *config.optimizer.critic.betas, *config.optimizer.generator.betas
     obstacle = None
     if device.type != "cuda":
         obstacle = f"the device is {device.type}"
     elif world_size > 1:
         obstacle = "several ranks exchange gradients by DDP, outside of a graph"
-    elif config.compile:
+    elif training.compile:
         obstacle = "`training.compile` starts kernels in its own way"
-    if obstacle and config.cuda_graphs == "true":
+    elif any(isinstance(beta, Schedule) for beta in betas):
+        obstacle = "torch's fused Adam cannot read betas that have a schedule from the device"
+    if obstacle and training.cuda_graphs == "true":
         raise UserError(f"`training.cuda_graphs=true` is not possible, since {obstacle}")
     return obstacle is None
 

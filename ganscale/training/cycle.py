@@ -27,6 +27,7 @@ from ganscale.objectives.objective import Objective, panel_meters
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
+from ganscale.schedules import value_at
 from ganscale.schema import Config
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.ema import ema_decay, update_ema
@@ -91,7 +92,7 @@ class Cycle:
         ranks = runtime.world_size
         device = runtime.device
         self._makes_fakes_together = makes_fakes_together(config, state.generator, ranks, device)
-        is_captured = captures_steps(config.training, device, ranks)
+        is_captured = captures_steps(config, device, ranks)
         self.captured_steps = CapturedSteps() if is_captured else None
         self._is_channels_last = is_channels_last(config.training, runtime)
         self._clipped = []
@@ -214,7 +215,11 @@ class Cycle:
         kind = "critic", *self.objective.due_penalties(number)
         fake_images = fake_images.detach().to(batch.images.dtype)
         seen = state.images_seen
-        numbers = {"rate": state.critic_updater.learning_rate(seen), "first_slot": seen}
+        numbers = {
+            "rate": state.critic_updater.learning_rate(seen),
+            "first_slot": seen,
+            **self.objective.scheduled_weights(seen),
+        }
         inputs = {"batch": vars(batch), "fake_images": fake_images}
         step = partial(self._update_critic, number)
         update = self._run_step(kind, step, inputs, numbers, is_logged)
@@ -231,11 +236,13 @@ class Cycle:
         batch, fake_images = DeviceBatch(**inputs["batch"]), inputs["fake_images"]
         update_spectral_norms(self.state.critic)
         draws = Draws(self.config.seed, batch.slots, numbers["first_slot"], batch.draws)
+        weights = {name: numbers[name] for name in self.objective.penalties if name in numbers}
         step_inputs = {
             "real_images": batch.images,
             "fake_images": fake_images,
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
+            "weights": weights,
         }
         seen = self.state.images_seen
         update = self.state.critic_updater.update(step_inputs, seen, numbers["rate"])
@@ -298,7 +305,8 @@ class Cycle:
     @section("ema")
     def _update_ema(self) -> None:
         ema, state = self.config.ema, self.state
-        decay = ema_decay(self.images, state.images_seen, ema.half_life_images, ema.ramp_up)
+        half_life = value_at(ema.half_life_images, state.images_seen)
+        decay = ema_decay(self.images, state.images_seen, half_life, ema.ramp_up)
         update_ema(state.ema, state.generator, decay)
 
     @section("logging")

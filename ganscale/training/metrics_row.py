@@ -27,8 +27,7 @@ def metrics_row(
     trained = {updater.name: updater.parameters for updater in state.updaters}
     state.meters.add(weight_meters(trained, state.generator, state.ema))
     row: dict[str, Any] = derived_metrics(state.meters.read())
-    for updater in state.updaters:
-        row[f"optim/{updater.name}_learning_rate"] = updater.learning_rate(state.images_seen)
+    row |= state.scheduled()
     if (nearest := row.get("collapse/nearest")) is not None:
         is_collapsed = state.health.update_collapse(nearest, state.images_seen, total_images)
         row["collapse/alarm"] = float(is_collapsed)

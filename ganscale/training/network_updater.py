@@ -15,8 +15,9 @@ from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradient
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.penalties import constant, twice_differentiable_attention
 from ganscale.runtime import Runtime
+from ganscale.schedules import Schedule, value_at
 from ganscale.schema import OptimizerConfig, TrainingConfig
-from ganscale.training.optimizers import Rate, build_optimizer, learning_rate_factor
+from ganscale.training.optimizers import Rate, build_optimizer
 from ganscale.training.steps import CriticStep, GeneratorStep, Meters, StepOutput
 
 
@@ -63,7 +64,7 @@ class NetworkUpdater:
         self._wrapped = runtime.prepare(step, training.gradient_compression)
         self._runtime, self._training = runtime, training
         self._non_finite_guard = non_finite_guard
-        self._learning_rate = optimizer.learning_rate
+        self._config = optimizer
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, optimizer, non_finite_guard.tripped)
 
@@ -106,7 +107,7 @@ class NetworkUpdater:
         norms = _in_batch_order([output.norms for output in outputs])
         logits = _in_batch_order([output.logits for output in outputs])
         with section(f"{self.name} update"):
-            norm = self._apply(learning_rate)
+            norm = self._apply(learning_rate, images_seen)
         meters[f"optim/{self.name}_gradient_norm"] = norm
         maxima = {f"optim/{self.name}_gradient_norm_max": norm}
         return Update(meters, maxima, norms, logits)
@@ -117,7 +118,17 @@ class NetworkUpdater:
         return self._runtime.averaging_seconds(self._wrapped)
 
     def learning_rate(self, images_seen: int) -> float:
-        return self._learning_rate * learning_rate_factor(self._training, images_seen)
+        return value_at(self._config.learning_rate, images_seen)
+
+    def scheduled(self, images_seen: int) -> dict[str, float]:
+        """The learning rate, and those of Adam's betas that have a schedule, by name."""
+        betas = self._config.betas if self._config.name == "adam" else []
+        scheduled = {
+            f"beta{i}": beta.at(images_seen)
+            for i, beta in enumerate(betas, start=1)
+            if isinstance(beta, Schedule)
+        }
+        return {"learning_rate": self.learning_rate(images_seen), **scheduled}
 
     def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
         """For a loss of the global batch: from a forward of all micro-batches, without a graph."""
@@ -136,7 +147,7 @@ class NetworkUpdater:
         )
 
     @torch.no_grad()
-    def _apply(self, learning_rate: Rate) -> Meter:
+    def _apply(self, learning_rate: Rate, images_seen: int) -> Meter:
         """Clips gradients and takes the optimizer's step, unless a gradient was not finite; returns
         the gradient norm before clipping."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -145,7 +156,7 @@ class NetworkUpdater:
         if self._training.gradient_clip > 0:
             norm = torch.linalg.vector_norm(torch.stack(norms))
             clip_grads_with_norm_(self.parameters, self._training.gradient_clip, norm)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, images_seen)
         return NormOf(tuple(norms))
 
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the learning rate as a function of the images seen."""
+"""Optimizers by name."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ganscale.schema import OptimizerConfig, TrainingConfig
+from ganscale.schedules import value_at
+from ganscale.schema import OptimizerConfig
 
 Rate = float | Tensor
 """A number, or a float32 scalar on the device, where it may change between replays of a graph."""
@@ -43,14 +44,17 @@ class Optimizer(ABC):
         }
 
     @torch.no_grad()
-    def step(self, learning_rate: Rate) -> None:
-        """Every parameter must have a gradient, which may be changed."""
+    def step(self, learning_rate: Rate, images_seen: int = 0) -> None:
+        """Every parameter must have a gradient, which may be changed.
+
+        images_seen: for numbers that have a schedule, beside the learning rate
+        """
         torch._foreach_add_(self._counts, self._increments)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self._update(gradients, learning_rate)
+        self._update(gradients, learning_rate, images_seen)
 
     @abstractmethod
-    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None: ...
+    def _update(self, gradients: list[Tensor], learning_rate: Rate, images_seen: int) -> None: ...
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments as `<parameter index>.<name>`."""
@@ -123,6 +127,13 @@ class Optimizer(ABC):
 
 
 class Adam(Optimizer):
+    """Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
+
+    A beta with a schedule takes the place of the constant in every formula of a step, the bias
+    correction 1 - beta^steps included. So does torch.optim.Adam when the `betas` of a group are
+    set, which is how R3GAN's code (arXiv:2501.05441) moves beta2.
+    """
+
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
@@ -134,8 +145,9 @@ class Adam(Optimizer):
         self._counts.append(self._steps)
         self._increments.append(torch.ones((), device=self._device))
 
-    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
-        betas, weight_decay = self.config.betas, self.config.weight_decay
+    def _update(self, gradients: list[Tensor], learning_rate: Rate, images_seen: int) -> None:
+        betas = [value_at(beta, images_seen) for beta in self.config.betas]
+        weight_decay = self.config.weight_decay
         averages, squares = self._moments["exp_avg"], self._moments["exp_avg_sq"]
         self._adam(
             self.parameters, gradients, averages, squares, self._steps,
@@ -164,7 +176,7 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(parameters, config, skip, _momentum(config))
 
-    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
+    def _update(self, gradients: list[Tensor], learning_rate: Rate, images_seen: int) -> None:
         buffers = self._moments.get("momentum_buffer", [])
         self._sgd(gradients, buffers, learning_rate, self.config.weight_decay)
 
@@ -185,7 +197,7 @@ class RMSprop(Optimizer):
         # Of a step that far away, the bias correction is 1.
         self._infinite_steps = torch.full((), math.inf, device=self._device)
 
-    def _update(self, gradients: list[Tensor], learning_rate: Rate) -> None:
+    def _update(self, gradients: list[Tensor], learning_rate: Rate, images_seen: int) -> None:
         weight_decay, betas = self.config.weight_decay, (0.0, self.config.alpha)
         averages, squares = gradients, self._moments["square_avg"]  # an average of one gradient
         if self.config.momentum == 0:
@@ -217,16 +229,3 @@ def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, skip: Tensor | None = None
 ) -> Optimizer:
     return _OPTIMIZERS[config.name](parameters, config, skip)
-
-
-def learning_rate_factor(config: TrainingConfig, images_seen: int) -> float:
-    """The factor of both learning rates: linear warm-up, then the schedule to the end."""
-    if images_seen < config.warmup_images:
-        return images_seen / config.warmup_images
-    span = config.total_images - config.warmup_images
-    fraction = min(1.0, (images_seen - config.warmup_images) / span) if span > 0 else 1.0
-    if config.schedule == "linear":
-        return 1 - fraction
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * fraction))
-    return 1.0

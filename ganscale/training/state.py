@@ -17,6 +17,7 @@ from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
+from ganscale.schedules import Schedule
 from ganscale.schema import Config, TrainingConfig
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks, sample_shape
@@ -97,7 +98,7 @@ class TrainingState:
         self.updaters = self.critic_updater, self.generator_updater
         self.ema = ema_copy(self.generator)
         self.num_classes = num_classes
-        self._config = config
+        self._config, self._objective = config, objective
         self.meters = MeterAccumulator(runtime)
         self.images_seen = 0
         self.steps = 0  # generator updates
@@ -193,6 +194,21 @@ class TrainingState:
             if not is_within(key, self._config.resume.allow):
                 before = Fingerprint.from_json(stored[name])
                 found.check(before, f"{role} {target}", f"resume.allow=[{key}]")
+
+    def scheduled(self) -> dict[str, float]:
+        """The learning rates and the other numbers that have a schedule, by metric: those of the
+        next step."""
+        seen, half_life = self.images_seen, self._config.ema.half_life_images
+        values = {
+            f"optim/{updater.name}_{name}": value
+            for updater in self.updaters
+            for name, value in updater.scheduled(seen).items()
+        }
+        weights = self._objective.scheduled_weights(seen)
+        values |= {f"penalty/{name}_weight": weight for name, weight in weights.items()}
+        if isinstance(half_life, Schedule):
+            values["optim/ema_half_life_images"] = half_life.at(seen)
+        return values
 
     def averaging_seconds(self) -> dict[str, float]:
         """Of the last logged updates by network (see NetworkUpdater). Waits for the device."""

@@ -5,6 +5,7 @@ forward of the wrapped module and differentiated in one backward: a penalty besi
 one backward per term, would silently leave gradients unsynchronized.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from ganscale.networks.resampling import merged_kernels
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients, surrogate_loss
 from ganscale.objectives.losses import Logits, Terms, total
-from ganscale.objectives.objective import Objective
+from ganscale.objectives.objective import Objective, WeightedPenalty
 from ganscale.objectives.penalties import gradients_of_scores, input_gradients
 from ganscale.runtime import at_least_float32, autocast, get_world_size, has_cheap_launches
+from ganscale.schedules import Schedule
 from ganscale.training.fast_forward import fast_forward
 
 Meters = dict[str, Meter]
@@ -72,9 +74,11 @@ class CriticStep(nn.Module):
         points: dict[str, Tensor],
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
+        weights: Mapping[str, float | Tensor] | None = None,
     ) -> StepOutput:
         """points: for each penalty that is due, the images at which its gradient is taken
         gradients: for a loss of the global batch, in one of several micro-batches
+        weights: of penalties whose weight has a schedule, in this step
 
         A penalty at the critic's own images takes its gradient from their forward; others have a
         forward of their own, since a double backward through all images would drag zeros along.
@@ -104,9 +108,8 @@ class CriticStep(nn.Module):
                     if gradient is None:
                         gradient = self._input_gradients(images, labels, penalty.patch_score)
                     value, lengths = penalty.penalty.value_and_norms(gradient)
-                factor = penalty.weight * penalty.interval
-                loss = torch.add(loss, value, alpha=factor)
-                meters[f"loss/penalty_{name}"] = Scaled(value.detach(), factor)
+                weighted = _with_penalty(loss, value, penalty, (weights or {}).get(name))
+                loss, meters[f"loss/penalty_{name}"] = weighted
                 meters[f"penalty/{name}"] = value.detach()
                 gradient_norms[f"penalty/{name}_gradient_norm"] = lengths
         meters["loss/critic"] = loss.detach()
@@ -247,6 +250,24 @@ def _saves_launches(images: Tensor) -> bool:
     as much as that of these images."""
     is_small = images.shape[0] * images.shape[2:].numel() <= _FEW_PIXELS
     return is_small and not has_cheap_launches(images.device)
+
+
+def _with_penalty(
+    loss: Tensor, value: Tensor, penalty: WeightedPenalty, weight: float | Tensor | None
+) -> tuple[Tensor, Meter]:
+    """(the loss with the weighted penalty, the meter of that term).
+
+    weight: in this step, if it has a schedule. The meter is a tensor then, since meters of
+        different factors are not reduced together
+    """
+    if not isinstance(penalty.weight, Schedule):
+        factor = penalty.weight * penalty.interval
+        return torch.add(loss, value, alpha=factor), Scaled(value.detach(), factor)
+    assert weight is not None
+    factor = weight * penalty.interval
+    if isinstance(factor, Tensor):  # in a captured step
+        return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
+    return torch.add(loss, value, alpha=factor), value.detach() * factor
 
 
 def _twice(labels: Tensor | None) -> Tensor | None:

@@ -13,7 +13,7 @@ from ganscale.config import resolve
 from ganscale.runtime import Runtime
 from ganscale.training.trainer import Trainer
 from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import Runs
+from tests.helpers.runs import SCHEDULES, Runs
 
 # What tells about this machine and this moment, not about the curve; a stop is audited, too.
 _OF_THE_MACHINE = ("perf/", "audit/")
@@ -67,7 +67,7 @@ CASES = {
             "training.accumulate=2",
             "data.flip=true",
             "training.gradient_clip=1",
-            "training.schedule=cosine",
+            *SCHEDULES,
         ],
         1e-7,
     ),

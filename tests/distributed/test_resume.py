@@ -7,14 +7,13 @@ import pytest
 
 from tests.distributed.test_promise import curve
 from tests.helpers.processes import HANG_SECONDS, Process, end_tree, wait_until
-from tests.helpers.runs import Runs, checkpoint_bits
+from tests.helpers.runs import SCHEDULES, Runs, checkpoint_bits
 
 _SETTINGS = (
     "training.total_images=3200",
     "checkpoint.every_images=320",
     "log.every_images=160",
-    "optimizer.critic.learning_rate=1e-3",
-    "optimizer.generator.learning_rate=1e-3",
+    *SCHEDULES,
 )
 
 

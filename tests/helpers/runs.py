@@ -26,6 +26,15 @@ TINY = [
     "samples.count=4",
 ]
 
+# Everything that can have one, with its end within a short run.
+SCHEDULES = (
+    "optimizer.critic.learning_rate={from: 1e-3, to: 2e-4, over_images: 1k}",
+    "optimizer.generator.learning_rate={from: 1e-3, to: 0, warmup_images: 200}",
+    "optimizer.critic.betas=[0, {from: 0.9, to: 0.99, over_images: 1k}]",
+    "objective.penalties.wgan_gp.weight={from: 10, to: 1, shape: linear}",
+    "ema={half_life_images: {from: 0, to: 500, over_images: 1k}, ramp_up: 1}",
+)
+
 # The least that a config must say.
 MINIMAL = """
 data: {path: data/x, resolution: 8}

@@ -20,7 +20,8 @@ from benchmarks.launches import gpu_path
 from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
-from ganscale.schema import Config, TrainingConfig
+from ganscale.schedules import Schedule
+from ganscale.schema import Config
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.cycle import Cycle
 from ganscale.training.metrics_row import metrics_row
@@ -150,7 +151,10 @@ def test_logged_cycles_between_replays_change_nothing():
 
 
 def test_rates_that_change_reach_a_replayed_step():
-    config = config_with(Combination("wgan", "wgan_gp"), schedule="linear")
+    config = config_with(Combination("wgan", "wgan_gp"))
+    for optimizer in (config.optimizer.critic, config.optimizer.generator):
+        length = config.training.total_images
+        optimizer.learning_rate = Schedule(2.0**-8, 0.0, length, "linear")
     graphs = Graphs()
     eager, replayed = trained(config, None), trained(config, graphs)
     assert graphs.replays > 5
@@ -159,6 +163,32 @@ def test_rates_that_change_reach_a_replayed_step():
     constant = trained(config_with(Combination("wgan", "wgan_gp")), None)
     key = "critic.input.weight"
     assert not torch.allclose(constant[key], eager[key], rtol=1e-3)
+
+
+def test_weights_that_change_reach_a_replayed_step():
+    config = config_with(Combination("wgan", "lazy_r1"))
+    (penalty,) = config.objective.penalties.values()
+    constant = trained(config, None)
+    # Exact in float32, as all numbers in a graph
+    penalty.weight = Schedule(8.0, 0.0, 1024 * config.training.global_batch_size, "linear")
+    graphs = Graphs()
+    eager, replayed = trained(config, None), trained(config, graphs)
+    assert graphs.replays > 5
+    for key, tensor in eager.items():
+        torch.testing.assert_close(replayed[key], tensor, rtol=1e-5, atol=1e-7, msg=key)
+    key = "critic.input.weight"
+    assert not torch.allclose(constant[key], eager[key], rtol=1e-3)
+
+
+def test_steps_with_betas_that_change_are_not_captured():
+    config = config_with(Combination("wgan", "none"), cuda_graphs="auto")
+    device = torch.device("cuda")
+    assert captures_steps(config, device, 1)
+    config.optimizer.generator.betas = [0.0, Schedule(0.9, 0.99, 100)]
+    assert not captures_steps(config, device, 1)
+    config.training.cuda_graphs = "true"
+    with pytest.raises(UserError, match="betas that have a schedule"):
+        captures_steps(config, device, 1)
 
 
 def test_inputs_of_another_shape_are_refused():
@@ -184,7 +214,7 @@ def test_inputs_of_another_shape_are_refused():
     ],
 )
 def test_steps_are_captured_where_it_is_possible_and_asked_for(settings, device, ranks, answer):
-    config = TrainingConfig(1000, **settings)
+    config = config_with(Combination("wgan", "none"), **settings)
     if isinstance(answer, bool):
         assert captures_steps(config, torch.device(device), ranks) is answer
         return

@@ -15,6 +15,7 @@ from ganscale.errors import UserError
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
+from ganscale.schedules import Schedule
 from ganscale.schema import (
     LossConfig,
     ObjectiveConfig,
@@ -24,7 +25,7 @@ from ganscale.schema import (
 )
 from ganscale.training.cycle import Cycle
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard, Update
-from ganscale.training.optimizers import build_optimizer, learning_rate_factor
+from ganscale.training.optimizers import build_optimizer
 from ganscale.training.state import TrainingState
 from ganscale.training.steps import CriticStep
 
@@ -227,8 +228,8 @@ def test_frozen_parameters_are_left_alone_and_idle_ones_refused_by_name(runtime)
 
 
 def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):
-    config = OptimizerConfig("sgd", 0.5)
-    updater = updater_of(convolutions(), runtime, config, schedule="linear", warmup_images=100)
+    config = OptimizerConfig("sgd", Schedule(0.5, 0.0, 900, "linear", warmup_images=100))
+    updater = updater_of(convolutions(), runtime, config)
     for seen, rate in ((0, 0.0), (50, 0.25), (100, 0.5), (550, 0.25), (1000, 0.0), (2000, 0.0)):
         assert updater.learning_rate(seen) == pytest.approx(rate)
         before = [p.detach().clone() for p in updater.parameters]
@@ -238,29 +239,39 @@ def test_the_learning_rate_of_an_update_is_that_of_its_images_seen(runtime):
             torch.testing.assert_close(parameter.detach(), old - rate * parameter.grad)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "factors"),
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("linear", [1, 0.75, 0.5, 0]),
-        ("cosine", [1, (1 + math.sqrt(0.5)) / 2, 0.5, 0]),
-    ],
-)
-def test_schedules_run_from_one_at_the_end_of_the_warm_up_to_their_end(schedule, factors):
-    for warmup in (0, 200):
-        config = TrainingConfig(total_images=warmup + 800, schedule=schedule, warmup_images=warmup)
-        found = [learning_rate_factor(config, warmup + seen) for seen in (0, 200, 400, 800)]
-        assert found == pytest.approx(factors, abs=1e-12)
-        assert learning_rate_factor(config, warmup + 900) == pytest.approx(factors[-1], abs=1e-12)
-        if warmup:
-            rising = [learning_rate_factor(config, seen) for seen in (0, 50, 100, 199)]
-            assert rising == pytest.approx([0, 0.25, 0.5, 0.995])
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_a_warm_up_longer_than_the_run_only_rises(schedule):
-    config = TrainingConfig(total_images=100, schedule=schedule, warmup_images=200)
-    assert [learning_rate_factor(config, seen) for seen in (0, 50, 99)] == [0, 0.25, 99 / 200]
+def test_adam_follows_betas_that_change_as_torch_does():
+    """As R3GAN's code sets `betas` of torch's Adam; and as the paper's algorithm in float64."""
+    beta2 = Schedule(0.9, 0.99, over_images=100)
+    network = convolutions().double()
+    config = OptimizerConfig("adam", 0.01, betas=[0.5, beta2])
+    adam = build_optimizer(network.parameters(), config)
+    followed = copy.deepcopy(network)
+    torchs = torch.optim.Adam(followed.parameters(), 0.01)
+    weights = [p.detach().clone() for p in network.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in weights]
+    for step, seen in enumerate(range(0, 150, 30), start=1):
+        for own, theirs in zip(network.parameters(), followed.parameters(), strict=True):
+            own.grad = torch.randn_like(own)
+            theirs.grad = own.grad.clone()
+        now = 0.99 - 0.09 * (1 + math.cos(math.pi * min(seen / 100, 1))) / 2
+        for group in torchs.param_groups:
+            group["betas"] = (0.5, now)
+        for i, parameter in enumerate(network.parameters()):
+            gradient = parameter.grad
+            assert gradient is not None
+            first, second = moments[i]
+            first = 0.5 * first + 0.5 * gradient
+            second = now * second + (1 - now) * gradient**2
+            moments[i] = first, second
+            corrected = (second / (1 - now**step)).sqrt() + config.eps
+            weights[i] -= 0.01 * first / (1 - 0.5**step) / corrected
+        adam.step(0.01, seen)
+        torchs.step()
+        for own, theirs, derived in zip(
+            network.parameters(), followed.parameters(), weights, strict=True
+        ):
+            torch.testing.assert_close(own.detach(), derived, rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-14)
 
 
 @each_optimizer

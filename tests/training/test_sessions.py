@@ -106,7 +106,7 @@ def test_a_row_of_real_pictures_after_the_checkpoint_survives_a_kill(folder, run
 
 
 def test_a_run_that_trains_nothing_leaves_the_stored_settings_as_they_were(folder, runtime):
-    more = ("training.schedule=linear",)
+    more = ("optimizer.critic.learning_rate.to=0",)
     done = trainer_of(folder, runtime, "nothing", *more)
     assert done.run() == 0
     stored = done.folder.config.read_bytes()

@@ -1,0 +1,112 @@
+"""Schedules in a config: from what files say to `Schedule` objects, checked, and back."""
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_origin
+
+from omegaconf import MISSING
+
+from ganscale.schedules import Schedule
+from ganscale.schema import Config
+from ganscale.secrets import without_secrets
+from ganscale.setting import Setting, child_type, scheduled_type, settings_of, types_of
+
+Mistake = tuple[str, str]
+"""(key, what is wrong)"""
+
+
+def plain(value: Any, *, as_text: bool = False) -> Any:
+    """A config, or a part of it, as dictionaries, lists and scalars.
+
+    as_text: makes a schedule one value, its text
+    """
+    if isinstance(value, Schedule) and as_text:
+        return str(value)
+    if is_dataclass(value):
+        value = dict(zip(settings_of(type(value)), vars(value).values(), strict=True))
+    if isinstance(value, dict):
+        return {key: plain(child, as_text=as_text) for key, child in value.items()}
+    if isinstance(value, list):
+        return [plain(child, as_text=as_text) for child in value]
+    return value
+
+
+def keep_starts(
+    layer: dict[str, Any], before: Mapping[str, Any], section: Any = Config, prefix: str = ""
+) -> list[str]:
+    """Where a layer gives a number parts of a schedule only, such as its end, the plain number
+    `before` (by dotted key) becomes the start, in place; returns the keys of these numbers."""
+    kept: list[str] = []
+    for name, value in layer.items():
+        key, expected = prefix + name, child_type(section, name)
+        if not isinstance(value, dict):
+            continue
+        if scheduled_type(expected) is None:
+            kept += keep_starts(value, before, expected, key + ".")
+        elif "from" not in value and before.get(key, MISSING) != MISSING:
+            value["from"] = before[key]
+            kept.append(key)
+    return kept
+
+
+def read_numbers(config: Config) -> Iterator[Mistake]:
+    """Makes numbers and `Schedule` objects, in place, of the values that OmegaConf left as they
+    are; yields what is not one."""
+    yield from _read_section(config, "", config.training.total_images)
+
+
+def _read_section(section: Any, prefix: str, total_images: int) -> Iterator[Mistake]:
+    for name, expected in types_of(type(section)).items():
+        key, value = prefix + name, getattr(section, name)
+        if scheduled_type(expected) is not None:
+            setattr(section, name, (yield from _number(value, expected, key, total_images)))
+        elif get_origin(expected) is list and scheduled_type(item := get_args(expected)[0]):
+            numbers = []
+            for i, each in enumerate(value):
+                numbers.append((yield from _number(each, item, f"{key}[{i}]", total_images)))
+            setattr(section, name, numbers)
+        elif is_dataclass(value):
+            yield from _read_section(value, key + ".", total_images)
+        elif isinstance(value, dict):
+            for child_name, child in value.items():
+                if is_dataclass(child):
+                    yield from _read_section(child, f"{key}.{child_name}.", total_images)
+
+
+def _number(
+    value: Any, expected: Any, key: str, total_images: int
+) -> Generator[Mistake, None, float | Schedule]:
+    kind = scheduled_type(expected) or float
+    if not isinstance(value, dict):
+        return (yield from _converted(value, kind, key, " or a schedule"))
+    for end in ("from", "to"):
+        if value.get(end, MISSING) == MISSING:
+            yield key, f"is a schedule without `{end}`"
+    parts = {}
+    for name, hint in types_of(expected).items():
+        part = value.get(name)
+        if part is not None or name in ("from", "to"):
+            parts[name] = yield from _converted(part, hint, f"{key}.{name}")
+    start, end = parts.pop("from"), parts.pop("to")
+    if "over_images" not in parts:
+        parts["over_images"] = max(1, total_images - parts.get("warmup_images", 0))
+    return Schedule(start, end, **parts)
+
+
+def _converted(value: Any, kind: type, key: str, more: str = "") -> Generator[Mistake, None, Any]:
+    """As OmegaConf converts it, which reads numbers from text: an environment variable's, say."""
+    try:
+        if kind is str or type(value) in (kind, int, str):
+            return kind(value)
+    except ValueError:
+        pass
+    yield key, f"must be {kind.__name__}{more}, not {without_secrets(value)!r}"
+
+
+def schedule_mistakes(setting: Setting, schedule: Schedule, key: str) -> Iterator[Mistake]:
+    """What is wrong with the parts of a schedule; its ends keep to the limits of its setting."""
+    for name, own in settings_of(Schedule).items():
+        assert own is not None
+        limits = setting if name in ("from", "to") else own
+        if mistake := limits.mistake(plain(schedule)[name]):
+            yield f"{key}.{name}", mistake
