@@ -61,12 +61,14 @@ def _count_step_flops(
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
     critic_step = CriticStep(critic, plain, "float32", joins_forwards=False)
+    weights = objective.scheduled_weights(images_seen=0)
 
     trained = [p for p in critic.parameters() if p.requires_grad]
 
     def critic_flops(points: dict[str, Tensor]) -> int:
         with _FlopCounter() as counter:
-            critic_step(real, fake, labels, points).loss.backward(inputs=trained)
+            loss = critic_step(real, fake, labels, points, weights=weights).loss
+            loss.backward(inputs=trained)
         return counter.flops
 
     without_penalties = critic_flops({})

@@ -128,7 +128,8 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
             fakes = fast_forward(generator.network, False)(generator.inputs, labels)
         fakes = fakes.to(images.dtype)
         points = objective.penalty_points(images, fakes, Draws(config.seed, slots, 0), update=0)
-        return critic_step(images, fakes, labels, points)
+        weights = objective.scheduled_weights(images_seen=0)
+        return critic_step(images, fakes, labels, points, weights=weights)
 
     before = HiddenState(generator.network), HiddenState(critic.network)
     _differentiate(critic, take_critic_step)

@@ -15,6 +15,8 @@ from ganscale.metrics.meters import MeterAccumulator
 from ganscale.metrics.performance import PerformanceMeter
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
+from ganscale.schedules import Schedule
+from ganscale.schema import PenaltyConfig
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
 from ganscale.training.metrics_row import (
@@ -178,7 +180,7 @@ def test_weight_norms_and_the_distance_of_the_ema(runtime):
 
 def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(runtime):
     page = (REPOSITORY / "docs" / "metrics.md").read_text()
-    explained = set(re.findall(r"`([a-z_]+/[A-Za-z_/]+)`", page))
+    explained = set(re.findall(r"`([a-z_]+/[A-Za-z0-9_/]+)`", page))
     logged = {"progress/images_seen", "progress/step"}
     for combination in (
         Combination("relativistic_average", "r1+r2", "patches"),
@@ -189,6 +191,7 @@ def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(ru
         cycle.state.bad_samples["shard-0.tar", "cannot be decoded"] += 1
         meter = PerformanceMeter(cycle.config, runtime, 0, cycle_flops=1e9)
         logged |= run(cycle, 1).keys() | performance(cycle, meter).keys()
+    logged |= run(scheduled_cycle(runtime), 1).keys()
     patterns = {name: re.sub("NAME|LOSS|REASON", "[a-z0-9_]+", name) for name in explained}
     unexplained = {
         name for name in logged if not any(re.fullmatch(p, name) for p in patterns.values())
@@ -198,6 +201,46 @@ def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(ru
         name for name, p in patterns.items() if not any(re.fullmatch(p, each) for each in logged)
     }
     assert not_logged == {"perf/device_memory_gib", "perf/peak_share"}  # of GPUs
+
+
+def scheduled_cycle(runtime: Runtime) -> Cycle:
+    """Of a run in which every number moves that can, within 40 images."""
+
+    def schedule(start: float, end: float) -> Schedule:
+        return Schedule(start, end, 40, "linear")
+
+    config = config_of(Combination("wgan", "wgan_gp"), 1, "float64")
+    for optimizer in (config.optimizer.critic, config.optimizer.generator):
+        optimizer.name = "adam"
+        optimizer.learning_rate = schedule(0.4, 0.0)
+        optimizer.betas = [schedule(0.2, 0.1), schedule(0.9, 0.99)]
+    config.objective.penalties = {"wgan_gp": PenaltyConfig(schedule(8.0, 4.0))}
+    config.ema.half_life_images = schedule(0, 50)
+    objective = build_objective(config.objective)
+    return Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
+
+
+def test_scheduled_numbers_are_logged_and_weigh_as_they_are_logged(runtime):
+    cycle = scheduled_cycle(runtime)
+    row = run(cycle, 1)  # two critic steps of 8 images
+    expected = {
+        **{f"optim/{n}_learning_rate": 0.24 for n in ("critic", "generator")},
+        **{f"optim/{n}_beta1": 0.16 for n in ("critic", "generator")},
+        **{f"optim/{n}_beta2": 0.936 for n in ("critic", "generator")},
+        "penalty/wgan_gp_weight": 6.4,
+        "optim/ema_half_life_images": 20,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    cycle = scheduled_cycle(runtime)
+    weights, penalties = [], []
+    for images_seen in (0, 8):
+        batch = cycle.to_device(synthetic_batch(cycle.config, runtime, images_seen))
+        cycle.critic_step(batch, cycle.fakes(batch, False), False)
+        meters = cycle.state.meters.read()
+        weights.append(meters["loss/penalty_wgan_gp"] / meters["penalty/wgan_gp"])
+        penalties.append(meters["loss/critic"] - meters["loss/critic_adversarial"])
+        assert penalties[-1] == pytest.approx(meters["loss/penalty_wgan_gp"], rel=1e-9)
+    assert weights == pytest.approx([8.0, 7.2], rel=1e-12)
 
 
 def performance(cycle: Cycle, meter: PerformanceMeter) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Replayed steps train as steps that run: here, by a recording of operators in a graph's place."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,10 +168,12 @@ def test_rates_that_change_reach_a_replayed_step():
 
 def test_weights_that_change_reach_a_replayed_step():
     config = config_with(Combination("wgan", "lazy_r1"))
-    (penalty,) = config.objective.penalties.values()
     constant = trained(config, None)
-    # Exact in float32, as all numbers in a graph
-    penalty.weight = Schedule(8.0, 0.0, 1024 * config.training.global_batch_size, "linear")
+    size = config.training.global_batch_size
+    ((name, penalty),) = config.objective.penalties.items()
+    # Exact in float32, as numbers are in a graph
+    falling = replace(penalty, weight=Schedule(1024.0, 0.0, 1024 * size, "linear"))
+    config.objective.penalties = {name: falling}
     graphs = Graphs()
     eager, replayed = trained(config, None), trained(config, graphs)
     assert graphs.replays > 5
