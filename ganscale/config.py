@@ -19,12 +19,12 @@ from typing import Any, get_args
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from ganscale.config_schedules import keep_starts, plain, read_numbers, schedule_mistakes
+from ganscale.config_schedules import keep_starts, plain, read_numbers, setting_mistakes
 from ganscale.config_yaml import COMMAND_LINE, read_file, read_override, update
 from ganscale.errors import UserError
 from ganscale.importing import nearest
 from ganscale.ready import find_config, ready_configs
-from ganscale.schedules import Schedule, ends
+from ganscale.schedules import ends
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, settings_of
@@ -176,9 +176,9 @@ def _read(
 
 def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]) -> Any:
     """`base` overridden by `layer`; sets the origin of the layer's keys to `source`."""
-    before = dict(_flatten(OmegaConf.to_container(base)))
+    before = OmegaConf.to_container(base)
     kept = {f"{key}.from": origin.get(key, DEFAULT) for key in keep_starts(layer, before)}
-    given = dict(_flatten(layer))
+    before, given = dict(_flatten(before)), dict(_flatten(layer))
     for name, options in OPTIONS_OF.items():
         if before[name] not in (MISSING, given.get(name, before[name])):
             OmegaConf.update(base, options, {}, merge=False)
@@ -272,11 +272,8 @@ def _mistakes(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for each value outside its setting's limits."""
     for name, setting in settings_of(type(section)).items():
         key, value = prefix + name, getattr(section, name)
-        if isinstance(value, Schedule) and setting is not None:
-            yield from schedule_mistakes(setting, value, key)
-        elif setting is not None:
-            if mistake := setting.mistake(value):
-                yield key, mistake
+        if setting is not None:
+            yield from setting_mistakes(setting, value, key)
         elif isinstance(value, dict):
             for child_name, child in value.items():
                 yield from _mistakes(child, f"{key}.{child_name}.")

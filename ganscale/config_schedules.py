@@ -1,7 +1,7 @@
 """Schedules in a config: from what files say to `Schedule` objects, checked, and back."""
 
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from omegaconf import MISSING
@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from ganscale.schedules import Schedule
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
-from ganscale.setting import Setting, child_type, scheduled_type, settings_of, types_of
+from ganscale.setting import Setting, child_type, key_of, scheduled_type, settings_of, types_of
 
 Mistake = tuple[str, str]
 """(key, what is wrong)"""
@@ -23,7 +23,7 @@ def plain(value: Any, *, as_text: bool = False) -> Any:
     if isinstance(value, Schedule) and as_text:
         return str(value)
     if is_dataclass(value):
-        value = dict(zip(settings_of(type(value)), vars(value).values(), strict=True))
+        value = {key_of(field.name): getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
         return {key: plain(child, as_text=as_text) for key, child in value.items()}
     if isinstance(value, list):
@@ -32,19 +32,25 @@ def plain(value: Any, *, as_text: bool = False) -> Any:
 
 
 def keep_starts(
-    layer: dict[str, Any], before: Mapping[str, Any], section: Any = Config, prefix: str = ""
+    layer: dict[str, Any], before: Any, section: Any = Config, prefix: str = ""
 ) -> list[str]:
     """Where a layer gives a number parts of a schedule only, such as its end, the plain number
-    `before` (by dotted key) becomes the start, in place; returns the keys of these numbers."""
+    `before` becomes the start, in place; returns the keys of these numbers.
+
+    before: what the layer overrides in this section
+    """
     kept: list[str] = []
     for name, value in layer.items():
         key, expected = prefix + name, child_type(section, name)
+        earlier = before.get(name) if isinstance(before, dict) else None
         if not isinstance(value, dict):
             continue
         if scheduled_type(expected) is None:
-            kept += keep_starts(value, before, expected, key + ".")
-        elif "from" not in value and before.get(key, MISSING) != MISSING:
-            value["from"] = before[key]
+            kept += keep_starts(value, earlier, expected, key + ".")
+        elif (
+            "from" not in value and not isinstance(earlier, dict) and earlier not in (None, MISSING)
+        ):
+            value["from"] = earlier
             kept.append(key)
     return kept
 
@@ -103,10 +109,17 @@ def _converted(value: Any, kind: type, key: str, more: str = "") -> Generator[Mi
     yield key, f"must be {kind.__name__}{more}, not {without_secrets(value)!r}"
 
 
-def schedule_mistakes(setting: Setting, schedule: Schedule, key: str) -> Iterator[Mistake]:
-    """What is wrong with the parts of a schedule; its ends keep to the limits of its setting."""
-    for name, own in settings_of(Schedule).items():
-        assert own is not None
-        limits = setting if name in ("from", "to") else own
-        if mistake := limits.mistake(plain(schedule)[name]):
+def setting_mistakes(setting: Setting, value: Any, key: str) -> Iterator[Mistake]:
+    """What is wrong with a setting's value. The ends of a schedule, also of one in a list, have to
+    keep to the limits of the setting."""
+    for i, each in enumerate(value if isinstance(value, list) else []):
+        if isinstance(each, Schedule):
+            yield from setting_mistakes(setting, each, f"{key}[{i}]")
+    if not isinstance(value, Schedule):
+        if mistake := setting.mistake(value):
+            yield key, mistake
+        return
+    for name, part in plain(value).items():
+        limits = setting if name in ("from", "to") else settings_of(Schedule)[name]
+        if limits and (mistake := limits.mistake(part)):
             yield f"{key}.{name}", mistake

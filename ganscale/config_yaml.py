@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from ganscale.config_schedules import keep_starts
 from ganscale.errors import UserError
 from ganscale.older_settings import REPLACED, add_older, take_older
 from ganscale.schema import Config
@@ -92,11 +93,12 @@ def read_override(override: str) -> dict[str, Any]:
         return _section(_mapping(key, value), Config, "")
 
 
-def update(settings: dict[str, Any], later: dict[str, Any]) -> None:
-    """Overrides nested `settings` with `later` ones, in place."""
+def update(settings: dict[str, Any], later: dict[str, Any], section: Any = Config) -> None:
+    """Overrides the nested `settings` of a section with `later` ones, in place."""
+    keep_starts(later, settings, section)
     for key, value in later.items():
         if isinstance(value, dict) and isinstance(settings.get(key), dict):
-            update(settings[key], value)
+            update(settings[key], value, child_type(section, key))
         else:
             settings[key] = value
 
@@ -141,7 +143,7 @@ def _section(node: yaml.MappingNode, section: Any, prefix: str) -> dict[str, Any
             if not rest or expected is None:
                 raise UserError(f"unknown key `{prefix}{key}`{_hint(key, section, prefix)}")
             key, value = head, _mapping(rest, value)  # `optimizer: {critic.learning_rate: 1e-4}`
-        update(settings, {key: _value(value, expected, prefix + key)})
+        update(settings, {key: _value(value, expected, prefix + key)}, section)
     return settings
 
 

@@ -200,7 +200,7 @@ class TrainingConfig:
     cuda_graphs: str = choice(
         "Replay steps as CUDA graphs, which start with one launch each. Not yet tried on a GPU.",
         false="never",
-        auto="on one GPU, without training.compile",
+        auto="on one GPU, without training.compile, and with plain numbers for betas",
         true="the same, or an error",
     )
     gradient_compression: str = choice(

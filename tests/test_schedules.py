@@ -117,6 +117,8 @@ def test_a_number_and_a_schedule_replace_each_other(base, tmp_path):
     assert rate("{to: 0}") == Schedule(1e-4, 0.0, 50_000)  # from the number before
     assert rate("5e-4", f"{RATE}.to=0", f"{RATE}.over_images=2k") == Schedule(5e-4, 0.0, 2000)
     assert rate("{to: 0}", f"{RATE}=7e-4") == 7e-4
+    assert rate("5e-4", f"{RATE}=7e-4", f"{RATE}.to=0") == Schedule(7e-4, 0.0, 50_000)
+    assert rate("5e-4, learning_rate.to: 0") == Schedule(5e-4, 0.0, 50_000)
     assert rate("'${optimizer.generator.learning_rate}'") == 2e-4
     assert rate("{to: '${optimizer.generator.learning_rate}'}") == Schedule(1e-4, 2e-4, 50_000)
     rate(schedule)
@@ -163,6 +165,14 @@ def test_a_schedule_fills_what_the_warm_up_leaves_of_the_run(base):
             "optimizer.critic.betas=[0, {from: 0.9, to: 1}]",
             "`optimizer.critic.betas` must be two numbers in [0, 1), not "
             "[0.0, {from: 0.9, to: 1.0, over_images: 50000, shape: cosine}]",
+        ),
+        (
+            "optimizer.critic.betas=[0, {from: 0.9, to: 0.99, over_images: 0}]",
+            "`optimizer.critic.betas[1].over_images` must be at least 1, not 0",
+        ),
+        (
+            "optimizer.critic.betas=[0, {from: 0.9, to: 0.99, shape: line}]",
+            "`optimizer.critic.betas[1].shape` must be one of cosine, linear, not line",
         ),
         (
             "optimizer.critic.betas=[0, {to: 0.99}]",
@@ -212,6 +222,8 @@ def test_the_learning_rate_of_a_run_from_an_older_version_stays_as_it_was(
     older = f"total_images: 50k, schedule: {shape}, warmup_images: {warmup_images}"
     path.write_text(BASE.replace("total_images: 50k", older))
     stored = load_stored(path)
+    path.with_name("run.json").touch()  # `ganscale train RUN/config.yaml`
+    assert resolve([str(path)]).config == stored
     for seen in (0, 10_000, 20_000, 30_000, 49_999):
         factor = min(1.0, seen / warmup_images) if warmup_images else 1.0
         if seen >= warmup_images:
