@@ -40,7 +40,7 @@ _SECTIONS = {
         "The norm of the critic's gradient at real images, for runs without a penalty on it.",
     ),
     "clip": ("Clipping", "Weight clipping."),
-    "optim": ("Optimization", "Gradients, weights, learning rates, EMA."),
+    "optim": ("Optimization", "Gradients, weights, learning rates, betas, EMA."),
     "perf": ("Speed", "Throughput, and the time of each part of a cycle."),
     "data": ("Data", "Bad samples, and the state of the data."),
     "audit": ("Audits", "Comparisons of the ranks' replicas, and stops on NaN or infinity."),
@@ -64,6 +64,7 @@ _UNITS = (
     (r"images_per_second", "images/s"),
     (r"_ms(_|$)", "ms"),
     (r"_gib(_|$)", "GiB"),
+    (r"_images$", "images"),
     (r"[_/](share|fraction)(_max)?$", "share"),
 )
 

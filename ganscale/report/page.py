@@ -180,7 +180,10 @@ def objective_of(run: Run) -> str:
     penalties = run.setting("objective.penalties")
     for name, penalty in (penalties if isinstance(penalties, dict) else {}).items():
         weight = penalty.get("weight") if isinstance(penalty, dict) else None
-        terms.append(f"{weight:g} {name}" if isinstance(weight, int | float) else str(name))
+        is_schedule = isinstance(weight, dict)
+        ends = [weight.get("from"), weight.get("to")] if is_schedule else [weight]
+        shown = " to ".join(f"{end:g}" for end in ends if isinstance(end, int | float))
+        terms.append(f"{shown} {name}".strip())
     text = " + ".join(terms)
     if (clip := run.setting("objective.clip.value")) is not None:
         text += f", clipped to {clip}"

@@ -184,6 +184,7 @@ def test_related_metrics_share_a_chart_unless_runs_are_overlaid() -> None:
     assert all(len(c.lines) == 1 for charts in several.values() for c in charts)
     assert unit_of("perf/step_ms_mean") == "ms"
     assert unit_of("optim/critic_learning_rate") == ""
+    assert unit_of("optim/ema_half_life_images") == "images"
 
 
 def test_log_lines_of_one_kind_are_one_fault(make_run: MakeRun) -> None:
@@ -290,6 +291,8 @@ def test_only_settings_that_differ_are_compared(make_run: MakeRun) -> None:
         ("objective.loss.name", ["wgan", "hinge"])
     ]
     assert objective_of(runs[1]) == "hinge, n_critic 2"
+    runs[1].config["objective"]["penalties"] = {"r1": {"weight": {"from": 0.5, "to": 0.05}}}
+    assert objective_of(runs[1]) == "hinge + 0.5 to 0.05 r1, n_critic 2"
 
 
 @pytest.mark.parametrize("pair", ["{{x: *a{0}, y: *a{0}}}", "[*a{0}, *a{0}]"])
