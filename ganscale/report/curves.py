@@ -64,7 +64,6 @@ _UNITS = (
     (r"images_per_second", "images/s"),
     (r"_ms(_|$)", "ms"),
     (r"_gib(_|$)", "GiB"),
-    (r"_images$", "images"),
     (r"[_/](share|fraction)(_max)?$", "share"),
 )
 

@@ -184,7 +184,6 @@ def test_related_metrics_share_a_chart_unless_runs_are_overlaid() -> None:
     assert all(len(c.lines) == 1 for charts in several.values() for c in charts)
     assert unit_of("perf/step_ms_mean") == "ms"
     assert unit_of("optim/critic_learning_rate") == ""
-    assert unit_of("optim/ema_half_life_images") == "images"
 
 
 def test_log_lines_of_one_kind_are_one_fault(make_run: MakeRun) -> None:
