@@ -110,6 +110,20 @@ def test_features_are_the_class_token_of_the_paper_in_float64(
     assert torch.equal(found.features, build(folder, shape)(batch).features)
 
 
+def test_the_librarys_settings_stay_as_they_were(folder: Path) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    for switch in (logging.enable_progress_bar, logging.disable_progress_bar):
+        switch()
+        before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        has_no_bars = are_progress_bars_disabled()
+        build(folder)
+        assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+        assert are_progress_bars_disabled() == has_no_bars
+    logging.enable_progress_bar()
+
+
 def test_weights_in_several_files_are_read(folder: Path, tmp_path: Path) -> None:
     from transformers import Dinov2Model
 
@@ -138,7 +152,7 @@ FOLDERS = {
     "no weights": (remove("model.safetensors"), r"has no model\*.safetensors"),
     "another model": (
         lambda folder: changed_config(folder, model_type="bert"),
-        "holds a model of type bert",
+        "holds a model of type bert, not dinov2",
     ),
     "cut": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\0" * 100),

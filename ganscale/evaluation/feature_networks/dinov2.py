@@ -91,7 +91,9 @@ def _weights(folder: Path) -> list[Path]:
             f"feature network {NAME}: {folder} has no {_CONFIG} that can be read"
         ) from error
     if kind != "dinov2":
-        raise UserError(f"feature network {NAME}: {folder} holds a model of type {kind}")
+        raise UserError(
+            f"feature network {NAME}: {folder} holds a model of type {kind}, not dinov2"
+        )
     weights = sorted(folder.glob(_WEIGHTS))
     if not weights:
         raise UserError(f"feature network {NAME}: {folder} has no {_WEIGHTS}")
@@ -136,14 +138,20 @@ def _fetch(name: str, retry_seconds: float) -> Path:
 def _snapshot(name: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS], **options))
+    with _without_hub_bars():
+        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _WEIGHTS], **options))
 
 
 def _load(folder: Path) -> Any:
-    from transformers import Dinov2Model
-
-    with _quiet():
-        try:
+    try:
+        from transformers import Dinov2Model
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"feature network {NAME}: transformers fails on import: {reason}"
+        ) from error
+    try:
+        with _quiet():
             loaded: Any = Dinov2Model.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -151,11 +159,9 @@ def _load(folder: Path) -> Any:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"feature network {NAME} cannot be read from {folder}: {reason}"
-            ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"feature network {NAME} cannot be read from {folder}: {reason}") from error
     model, report = loaded
     if missing := sorted(report["missing_keys"]):  # they are random numbers now
         raise UserError(
@@ -167,17 +173,34 @@ def _load(folder: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars and advice."""
+    """Without transformers' progress bars and advice."""
     from transformers.utils import logging
 
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with _without_hub_bars():
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
             yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()
+        finally:
+            logging.set_verbosity(verbosity)
+            if has_bars:
+                logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_hub_bars() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    restore = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            restore()
