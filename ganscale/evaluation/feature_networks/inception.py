@@ -45,7 +45,8 @@ class Inception:
             raise UserError(f"path={self.path} of feature network {NAME} must be a file or address")
         if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise UserError(
-                f"sha256={self.sha256} of feature network {NAME} must be 64 hexadecimal digits"
+                f"sha256={self.sha256} of feature network {NAME} must be 64 hexadecimal digits in "
+                "lower case"
             )
 
     def check(self, place: Place) -> None:
