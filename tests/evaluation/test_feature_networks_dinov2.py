@@ -1,8 +1,13 @@
 """DINOv2 through transformers, with a small network of random weights in a folder."""
 
+import hashlib
 import json
 import shutil
 import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +233,74 @@ def test_a_name_on_the_hub_is_found_in_the_hubs_cache_without_a_network(
     assert missing.startswith("UserError" if offline == "1" else "UnavailableError")
     in_hub_cache(folder, tmp_path)
     assert run_python("-c", RUN, "check", "someone/small").stdout == "fine\n"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the Hugging Face hub does for the model someone/small."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    served: Counter[str]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, commit = self.path.partition("?")[0], "1" * 40
+        model, _, name = path.partition(f"/resolve/{commit}/")
+        status, headers, content = 404, {}, b""
+        if model == "/someone/small" and name:
+            content = (self.folder / name).read_bytes()
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+            status = 200
+            self.served[name] += self.command == "GET"
+        elif path.startswith("/api/models/someone/small/"):
+            files = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                for file in self.folder.iterdir()
+            ]
+            about = {"id": "someone/small", "sha": commit, "siblings": []}
+            status, content = 200, json.dumps(files if "/tree/" in path else about).encode()
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[tuple[str, Counter[str]]]:
+    """Its address, and how often it has served each file."""
+    served: Counter[str] = Counter()
+    handler = type("Handler", (Hub,), {"folder": folder, "served": served})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", served
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def test_a_name_on_the_hub_is_fetched_once(
+    hub: tuple[str, Counter[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    address, served = hub
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    for _ in range(2):
+        done = run_python("-c", RUN, "check", "someone/small")
+        assert (done.stdout, done.stderr) == ("fine\n", "")
+        assert served == {"config.json": 1, "model.safetensors": 1}
+    absent = run_python("-c", RUN, "check", "someone/absent").stdout
+    assert absent.startswith("UserError feature network dinov2: someone/absent is neither")
+    assert absent.endswith("fetched from the hub: HTTP status 404\n")
 
 
 def test_a_name_that_the_hub_cannot_have_is_one_sentence() -> None:
