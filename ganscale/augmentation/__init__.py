@@ -1,0 +1,1 @@
+"""What stands before the critic: augmentation pipelines and the adaptive controller."""
