@@ -44,6 +44,8 @@ from ganscale.objectives.penalties import PENALTIES
 from ganscale.randomness import random_words
 from ganscale.runtime import Runtime
 from ganscale.schema import (
+    AdaptiveConfig,
+    AugmentationConfig,
     ClipConfig,
     Config,
     CriticConfig,
@@ -83,8 +85,11 @@ class Variant:
     gradient_clip: float = 0.0
     is_conditional: bool = False
     flip: bool = False
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
+_ALL_OF_ADA = dict.fromkeys(["blit", "geom", "color", "filter", "noise", "cutout"], 1.0)
+_CONTROLLER = AdaptiveConfig(target=0.1, every_images=8, full_images=40)
 VARIANTS = {
     "plain": Variant(),
     "layer_norm": Variant(critic={"norm": "layer"}),
@@ -97,6 +102,9 @@ VARIANTS = {
     "conditional": Variant(is_conditional=True),
     "gradient_clip": Variant(gradient_clip=0.1),
     "flip": Variant(flip=True),
+    "ada": Variant(augmentation=AugmentationConfig("ada", _ALL_OF_ADA, 0.7)),
+    "diffaugment": Variant(augmentation=AugmentationConfig("diffaugment", probability=1.0)),
+    "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
     # For losses that ignore a shift of the logits, gradients of biases are only rounding. If biases
     # were clipped, chance would decide whether they count as at the bound.
     "clip_weights": Variant(clip=ClipConfig(0.1, "weights"), optimizer="rmsprop"),
@@ -127,7 +135,8 @@ class Combination:
 def combinations() -> list[Combination]:
     """Every loss with every set of penalties on plain networks, and three with every variant."""
     plain = [Combination(*pair) for pair in itertools.product(LOSSES, PENALTY_SETS)]
-    return plain + [Combination(*pair, variant) for pair in THREE for variant in FREE] + CLIPPED
+    varied = [Combination(*pair, variant) for pair in THREE for variant in FREE]
+    return plain + varied + CLIPPED + ADAPTIVE
 
 
 def few_combinations() -> list[Combination]:
@@ -137,15 +146,25 @@ def few_combinations() -> list[Combination]:
         Combination(loss, penalties) for (i, loss), (j, penalties) in pairs if (i + j) % 5 == 0
     ]
     in_turn = zip(itertools.cycle(THREE), FREE)
-    return plain + [Combination(*pair, variant) for pair, variant in in_turn] + CLIPPED
+    varied = [Combination(*pair, variant) for pair, variant in in_turn]
+    return plain + varied + CLIPPED + ADAPTIVE
 
 
 THREE = [("wgan", "wgan_gp"), ("hinge", "dragan"), ("relativistic_average", "r1+r2")]
-FREE = [name for name, variant in VARIANTS.items() if name != "plain" and not variant.clip]
+FREE = [
+    name
+    for name, variant in VARIANTS.items()
+    if name != "plain" and not variant.clip and not variant.augmentation.adaptive
+]
 CLIPPED = [
     Combination("wgan", "none", "clip_weights"),
     Combination("relativistic_average", "none", "clip_weights"),
     Combination("lsgan", "none", "clip_all"),
+]
+# For losses to which the sign of a logit means something.
+ADAPTIVE = [
+    Combination("hinge", "r1", "adaptive"),
+    Combination("non_saturating", "lazy_r1", "adaptive"),
 ]
 
 
@@ -166,6 +185,7 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
             clip=variant.clip,
             n_critic=N_CRITIC,
         ),
+        augmentation=variant.augmentation,
         optimizer=OptimizersConfig(optimizer, optimizer),
         training=TrainingConfig(
             total_images=CYCLES * N_CRITIC * GLOBAL_BATCH,

@@ -293,6 +293,12 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.accumulate", f"must divide the global batch of {batch}, not {micro_batches}"
     if config.training.reuse_fakes and micro_batches > 1:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
+    augmentation = config.augmentation
+    is_given = augmentation.probability > 0 or augmentation.adaptive is not None
+    if augmentation.pipeline != "none" and not is_given:
+        yield "augmentation.probability", "must be above 0 unless `augmentation.adaptive` is given"
+    if augmentation.pipeline == "none" and (is_given or augmentation.strengths):
+        yield "augmentation.pipeline", "must be ada or diffaugment with other settings beside it"
 
 
 def _map_text(change: Callable[[str], str], value: Any) -> Any:

@@ -135,6 +135,57 @@ class ObjectiveConfig:
 
 
 @dataclass
+class AdaptiveConfig:
+    """A controller of `augmentation.probability`: it rises while the critic overfits and falls
+    while it does not; off unless `target` is given."""
+
+    target: float = setting(
+        "Mean sign of the logits of real images to hold; 0.6 in the paper.",
+        above=-1,
+        below=1,
+        is_main=True,
+    )
+    every_images: int = setting(
+        "Interval between adjustments, taken after a critic step.", 256, unit="images", at_least=1
+    )
+    full_images: int = setting(
+        "Images over which the probability can rise from 0 to 1.",
+        500_000,
+        unit="images",
+        at_least=1,
+    )
+
+
+@dataclass
+class AugmentationConfig:
+    """Random transformations of real and fake images in front of the critic."""
+
+    pipeline: str = setting(
+        "The transformations.",
+        "none",
+        choices={
+            "none": "nothing is applied",
+            "ada": "blit, geom, color, filter, noise and cutout, by default the first three "
+            "(Karras et al. 2020)",
+            "diffaugment": "color, translation and cutout (Zhao et al. 2020)",
+        },
+        is_main=True,
+    )
+    strengths: dict[str, float] = setting(
+        "Factor of the probability, in [0, 1], of each category or transformation named; all "
+        "others are off. With none named, the pipeline's default.",
+        dict,
+    )
+    probability: float = setting(
+        "Probability of each transformation at strength 1; with `adaptive`, at the start.",
+        0.0,
+        at_least=0,
+        at_most=1,
+    )
+    adaptive: AdaptiveConfig | None = None
+
+
+@dataclass
 class OptimizerConfig:
     """Algorithm and hyperparameters."""
 
@@ -375,6 +426,7 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     optimizer: OptimizersConfig = field(default_factory=OptimizersConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
-from operator import ge, gt, lt
+from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    at_most: float | None = None
     choices: Mapping[Any, str] = field(default_factory=dict)
     is_main: bool = False
 
@@ -37,7 +38,7 @@ class Setting:
 
     def limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
         """(text such as `at least 1`, bound, comparison of a valid value with the bound)."""
-        for name, holds in (("at_least", ge), ("above", gt), ("below", lt)):
+        for name, holds in (("at_least", ge), ("above", gt), ("below", lt), ("at_most", le)):
             if (bound := getattr(self, name)) is not None:
                 yield f"{name.replace('_', ' ')} {bound}", bound, holds
 

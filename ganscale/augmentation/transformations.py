@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ganscale.randomness import Draw
+from ganscale.runtime import at_least_float32
 
 Probability = float | Float[Tensor, ""]
 Parameters = Mapping[str, Float[Tensor, " batch"]]
@@ -118,8 +119,9 @@ class Pipeline:
         self, images: Float[Tensor, "batch *sample"], drawn: Drawn
     ) -> Float[Tensor, "batch *sample"]:
         """The augmented images: (batch, channels, height, width) in [-1, 1], differentiable any
-        number of times. In the images' precision, also under autocast."""
+        number of times. In float32 or better, also under autocast."""
         with torch.autocast(images.device.type, enabled=False):
+            images = at_least_float32(images)
             columns = drawn["parameters"].to(images.dtype).unbind(1)
             parameters = dict(zip(self._names, columns, strict=True))
             augmented = self.apply(images, parameters, self.is_on, drawn.get("noise"))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.augmentation.transformations import Drawn
 from ganscale.data.batch import Batch
 from ganscale.data.images.preprocessing import FLIP, random_flip, to_network_range
 from ganscale.errors import UserError
@@ -29,6 +30,12 @@ from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
 from ganscale.schedules import value_at
 from ganscale.schema import Config
+from ganscale.training.augmentation import (
+    CRITIC,
+    GENERATOR,
+    Purposes,
+    augmentation_draws,
+)
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
@@ -60,7 +67,8 @@ def draws_ahead(config: Config, objective: Objective) -> tuple[Draw, ...]:
     if config.data.flip:
         draws.append(FLIP)
     purposes = [p for each in objective.penalties.values() for p in each.penalty.draws]
-    return (*draws, *map(Draw, dict.fromkeys(purposes)))
+    of_penalties = map(Draw, dict.fromkeys(purposes))
+    return (*draws, *of_penalties, *augmentation_draws(config, objective))
 
 
 def makes_fakes_together(
@@ -212,7 +220,6 @@ class Cycle:
         """One update of the critic; afterwards its images count as seen."""
         state, global_batch_size = self.state, self.config.training.global_batch_size
         number = state.images_seen // global_batch_size
-        kind = "critic", *self.objective.due_penalties(number)
         fake_images = fake_images.detach().to(batch.images.dtype)
         seen = state.images_seen
         numbers = {
@@ -220,13 +227,16 @@ class Cycle:
             "first_slot": seen,
             **self.objective.scheduled_weights(seen),
         }
-        inputs = {"batch": vars(batch), "fake_images": fake_images}
+        probability = state.augmentation.probability(seen)
+        inputs = {"batch": vars(batch), "fake_images": fake_images, "probability": probability}
+        kind = "critic", probability is None, *self.objective.due_penalties(number)
         step = partial(self._update_critic, number)
         update = self._run_step(kind, step, inputs, numbers, is_logged)
         state.meters.add(*update)
         if is_logged:
             self._add_logged_meters(batch, fake_images, update.logits)
         state.images_seen += global_batch_size
+        state.augmentation.observe(update.logits["real"], state.images_seen)
         return update.logits
 
     def _update_critic(
@@ -243,6 +253,7 @@ class Cycle:
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
             "weights": weights,
+            "augmentation": self._augmentation(CRITIC, batch, inputs["probability"]),
         }
         seen = self.state.images_seen
         update = self.state.critic_updater.update(step_inputs, seen, numbers["rate"])
@@ -259,10 +270,12 @@ class Cycle:
         """
         state = self.state
         numbers = {"rate": state.generator_updater.learning_rate(state.images_seen)}
-        inputs = {"batch": vars(batch), "fake_images": fake_images}
+        probability = state.augmentation.probability(state.images_seen)
+        inputs = {"batch": vars(batch), "fake_images": fake_images, "probability": probability}
         step = partial(self._update_generator, is_logged)
         is_eager = is_logged or fake_images is not None  # with a graph from outside
-        update = self._run_step("generator", step, inputs, numbers, is_eager)
+        kind = "generator", probability is None
+        update = self._run_step(kind, step, inputs, numbers, is_eager)
         state.meters.add(update.meters, update.maxima)
         if is_logged:
             state.meters.add(panel_meters("generator", self.objective.panel, update.logits))
@@ -279,15 +292,24 @@ class Cycle:
         if fake_images is None:
             update_spectral_norms(self.state.generator)
             latents = self._latents(GENERATOR_LATENTS, batch.slots, batch.draws)
+        needs_real = with_real_logits or self.objective.loss.generator_needs_real
+        purposes = GENERATOR if needs_real else {"fake": GENERATOR["fake"]}
         step_inputs = {
             "latents": latents,
             "fake_images": fake_images,
             "real_images": batch.images,
             "labels": batch.labels,
             "with_real_logits": with_real_logits,
+            "augmentation": self._augmentation(purposes, batch, inputs["probability"]),
         }
         seen = self.state.images_seen
         return self.state.generator_updater.update(step_inputs, seen, numbers["rate"])
+
+    def _augmentation(
+        self, purposes: Purposes, batch: DeviceBatch, probability: Tensor | None
+    ) -> dict[str, Drawn] | None:
+        images, draws = batch.images, batch.draws
+        return self.state.augmentation.drawn(purposes, probability, batch.slots, draws, images)
 
     def _run_step(
         self,

@@ -28,6 +28,7 @@ def metrics_row(
     state.meters.add(weight_meters(trained, state.generator, state.ema))
     row: dict[str, Any] = derived_metrics(state.meters.read())
     row |= state.scheduled()
+    row |= state.augmentation.metrics(state.images_seen)
     if (nearest := row.get("collapse/nearest")) is not None:
         is_collapsed = state.health.update_collapse(nearest, state.images_seen, total_images)
         row["collapse/alarm"] = float(is_collapsed)

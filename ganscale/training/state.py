@@ -19,6 +19,7 @@ from ganscale.objectives.objective import Objective
 from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
 from ganscale.schedules import Schedule
 from ganscale.schema import Config, TrainingConfig
+from ganscale.training.augmentation import Augmentation
 from ganscale.training.ema import ema_copy
 from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
@@ -77,20 +78,26 @@ class TrainingState:
             if is_channels_last(config.training, runtime):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.non_finite_guard = NonFiniteGuard(runtime.device)
+        self.augmentation = Augmentation(config, objective, runtime)
+        pipeline = self.augmentation.pipeline
         precision, compiles = config.training.precision, config.training.compile
         is_autocast = config.training.penalty_precision == "autocast"
         penalty_precision = precision if is_autocast else "float32"
         shared = config.training, runtime, self.non_finite_guard
         self.critic_updater = NetworkUpdater(
             "critic",
-            CriticStep(self.critic, objective, precision, penalty_precision, compiles),
+            CriticStep(
+                self.critic, objective, precision, penalty_precision, compiles, pipeline=pipeline
+            ),
             self.critic,
             config.optimizer.critic,
             *shared,
         )
         self.generator_updater = NetworkUpdater(
             "generator",
-            GeneratorStep(self.generator, self.critic, objective, precision, compiles),
+            GeneratorStep(
+                self.generator, self.critic, objective, precision, compiles, pipeline=pipeline
+            ),
             self.generator,
             config.optimizer.generator,
             *shared,
@@ -131,6 +138,7 @@ class TrainingState:
             "health": asdict(self.health),
             "best_figures": self.best_figures,
             "meters": self.meters.state(),
+            "augmentation": self.augmentation.state_dict(),
         }
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -172,6 +180,7 @@ class TrainingState:
         self.health = Health(**numbers.get("health", {}))
         self.best_figures = numbers.get("best_figures", {})
         self.meters.load_state(numbers["meters"])
+        self.augmentation.load_state_dict(numbers.get("augmentation"))
 
     def _check_equal_code(self, runtime: Runtime) -> None:
         """Raises UserError if the networks of two ranks compute different things."""
@@ -216,9 +225,9 @@ class TrainingState:
 
     def audited(self) -> dict[str, torch.Tensor]:
         """What has to be the same bits on all ranks, by name."""
-        return {
-            f"{file}.{k}": t for file, tensors in self.files().items() for k, t in tensors.items()
-        }
+        files = self.files().items()
+        tensors = {f"{file}.{k}": t for file, found in files for k, t in found.items()}
+        return tensors | self.augmentation.audited()
 
     def is_finite(self) -> bool:
         """Whether all weights and buffers are numbers."""

@@ -5,14 +5,14 @@ forward of the wrapped module and differentiated in one backward: a penalty besi
 one backward per term, would silently leave gradients unsynchronized.
 """
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.augmentation.transformations import Drawn, Pipeline
 from ganscale.metrics.meters import Meter, Scaled
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import run_network
@@ -27,6 +27,7 @@ from ganscale.schedules import Schedule
 from ganscale.training.fast_forward import fast_forward
 
 Meters = dict[str, Meter]
+Augment = Callable[[Tensor], Tensor]
 
 _FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
 
@@ -51,13 +52,17 @@ class CriticStep(nn.Module):
         penalty_precision: str = "float32",
         compiles: bool = False,
         joins_forwards: bool = True,
+        pipeline: Pipeline | None = None,
     ) -> None:
-        """joins_forwards: whether to save launches where they take longer than small batches"""
+        """joins_forwards: whether to save launches where they take longer than small batches
+        pipeline: what augments images in front of the critic
+        """
         super().__init__()
         self.critic = critic
         self.loss_terms = objective.loss.critic
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_critic = fast_forward(critic, compiles)
+        self._pipeline = pipeline
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
@@ -72,11 +77,15 @@ class CriticStep(nn.Module):
         fake_images: Float[Tensor, "batch *sample"],
         labels: Int64[Tensor, " batch"] | None,
         points: dict[str, Tensor],
+        augmentation: dict[str, Drawn] | None = None,
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
         weights: Mapping[str, float | Tensor] | None = None,
     ) -> StepOutput:
-        """points: for each penalty that is due, the images at which its gradient is taken
+        """points: for each penalty that is due, the images at which its gradient is taken, which
+            goes through their augmentation
+        augmentation: what was drawn for the "real" and the "fake" images; points between them, or
+            around real ones, are augmented as the real image of their slot
         gradients: for a loss of the global batch, in one of several micro-batches
         weights: of penalties whose weight has a schedule, in this step
 
@@ -87,9 +96,10 @@ class CriticStep(nn.Module):
         with merged_kernels():
             own = self._penalties_at(images, points)
             if own:
-                logits, found = self._logits_and_gradients(images, labels, own)
+                logits, found = self._logits_and_gradients(images, labels, own, augmentation)
             else:
-                logits, found = self.logits(real_images, fake_images, labels), {}
+                logits = self.logits(real_images, fake_images, labels, augmentation)
+                found = {}
             terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
             detached = {kind: each.detach() for kind, each in logits.items()}
             meters: Meters = {"loss/critic_adversarial": loss.detach()}
@@ -106,7 +116,12 @@ class CriticStep(nn.Module):
                 with section("penalty"):
                     gradient = found.get(name)
                     if gradient is None:
-                        gradient = self._input_gradients(images, labels, penalty.patch_score)
+                        augment = self._augment(
+                            augmentation, "fake" if images is fake_images else "real"
+                        )
+                        gradient = self._input_gradients(
+                            images, labels, penalty.patch_score, augment
+                        )
                     value, lengths = penalty.penalty.value_and_norms(gradient)
                 weighted = _with_penalty(loss, value, penalty, (weights or {}).get(name))
                 loss, meters[f"loss/penalty_{name}"] = weighted
@@ -124,7 +139,11 @@ class CriticStep(nn.Module):
         return {name: kinds[id(each)] for name, each in points.items() if id(each) in kinds}
 
     def _logits_and_gradients(
-        self, images: dict[str, Tensor], labels: Tensor | None, own: dict[str, str]
+        self,
+        images: dict[str, Tensor],
+        labels: Tensor | None,
+        own: dict[str, str],
+        augmentation: dict[str, Drawn] | None,
     ) -> tuple[Logits, dict[str, Tensor]]:
         """`logits`, and the gradients of the penalties of `_penalties_at`, from the same forwards.
 
@@ -136,7 +155,9 @@ class CriticStep(nn.Module):
         is_few = self._joins_forwards and _saves_launches(images["real"])
         if is_few or len(set(own.values())) == len(images):
             both = torch.cat([*images.values()])
-            joint, gradients = self._differentiated(both, _twice(labels), {*scores.values()})
+            augment = self._augment(augmentation, *images)
+            score_names = {*scores.values()}
+            joint, gradients = self._differentiated(both, _twice(labels), score_names, augment)
             logits = dict(zip(images, joint.chunk(2), strict=True))
             for score, gradient in gradients.items():
                 halves = zip(images, gradient.chunk(2), strict=True)
@@ -144,34 +165,48 @@ class CriticStep(nn.Module):
         else:
             for kind, each in images.items():
                 of_kind = {scores[name] for name in own if own[name] == kind}
-                logits[kind], gradients = self._differentiated(each, labels, of_kind)
+                augment = self._augment(augmentation, kind)
+                logits[kind], gradients = self._differentiated(each, labels, of_kind, augment)
                 found |= {(kind, score): gradient for score, gradient in gradients.items()}
         return logits, {name: found[kind, scores[name]] for name, kind in own.items()}
 
     def _differentiated(
-        self, images: Tensor, labels: Tensor | None, patch_scores: set[str]
+        self, images: Tensor, labels: Tensor | None, patch_scores: set[str], augment: Augment
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits of these images, and their gradient for each way to score a patch map."""
         with autocast(images.device, self._precision):
             if not patch_scores:
-                return at_least_float32(self._run_critic(images, labels)), {}
+                return at_least_float32(self._run_critic(augment(images), labels)), {}
             images = images.detach().requires_grad_()
             with FastDerivatives(order=2):
-                logits = at_least_float32(run_network(self.critic, images, labels))
+                logits = at_least_float32(run_network(self.critic, augment(images), labels))
             with section("penalty"):
                 return logits, {s: gradients_of_scores(logits, images, s) for s in patch_scores}
 
-    def _input_gradients(self, images: Tensor, labels: Tensor | None, patch_score: str) -> Tensor:
-        critic = partial(run_network, self.critic)
+    def _input_gradients(
+        self, images: Tensor, labels: Tensor | None, patch_score: str, augment: Augment
+    ) -> Tensor:
+        def critic(images: Tensor, labels: Tensor | None) -> Tensor:
+            return run_network(self.critic, augment(images), labels)
+
         return input_gradients(critic, images, labels, self._penalty_precision, patch_score)
 
+    def _augment(self, augmentation: dict[str, Drawn] | None, *kinds: str) -> Augment:
+        return _augment(self._pipeline, augmentation, *kinds)
+
     def logits(
-        self, real_images: Tensor, fake_images: Tensor, labels: Tensor | None, **_: object
+        self,
+        real_images: Tensor,
+        fake_images: Tensor,
+        labels: Tensor | None,
+        augmentation: dict[str, Drawn] | None = None,
+        **_: object,
     ) -> Logits:
         """Of real and fake images, in float32 or better."""
         with autocast(real_images.device, self._precision):
             both = torch.cat([real_images, fake_images])
-            logits = self._run_critic(both, _twice(labels))
+            augmented = self._augment(augmentation, "real", "fake")(both)
+            logits = self._run_critic(augmented, _twice(labels))
         real, fake = at_least_float32(logits).chunk(2)
         return {"real": real, "fake": fake}
 
@@ -187,9 +222,11 @@ class GeneratorStep(nn.Module):
         precision: str,
         compiles: bool = False,
         joins_forwards: bool = True,
+        pipeline: Pipeline | None = None,
     ) -> None:
         super().__init__()
         self.generator = generator
+        self._pipeline = pipeline
         self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_generator = fast_forward(generator, compiles)
@@ -206,6 +243,7 @@ class GeneratorStep(nn.Module):
         labels: Int64[Tensor, " batch"] | None,
         fake_images: Float[Tensor, "batch *sample"] | None = None,
         with_real_logits: bool = False,
+        augmentation: dict[str, Drawn] | None = None,
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
     ) -> StepOutput:
@@ -214,7 +252,9 @@ class GeneratorStep(nn.Module):
         fake_images: with the generator's graph, in place of latents
         with_real_logits: also where the loss does not need them (the panel does)
         """
-        logits = self.logits(latents, real_images, labels, fake_images, with_real_logits)
+        logits = self.logits(
+            latents, real_images, labels, fake_images, with_real_logits, augmentation
+        )
         terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
         meters: Meters = {"loss/generator": loss.detach(), **_term_meters("generator", terms)}
         detached = {kind: each.detach() for kind, each in logits.items()}
@@ -227,6 +267,7 @@ class GeneratorStep(nn.Module):
         labels: Tensor | None,
         fake_images: Tensor | None = None,
         with_real_logits: bool = False,
+        augmentation: dict[str, Drawn] | None = None,
         **_: object,
     ) -> Logits:
         """Of fake images, and of real ones where they are needed, in float32 or better."""
@@ -236,11 +277,14 @@ class GeneratorStep(nn.Module):
                 fake_images = self._run_generator(latents, labels)
             if needs_real and self._joins_forwards and _saves_launches(real_images):
                 both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
+                both = _augment(self._pipeline, augmentation, "fake", "real")(both)
                 fake, real = at_least_float32(self._run_critic(both, _twice(labels))).chunk(2)
                 return {"fake": fake, "real": real.detach()}
+            fake_images = _augment(self._pipeline, augmentation, "fake")(fake_images)
             logits = {"fake": at_least_float32(self._run_critic(fake_images, labels))}
             if needs_real:
                 with torch.no_grad():
+                    real_images = _augment(self._pipeline, augmentation, "real")(real_images)
                     logits["real"] = at_least_float32(self._run_critic(real_images, labels))
         return logits
 
@@ -268,6 +312,17 @@ def _with_penalty(
     if isinstance(factor, Tensor):  # in a captured step
         return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
     return torch.add(loss, value, alpha=factor), value.detach() * factor
+
+
+def _augment(
+    pipeline: Pipeline | None, augmentation: dict[str, Drawn] | None, *kinds: str
+) -> Augment:
+    """A function of the images of these kinds, one after the other in a batch."""
+    if pipeline is None or augmentation is None:
+        return lambda images: images
+    parts = [augmentation[kind] for kind in kinds]
+    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return lambda images: pipeline(images, drawn)
 
 
 def _twice(labels: Tensor | None) -> Tensor | None:

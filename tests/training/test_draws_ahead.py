@@ -54,7 +54,14 @@ def after_a_cycle(config: Config, runtime: Runtime, are_ahead: bool) -> dict[str
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize(
-    "settings", [(), ("training.reuse_fakes=true",), ("training.accumulate=2",)], ids=str
+    "settings",
+    [
+        (),
+        ("training.reuse_fakes=true",),
+        ("training.accumulate=2",),
+        ("augmentation=ada", "augmentation.probability=0.5", "objective.loss.name=relativistic"),
+    ],
+    ids=str,
 )
 def test_draws_made_ahead_change_no_bit(
     runtime: Runtime, penalty: str, settings: tuple[str, ...]
@@ -70,7 +77,7 @@ def test_draws_made_ahead_change_no_bit(
 def test_a_cycle_whose_draws_were_made_ahead_draws_nothing_itself(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of("data.flip=true")
+    config = config_of("data.flip=true", "augmentation=ada", "augmentation.probability=0.5")
     objective = build_objective(config.objective)
     state = TrainingState(config, objective, runtime, num_classes=0)
     batches, drawn = batches_of(config, are_ahead=True), []

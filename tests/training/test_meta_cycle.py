@@ -69,6 +69,26 @@ def test_a_cycle_with_every_setting_stays_on_its_device(setting, optimizer):
     assert_on_meta(run_cycles("wgan_gp", "dcgan32", optimizer, setting))
 
 
+_ALL = "augmentation.strengths={blit: 1, geom: 1, color: 1, filter: 1, noise: 1, cutout: 1}"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("augmentation=ada", "augmentation.probability=0.5", _ALL),
+        ("augmentation=diffaugment", "augmentation.probability=1"),
+        (
+            "augmentation=ada",
+            "augmentation.adaptive.target=0.6",
+            "augmentation.adaptive.every_images=4",
+            "objective.loss.name=hinge",
+        ),
+    ],
+)
+def test_a_cycle_with_augmentation_stays_on_its_device(settings):
+    assert_on_meta(run_cycles("r3gan", "resnet32", "as in the config", *settings))
+
+
 def test_a_question_to_the_device_is_noticed(monkeypatch):
     finish = Cycle._update_ema
 
