@@ -21,42 +21,32 @@ from ganscale.augmentation.transformations import (
 
 _TURN = uniform_between(-math.pi, math.pi)
 _EIGHTH = uniform_between(-0.125, 0.125)
+_HALF_EITHER_WAY = uniform_between(-0.5, 0.5)
 
 # Lengths are in widths of the image, amplifications are binary logarithms, angles are in radians.
 TRANSFORMATIONS = (
-    Transformation("xflip", "blit", {"xflip": integer_below(2)}),
-    Transformation("rotate90", "blit", {"rotate90": integer_below(4)}),
-    Transformation("xint", "blit", {"xint_x": _EIGHTH, "xint_y": _EIGHTH}),
-    Transformation("scale", "geom", {"scale": normal_with(0.2)}),
-    Transformation("rotate", "geom", {"rotate_before": _TURN}, is_twice=True),
-    Transformation("aniso", "geom", {"aniso": normal_with(0.2)}),
-    Transformation("rotate", "geom", {"rotate_after": _TURN}, is_twice=True),
-    Transformation("xfrac", "geom", {"xfrac_x": normal_with(0.125), "xfrac_y": normal_with(0.125)}),
-    Transformation("brightness", "color", {"brightness": normal_with(0.2)}),
-    Transformation("contrast", "color", {"contrast": normal_with(0.5)}),
-    Transformation("lumaflip", "color", {"lumaflip": integer_below(2)}),
-    Transformation("hue", "color", {"hue": _TURN}, needs_color=True),
-    Transformation("saturation", "color", {"saturation": normal_with(1.0)}, needs_color=True),
-    *(
-        Transformation("imgfilter", "filter", {f"imgfilter_{band}": normal_with(1.0)})
-        for band in range(4)
-    ),
-    Transformation("noise", "noise", {"noise": normal_with(0.1)}),
-    Transformation(
-        "cutout",
-        "cutout",
-        {
-            "cutout": ALWAYS_ONE,
-            "cutout_x": uniform_between(-0.5, 0.5),
-            "cutout_y": uniform_between(-0.5, 0.5),
-        },
-    ),
+    Transformation("xflip", "blit", (integer_below(2),)),
+    Transformation("rotate90", "blit", (integer_below(4),)),
+    Transformation("xint", "blit", (_EIGHTH, _EIGHTH)),
+    Transformation("scale", "geom", (normal_with(0.2),)),
+    Transformation("rotate", "geom", (_TURN,), is_twice=True),  # before aniso
+    Transformation("rotate", "geom", (_TURN,), is_twice=True),  # after it
+    Transformation("aniso", "geom", (normal_with(0.2),)),
+    Transformation("xfrac", "geom", (normal_with(0.125), normal_with(0.125))),
+    Transformation("brightness", "color", (normal_with(0.2),)),
+    Transformation("contrast", "color", (normal_with(0.5),)),
+    Transformation("lumaflip", "color", (integer_below(2),)),
+    Transformation("hue", "color", (_TURN,), needs_color=True),
+    Transformation("saturation", "color", (normal_with(1.0),), needs_color=True),
+    *[Transformation("imgfilter", "filter", (normal_with(1.0),))] * 4,  # for each band
+    Transformation("noise", "noise", (normal_with(0.1),)),
+    Transformation("cutout", "cutout", (ALWAYS_ONE, _HALF_EITHER_WAY, _HALF_EITHER_WAY)),
 )
 DEFAULT_CATEGORIES = "blit", "geom", "color"
 
 _CUTOUT_SIZE = 0.5
-_BLITTING = frozenset({"xflip", "rotate90", "xint"})
-_SMOOTH = frozenset({"scale", "rotate", "aniso", "xfrac"})
+_BLITTING = "xflip", "rotate90", "xint"
+_SMOOTH = "scale", "rotate", "aniso", "xfrac"
 _COLOR = frozenset({"brightness", "contrast", "lumaflip", "hue", "saturation"})
 _SYM2 = -0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025
 
@@ -68,8 +58,8 @@ def augment(
     noise: Tensor | None,
 ) -> Float[Tensor, "batch channels height width"]:
     """In the paper's order; groups of which nothing is on are skipped."""
-    if is_on & (_BLITTING | _SMOOTH):
-        images = _move(images, parameters, is_smooth=bool(is_on & _SMOOTH))
+    if is_on.intersection(_BLITTING + _SMOOTH):
+        images = _move(images, parameters, is_smooth=bool(is_on.intersection(_SMOOTH)))
     if is_on & _COLOR:
         images = _recolor(images, parameters)
     if "imgfilter" in is_on:
@@ -87,10 +77,8 @@ def _move(images: Tensor, parameters: Parameters, *, is_smooth: bool) -> Tensor:
     affine = affine_map(parameters, height, width)
     if not is_smooth:
         return sample_nearest(images, affine, is_reflected=True)
-    names = ("xflip", "rotate90", "xint_x", "xint_y", "scale", "rotate_before", "aniso")
-    names += ("rotate_after", "xfrac_x", "xfrac_y")
     # At the border, up- and down-sampling changes an image that nothing else is done to.
-    is_moved = torch.stack([parameters[name] for name in names]).any(dim=0)
+    is_moved = torch.cat([parameters[name] for name in _BLITTING + _SMOOTH], dim=1).any(dim=1)
     return torch.where(is_moved.view(-1, 1, 1, 1), sample_smoothly(images, affine), images)
 
 
@@ -101,20 +89,28 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     As it is as likely in all four directions, that is the same distribution.
     """
     p = parameters
-    angles = torch.stack(
-        [p["rotate90"] * (-math.pi / 2) - p["rotate_before"], -p["rotate_after"]], dim=1
+    ones, half_turns, opposite, mirror, sizes = _constants(
+        height, width, p["rotate"].dtype, p["rotate"].device
     )
+    # The first angle turns by quarters and before the scaling, the second one after it.
+    angles = torch.addcmul(p["rotate"], p["rotate90"], half_turns)
     cosines, sines = angles.cos(), angles.sin()
-    rotations = torch.stack([cosines, -sines, sines, cosines], dim=-1).unflatten(-1, (2, 2))
-    before, after = rotations.unbind(1)
-    shrinking = torch.stack([-p["scale"] - p["aniso"], p["aniso"] - p["scale"]], dim=1).exp2()
+    inverse_rotations = torch.stack([cosines, sines, -sines, cosines], dim=-1)
+    before, after = inverse_rotations.unflatten(-1, (2, 2)).unbind(1)
+    shrinking = torch.addcmul(-p["scale"], p["aniso"], opposite).exp2()
     before = before * shrinking[:, None, :]
     matrix = before[:, :, :1] * after[:, :1, :] + before[:, :, 1:] * after[:, 1:, :]
-    flipped = torch.stack([1 - 2 * p["xflip"], torch.ones_like(p["xflip"])], dim=1)
-    matrix = matrix * flipped[:, :, None]
-    whole = torch.stack([(p["xint_x"] * width).round(), (p["xint_y"] * height).round()], dim=1)
-    fraction = torch.stack([p["xfrac_x"] * width, p["xfrac_y"] * height], dim=1)
-    return matrix, -(matrix * fraction[:, None, :]).sum(dim=2) - whole
+    matrix = matrix * torch.addcmul(ones, p["xflip"], mirror)[:, :, None]
+    whole, fraction = (p["xint"] * sizes).round(), p["xfrac"] * sizes
+    return matrix, -(whole + (matrix * fraction[:, None, :]).sum(dim=2))
+
+
+@lru_cache(maxsize=8)
+def _constants(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Float[Tensor, " 2"], ...]:
+    numbers = (1, 1), (math.pi / 2, 0), (-1, 1), (-2, 0), (width, height)
+    return tuple(torch.tensor(pair, dtype=dtype, device=device) for pair in numbers)
 
 
 def _recolor(images: Tensor, parameters: Parameters) -> Tensor:
@@ -125,12 +121,12 @@ def _recolor(images: Tensor, parameters: Parameters) -> Tensor:
     """
     contrast = parameters["contrast"].exp2()
     gray = contrast * (1 - 2 * parameters["lumaflip"])
-    added = (gray * parameters["brightness"]).view(-1, 1, 1)
+    added = (gray * parameters["brightness"])[:, :, None]
     if images.shape[1] != 3:
-        return torch.addcmul(added[..., None], images, gray.view(-1, 1, 1, 1))
+        return torch.addcmul(added[..., None], images, gray[:, :, None, None])
     across = contrast * parameters["saturation"].exp2()
     angles = parameters["hue"]
-    factors = torch.stack([gray, across * angles.cos(), across * angles.sin()], dim=1)
+    factors = torch.cat([gray, across * angles.cos(), across * angles.sin()], dim=1)
     matrices = (factors @ _color_basis(images.dtype, images.device)).unflatten(1, (3, 3))
     return torch.baddbmm(added, matrices, images.flatten(2)).view(images.shape)
 
@@ -148,7 +144,7 @@ def _color_basis(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "3 9
 def _filter(images: Tensor, parameters: Parameters) -> Tensor:
     """Each frequency band amplified, and all of them scaled to keep the expected power."""
     height, width = images.shape[-2:]
-    amplified = torch.stack([parameters[f"imgfilter_{band}"] for band in range(4)], dim=1).exp2()
+    amplified = parameters["imgfilter"].exp2()
     power = _expected_power(images.dtype, images.device)
     scale = (1 + power * (amplified.square() - 1)).prod(dim=1, keepdim=True).rsqrt()
     gains = amplified * scale
@@ -208,12 +204,18 @@ def _spread(kernel: np.ndarray, factor: int) -> np.ndarray:
 
 def _outside_of_cutout(parameters: Parameters, height: int, width: int) -> Tensor:
     """0 within a rectangle of half the image's size, 1 elsewhere; (batch, 1, height, width)."""
-    like = parameters["cutout"]
-    xs, ys = (
-        ((torch.arange(size, dtype=like.dtype, device=like.device) + 0.5) / size - 0.5)
-        for size in (width, height)
+    is_cut, x, y = parameters["cutout"].split(1, dim=1)
+    inside_x, inside_y = (
+        ((_centered_positions(size, x.dtype, x.device) - middle).abs() < _CUTOUT_SIZE / 2)
+        for size, middle in ((width, x), (height, y))
     )
-    inside_x = (xs - parameters["cutout_x"][:, None]).abs() < _CUTOUT_SIZE / 2
-    inside_y = (ys - parameters["cutout_y"][:, None]).abs() < _CUTOUT_SIZE / 2
     inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
-    return 1 - inside * like.view(-1, 1, 1, 1)
+    return 1 - inside * is_cut[:, :, None, None]
+
+
+@lru_cache(maxsize=8)
+def _centered_positions(
+    size: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " size"]:
+    """Of pixels, in sizes of the image."""
+    return ((torch.arange(size, dtype=dtype) + 0.5) / size - 0.5).to(device)

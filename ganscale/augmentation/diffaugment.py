@@ -17,21 +17,11 @@ _EITHER_WAY, _SHARE = uniform_between(-1.0, 1.0), uniform_between(0.0, 1.0)
 
 # Saturation and contrast are how much their factors are above 1.
 TRANSFORMATIONS = (
-    Transformation("brightness", "color", {"brightness": uniform_between(-0.5, 0.5)}),
-    Transformation("saturation", "color", {"saturation": _EITHER_WAY}, needs_color=True),
-    Transformation("contrast", "color", {"contrast": uniform_between(-0.5, 0.5)}),
-    Transformation(
-        "translation", "translation", {"translation_x": _EITHER_WAY, "translation_y": _EITHER_WAY}
-    ),
-    Transformation(
-        "cutout",
-        "cutout",
-        {
-            "cutout": ALWAYS_ONE,
-            "cutout_x": uniform_between(0, 1),
-            "cutout_y": uniform_between(0, 1),
-        },
-    ),
+    Transformation("brightness", "color", (uniform_between(-0.5, 0.5),)),
+    Transformation("saturation", "color", (_EITHER_WAY,), needs_color=True),
+    Transformation("contrast", "color", (uniform_between(-0.5, 0.5),)),
+    Transformation("translation", "translation", (_EITHER_WAY, _EITHER_WAY)),
+    Transformation("cutout", "cutout", (ALWAYS_ONE, _SHARE, _SHARE)),
 )
 DEFAULT_CATEGORIES = "color", "translation", "cutout"
 
@@ -71,16 +61,14 @@ def _recolor(images: Tensor, parameters: Parameters) -> Tensor:
 
 def _translate(images: Tensor, parameters: Parameters) -> Tensor:
     """By whole pixels, equally likely, up to an eighth of the image either way; zeros come in."""
+    shares = parameters["translation"].split(1, dim=1)
     sizes = images.shape[-1], images.shape[-2]
-    moved = torch.stack(
-        [
-            _whole_pixels(parameters[f"translation_{axis}"], int(size * _LARGEST_TRANSLATION + 0.5))
-            for axis, size in zip("xy", sizes, strict=True)
-        ],
-        dim=1,
-    )
+    moved = [
+        _whole_pixels(share, int(size * _LARGEST_TRANSLATION + 0.5))
+        for share, size in zip(shares, sizes, strict=True)
+    ]
     unchanged = torch.eye(2, dtype=images.dtype, device=images.device).expand(len(images), 2, 2)
-    return sample_nearest(images, (unchanged, -moved), is_reflected=False)
+    return sample_nearest(images, (unchanged, -torch.cat(moved, dim=1)), is_reflected=False)
 
 
 def _whole_pixels(share: Tensor, largest: int) -> Tensor:
@@ -91,13 +79,13 @@ def _whole_pixels(share: Tensor, largest: int) -> Tensor:
 def _outside_of_cutout(parameters: Parameters, height: int, width: int) -> Tensor:
     """0 within a square of half the image's size, part of which may be outside of the image; its
     middle is on any pixel, equally likely, or, for even sizes, beyond the last one."""
-    like = parameters["cutout"]
+    is_cut, x, y = parameters["cutout"].split(1, dim=1)
 
-    def inside(axis: str, size: int) -> Tensor:
+    def inside(share: Tensor, size: int) -> Tensor:
         cut = int(size * _CUTOUT_SIZE + 0.5)
-        middles = (parameters[f"cutout_{axis}"] * (size + 1 - cut % 2)).floor()[:, None]
-        offsets = torch.arange(size, dtype=like.dtype, device=like.device) - middles + cut // 2
+        middles = (share * (size + 1 - cut % 2)).floor()
+        offsets = torch.arange(size, dtype=x.dtype, device=x.device) - middles + cut // 2
         return (offsets >= 0) & (offsets < cut)
 
-    inside_y, inside_x = inside("y", height)[:, None, :, None], inside("x", width)[:, None, None]
-    return 1 - (inside_y & inside_x) * like.view(-1, 1, 1, 1)
+    inside_both = inside(y, height)[:, None, :, None] & inside(x, width)[:, None, None]
+    return 1 - inside_both * is_cut[:, :, None, None]

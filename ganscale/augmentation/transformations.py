@@ -6,6 +6,7 @@ means no change, so whatever is not applied has zeros.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +20,8 @@ from ganscale.randomness import Draw
 from ganscale.runtime import at_least_float32
 
 Probability = float | Float[Tensor, ""]
-Parameters = Mapping[str, Float[Tensor, " batch"]]
+Parameters = Mapping[str, Float[Tensor, "batch values"]]
+"""By the transformation's name; of transformations of the same name in a row, side by side."""
 Drawn = dict[str, Tensor]
 """What was drawn for a batch: `parameters` (batch, columns), and `noise` (batch, *sample) if the
 pipeline adds some."""
@@ -52,14 +54,14 @@ ALWAYS_ONE = Value(1.0, 0.0)
 
 @dataclass(frozen=True)
 class Transformation:
-    """parameters: by name, with their distributions
+    """values: the distributions of its parameters
     is_twice: applied twice, with a probability such that either happens with the configured one
     needs_color: acts on images of three channels only
     """
 
     name: str
     category: str
-    parameters: Mapping[str, Value]
+    values: tuple[Value, ...]
     is_twice: bool = False
     needs_color: bool = False
 
@@ -122,28 +124,29 @@ class Pipeline:
         number of times. In float32 or better, also under autocast."""
         with torch.autocast(images.device.type, enabled=False):
             images = at_least_float32(images)
-            columns = drawn["parameters"].to(images.dtype).unbind(1)
-            parameters = dict(zip(self._names, columns, strict=True))
+            columns = drawn["parameters"].to(images.dtype).split(list(self._widths.values()), 1)
+            parameters = dict(zip(self._widths, columns, strict=True))
             augmented = self.apply(images, parameters, self.is_on, drawn.get("noise"))
         is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if is_channels_last else torch.contiguous_format
         return augmented.contiguous(memory_format=layout)
 
     @cached_property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(name for each in self.transformations for name in each.parameters)
+    def _values(self) -> tuple[Value, ...]:
+        return tuple(value for each in self.transformations for value in each.values)
 
     @cached_property
-    def _values(self) -> tuple[Value, ...]:
-        return tuple(value for each in self.transformations for value in each.parameters.values())
-
-    def __hash__(self) -> int:  # by content, as `==` compares: a key of cached constants
-        return hash((self._names, self.strengths))
+    def _widths(self) -> dict[str, int]:
+        """The number of parameters by name."""
+        widths: Counter[str] = Counter()
+        for each in self.transformations:
+            widths[each.name] += len(each.values)
+        return widths
 
     def _owners(self) -> Iterator[int]:
         """For each parameter, the number of its transformation."""
         for number, each in enumerate(self.transformations):
-            yield from [number] * len(each.parameters)
+            yield from [number] * len(each.values)
 
 
 class _Constants(NamedTuple):

@@ -259,6 +259,15 @@ def _add_show(commands) -> None:
     parser.add_argument(
         "--count", type=positive_int, default=64, metavar="N", help="images in it (default: 64)"
     )
+    parser.add_argument(
+        "--augment",
+        type=Path,
+        metavar="PNG",
+        help="also write a grid of 8 images, with a row for each transformation of --pipeline",
+    )
+    parser.add_argument(
+        "--pipeline", choices=("ada", "diffaugment"), default="ada", help="default: ada"
+    )
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -272,6 +281,11 @@ def _show(args: argparse.Namespace) -> int:
 
         bad = write_sheet(manifest, args.sheet, args.count)
         echo(f"sheet        {args.sheet}{f' ({bad} bad, black)' if bad else ''}")
+    if args.augment:
+        from ganscale.augmentation.contact_sheet import write_contact_sheet
+
+        write_contact_sheet(manifest, args.augment, args.pipeline, columns=8)
+        echo(f"augmented    {args.augment}")
     return 0
 
 

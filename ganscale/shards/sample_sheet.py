@@ -17,6 +17,16 @@ _MAX_RESOLUTION = 128  # the sheet should fit on a screen
 
 def write_sheet(manifest: Manifest, path: Path, count: int) -> int:
     """Writes `count` evenly spaced samples as a PNG; returns how many are bad, and left black."""
+    images, bad_samples = read_samples(manifest, count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = int(np.ceil(np.sqrt(len(images))))
+    Image.fromarray(image_grid(images, columns)).save(path, "PNG")
+    return bad_samples
+
+
+def read_samples(manifest: Manifest, count: int) -> tuple[np.ndarray, int]:
+    """`count` evenly spaced samples, or all if there are fewer, as (count, height, width, 3) uint8;
+    and how many of them are bad, and left black."""
     count = min(count, len(manifest.samples))
     resolution = min((_MAX_RESOLUTION, *(manifest.resolution or ())))
     images = np.zeros((count, resolution, resolution, 3), np.uint8)
@@ -27,7 +37,4 @@ def write_sheet(manifest: Manifest, path: Path, count: int) -> int:
             images[cell] = decode(reader.read(int(sample)), resolution, 3)
         except BadSampleError:
             bad_samples += 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = int(np.ceil(np.sqrt(count)))
-    Image.fromarray(image_grid(images, columns)).save(path, "PNG")
-    return bad_samples
+    return images, bad_samples

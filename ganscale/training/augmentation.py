@@ -90,14 +90,16 @@ class Augmentation:
         """
         if self.pipeline is None or probability is None:
             return None
-        found: dict[str, Drawn] = {}
-        seed = self._config.seed
-        for kind, purpose in purposes.items():
-            numbers = ahead.get(purpose)
-            if numbers is None:
-                numbers = self.pipeline.draw(purpose).at(seed, slots)
-            found[kind] = {"parameters": self.pipeline.parameters(numbers, probability)}
-            if self.pipeline.adds_noise:
+        seed, numbers = self._config.seed, []
+        for purpose in purposes.values():
+            drawn = ahead.get(purpose)
+            numbers.append(self.pipeline.draw(purpose).at(seed, slots) if drawn is None else drawn)
+        parameters = self.pipeline.parameters(torch.cat(numbers), probability).split(len(slots))
+        found: dict[str, Drawn] = {
+            kind: {"parameters": each} for kind, each in zip(purposes, parameters, strict=True)
+        }
+        if self.pipeline.adds_noise:
+            for kind, purpose in purposes.items():
                 pixels = normal(seed, f"{purpose} noise", slots, like[0].numel())
                 found[kind]["noise"] = pixels.to(like.dtype).view(like.shape)
         return found

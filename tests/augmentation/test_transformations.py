@@ -1,6 +1,7 @@
 """What each transformation does to images, against the papers' formulas written out."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -33,10 +34,18 @@ def drawn(pipeline: Pipeline, probability: float, shape: tuple[int, ...]) -> Dra
     return made
 
 
+def parameter_names(pipeline: Pipeline) -> list[str]:
+    """`scale` for a transformation's only parameter, `xint_0` and `xint_1` for one of two."""
+    counts: Counter[str] = Counter()
+    for each in pipeline.transformations:
+        counts[each.name] += len(each.values)
+    return [f"{n}_{i}" if count > 1 else n for n, count in counts.items() for i in range(count)]
+
+
 def with_parameters(pipeline: Pipeline, count: int, **values: Tensor) -> Drawn:
     """These parameters, and zeros for all others."""
-    names = [name for each in pipeline.transformations for name in each.parameters]
-    columns = [values.get(name, torch.zeros(count)).double() for name in names]
+    columns = [values.pop(name, torch.zeros(count)).double() for name in parameter_names(pipeline)]
+    assert not values
     return {"parameters": torch.stack(columns, dim=1)}
 
 
@@ -112,7 +121,7 @@ def test_geometric_transformations_are_those_of_the_paper_on_a_smooth_image() ->
     size, count = 32, 16
     pipeline = build_pipeline("ada", {"blit": 1.0, "geom": 1.0}, 1)
     parameters = drawn(pipeline, 1.0, (count, 1, size, size))["parameters"]
-    names = [name for each in pipeline.transformations for name in each.parameters]
+    names = parameter_names(pipeline)
     columns = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     ys, xs = torch.meshgrid(columns, columns, indexing="ij")
 
@@ -125,14 +134,14 @@ def test_geometric_transformations_are_those_of_the_paper_on_a_smooth_image() ->
     for row, image in zip(parameters.tolist(), augmented, strict=True):
         p = dict(zip(names, row, strict=True))
         composed = (  # algorithm 1 from its end, with the translation by whole pixels first
-            translation(p["xfrac_x"] * size, p["xfrac_y"] * size)
-            @ rotation(p["rotate_after"])
+            translation(p["xfrac_0"] * size, p["xfrac_1"] * size)
+            @ rotation(p["rotate_1"])
             @ scaling(2 ** p["aniso"], 2 ** -p["aniso"])
-            @ rotation(p["rotate_before"])
+            @ rotation(p["rotate_0"])
             @ scaling(2 ** p["scale"], 2 ** p["scale"])
             @ rotation(p["rotate90"] * math.pi / 2)
             @ scaling(1 - 2 * p["xflip"], 1)
-            @ translation(round(p["xint_x"] * size), round(p["xint_y"] * size))
+            @ translation(round(p["xint_0"] * size), round(p["xint_1"] * size))
         )
         targets = torch.stack([xs, ys, torch.ones_like(xs)]).flatten(1)
         x, y, _ = (torch.linalg.inv(composed) @ targets).view(3, size, size)
@@ -154,7 +163,7 @@ def test_blitting_moves_pixels_without_changing_them() -> None:
                     1,
                     rotate90=torch.tensor([turns]),
                     xflip=torch.tensor([flip]),
-                    xint_y=torch.tensor([shift / 8]),
+                    xint_1=torch.tensor([shift / 8]),
                 )
                 expected = pad(images, [0, 0, 2, 2], mode="reflect")
                 expected = expected[:, :, 2 - shift : 10 - shift]
@@ -193,7 +202,7 @@ def test_colors_are_those_of_the_paper() -> None:
     pipeline = build_pipeline("ada", {"color": 1.0}, 3)
     images = torch.randn(8, 3, 4, 4, dtype=torch.float64)
     made = drawn(pipeline, 1.0, tuple(images.shape))
-    names = [name for each in pipeline.transformations for name in each.parameters]
+    names = parameter_names(pipeline)
     axis = torch.tensor([1.0, 1, 1, 0], dtype=torch.float64) / math.sqrt(3)
     onto, identity = torch.outer(axis, axis), torch.eye(4, dtype=torch.float64)
     cross = torch.zeros(4, 4, dtype=torch.float64)
@@ -247,7 +256,7 @@ def test_filters_amplify_their_bands_and_keep_the_expected_power() -> None:
 def test_noise_has_the_drawn_deviation_and_cutout_a_quarter_of_the_area() -> None:
     pipeline = build_pipeline("ada", {"noise": 1.0, "cutout": 1.0}, 3)
     images = torch.ones(2, 3, 16, 16, dtype=torch.float64)
-    values = {"noise": torch.tensor([0.3, 0.0]), "cutout": torch.tensor([0.0, 1.0])}
+    values = {"noise": torch.tensor([0.3, 0.0]), "cutout_0": torch.tensor([0.0, 1.0])}
     made = with_parameters(pipeline, 2, **values)
     made["noise"] = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     noisy, cut = pipeline(images, made)
@@ -269,12 +278,12 @@ def test_diffaugment_does_what_its_paper_says() -> None:
     expected = (saturated - saturated.mean()) * 1.4 + saturated.mean()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
-    moves = {"translation_x": torch.tensor([-0.999]), "translation_y": torch.tensor([0.4])}
+    moves = {"translation_0": torch.tensor([-0.999]), "translation_1": torch.tensor([0.4])}
     found = pipeline(images, with_parameters(pipeline, 1, **moves))
     padded = pad(images, [2, 2, 2, 2])
     assert torch.equal(found, padded[:, :, 1:17, 4:20])  # 2 pixels left, 1 down
 
-    cut = {"cutout": torch.ones(1), "cutout_x": torch.zeros(1), "cutout_y": torch.tensor([0.5])}
+    cut = {"cutout_0": torch.ones(1), "cutout_1": torch.zeros(1), "cutout_2": torch.tensor([0.5])}
     expected = images.clone()
     expected[:, :, 4:12, :4] = 0  # half the square is left of the image
     assert torch.equal(pipeline(images, with_parameters(pipeline, 1, **cut)), expected)

@@ -147,3 +147,18 @@ def test_the_parser_imports_nothing_heavy():
         "print([m for m in ('numpy', 'PIL', 'torch', 'webdataset') if m in sys.modules])"
     )
     assert run_python("-c", program).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("pipeline", "rows"), [("ada", 15), ("diffaugment", 6)])
+def test_a_sheet_shows_every_transformation_that_acts_on_gray_images(
+    digits, tmp_path, capsys, pipeline, rows
+):
+    """The original and the default, and all but hue and saturation."""
+    path = tmp_path / "sheets" / "augmented.png"
+    run("show", digits, "--augment", str(path), "--pipeline", pipeline)
+    assert f"augmented    {path}\n" in capsys.readouterr().out
+    with Image.open(path) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (rows * 32, 96 + 8 * 32, 3)
+    shown = sheet[:, 96:].reshape(rows, 32, 8 * 32, 3)
+    assert all((row != shown[0]).any() for row in shown[1:])
