@@ -114,6 +114,16 @@ class _FlopCounter(TorchDispatchMode):
         if func.namespace in _COLLECTIVES:
             raise RuntimeError(f"{func.overloadpacket} in a network would wait for other ranks")
         output = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
+        if func.overloadpacket is torch.ops.aten.convolution_backward:
+            self.flops += _convolution_backward_flops(*args)
+        elif func.overloadpacket in flop_registry:
             self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=output)
         return output
+
+
+def _convolution_backward_flops(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> int:
+    """As many for each of the two gradients as for the forward; torch's formula takes grouped
+    convolutions for dense ones."""
+    *_, is_transposed, _, _, output_mask = rest
+    pixels_and_channels = input.numel() if is_transposed else grad.numel()
+    return 2 * sum(output_mask[:2]) * pixels_and_channels * weight[0].numel()

@@ -13,7 +13,7 @@ from ganscale.config import resolve
 from ganscale.runtime import Runtime
 from ganscale.training.trainer import Trainer
 from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import SCHEDULES, Runs
+from tests.helpers.runs import SCHEDULES, Runs, with_r3gan
 
 # What tells about this machine and this moment, not about the curve; a stop is audited, too.
 _OF_THE_MACHINE = ("perf/", "audit/")
@@ -80,6 +80,14 @@ CASES = {
         ],
         1e-7,
     ),
+    "conditional_r3gan": (
+        [
+            "training.precision=float64",
+            "training.conditional=true",
+            str(REPOSITORY / "configs" / "objective" / "r3gan.yaml"),
+        ],
+        1e-7,
+    ),
     "clipped_wgan_on_kept_fakes": (
         [
             "training.precision=float64",
@@ -97,8 +105,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[int,
     """The runs of all cases on one rank and on two, which are started once for all of them."""
     runs = {ranks: Runs(tmp_path_factory.mktemp("ranks"), digits) for ranks in (1, 2)}
     for ranks, of_ranks in runs.items():
-        cases = [of_ranks.settings(name, *_LENGTH, *case) for name, (case, _) in CASES.items()]
-        (of_ranks.folder / "cases.json").write_text(json.dumps(cases))
+        cases = {
+            name: of_ranks.settings(name, *_LENGTH, *case) for name, (case, _) in CASES.items()
+        }
+        cases["conditional_r3gan"] = with_r3gan(cases["conditional_r3gan"])
+        (of_ranks.folder / "cases.json").write_text(json.dumps([*cases.values()]))
         run_ranks("tests.distributed.test_promise:train", of_ranks.folder, ranks, seconds=600)
     return runs
 

@@ -3,10 +3,27 @@
 import torch
 from torch import Tensor, nn
 
+from ganscale.networks.r3gan import R3GANCritic
+
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     """`shape` float64, normally distributed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def without_zeros(network: nn.Module) -> nn.Module:
+    """With noise in the weights and biases that start at zero and would hide other layers."""
+    for index, parameter in enumerate(network.parameters()):
+        if not parameter.any():
+            scale = parameter[0].numel() ** -0.5
+            parameter.copy_(scale * draw(*parameter.shape, seed=index))
+    return network
+
+
+def small_r3gan_critic(sample_shape: tuple[int, ...], num_classes: int = 0) -> nn.Module:
+    """With a group of every size and a change of width; all its layers matter."""
+    return without_zeros(R3GANCritic(sample_shape, num_classes, widths=[8, 4, 4], group_width=4))
 
 
 class SmoothCritic(nn.Module):

@@ -35,6 +35,15 @@ SCHEDULES = (
     "ema={half_life_images: {from: 0, to: 500, over_images: 1k}, ramp_up: 1}",
 )
 
+
+def with_r3gan(settings: list[str]) -> list[str]:
+    """The same run with small R3GAN networks, partly in bfloat16 unless it is in float64."""
+    others = [setting for setting in settings if not setting.endswith(".options.width=4")]
+    options = "{widths: 8, group_width: 4, bfloat16_stages: 2}"
+    networks = [f"{role}.target=r3gan" for role in ("generator", "critic")]
+    return [*others, *networks, f"generator.options={options}", f"critic.options={options}"]
+
+
 # The least that a config must say.
 MINIMAL = """
 data: {path: data/x, resolution: 8}

@@ -19,7 +19,7 @@ from ganscale.objectives.penalties import PENALTIES, Penalty
 from ganscale.runtime import Runtime
 from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig, TrainingConfig
 from ganscale.training.cycle import Cycle
-from ganscale.training.flops import count_cycle_flops
+from ganscale.training.flops import _FlopCounter, count_cycle_flops
 from ganscale.training.state import TrainingState
 
 PAUSE = 0.05
@@ -152,6 +152,20 @@ def test_operations_are_those_of_the_layers_written_out():
     generator_step = 2 * generator - generator + critic + critic + generator_backward
     batch, n_critic = 8, 2
     assert flops(mlp_config()) == batch * (n_critic * critic_step + generator_step)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolutions_backward_is_twice_its_forward_with_groups_or_without(kind, groups):
+    """An input pixel of a transposed convolution, or an output pixel, meets the whole kernel."""
+    network = kind(8, 4, 3, stride=2, padding=1, groups=groups)
+    with _FlopCounter() as counter:
+        output = network(torch.zeros(2, 8, 6, 6, requires_grad=True))
+        forward = counter.flops
+        output.sum().backward()
+    pixels = 6 * 6 if kind is nn.ConvTranspose2d else 3 * 3
+    assert forward == 2 * (2 * pixels) * 8 * 4 * 3 * 3 / groups
+    assert counter.flops == 3 * forward
 
 
 def test_operations_of_penalties_and_reused_fakes():

@@ -1,11 +1,16 @@
 import sys
 
 import pytest
+import torch
 from torch import nn
 
+from ganscale.config import resolve
 from ganscale.errors import UserError
 from ganscale.networks.build import build_network, parameter_count
 from ganscale.networks.resnet import ResNetCritic
+from ganscale.plan.meta_device import META, meta_device
+from ganscale.plan.networks import planned_networks
+from ganscale.ready import ready_configs
 
 OWN_NETWORKS = """
 import functools
@@ -81,6 +86,18 @@ def test_a_name_builds_our_network_for_the_runs_shapes_and_classes():
     assert built.embedding is not None
     assert built.embedding.num_embeddings == 10
     assert generator("resnet", width=4).is_conditional
+
+
+@pytest.mark.parametrize("name", [name for name in ready_configs() if "/" not in name])
+def test_the_networks_of_every_ready_config_fit_its_images(name):
+    config = resolve([name]).config
+    classes = 10 if config.training.conditional else 0
+    with meta_device(1), torch.device(META):
+        made, critic = planned_networks(config, classes)
+        labels = torch.zeros(2, dtype=torch.int64) if classes else None
+        images = made(torch.empty(2, config.generator.latent_dim), labels)
+        assert images.shape == (2, config.data.channels, *[config.data.resolution] * 2)
+        assert critic(images, labels).shape == (2,)
 
 
 def test_a_users_network_gets_only_the_arguments_that_it_accepts(own_networks):

@@ -13,7 +13,7 @@ from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator, ResidualBlock
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import input_gradients
 from ganscale.runtime import autocast
-from tests.helpers.networks import draw
+from tests.helpers.networks import draw, without_zeros
 
 # Widths from 4x4 pixels up, classes, and group width of the paper's networks.
 FFHQ_256 = ([768, 768, 768, 768, 384, 192, 96], 0, 16)
@@ -26,12 +26,8 @@ PAPERS = {
 
 
 def moved(network: nn.Module) -> nn.Module:
-    """In float64, with all weights and biases away from zero, which would hide the blocks."""
-    torch.manual_seed(1)
-    for parameter in network.double().parameters():
-        scale = parameter.std().nan_to_num(0.0) if parameter.numel() > 1 else 0.0
-        parameter.data += 0.1 * (1 if scale == 0 else scale) * torch.randn_like(parameter)
-    return network
+    """In float64, with no layer hidden behind zeros."""
+    return without_zeros(network.double())
 
 
 @pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256, 512, 1024])

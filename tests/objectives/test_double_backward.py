@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.tiny_networks import TinyCritic
+from ganscale.networks.bilinear_resampling import BilinearDownsample, BilinearUpsample
 from ganscale.networks.dcgan import DCGANCritic
 from ganscale.networks.mlp import MLPCritic
 from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import PENALTIES, input_gradients
-from tests.helpers.networks import draw
+from tests.helpers.networks import draw, small_r3gan_critic
 from tests.helpers.processes import run_python
 
 BATCH, CLASSES, SHAPE = 5, 3, (3, 16, 16)
@@ -76,6 +77,8 @@ CRITICS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: ResNetCritic(SHAPE, width=4),
     "resnet, spectral norm": lambda: ResNetCritic(SHAPE, width=4, spectral_norm=True),
     "resnet, classes": lambda: ResNetCritic(SHAPE, CLASSES, width=4, spectral_norm=True),
+    "r3gan": lambda: small_r3gan_critic(SHAPE),
+    "r3gan, classes": lambda: small_r3gan_critic(SHAPE, CLASSES),
     "patches": lambda: TinyCritic(SHAPE, patches=True),
     "bias last": lambda: TinyCritic(SHAPE, norm="layer", final_bias=True),
 }
@@ -123,6 +126,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "upsampled, no bias": lambda: UpsampledConv2d(4, 4, 5, bias=False),
     "max pool": lambda: nn.MaxPool2d(2),
     "nearest": lambda: nn.Upsample(scale_factor=2),
+    "bilinear up": BilinearUpsample,
+    "bilinear down": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), BilinearDownsample()),
     "convolution without bias": lambda: nn.Conv2d(4, 4, 3, bias=False),
     "strides": lambda: nn.Conv2d(4, 4, (3, 2), stride=(2, 3), padding=(1, 0)),
     "dilation and groups": lambda: nn.Conv2d(4, 4, 3, dilation=2, groups=2),

@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
+from ganscale.networks.r3gan import R3GANGenerator
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 from ganscale.objectives import fast_convolutions
 from ganscale.objectives.double_backward import _Unpool
@@ -20,7 +21,7 @@ from ganscale.objectives.fast_convolutions import (
     convolve,
 )
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from tests.helpers.networks import draw
+from tests.helpers.networks import draw, small_r3gan_critic, without_zeros
 
 aten = torch.ops.aten
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -189,6 +190,11 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "dcgan critic": (DCGANCritic((3, 32, 32), width=4), (4, 3, 32, 32)),
     "resnet generator": (ResNetGenerator(6, (1, 16, 16), width=4), (4, 6)),
     "resnet critic": (ResNetCritic((1, 16, 16), width=4), (4, 1, 16, 16)),
+    "r3gan generator": (
+        without_zeros(R3GANGenerator(6, (1, 16, 16), widths=[8, 8, 4], group_width=4)),
+        (4, 6),
+    ),
+    "r3gan critic": (small_r3gan_critic((1, 16, 16)), (4, 1, 16, 16)),
     "pools": (
         nn.Sequential(nn.AvgPool2d((2, 3), 1, padding=1), nn.AvgPool2d(3), nn.AvgPool2d(2, 2)),
         (2, 1, 20, 20),
