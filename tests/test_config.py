@@ -522,6 +522,8 @@ def test_a_ready_config_is_found_by_name_where_no_file_has_it(folder, monkeypatc
     hinge = [str(REPOSITORY / "configs" / name) for name in ("demo.yaml", "objective/hinge.yaml")]
     for name in ("hinge", "objective/hinge"):
         assert resolve(["demo", name]).config == resolve(hinge).config
+    for name in ("ada", "augmentation/ada"):
+        assert resolve(["demo", name]).config.augmentation.pipeline == "ada"
     mine = folder.write("mine.yaml", "include: [demo, hinge]\nseed: 3")
     assert resolve([mine]).config.objective.loss.name == "hinge"
     (folder.path / "demo").mkdir()
@@ -740,7 +742,9 @@ def test_every_config_that_is_shipped_is_a_complete_run(path):
 
 
 @pytest.mark.parametrize(
-    "path", shipped("objective/*.yaml"), ids=lambda path: f"{path.parent.name}/{path.stem}"
+    "path",
+    shipped("objective/*.yaml") + shipped("augmentation/*.yaml"),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_piece_that_is_shipped_completes_a_run(folder, path):
     resolved = resolve([folder.base, str(path)])

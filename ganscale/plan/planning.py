@@ -27,6 +27,7 @@ from ganscale.plan.sections import (
     nearest,
 )
 from ganscale.schema import Config
+from ganscale.training.augmentation import check_augmentation
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 
@@ -46,6 +47,7 @@ def make_plan(
     cluster = Cluster(nodes, gpus_per_node, nodes * gpus_per_node)
     _refuse_batch(config, cluster)
     objective = build_objective(config.objective)
+    check_augmentation(config, objective)
     data_set = open_data(config.data)
     num_classes = class_count(config, data_set)
     manifest = data_set.manifest

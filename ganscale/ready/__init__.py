@@ -5,19 +5,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 READY = Path(__file__).parent
+_PIECES = "objective", "augmentation"  # folders of parts of a run
 
 
 def ready_configs() -> dict[str, Path]:
     """The files of complete runs and their pieces by name, such as `demo` and `objective/lsgan`."""
     root = READY / "configs"
-    files = [*sorted(root.glob("*.yaml")), *sorted(root.glob("objective/*.yaml"))]
+    files = [path for folder in ("", *_PIECES) for path in sorted((root / folder).glob("*.yaml"))]
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
 def find_config(name: str) -> Path | None:
-    """The ready config called `name`; `objective/` may be left out."""
+    """The ready config called `name`; the folder of a piece may be left out."""
     configs = ready_configs()
-    return configs.get(name, configs.get(f"objective/{name}"))
+    names = name, *(f"{folder}/{name}" for folder in _PIECES)
+    return next((configs[each] for each in names if each in configs), None)
 
 
 def title(path: Path) -> str:

@@ -48,14 +48,14 @@ class Augmentation:
     """What is applied to images in front of the critic in a run, if anything."""
 
     def __init__(self, config: Config, objective: Objective, runtime: Runtime) -> None:
-        """Raises UserError for settings that do not fit the data or the loss."""
+        """Raises UserError as `check_augmentation` does."""
+        check_augmentation(config, objective)
         self._config, self._device = config, runtime.device
         self.pipeline = run_pipeline(config)
         self._controller = None
         self._constant: tuple[float, Tensor] | None = None
         settings = config.augmentation
         if self.pipeline is not None and settings.adaptive is not None:
-            _check_sign_has_a_meaning(config.objective.loss.name, objective.loss)
             start = settings.probability
             self._controller = AdaptiveProbability(settings.adaptive, start, runtime)
 
@@ -129,6 +129,12 @@ class Augmentation:
         """state: None from a run without a controller, whose start it then is"""
         if self._controller is not None and state is not None:
             self._controller.load_state_dict(state)
+
+
+def check_augmentation(config: Config, objective: Objective) -> None:
+    """Raises UserError for settings that do not fit the data or the loss."""
+    if run_pipeline(config) is not None and config.augmentation.adaptive is not None:
+        _check_sign_has_a_meaning(config.objective.loss.name, objective.loss)
 
 
 def _check_sign_has_a_meaning(name: str, loss: Loss) -> None:

@@ -14,6 +14,7 @@ from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
+from ganscale.training.augmentation import check_augmentation
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import build_networks, class_count
 from ganscale.training.resume import check_settings
@@ -63,6 +64,7 @@ def try_start(resolved: Resolved) -> list[str]:
     config, ranks = resolved.config, int(os.environ.get("WORLD_SIZE", "1"))
     check_batch_divides(config.training, ranks)
     objective = build_objective(config.objective)
+    check_augmentation(config, objective)
     data = open_data(config.data)
     data.check(1.0)
     num_classes = class_count(config, data)

@@ -35,6 +35,7 @@ from ganscale.supervision.signals import StopRequest
 from ganscale.tracking.console import setup_logging
 from ganscale.tracking.record import Record
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
+from ganscale.training.augmentation import check_augmentation
 from ganscale.training.cycle import Cycle, draws_ahead
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.evaluations import EVALUATED, Evaluation, Evaluations
@@ -74,6 +75,7 @@ class Trainer:
         mark("looking at the data", retry_seconds)
         check_batch_divides(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
+        check_augmentation(config, self.objective)
         self.data = open_data(config.data)
         runtime.run_on_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)

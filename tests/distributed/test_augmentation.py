@@ -14,6 +14,7 @@ from benchmarks.invariance import (
 )
 from benchmarks.rivals import formulas
 from ganscale.augmentation.pipelines import build_pipeline
+from ganscale.cli.main import main
 from ganscale.config import resolve
 from ganscale.data.images.preprocessing import to_network_range
 from ganscale.errors import UserError
@@ -175,10 +176,11 @@ def test_settings_of_augmentation_that_make_no_sense_are_refused(
     ],
 )
 def test_mistakes_that_need_the_data_or_the_loss_end_the_run_before_it_starts(
-    runs: Runs, settings: list[str], message: str
+    runs: Runs, capsys, settings: list[str], message: str
 ) -> None:
-    output = runs.finish(
-        "mistaken", "augmentation=ada", "augmentation.probability=0.5", *settings, exit_code=2
-    )
-    assert message in output
-    assert "Traceback" not in output
+    given = runs.settings("mistaken", "augmentation=ada", "augmentation.probability=0.5")
+    for command in (["train"], ["train", "--dry-run"], ["plan"]):
+        assert main([*command, *given, *settings]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
