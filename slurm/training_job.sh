@@ -5,7 +5,7 @@
 # A job's history is a file beside its log. Each attempt appends `attempt N`; the training appends
 # `started IMAGES` once its state is loaded, `bad NODE` for a node that the next attempt had better
 # avoid, and `ended CODE MESSAGE` at its end. `died MESSAGE` is appended for a rank that a signal has
-# killed. The exit codes are those of ganscale/errors.py.
+# killed, and `exited CODE` by the first task. The exit codes are those of ganscale/errors.py.
 
 readonly STOPPED=75 RANK_LOST=76
 stop_asked='' step='' step_began=0 forwarder=''
@@ -144,12 +144,19 @@ has_started() { # Whether this attempt has begun to train.
   awk '/^attempt /{ok = 0} /^started /{ok = 1} END{exit !ok}' "$GANSCALE_JOB_HISTORY_FILE"
 }
 
+has_exited() { # Whether the first task of this attempt has ended by itself.
+  awk '/^attempt /{ok = 0} /^exited /{ok = 1} END{exit !ok}' "$GANSCALE_JOB_HISTORY_FILE"
+}
+
 conclude() { # SRUN'S-CODE: ends the job, or requeues it.
   local code message
   read -r code message <<<"$(outcome)" || true
   if [[ -z $code ]]; then
     code=$1 message=$(first_death)
     [[ -n $message ]] || message="ended with code $1"
+    # As with `srun --test-only`, or an srun that is a script of the cluster.
+    ((code > 0)) || has_exited ||
+      code=1 message="srun has ended with code 0, but no task has reported its end"
     # Killed by a signal; or while training, and a full disk has lost the message.
     if ((code >= 128)) || has_started; then
       code=$RANK_LOST
@@ -218,6 +225,17 @@ attempts_without_progress() { # Since the last one that started at more images t
 
 # ---- In each task that srun starts.
 
+run_noted() { # COMMAND...: as the only task.
+  local code=0
+  "$@" || code=$?
+  note_exit "$code"
+}
+
+note_exit() { # CODE: srun's own 0 does not prove that it has run anything.
+  ((SLURM_PROCID > 0)) || echo "exited $1" >>"$GANSCALE_JOB_HISTORY_FILE"
+  exit "$1"
+}
+
 as_task() { # CONFIG key=value...: runs one rank, or the launcher of a node's ranks.
   local name log command container=() code=0 copy=''
   if ((SLURM_JOB_NUM_NODES > 1)); then
@@ -263,7 +281,7 @@ as_task() { # CONFIG key=value...: runs one rank, or the launcher of a node's ra
     fi
     sleep 0.1
   done
-  exit "$code"
+  note_exit "$code"
 }
 
 launch_file() { # The file in launch/ for this job.

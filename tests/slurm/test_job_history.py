@@ -61,6 +61,18 @@ def test_what_is_neither_a_stop_nor_a_lost_rank_ends_the_job_with_its_code(jobs:
     assert jobs.log(job).splitlines()[-1].endswith("failed: a gradient became NaN")
 
 
+@pytest.mark.parametrize("script", ["train.sbatch", "shards.sbatch"])
+def test_a_job_is_not_done_when_srun_ends_well_but_has_run_nothing(
+    jobs: Jobs, script: str
+) -> None:
+    first = "any" if script == "train.sbatch" else "verify"
+    job = jobs.submit(
+        script, first, GANSCALE_CONTAINER=jobs.stand_in("true"), GANSCALE_SRUN="--test-only"
+    )
+    jobs.cluster.wait_for(job, JobState="FAILED", Restarts="0", ExitCode="1:0")
+    assert jobs.last_words(job) == ["failed: srun has ended with code 0, but no task has reported its end"]
+
+
 def test_every_rank_knows_its_place_and_sees_all_gpus_of_its_node(jobs: Jobs) -> None:
     """The GPUs are a stand-in: devices that SLURM hands out, and torch does not see."""
     stand_in = jobs.stand_in(
@@ -114,7 +126,9 @@ def test_the_history_of_an_earlier_job_with_the_same_number_does_not_count(jobs:
     jobs.history(job).write_text(old)
     jobs.cluster.run("scontrol", "release", job)
     jobs.cluster.wait_for(job, JobState="COMPLETED", Restarts="1")
-    assert jobs.history(job).read_text() == "attempt 1\nended 75 stopped\nattempt 2\n"
+    assert jobs.history(job).read_text() == (
+        "attempt 1\nended 75 stopped\nexited 0\nattempt 2\nexited 0\n"
+    )
     assert jobs.history(job).with_name(f"{jobs.history(job).name}.old").read_text() == old
 
 
