@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ganscale.errors import UserError
+
 UNFINISHED = ".unfinished-"  # begins the name of a folder until it is complete
 
 
@@ -58,6 +60,16 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def with_home(path: Path | str) -> Path:
+    """The path with the user's home folder in place of `~`. Raises UserError if there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path} begins with ~, but no home folder is known here: set HOME, or name the folder"
+        ) from None
 
 
 def file_within(folder: Path, name: str) -> Path:

@@ -1,5 +1,6 @@
 """Each mistake of a user's: one sentence that says what, where and what would be right; exit 2."""
 
+import pwd
 import shutil
 from pathlib import Path
 
@@ -145,3 +146,22 @@ def test_another_run_in_the_same_folder_is_refused_by_name(runs: Runs, complaint
 def test_a_sample_of_no_run_is_refused(complaint, tmp_path: Path) -> None:
     said = complaint("sample", str(tmp_path), "--grid", "x.png")
     assert f"{tmp_path} is not a run folder" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("data.path=~/digits", "~/digits"),
+        ("data.path=~/digits-{0..3}.tar", "~/digits-{0..3}.tar"),
+        ("data.path=http://127.0.0.1:9", "~/.cache/ganscale"),
+    ],
+)
+def test_a_folder_below_a_home_that_is_not_known_is_named(
+    runs: Runs, complaint, setting: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as for the user of a container
+    sentence = complaint("train", *runs.settings("homeless", setting))
+    assert sentence == (
+        f"{name} begins with ~, but no home folder is known here: set HOME, or name the folder"
+    )

@@ -25,7 +25,7 @@ import numpy as np
 from ganscale.data.missing_manifest import how_to_make_a_data_set
 from ganscale.data.remote import objects
 from ganscale.errors import UserError
-from ganscale.files import FileLock, atomic_write, write_text
+from ganscale.files import FileLock, atomic_write, with_home, write_text
 
 VERSION = 2
 JSON_NAME, ROWS_NAME = "manifest.json", "manifest.npy"
@@ -98,7 +98,7 @@ class Manifest:
         must not, and UnavailableError as `objects.open_stream`.
         """
         if not objects.is_remote(str(path)):
-            root = Path(str(path).removeprefix("file://")).expanduser()
+            root = with_home(str(path).removeprefix("file://"))
             if not root.exists():
                 raise UserError(f"no data set at {root}: there is no such folder")
             if root.name == JSON_NAME:
@@ -107,7 +107,7 @@ class Manifest:
         source = str(path).removesuffix(JSON_NAME).rstrip("/")
         if not objects.is_object_store(source):
             raise UserError(f"no data set at {path}: it is neither a folder nor a URL")
-        root = _download(source, Path(cache).expanduser() / "manifests", retry_seconds)
+        root = _download(source, with_home(cache) / "manifests", retry_seconds)
         return cls._read(root, source, shards)
 
     @classmethod
@@ -168,7 +168,7 @@ class Manifest:
         name = self.shards[shard].name
         if self.is_remote:
             return objects.join(self.location, name)
-        return str(self.root / Path(self.location.removeprefix("file://")).expanduser() / name)
+        return str(self.root / with_home(self.location.removeprefix("file://")) / name)
 
     def shards_of(self, samples: np.ndarray) -> np.ndarray:
         """The index of the shard that holds each sample, both (n,) int64."""

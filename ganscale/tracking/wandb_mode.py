@@ -1,9 +1,12 @@
 """Whether W&B starts online, offline or not at all, decided without a prompt or a long wait."""
 
+import atexit
 import contextlib
 import logging
 import netrc
 import os
+import shutil
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -50,6 +53,7 @@ def client_settings() -> Any:
     for name, value in [*os.environ.items()]:
         if name.startswith("WANDB_") and not value:
             del os.environ[name]  # templates set it so; the client takes "" for a tag or a mode
+    _make_up_for_home()
     import pydantic  # comes with wandb, which takes 0.5 s
     import wandb
 
@@ -60,6 +64,20 @@ def client_settings() -> Any:
         raise UserError(
             f"W&B rejects a setting from the variables WANDB_* or a file wandb/settings: {problems}"
         ) from error
+
+
+def _make_up_for_home() -> None:
+    """The client does not start without a home folder, as a container's user may be, and sends no
+    artifacts if it cannot write there."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = os.devnull
+        home = Path(os.devnull)
+    if "WANDB_DATA_DIR" not in os.environ and not os.access(home, os.W_OK | os.X_OK):
+        with contextlib.suppress(OSError):
+            folder = os.environ["WANDB_DATA_DIR"] = tempfile.mkdtemp(prefix="wandb-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _has_api_key(settings: Any) -> bool:

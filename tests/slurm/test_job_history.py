@@ -62,15 +62,15 @@ def test_what_is_neither_a_stop_nor_a_lost_rank_ends_the_job_with_its_code(jobs:
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "shards.sbatch"])
-def test_a_job_is_not_done_when_srun_ends_well_but_has_run_nothing(
-    jobs: Jobs, script: str
-) -> None:
+def test_a_job_is_not_done_when_srun_ends_well_but_has_run_nothing(jobs: Jobs, script: str) -> None:
     first = "any" if script == "train.sbatch" else "verify"
     job = jobs.submit(
         script, first, GANSCALE_CONTAINER=jobs.stand_in("true"), GANSCALE_SRUN="--test-only"
     )
     jobs.cluster.wait_for(job, JobState="FAILED", Restarts="0", ExitCode="1:0")
-    assert jobs.last_words(job) == ["failed: srun has ended with code 0, but no task has reported its end"]
+    assert jobs.last_words(job) == [
+        "failed: srun has ended with code 0, but no task has reported its end"
+    ]
 
 
 def test_every_rank_knows_its_place_and_sees_all_gpus_of_its_node(jobs: Jobs) -> None:

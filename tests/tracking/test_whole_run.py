@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ SETTINGS = [
 ]
 
 
-def ganscale(environment: dict[str, str], *arguments: str) -> str:
+def ganscale(environment: dict[str, str], *arguments: str, prefix: Sequence[str] = ()) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "ganscale", *arguments],
+        [*prefix, sys.executable, "-m", "ganscale", *arguments],
         cwd=REPOSITORY,
         env={**environment, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -170,3 +171,24 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
     config = json.loads(server.runs["swept"].config)
     assert config["objective"]["value"]["loss"]["name"] == "hinge"
     assert config["include"]["value"].endswith("configs/objective/hinge.yaml")
+
+
+@pytest.mark.parametrize("home", ["unknown", "missing", "read-only"])
+def test_a_run_is_completely_in_wandb_also_without_a_home_folder(
+    with_account: dict[str, str], server: WandbServer, digits: Path, tmp_path: Path, home: str
+) -> None:
+    """In a container, a user may have neither HOME nor an entry in /etc/passwd."""
+    as_nobody_known = ["unshare", "--user", "--map-user=54321"]
+    if subprocess.run([*as_nobody_known, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs unshare (Debian: util-linux), and user namespaces")
+    del with_account["HOME"], with_account["NETRC"]
+    if home != "unknown":
+        with_account["HOME"] = "/proc/home" if home == "missing" else "/proc"
+    where = [f"run.folder={tmp_path}", "run.name=tiny", f"data.path={digits}"]
+    settings = [*SETTINGS, *where, "training.total_images=64"]
+    printed = ganscale(with_account, "train", *settings, prefix=as_nobody_known)
+    assert "WARNING" not in printed
+    (run,) = server.runs.values()
+    assert steps(run.history) == recorded_steps(tmp_path / "tiny")
+    assert {artifact.type for artifact in server.artifacts.values()} == {"model", "dataset"}
+    assert run.inputs

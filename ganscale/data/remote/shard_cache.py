@@ -22,7 +22,7 @@ from ganscale.data.remote import cache_files, objects
 from ganscale.data.remote.cache_files import OpenShard, StallTimer, evict, list_cache
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UnavailableError, UserError
-from ganscale.files import FileLock, lock_descriptor
+from ganscale.files import FileLock, lock_descriptor, with_home
 
 _PREFETCHING_THREADS = 4
 _PIECE_BYTES = 1 << 20
@@ -45,7 +45,7 @@ class ShardCache:
         *,
         stall_seconds: float = objects.STALL_SECONDS,
     ) -> None:
-        self.folder = Path(folder).expanduser() / "shards"
+        self.folder = with_home(folder) / "shards"
         self.capacity_bytes = capacity_bytes
         self.retry_seconds, self.stall_seconds = retry_seconds, stall_seconds
         # How long other processes may make no progress.

@@ -18,6 +18,7 @@ from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from ganscale.data.remote import objects
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
 from ganscale.errors import UnavailableError, UserError
+from ganscale.files import with_home
 from ganscale.randomness import derived_seed
 
 _END_BYTES = 2 * tarfile.BLOCKSIZE
@@ -43,7 +44,7 @@ def stream_urls(path: str, retry_seconds: float = 0.0) -> list[str]:
     for pattern in path.split("::"):
         if not objects.is_remote(pattern):
             local = pattern.removeprefix("file://").removeprefix("file:")
-            pattern = str(Path(local).expanduser())
+            pattern = str(with_home(local))
             if not glob.has_magic(pattern):  # not looked up: there are many, and on every rank
                 urls.extend(objects.expand_braces(pattern))
                 continue
