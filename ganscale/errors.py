@@ -1,5 +1,7 @@
 """Exit codes, for the shell and the batch script, and the errors that end a command."""
 
+import sys
+
 from ganscale.terminal import printable
 
 EXIT_DONE = 0
@@ -51,3 +53,20 @@ class OutOfMemoryError(GanscaleError):
 
 class NonFiniteError(GanscaleError):
     """A loss or gradient became NaN or infinite; the last good state is in a checkpoint."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")  # not imported here, since that takes seconds
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    # Only torch's allocator of devices has a type of its own.
+    words = (
+        "DefaultCPUAllocator",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from ganscale.errors import GanscaleError, UserCodeError, UserError
+from ganscale.errors import GanscaleError, UserCodeError, UserError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -85,6 +85,8 @@ def call(
     except GanscaleError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise UserCodeError(f"{what} cannot be built: {describe(error)}") from error
 
 

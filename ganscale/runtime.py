@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ganscale.errors import UnavailableError, UserError
+from ganscale.errors import UnavailableError, UserError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -244,20 +244,6 @@ def is_communication_error(error: BaseException) -> bool:
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
     has_words = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return has_words or isinstance(error, dist.DistError)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # Only torch's allocator of devices has a type of its own.
-    words = (
-        "DefaultCPUAllocator",
-        "CUDA error: out of memory",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "MPS backend out of memory",
-    )
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def is_device_error(error: BaseException) -> bool:

@@ -165,3 +165,43 @@ def test_a_folder_below_a_home_that_is_not_known_is_named(
     assert sentence == (
         f"{name} begins with ~, but no home folder is known here: set HOME, or name the folder"
     )
+
+
+# More than any machine has; the critic alone, so that a plan needs no memory for it.
+_HUGE = ["critic.options.width=4000000", "critic.options.max_width=100000000"]
+
+
+def test_too_little_memory_is_one_sentence_whatever_the_command(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = runs.settings("huge", *_HUGE)
+    runs.finish("small", "training.total_images=32")
+    stored = runs.folder / "small" / "config.yaml"
+    generator = "    width: 4000000\n    max_width: 100000000\n"
+    stored.write_text(stored.read_text().replace("    width: 4\n", generator))
+    for command in (
+        ["train", "--dry-run", *settings],
+        ["config", "--check", *settings],
+        ["checkpoint", "export", str(stored.parent), str(runs.folder / "exported")],
+        ["sample", str(stored.parent), "--grid", str(runs.folder / "grid.png")],
+    ):
+        assert main(command) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: out of memory (no ")
+    assert main(["train", *settings]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ran out of memory in `building the networks`" in line
+
+
+def test_a_record_that_does_not_fit_into_memory_is_one_sentence(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No real file is large enough everywhere, so the reader of the record raises the error."""
+
+    def read(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ganscale.report.read_runs", read)
+    assert main(["report", str(runs.folder)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: this machine or GPU")

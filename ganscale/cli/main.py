@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -28,7 +29,15 @@ from ganscale.cli import (
     train,
 )
 from ganscale.cli.arguments import CommandParser
-from ganscale.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, GanscaleError, UserError
+from ganscale.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    GanscaleError,
+    OutOfMemoryError,
+    UserError,
+    is_out_of_memory,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _print_error(f"error: {error}")
         return EXIT_FAILED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = re.search(r"allocate ([\d.]+ [KMGTP]?i?[Bb]\w*)", str(error))
+        size = f" (no {asked[1]} are free)" if asked else ""
+        _print_error(
+            f"error: out of memory{size}: this machine or GPU has too little for "
+            "networks and files of this size"
+        )
+        return OutOfMemoryError.exit_code
 
 
 def _refuse_other_torch() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
 from ganscale.cli.checkpoint import select_checkpoint
-from ganscale.errors import OutOfMemoryError, UserError
+from ganscale.errors import OutOfMemoryError, UserError, is_out_of_memory
 from ganscale.run_folder import RunFolder
 
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ganscale.evaluation import sample_files, sampling
-    from ganscale.runtime import is_out_of_memory, set_tf32
+    from ganscale.runtime import set_tf32
     from ganscale.training.network_setup import load_run_generator
 
     if not (arguments.grid or arguments.folder or arguments.shards):

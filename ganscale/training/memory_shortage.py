@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ganscale.errors import OutOfMemoryError
+from ganscale.errors import OutOfMemoryError, is_out_of_memory
 from ganscale.evaluation.sampling import CHUNK_SIZE
-from ganscale.runtime import Runtime, is_out_of_memory
+from ganscale.runtime import Runtime
 from ganscale.schema import TrainingConfig
 from ganscale.supervision.progress import Progress
 

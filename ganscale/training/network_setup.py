@@ -9,7 +9,7 @@ from torch import nn
 from ganscale.checkpoints.checkpoint import load_state, load_tensors, newest_checkpoint
 from ganscale.config import load_stored
 from ganscale.data.dataset import DataSet
-from ganscale.errors import UserCodeError, UserError
+from ganscale.errors import UserCodeError, UserError, is_out_of_memory
 from ganscale.importing import describe
 from ganscale.networks.build import build_network, find_network
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
@@ -53,6 +53,8 @@ def copies_of(generator: nn.Module, critic: nn.Module) -> tuple[nn.Module, nn.Mo
         try:
             copies.append(copy.deepcopy(network))
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             kind = type(network).__name__
             raise UserCodeError(f"a {kind} cannot be copied: {describe(error)}") from error
     return copies[0], copies[1]
