@@ -61,8 +61,9 @@ def find_classes(
     if labels is None:
         labels = _labels_beside(names, others, read, choice)
     if labels is None:
-        notes = list(_folder_notes(names, splits))
-        if not choice.classes and any(file.endswith(".json") for file in others):
+        notes += _folder_notes(names, splits)
+        beside = [file for file in others if file.rpartition("/")[2] != _DATASET_JSON]
+        if not choice.classes and any(file.endswith(".json") for file in beside):
             notes.append("if .json files hold classes, --classes json takes them")
         return Classes([-1] * len(names), [], notes)
     if labels.bad:
@@ -78,7 +79,7 @@ def _stylegan_labels(
     read: Callable[[str], bytes],
     splits: Sequence[str],
 ) -> tuple[Labels | None, list[str]]:
-    """The labels in dataset.json, with notes; None without one, and where it has none."""
+    """The labels in dataset.json, with notes; None without the file, and where it has none."""
     ends = tuple(f"{split}/" for split in splits) or ("",)
     files = [file for file in others if file.rpartition("/")[2] == _DATASET_JSON]
     files = [
@@ -96,9 +97,12 @@ def _stylegan_labels(
         content = json.loads(read(place))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: {place} is not JSON: {error}") from error
-    entries = content.get("labels") if isinstance(content, dict) else None
-    if entries is None:
+    if not isinstance(content, dict) or "labels" not in content:
         return None, []
+    entries = content["labels"]
+    unlabelled = None, [f"{place} has no labels, so the images are stored without classes"]
+    if entries is None:
+        return unlabelled
     try:
         values = {
             # dataset_tool.py writes backslashes on Windows.
@@ -110,6 +114,8 @@ def _stylegan_labels(
             f'{source}: "labels" in {place} are not pairs of a name and a class, as StyleGAN '
             "writes them; `--classes none` ignores them"
         ) from error
+    if all(value is None for value in values.values()):
+        return unlabelled
     labels = [_label(values.get(name)) for name in names]
     unused = values.keys() - set(names) if not splits else ()
     notes = [f"labels of {place} without an image: {len(unused):,}"] if unused else []

@@ -125,6 +125,25 @@ def test_stylegan_labels_that_are_not_classes_are_refused(tmp_path, labels, sent
     assert write_shards(source, tmp_path / "shards", classes="none").manifest.class_count == 0
 
 
+@packers
+@pytest.mark.parametrize("labels", [None, [None] * 6], ids=["null", "of nulls"])
+def test_a_stylegan_data_set_without_labels_is_unlabelled(tmp_path, pack: Pack, labels):
+    source = pack(tmp_path / "source", stylegan(labels))
+    result = write_shards(source, tmp_path / "shards")
+    assert set(labelled(result).values()) == {-1}
+    (note,) = result.notes
+    assert note.endswith("dataset.json has no labels, so the images are stored without classes")
+    with pytest.raises(UserError, match=r"has no label \(json\); `--classes none`"):
+        write_shards(source, tmp_path / "other", classes="json")
+
+
+def test_labels_of_some_images_only_are_refused_with_the_first_that_lacks_one(tmp_path):
+    source = as_zip(tmp_path / "source", stylegan([2, None, 1, None, 0, 5]))
+    sentence = r"00000/img00000500\.png' has no label, but others have .*\(and 1 more\)"
+    with pytest.raises(UserError, match=sentence):
+        write_shards(source, tmp_path / "shards")
+
+
 def test_other_json_of_this_name_is_not_taken_for_stylegans(tmp_path):
     files = {"a/0.png": png(0), "a/1.png": png(1)}
     coco = as_folder(tmp_path / "coco", files | {"dataset.json": b'{"images": [], "info": 1}'})
