@@ -119,10 +119,14 @@ def load_stored(path: Path) -> Config:
 
 def curve_changes(stored: Config, requested: Config) -> list[str]:
     """Changed settings that would break a resumed run's curve, as `key: stored -> requested`."""
-    before, after = (dict(_flatten(plain(each, as_text=True))) for each in (stored, requested))
+    before, after = (
+        # `clip: null` and `options: {}` change by what the other run has in them.
+        {k: v for k, v in _flatten(plain(config, as_text=True)) if v not in (None, {})}
+        for config in (stored, requested)
+    )
     free = {*FREE_TO_CHANGE, *requested.resume.allow}
     return [
-        f"{key}: {before.get(key)} -> {after.get(key)}"
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not is_within(key, free)
     ]

@@ -687,7 +687,7 @@ def test_what_does_not_bend_the_curve_may_change(folder, stored, override):
         ("data.lanes=8", "data.lanes: 64 -> 8"),
         ("training.global_batch_size=32", "training.global_batch_size: 64 -> 32"),
         ("generator.options.width=9", "generator.options.width: 8 -> 9"),
-        ("generator.options.depth=9", "generator.options.depth: None -> 9"),
+        ("generator.options.depth=9", "generator.options.depth: not set -> 9"),
         ("objective.penalties.wgan_gp.weight=1", "objective.penalties.wgan_gp.weight: 10.0 -> 1.0"),
         ("optimizer.critic.betas=[0,0.99]", "optimizer.critic.betas: [0.0, 0.9] -> [0.0, 0.99]"),
         ("ema.ramp_up=0", "ema.ramp_up: 0.05 -> 0.0"),
@@ -719,6 +719,18 @@ def test_the_length_of_a_run_bends_the_curve_when_the_learning_rate_depends_on_i
     for allowed in (key, "optimizer"):
         assert not curve_changes(stored, resolve([*longer, f"resume.allow=[{allowed}]"]).config)
     assert not curve_changes(stored, resolve([*longer, f"{key}.over_images=50k"]).config)
+
+
+def test_what_only_one_of_two_runs_has_is_not_set_in_the_other(folder):
+    base = [folder.base, "critic=mlp", "objective.penalties={}", "objective.clip=null"]
+    less = resolve(base).config
+    overrides = ["critic.options.width=8", "objective.clip=0.01"]
+    more = resolve([*base, *overrides, "objective.penalties.r1.weight=3"]).config
+    keys = {"critic.options.width", "objective.clip.scope", "objective.clip.value"}
+    added, removed = curve_changes(less, more), curve_changes(more, less)
+    assert {change.partition(": not set -> ")[0] for change in added} >= keys
+    assert {change.partition(":")[0] for change in removed if "-> not set" in change} >= keys
+    assert not any("{}" in change or "None" in change for change in [*added, *removed])
 
 
 def test_a_swapped_objective_is_a_change_of_the_curve(folder):
