@@ -26,6 +26,7 @@ COMMAND_LINE = "command line"
 _TAG = "tag:yaml.org,2002:"
 _NULLS = ("", "~", "null", "Null", "NULL")
 _NUMBER_TAGS = (f"{_TAG}int", f"{_TAG}float")
+_MAX_NODES = 10_000  # aliases can make a short text endless
 _WHOLE_NUMBER = re.compile(r"([+-]?\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d{1,2})?)([kKmM]?)")
 _SCALE = {"": 1, "k": 10**3, "m": 10**6}
 
@@ -61,7 +62,7 @@ def read_file(path: Path, *, is_stored: bool = False) -> tuple[list[str], dict[s
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot be read ({error})") from None
-        node = yaml.compose(text, _Loader) or yaml.MappingNode(_TAG + "map", [])
+        node = _compose(text) or yaml.MappingNode(_TAG + "map", [])
         if not isinstance(node, yaml.MappingNode):
             raise UserError("must hold `key: value` pairs")
         includes = [item for item in node.value if item[0].value == "include"]
@@ -88,7 +89,7 @@ def read_override(override: str) -> dict[str, Any]:
         for name in key.split("."):
             expected = child_type(expected, name)
         is_text = expected is str and text[:1] not in ("'", '"')  # as it is, unless quoted again
-        value = _scalar(text) if is_text else yaml.compose(text, _Loader) or _scalar("")
+        value = _scalar(text) if is_text else _compose(text) or _scalar("")
     with _mistakes(f"{COMMAND_LINE}: "):
         return _section(_mapping(key, value), Config, "")
 
@@ -118,6 +119,24 @@ def _mistakes(where: str) -> Iterator[None]:
         raise UserError(f"{where}not valid YAML ({place}{error.problem})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{where}not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The YAML in `text`; None if it is empty. Raises UserError for one that is far too large."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            children = node if isinstance(node, tuple) else node.value
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    node = yaml.compose(text, _Loader)
+    if node is not None and size(node) > _MAX_NODES:
+        raise UserError(f"has more than {_MAX_NODES:,} values, aliases (`*name`) included")
+    return node
 
 
 def _scalar(text: str) -> yaml.ScalarNode:

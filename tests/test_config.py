@@ -491,6 +491,25 @@ def test_a_file_that_is_no_yaml_of_keys_is_named(folder, text, complaint):
     assert folder.mistake(text).startswith(f"{folder.path / 'mine.yaml'}: {complaint}")
 
 
+# Thirty values, each ten times the one before.
+_LAUGHS = "a0: &a0 [x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 30)
+)
+_MERGED_LAUGHS = "a0: &a0 {k: x}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{', '.join(10 * [f'*a{i - 1}'])}]}}\n" for i in range(1, 30)
+)
+
+
+@pytest.mark.parametrize("laughs", [_LAUGHS, _MERGED_LAUGHS], ids=["lists", "merged"])
+def test_a_short_file_that_aliases_make_endless_is_one_sentence(folder, laughs):
+    text = "generator:\n options:\n" + "".join(f"  {line}\n" for line in laughs.splitlines())
+    sentence = "has more than 10,000 values, aliases (`*name`) included"
+    assert folder.mistake(text) == f"{folder.path / 'mine.yaml'}: {sentence}"
+    flow = "{" + ", ".join(laughs.splitlines()) + "}"
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        resolve([folder.base, f"generator.options={flow}"])
+
+
 def test_files_that_cannot_be_read_are_named(folder):
     cases = {
         str(folder.path / "none.yaml"): "none.yaml: no such config file",
