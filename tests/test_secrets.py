@@ -54,11 +54,34 @@ def test_the_printed_settings_are_without_secrets_and_say_so(capsys):
         assert main(["config", config, *settings, *options]) == 0
         printed = capsys.readouterr()
         assert "SECRET" not in printed.out
-        assert 'path: "https://host/set"  # command line' in printed.out
-        assert 'shards: "pipe:curl ..."  # command line' in printed.out
+        assert 'path: "https://***@host/set"  # command line' in printed.out
+        assert 'shards: "pipe:curl ***"  # command line' in printed.out
         assert "passwords" in printed.err
     assert main(["config", config]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("data.path=https://user:SECRET@127.0.0.1:9/set", "data.path"),
+        ("data.path=https://127.0.0.1:9/set?sig=SECRET", "data.path"),
+        ("data.path=pipe:curl -H SECRET {}", "data.path"),
+        ("data.shards=s3://KEY:SECRET@bucket", "data.shards"),
+        ("data.shards=pipe:TOKEN=SECRET curl {}", "data.shards"),
+    ],
+)
+def test_a_config_that_was_printed_without_secrets_is_refused_when_its_data_are_opened(
+    tmp_path, capsys, setting, key
+):
+    assert main(["config", "demo", setting]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    for command in (["train", "--dry-run"], ["train"], ["plan"]):
+        assert main([*command, str(tmp_path / "printed.yaml"), f"run.folder={tmp_path}"]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"error: {key} is as `ganscale config` shows it, with ***")
+        assert message.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["printed.yaml"]
 
 
 def test_neither_wandb_nor_the_sessions_get_secrets(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> None:
     from ganscale.config import resolve
     from ganscale.run_folder import in_its_folder
-    from ganscale.secrets import yaml_without_secrets
+    from ganscale.secrets import MASK, yaml_without_secrets
     from ganscale.settings_reference import annotated_yaml, reference
 
     if arguments.explain and not arguments.settings:
@@ -39,5 +39,5 @@ def run(arguments: argparse.Namespace) -> None:
     text = annotated_yaml(resolved, explain=arguments.explain)
     shown = yaml_without_secrets(text)
     if shown != text:
-        sys.stderr.write("passwords, queries of URLs and `pipe:` commands are not shown\n")
+        sys.stderr.write(f"passwords, queries of URLs and `pipe:` commands are shown as {MASK}\n")
     print(shown, end="")

@@ -12,7 +12,9 @@ from ganscale.data.manifest import Manifest, check_shards
 from ganscale.data.order import working_set_bytes
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
+from ganscale.errors import UserError
 from ganscale.schema import DataConfig
+from ganscale.secrets import MASK, is_masked
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,12 @@ class DataSet:
 def open_data(config: DataConfig) -> DataSet:
     """The data set of `config.path`. Raises UserError when there is none, and UnavailableError for
     a remote one that cannot be reached."""
+    for key in ("path", "shards"):
+        if is_masked(getattr(config, key)):
+            raise UserError(
+                f"data.{key} is as `ganscale config` shows it, with {MASK} for a secret: give it "
+                "as it was, or train with the config that it was made from"
+            )
     if is_streamed(config.path):
         urls = tuple(stream_urls(config.path, config.retry_seconds))
         return DataSet(config, stream_identity(urls), config.class_count, urls=urls)

@@ -352,10 +352,10 @@ def test_passwords_signatures_and_commands_of_a_run_are_not_shown(make_run: Make
         (run,) = read_runs([folder])
         faults = faults_of(run)
         assert "SECRET" not in run.config_text + str(flattened(run.config)) + str(faults)
-        assert "https://host/set" in run.config_text
+        assert "host/set" in run.config_text
         assert "https://host/set is slow" in str(faults)
         assert "SECRET" in config.read_text()
     config.write_text(text)
     (run,) = read_runs([folder])
-    data |= {"path": "https://host/set", "shards": "pipe:curl ...", "url": "http://h/x"}
+    data |= {"path": "https://***@host/set", "shards": "pipe:curl ***", "url": "http://h/x?***"}
     assert yaml.safe_load(run.config_text) == yaml.safe_load(text) | {"data": data}
