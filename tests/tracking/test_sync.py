@@ -1,6 +1,7 @@
 """`ganscale sync` sends what W&B lacks of a run, once, whatever happened before."""
 
 import fcntl
+import hashlib
 import json
 import shutil
 
@@ -224,6 +225,25 @@ def test_nothing_is_sent_that_lies_outside_of_the_run_folder(
     checkpoints = [{"path": str(folder), "aliases": ["last"]}]
     error = synchronize(with_account, run_folder, checkpoints=checkpoints)["error"]
     assert error.startswith("UserError: ")
+    sent = [artifact.files for artifact in server.artifacts.values()]
+    assert "secret" not in repr([sent, server.runs.get(RUN_ID)])
+
+
+@pytest.mark.parametrize("listed", ["../../../private", "{folder}/private", "..", "a/../../b"])
+def test_no_file_is_sent_that_a_checkpoint_lists_outside_of_itself(
+    with_account, run_folder, server, tmp_path, listed
+):
+    (tmp_path / "private").write_text("secret")
+    folder = run_folder / "checkpoints" / "images-000000192"
+    write_listed(folder, generator=b"weights")
+    checksums = json.loads((folder / "checksums.json").read_text())
+    name = listed.format(folder=tmp_path)
+    checksums[name] = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    (folder / "checksums.json").write_text(json.dumps(checksums))
+    checkpoints = [{"path": str(folder), "aliases": ["last"]}]
+    error = synchronize(with_account, run_folder, checkpoints=checkpoints)["error"]
+    assert error.startswith(f"UserError: {folder} was not uploaded: ")
+    assert name in error
     sent = [artifact.files for artifact in server.artifacts.values()]
     assert "secret" not in repr([sent, server.runs.get(RUN_ID)])
 
