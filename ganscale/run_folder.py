@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -75,6 +76,19 @@ class RunFolder:
             raise UserError(f"there is no run folder {self.path}")
         if not self.config.exists():
             raise UserError(f"{self.path} is not a run folder: it has no {self.config.name}")
+
+    def check_has_no_links_outside(self, *others: Path) -> None:
+        """Raises UserError if what is sent or shown of a run, or one of `others`, lies elsewhere:
+        someone else's run must not make us publish files of our own."""
+        files = [self.config, self.sessions, self.record, self.alerts, self.summary, self.log]
+        here = os.path.realpath(self.path)
+        for path in (*files, self.samples, *others):
+            target = Path(os.path.realpath(path))  # `resolve` fails for a link to itself
+            if not target.is_relative_to(here):
+                raise UserError(
+                    f"{path} is a link to {target}: only what lies in the run folder is sent or "
+                    "shown"
+                )
 
     def lock(self, timeout_seconds: float = 0.0) -> bool:
         """Keeps other processes from training here until `close` or the end of this process; False

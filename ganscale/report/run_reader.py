@@ -91,7 +91,8 @@ class Run:
 def read_runs(folders: list[Path]) -> list[Run]:
     """The runs in the order given, with distinct names.
 
-    Raises UserError for a folder that does not exist, is not a run folder, or is given twice.
+    Raises UserError for a folder that does not exist, is not a run folder, is given twice, or holds
+    links to elsewhere.
     """
     resolved = [folder.resolve() for folder in folders]
     for position, folder in enumerate(folders):
@@ -103,6 +104,7 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 def _read_run(folder: RunFolder, name: str) -> Run:
     try:
+        folder.check_has_no_links_outside()
         metrics = read_metrics(folder.record)
         if not metrics.rows:  # a copied record alone makes a page, too
             folder.check_exists()

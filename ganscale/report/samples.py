@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ganscale.files import file_within
 from ganscale.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class GridSeries:
-    """The grids of one kind and run in order of images seen, and how many there are in all."""
+    """The grids of one kind and run in order of images seen, how many there are in all, and how
+    many of those chosen cannot be shown."""
 
     frames: list[Frame]
     total: int
-    damaged: int
+    left_out: int
 
 
 def title_of_kind(kind: str) -> str:
@@ -75,11 +77,12 @@ def _series(files: list[tuple[int | None, Path]], most: int) -> GridSeries:
 
 
 def _frame(images_seen: int | None, path: Path) -> Frame | None:
-    """None for a file that is damaged, half written or far too large."""
+    """None for a file that is damaged, half written, far too large, or a link to elsewhere."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
+            inside = file_within(path.parent, path.name)
+            with Image.open(inside, formats=("PNG", "JPEG", "WEBP")) as opened:
                 image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
         logger.warning("%s is left out of the report: %s", path, error)

@@ -42,7 +42,7 @@ def synchronize(
     written to or holds links to elsewhere; UnavailableError if W&B did not take everything.
     """
     resolve_mode("online")
-    _check_has_no_links_outside(folder, checkpoints)
+    folder.check_has_no_links_outside(*(Path(checkpoint.path) for checkpoint in checkpoints))
     deadline = time.monotonic() + 20  # the uploader of a session that was killed ends by then
 
     def wait(seconds: float) -> bool:
@@ -64,17 +64,6 @@ def synchronize(
                     ) from error
     except OSError as error:  # from the locks, which keep others from sending the same rows
         raise UserError(f"{folder.path} cannot be written to, as `sync` must: {error}") from error
-
-
-def _check_has_no_links_outside(folder: RunFolder, checkpoints: Sequence[Checkpoint]) -> None:
-    """Someone else's run must not make us send files of our own."""
-    sent = [folder.config, folder.sessions, folder.record, folder.alerts, folder.summary]
-    sent += [folder.samples, *(Path(checkpoint.path) for checkpoint in checkpoints)]
-    for path in sent:
-        if not (target := path.resolve()).is_relative_to(folder.path.resolve()):
-            raise UserError(
-                f"{path} is a link to {target}: `sync` sends only what lies in the run folder"
-            )
 
 
 def _send(

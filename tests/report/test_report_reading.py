@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_rows import MakeRun, row
+from PIL import Image
 
 from ganscale.errors import UserError
 from ganscale.report.curves import (
@@ -317,10 +319,46 @@ def test_grids_keep_the_first_and_the_last_and_skip_damaged_ones(
     grids = read_grids(RunFolder(folder), runs=1)
     assert list(grids) == ["ema", "real"]
     series = grids["ema"]
-    assert (series.total, series.damaged, len(series.frames)) == (101, 1, 31)
+    assert (series.total, series.left_out, len(series.frames)) == (101, 1, 31)
     assert series.frames[0].images_seen == 0
     assert grids["real"].frames[0].images_seen is None
     assert len(read_grids(RunFolder(folder), runs=10)["ema"].frames) == 5
+
+
+def test_nothing_is_shown_that_lies_outside_of_the_run_folder(
+    make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a run of someone else's links to."""
+    private = make_run("private", grids=2)
+    folder = make_run("demo", grids=2)
+    grid = folder / "samples" / "images-000006400.png"
+    grid.unlink()
+    grid.symlink_to(private / "samples" / grid.name)
+    (folder / "samples" / "loop.png").symlink_to("loop.png")
+    grids = read_grids(RunFolder(folder), runs=1)
+    assert (grids["ema"].total, grids["ema"].left_out, len(grids["ema"].frames)) == (2, 1, 1)
+    assert f"{grid} is left out of the report: {grid.name} is not a file in" in caplog.text
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "log.txt", "samples"):
+        linked = tmp_path / f"linked-{name}"
+        shutil.copytree(folder, linked, symlinks=True)
+        if (linked / name).is_dir():
+            shutil.rmtree(linked / name)
+        (linked / name).unlink(missing_ok=True)
+        (linked / name).symlink_to(private / name)
+        with pytest.raises(UserError, match=f"{name} is a link to .*: only what lies in the run"):
+            read_runs([linked])
+    (tmp_path / "moved").symlink_to(folder)  # the folder itself may be a link
+    assert read_runs([tmp_path / "moved"])
+
+
+def test_an_image_that_is_far_too_large_is_left_out(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_run("demo", grids=1)
+    Image.new("1", (20_000, 20_000)).save(folder / "samples" / "images-000000001.png")
+    series = read_grids(RunFolder(folder), runs=1)["ema"]
+    assert (series.total, series.left_out) == (2, 1)
+    assert "images-000000001.png is left out of the report: Image size" in caplog.text
 
 
 def test_a_panel_chart_names_the_runs_that_train_its_loss(make_run: MakeRun) -> None:
