@@ -56,6 +56,11 @@ def _add_write(commands) -> None:
         metavar="FOLDER",
         help="only the images in this folder of SOURCE, such as train; repeat it for more",
     )
+    add(
+        "--zip-encoding",
+        metavar="NAME",
+        help="of names in a zip that does not say it, such as gbk (default: UTF-8 or cp437)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--shard-samples", type=positive_int, metavar="N", help="images per shard")
     size.add_argument(

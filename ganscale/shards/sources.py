@@ -29,6 +29,7 @@ from ganscale.shards import bundled
 from ganscale.shards.class_labels import USUAL_MEMBERS, MemberChoice
 from ganscale.shards.source_classes import find_classes
 from ganscale.shards.tar_reader import TarReader
+from ganscale.shards.zip_names import member_names
 
 JOURNAL_NAME = "writing.jsonl"
 """Beside the shards of a data set that is being written."""
@@ -86,12 +87,16 @@ class Source:
 
 
 def list_images(
-    source: str, choice: MemberChoice = USUAL_MEMBERS, splits: Sequence[str] = ()
+    source: str,
+    choice: MemberChoice = USUAL_MEMBERS,
+    splits: Sequence[str] = (),
+    zip_encoding: str = "",
 ) -> Source:
     """All images of `source`: `bundled:NAME`, or the path of a folder, a .zip or a .tar.
 
     choice: the extension of the images, and where their classes are, see `find_classes`
     splits: folders within the source, to which it is limited
+    zip_encoding: see `zip_names.member_names`
 
     Raises UserError for a source that is missing, not an archive, or without images, and as
     `find_classes`.
@@ -110,7 +115,7 @@ def list_images(
         return Source("bundled", name, images, class_names, {})
     splits = [split.strip("/") for split in splits]
     ignored: Counter[str] = Counter()
-    kind, files = _list_files(Path(source), ignored)
+    kind, files, name_notes = _list_files(Path(source), zip_encoding, ignored)
     is_misnamed = partial(_is_misnamed, kind, source)
     images, others = _sorted_out(files, choice.image, splits, is_misnamed, ignored)
     if not images:
@@ -130,24 +135,28 @@ def list_images(
     numbers, class_names, notes = find_classes(source, names, list(file_of), read, choice, splits)
     labelled = [image._replace(label=number) for image, number in zip(images, numbers, strict=True)]
     counts = {reason: count for reason, count in sorted(ignored.items()) if count > 0}
-    return Source(kind, source, labelled, class_names, counts, (*_repeated(images), *notes))
+    return Source(
+        kind, source, labelled, class_names, counts, (*name_notes, *_repeated(images), *notes)
+    )
 
 
-def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[SourceImage]]:
-    """The kind of the source, and its files, also folders, whose names end with a slash; what is
-    neither is counted in `ignored`."""
+def _list_files(
+    path: Path, zip_encoding: str, ignored: Counter[str]
+) -> tuple[str, Iterable[SourceImage], list[str]]:
+    """The kind of the source; its files, also folders, whose names end with a slash; and notes.
+    What is neither is counted in `ignored`."""
     if path.is_dir():
-        return "folder", _walk(path, ignored)
+        return "folder", _walk(path, ignored), []
     if not path.exists():
         raise UserError(f"no folder, zip or tar at {path}")
     if not path.is_file():  # to open a named pipe would block
         raise UserError(f"{path} is not a folder, zip or tar, but a pipe or device")
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\3\4" or zipfile.is_zipfile(path)
+    notes: list[str] = []
     if is_zip:
         listed = _zip_members(path)
-        # Windows writes backslashes into some zips.
-        names = [member.filename.replace("\\", "/") for member in listed]
+        names, notes = member_names(listed, zip_encoding)
         members = zip(names, range(len(names)), [m.file_size for m in listed], strict=True)
         kind = "zip"
     elif tarfile.is_tarfile(path):
@@ -159,9 +168,10 @@ def _list_files(path: Path, ignored: Counter[str]) -> tuple[str, Iterable[Source
             if file.read(4) == _ZIP_MAGIC:
                 raise UserError(f"{path} is a zip whose end is missing, as after a broken download")
         raise UserError(f"{path} is not a folder, zip or uncompressed tar of images")
-    return kind, (
+    images = (
         SourceImage(name.removeprefix("./"), size, position) for name, position, size in members
     )
+    return kind, images, notes
 
 
 def _zip_members(path: Path) -> list[zipfile.ZipInfo]:

@@ -141,6 +141,7 @@ def write_shards(
     classes: str = "",
     class_key: str = "",
     splits: Sequence[str] = (),
+    zip_encoding: str = "",
     shard_samples: int | None = None,
     shard_bytes: int = 128 << 20,
     seed: int = 0,
@@ -154,6 +155,7 @@ def write_shards(
     image: the extension of the images; by default, all formats that can be read
     classes, class_key: folder, json, cls, txt or none, see `source_classes.find_classes`
     splits: folders of the source, to which it is limited
+    zip_encoding: of a zip's names that are not marked as UTF-8, see `zip_names.member_names`
     shard_samples: images per shard; by default about `shard_bytes` bytes, estimated from 64 images
     seed: of the order of the images. They are shuffled before they are split, since training only
         shuffles within windows of neighbours: with one class per shard, a batch has few classes
@@ -163,7 +165,7 @@ def write_shards(
     root = Path(output)
     if root.resolve() == Path(source).resolve():
         raise UserError(f"the shards need another folder than that of the images, {source}")
-    listing = list_images(source, MemberChoice(image, classes, class_key), splits)
+    listing = list_images(source, MemberChoice(image, classes, class_key), splits, zip_encoding)
     encoding = Encoding.choose(listing, resolution, channels, image_format, quality)
     order = sorted(listing.images, key=lambda image: _shuffle_key(seed, image.name))
     shard_samples = shard_samples or _shard_samples(listing, order, encoding, shard_bytes)

@@ -144,6 +144,57 @@ def test_labels_of_some_images_only_are_refused_with_the_first_that_lacks_one(tm
         write_shards(source, tmp_path / "shards")
 
 
+def zip_of_names(path: Path, names: list[bytes]) -> str:
+    """A zip whose names do not say their encoding, as Windows and macOS write them."""
+    placeholders = [f"{i:03d}".ljust(len(name), "x") for i, name in enumerate(names)]
+    source = as_zip(path, {name: png(i) for i, name in enumerate(placeholders)})
+    data = Path(source).read_bytes()
+    for placeholder, name in zip(placeholders, names, strict=True):
+        data = data.replace(placeholder.encode(), name)
+    Path(source).write_bytes(data)
+    return source
+
+
+# The second byte of 俓 in GBK is a backslash, as zips of old Windows have between folders.
+_NAMES = ["俓/1.png", "猫/2.png", "猫\\3.png"]
+
+
+@pytest.mark.parametrize(
+    ("written", "option"), [("utf-8", ""), ("gbk", "gbk"), ("gb18030", "GB18030")]
+)
+def test_class_names_of_a_zip_without_an_encoding_are_readable(tmp_path, written, option):
+    source = zip_of_names(tmp_path / "source", [name.encode(written) for name in _NAMES])
+    result = write_shards(source, tmp_path / "shards", classes="folder", zip_encoding=option)
+    names = result.manifest.class_names
+    class_of = {image: names[label] for image, label in labelled(result).items()}
+    assert class_of == {png(0): "俓", png(1): "猫", png(2): "猫"}
+    assert result.notes == []
+
+
+def test_names_of_unknown_encoding_are_kept_apart_and_a_note_names_the_option(tmp_path):
+    names = [name.encode("gbk") for name in ("猫/1.png", "猫/2.png", "狗/1.png")]
+    source = zip_of_names(tmp_path / "source", names)
+    result = write_shards(source, tmp_path / "shards", classes="folder")
+    assert result.manifest.class_names == ("├¿", "╣╖")
+    (note,) = result.notes
+    assert note == (
+        "names whose encoding the zip does not say: 3, read as code page 437, as ├¿/1.png; "
+        "--zip-encoding NAME takes another, such as gbk"
+    )
+    again = write_shards(source, tmp_path / "again", classes="folder")
+    assert again.manifest.fingerprint == result.manifest.fingerprint
+
+
+def test_an_encoding_that_is_not_that_of_a_zip_is_refused(tmp_path):
+    source = zip_of_names(tmp_path / "source", ["狗/1.png".encode("gbk")])
+    for option, sentence in [
+        ("utf-8", "--zip-encoding utf-8 is not that of '╣╖/1.png'"),
+        ("klingon", "--zip-encoding klingon: Python knows no such encoding"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            run("write", source, str(tmp_path / "shards"), "--zip-encoding", option)
+
+
 def test_other_json_of_this_name_is_not_taken_for_stylegans(tmp_path):
     files = {"a/0.png": png(0), "a/1.png": png(1)}
     coco = as_folder(tmp_path / "coco", files | {"dataset.json": b'{"images": [], "info": 1}'})
