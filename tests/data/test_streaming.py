@@ -544,3 +544,34 @@ def test_a_summary_of_bad_samples_is_plain_json(streams: Streams, folder: Path) 
     loader = streams(folder / "*.tar")
     batches = some(loader, 20)
     assert json.loads(json.dumps([bad for batch in batches for bad in batch.bad_samples]))
+
+
+@pytest.mark.parametrize("has_label", [False, True])
+def test_images_under_other_names_are_named_with_the_option_that_takes_them(
+    tmp_path: Path, streams: Streams, has_label: bool
+) -> None:
+    members = [
+        (f"{i}.{name}", numbered(i)) for i in range(99) for name in ("left.jpg", "right.jpg")
+    ]
+    labels = [(f"{i}.cls", b"1") for i in range(99)] if has_label else []
+    write_tar(tmp_path / "stereo.tar", sorted(members + labels))
+    sentence = (
+        "has no image, only .left.jpg and .right.jpg: `ganscale shards index --image left.jpg`"
+    )
+    with pytest.raises(UserError, match=sentence):
+        next(streams(tmp_path / "stereo.tar"))
+
+
+def test_of_several_images_the_first_is_used_and_a_warning_says_so_once(
+    tmp_path: Path, streams: Streams, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("jpg", "png", "npy")
+    members = [(f"{i}.{name}", numbered(i)) for i in range(9) for name in names]
+    write_tar(tmp_path / "both.tar", members)
+    assert len(some(streams(tmp_path / "both.tar"), 4)) == 4
+    messages = [record.getMessage() for record in caplog.records]
+    (message,) = [message for message in messages if message.startswith("samples have")]
+    assert message == (
+        "samples have several images, .jpg and .png: the first is used; `ganscale shards index "
+        "--image EXT` chooses one"
+    )

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -180,7 +181,7 @@ class _Stream:
                     if isinstance(member, int):  # its size: it was not read
                         raise too_large(member)
                 label = self._label(sample)
-                decode_into(_image(sample), pixels)
+                decode_into(self._image(sample), pixels)
             except BadSampleError as error:
                 shard, key = shard_name(sample["__url__"]), sample["__key__"]
                 self._bad_samples.append(BadSample(shard, error.reason, key, error.detail))
@@ -221,12 +222,35 @@ class _Stream:
                 kind = UnavailableError if self._has_yielded else UserError
                 raise kind(
                     f"{empty} shards in a row gave no sample; the last: "
-                    f"{objects.shown(self.tars.url)} {self.tars.damage or 'is empty'}"
+                    f"{objects.shown(self.tars.url)} {self.tars.damage or self._without_images()}"
                 )
 
+    def _image(self, sample: dict[str, Any]) -> bytes:
+        """The image of a sample, as a file. Raises BadSampleError without one."""
+        found = [extension for extension in IMAGE_EXTENSIONS if extension in sample]
+        if not found:
+            raise BadSampleError(f"has no image{self._other_images()}", "no image")
+        if len(pictures := [extension for extension in found if extension != "npy"]) > 1:
+            _warn_of_several(*pictures)
+        return sample[found[0]]
 
-def _image(sample: dict[str, Any]) -> bytes:
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample:
-            return sample[extension]
-    raise BadSampleError("has no image", "no image")
+    def _without_images(self) -> str:
+        other_images = self._other_images()
+        return f"has no image{other_images}" if other_images else "is empty"
+
+    def _other_images(self) -> str:
+        """What to do where samples have their images under other names."""
+        if not (found := sorted(self.tars.other_images)):
+            return ""
+        return (
+            f", only .{' and .'.join(found)}: `ganscale shards index --image {found[0]}` takes one"
+        )
+
+
+@cache
+def _warn_of_several(*extensions: str) -> None:
+    logger.warning(
+        "samples have several images, .%s: the first is used; `ganscale shards index --image EXT` "
+        "chooses one",
+        " and .".join(extensions),
+    )

@@ -72,11 +72,13 @@ class StreamedTars:
 
     report: called with each tar that is damaged
     Attributes: `url`, the tar being read; `last_read_at`, when bytes last came, in monotonic
-    seconds; `damage`, what is wrong with the last tar, if anything.
+    seconds; `damage`, what is wrong with the last tar, if anything; `other_images`, extensions such
+    as left.jpg, whose members are not read since a sample may have several.
     """
 
     def __init__(self, retry_seconds: float, report: Callable[[BadSample], object]) -> None:
         self.url, self.damage = "", ""
+        self.other_images: set[str] = set()
         self.last_read_at = time.monotonic()
         self._report = report
         self._retry_seconds = retry_seconds
@@ -107,7 +109,7 @@ class StreamedTars:
         try:
             with self._opened(url) as stream:
                 tar = _TarBytes(stream, self._on_read)
-                yield from group_by_keys(_members(tar, url, note), handler=note)
+                yield from group_by_keys(_members(tar, url, note, self.other_images), handler=note)
                 while rest := tar.read(1 << 20):  # only at the end is a command's status known
                     if rest.strip(b"\0") and not tar.is_compressed:
                         note(ValueError("a header is, or data follows the archive's end"))
@@ -180,7 +182,7 @@ class _Header(tarfile.TarInfo):
 
 
 def _members(
-    tar: _TarBytes, url: str, note: Callable[[Exception], bool]
+    tar: _TarBytes, url: str, note: Callable[[Exception], bool], other_images: set[str]
 ) -> Iterator[dict[str, Any]]:
     """Images and labels, as from webdataset's `tar_file_expander`, which selects by name only and
     reads into memory whatever size a header claims."""
@@ -191,6 +193,9 @@ def _members(
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it keeps them all
                 if not member.isreg() or not _is_image_or_label(member.name):
+                    other = _extension(member.name)
+                    if other.rpartition(".")[2] in IMAGE_EXTENSIONS and len(other_images) < 9:
+                        other_images.add(other)
                     continue
                 data: bytes | int = member.size
                 if member.size <= LARGEST_IMAGE_BYTES:
@@ -219,9 +224,14 @@ def _damaged_tar(url: str, error: Exception) -> BadSample:
 
 def _is_image_or_label(name: str) -> bool:
     """Nothing else is read into memory; names in __x__ are WebDataset's own."""
-    extension = name.rpartition("/")[2].partition(".")[2].lower()
+    extension = _extension(name)
     is_data = extension in IMAGE_EXTENSIONS or extension in LABEL_EXTENSIONS
     return is_data and re.match(r"__[^/]*__/", name) is None
+
+
+def _extension(name: str) -> str:
+    """As WebDataset has it: what follows the first dot of a member's name."""
+    return name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def shard_name(url: str) -> str:
