@@ -7,6 +7,10 @@
 # avoid, and `ended CODE MESSAGE` at its end. `died MESSAGE` is appended for a rank that a signal has
 # killed, and `exited CODE` by the first task. The exit codes are those of ganscale/errors.py.
 
+[[ -n ${SLURM_JOB_ID:-} ]] || {
+  echo "error: this is a batch script: submit it with sbatch" >&2
+  exit 2
+}
 readonly STOPPED=75 RANK_LOST=76
 stop_asked='' step='' step_began=0 forwarder=''
 

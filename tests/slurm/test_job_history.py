@@ -158,6 +158,38 @@ def test_a_node_that_is_taken_exclusively_may_have_more_gpus_than_were_asked_for
     assert "sees 0\n" in jobs.log(job)
 
 
+@pytest.mark.parametrize("script", ["train.sbatch", "shards.sbatch", "sweep.sbatch"])
+def test_a_batch_script_that_is_run_and_not_submitted_says_so(script: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
+    done = subprocess.run(
+        ["bash", f"slurm/{script}", "verify"],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: this is a batch script: submit it with sbatch\n",
+    )
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "shards.sbatch"])
+def test_one_task_has_its_cpus_and_runs_once_although_its_node_has_room_for_more(
+    jobs: Jobs, script: str
+) -> None:
+    """srun alone starts as many tasks as fit, and since 22.05 takes no CPUs over from sbatch."""
+    stand_in = jobs.stand_in('echo "runs with CPUs $(grep Cpus_allowed_list /proc/self/status)"')
+    first = "any" if script == "train.sbatch" else "verify"
+    for cpus, listed in ((1, "[01]"), (2, "0-1")):
+        job = jobs.submit(
+            script, first, options=f"--exclusive --cpus-per-task={cpus}",
+            # shards.sbatch checks nothing first, so its own command is the stand-in's
+            GANSCALE_CONTAINER=f"{stand_in} task", SRUN_CPUS_PER_TASK="1", SLURM_NTASKS="2",
+        )  # fmt: skip
+        jobs.cluster.wait_for(job, JobState="COMPLETED")
+        lines = [line for line in jobs.log(job).splitlines() if line.startswith("runs with")]
+        assert len(lines) == 1
+        assert re.fullmatch(rf"runs with CPUs Cpus_allowed_list:\t{listed}", lines[0])
+
+
 def test_ranks_next_to_each_other_are_on_one_socket(tmp_path: Path, digits: Path) -> None:
     """A node that seems to have two sockets of two CPUs each, of which the first two are there."""
     with Cluster(nodes=1, cpus=4, sockets=2) as cluster:
