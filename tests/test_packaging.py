@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,13 @@ def test_a_wheel_lists_its_configs_and_batch_scripts_and_copies_them(
                 copy = tmp_path / original.relative_to(REPOSITORY)
                 assert copy.read_bytes() == original.read_bytes()
     assert (tmp_path / "configs" / "demo.yaml").read_text() == "mine"
+
+
+def test_a_wheel_of_a_clone_that_was_used_has_no_bytecode(ganscale: Path) -> None:
+    (wheel,) = ganscale.parent.parent.parent.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ganscale/shards/bundled/mnist.webp" in names
+    assert [name for name in names if "__pycache__" in name] == []
 
 
 def test_the_folder_above_a_clone_does_not_hide_the_package(tmp_path: Path) -> None:
