@@ -2,13 +2,15 @@
 
 import pwd
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ganscale.cli.main import main
-from tests.helpers.runs import Runs
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.runs import Runs, read_rows
 
 
 @pytest.fixture
@@ -165,6 +167,16 @@ def test_a_folder_below_a_home_that_is_not_known_is_named(
     assert sentence == (
         f"{name} begins with ~, but no home folder is known here: set HOME, or name the folder"
     )
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_trains_whatever_streams_its_caller_has_closed(runs: Runs, closed: str) -> None:
+    command = runs.command("silent", "training.total_images=64", "data.workers=2")
+    subprocess.run(
+        ["bash", "-c", f'"$@" {closed}', "bash", *command], cwd=REPOSITORY, check=True, timeout=300
+    )
+    assert (runs.folder / "silent" / "checkpoints" / "images-000000064").is_dir()
+    assert len([*read_rows(runs.folder / "silent" / "metrics.jsonl")]) > 0
 
 
 # More than any machine has; the critic alone, so that a plan needs no memory for it.

@@ -90,8 +90,20 @@ def _print_error(message: str) -> None:
     sys.stderr.flush()
 
 
+def _open_closed_streams() -> None:
+    """`ganscale ... >&-`: else a file of the run would get the number of the stream that is closed,
+    and whatever is printed there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def entry_point() -> None:
     """The console command."""
+    _open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may not fit into its encoding
     sys.exit(main())
