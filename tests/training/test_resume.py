@@ -138,7 +138,7 @@ def test_another_experiment_is_refused_in_one_line_that_asks_for_a_name(sessions
     with pytest.raises(UserError) as raised:
         open_run(folder, resolve([str(sessions.config), str(other)]), "digits")
     sentence = str(raised.value)
-    assert "and 6 more in objective, optimizer): give this one another run.name" in sentence
+    assert "and 5 more in objective, optimizer): give this one another run.name" in sentence
     assert len(sentence) < 300 + len(str(folder.path))
 
 
