@@ -89,11 +89,11 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     As it is as likely in all four directions, that is the same distribution.
     """
     p = parameters
-    ones, half_turns, opposite, mirror, sizes = _constants(
+    ones, quarter_turns, opposite, mirror, sizes = _constants(
         height, width, p["rotate"].dtype, p["rotate"].device
     )
     # The first angle turns by quarters and before the scaling, the second one after it.
-    angles = torch.addcmul(p["rotate"], p["rotate90"], half_turns)
+    angles = torch.addcmul(p["rotate"], p["rotate90"], quarter_turns)
     cosines, sines = angles.cos(), angles.sin()
     inverse_rotations = torch.stack([cosines, sines, -sines, cosines], dim=-1)
     before, after = inverse_rotations.unflatten(-1, (2, 2)).unbind(1)

@@ -67,7 +67,12 @@ class AdaptiveProbability:
             "adjusted_at": self._adjusted_at,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any] | None, images_seen: int) -> None:
+        """state: None of a run that had no controller, whose logits of so many images it has not
+        seen"""
+        if state is None:
+            self._adjusted_at = images_seen
+            return
         self._level.fill_(state["level"])
         self._level.clamp_(0, self._config.full_images)  # which may have been changed since
         # They are summed over the ranks again, so one rank takes all.

@@ -17,13 +17,14 @@ from ganscale.shards.sample_sheet import read_samples
 _LABEL_PIXELS = 96  # the longest name takes 70
 
 
-def write_contact_sheet(manifest: Manifest, path: Path, pipeline: str, columns: int) -> None:
+def write_contact_sheet(manifest: Manifest, path: Path, pipeline: str, columns: int) -> int:
     """Writes a PNG: a row for the images as they are, and one for each transformation, applied to
-    all of them at full strength; a last one for the pipeline's default with probability 1.
+    all of them at full strength; a last one for the pipeline's default with probability 1. Returns
+    how many of the images are bad, and left black.
 
     Where all images are gray, transformations that need color are left out.
     """
-    images, _ = read_samples(manifest, columns)
+    images, bad_samples = read_samples(manifest, columns)
     if (images == images[..., :1]).all():
         images = images[..., :1]
     rows = list(_rows(pipeline, torch.from_numpy(images)))
@@ -38,6 +39,7 @@ def write_contact_sheet(manifest: Manifest, path: Path, pipeline: str, columns: 
         draw.text((4, middle), name, fill="white", anchor="lm")
     path.parent.mkdir(parents=True, exist_ok=True)
     labeled.save(path, "PNG")
+    return bad_samples
 
 
 def _rows(pipeline: str, images: torch.Tensor) -> Iterator[tuple[str, np.ndarray]]:

@@ -289,8 +289,8 @@ def _show(args: argparse.Namespace) -> int:
     if args.augment:
         from ganscale.augmentation.contact_sheet import write_contact_sheet
 
-        write_contact_sheet(manifest, args.augment, args.pipeline, columns=8)
-        echo(f"augmented    {args.augment}")
+        bad = write_contact_sheet(manifest, args.augment, args.pipeline, columns=8)
+        echo(f"augmented    {args.augment}{f' ({bad} bad, black)' if bad else ''}")
     return 0
 
 

@@ -125,10 +125,10 @@ class Augmentation:
         """Collective; waits for the device."""
         return None if self._controller is None else self._controller.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """state: None from a run without a controller, whose start it then is"""
-        if self._controller is not None and state is not None:
-            self._controller.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any] | None, images_seen: int) -> None:
+        """state: of a run that has seen so many images; None if it had no controller"""
+        if self._controller is not None:
+            self._controller.load_state_dict(state, images_seen)
 
 
 def check_augmentation(config: Config, objective: Objective) -> None:

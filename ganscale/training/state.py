@@ -180,7 +180,7 @@ class TrainingState:
         self.health = Health(**numbers.get("health", {}))
         self.best_figures = numbers.get("best_figures", {})
         self.meters.load_state(numbers["meters"])
-        self.augmentation.load_state_dict(numbers.get("augmentation"))
+        self.augmentation.load_state_dict(numbers.get("augmentation"), self.images_seen)
 
     def _check_equal_code(self, runtime: Runtime) -> None:
         """Raises UserError if the networks of two ranks compute different things."""

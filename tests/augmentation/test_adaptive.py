@@ -82,12 +82,21 @@ def test_a_stored_controller_continues_with_the_same_bits(runtime: Runtime, step
             each.observe(logits_of(negative=step), step * BATCH)
     stored = json.loads(json.dumps(stopped.state_dict()))
     resumed = controller(runtime)
-    resumed.load_state_dict(stored)
+    resumed.load_state_dict(stored, steps * BATCH)
     for step in range(steps + 1, 20):
         for each in (whole, resumed):
             each.observe(logits_of(negative=step), step * BATCH)
         assert torch.equal(whole.probability(), resumed.probability())
     assert whole.state_dict() == resumed.state_dict()
+
+
+def test_a_controller_that_is_added_to_a_run_starts_from_there(runtime: Runtime) -> None:
+    held = controller(runtime)
+    held.load_state_dict(None, 4000)
+    held.observe(logits_of(negative=0), 4064)
+    assert held.probability().item() == 0
+    held.observe(logits_of(negative=0), 4128)
+    assert held.probability().item() == 128 / 10_000
 
 
 def test_patches_and_logits_of_zero_count_as_the_paper_s_mean_of_signs(runtime: Runtime) -> None:
