@@ -24,25 +24,19 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
     """A run with configs/objective/OBJECTIVE.yaml, `network` (a kind and its resolution, such as
     dcgan32 or resnet256) and `settings`.
 
-    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long. R3GAN has the
-    widths of configs/r3gan_emoji32.yaml, doubled on for higher resolutions.
+    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long.
     """
     kind = network.rstrip("0123456789")
     resolution = network.removeprefix(kind)
-    widths = [16 * 2**stage for stage in reversed(range(int(resolution).bit_length() - 2))]
-    options = {
-        "dcgan": "{width: 64}",
-        "resnet": "{width: 32}",
-        "r3gan": f"{{widths: {widths}, blocks: 1}}",
-    }[kind]
+    width = {"dcgan": 64, "resnet": 32}[kind]
     return resolve(
         [
             str(CONFIGS / "resnet32.yaml"),
             str(CONFIGS / "objective" / f"{objective}.yaml"),
             f"generator.target={kind}",
             f"critic.target={kind}",
-            f"generator.options={options}",
-            f"critic.options={options}",
+            f"generator.options.width={width}",
+            f"critic.options.width={width}",
             "generator.latent_dim=64",
             f"data.resolution={resolution}",
             f"training.global_batch_size={batch}",

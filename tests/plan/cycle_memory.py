@@ -51,10 +51,12 @@ class AskingCritic(DCGANCritic):
 
 
 def small_config(objective: str, network: str, *settings: str) -> Config:
-    """As benchmarks.ours.config_of, with a width of 16 at the highest resolution and a batch of
-    32."""
+    """As benchmarks.ours.config_of, with a width of 16 and a batch of 32; or a ready config, with
+    the same batch."""
+    if network.startswith("r3gan_"):
+        pieces = [network, objective, "data.path=x", "training.global_batch_size=32"]
+        return resolve([*pieces, *settings]).config
     widths = [f"{role}.options.width=16" for role in ("generator", "critic")]
-    widths = [] if network.startswith("r3gan") else widths
     return config_of(objective, network, 32, "data.path=x", *widths, *settings)
 
 

@@ -72,7 +72,10 @@ TRACKED = {
     "no penalty": ("non_saturating", "resnet32"),
     "clipping": ("wgan", "dcgan32"),
     "two penalties": ("r3gan", "resnet32"),
-    "grouped convolutions": ("r3gan", "r3gan32"),
+    "grouped convolutions": (
+        *("r3gan", "r3gan_emoji32", "training.precision=float32"),
+        "training.penalty_precision=float32",
+    ),
     "lazy penalty": ("r1", "dcgan32", "objective.penalties.r1.interval=2"),
     "dragan": ("dragan", "dcgan32"),
     "micro-batches": ("wgan_gp", "resnet32", "training.accumulate=4"),
