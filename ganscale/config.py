@@ -24,7 +24,7 @@ from ganscale.config_yaml import COMMAND_LINE, read_file, read_override, update
 from ganscale.errors import UserError
 from ganscale.importing import nearest
 from ganscale.ready import find_config, ready_configs
-from ganscale.schedules import ends
+from ganscale.schedules import Schedule, ends
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, settings_of
@@ -298,7 +298,10 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
     if config.training.reuse_fakes and micro_batches > 1:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
     augmentation = config.augmentation
-    is_given = augmentation.probability > 0 or augmentation.adaptive is not None
+    is_adaptive, probability = augmentation.adaptive is not None, augmentation.probability
+    if is_adaptive and isinstance(probability, Schedule):
+        yield "augmentation.probability", "must be a number with `augmentation.adaptive`"
+    is_given = max(ends(probability)) > 0 or is_adaptive
     if augmentation.pipeline != "none" and not is_given:
         yield "augmentation.probability", "must be above 0 unless `augmentation.adaptive` is given"
     if augmentation.pipeline == "none" and (is_given or augmentation.strengths):

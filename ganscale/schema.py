@@ -176,7 +176,7 @@ class AugmentationConfig:
         "others are off. With none named, the pipeline's default.",
         dict,
     )
-    probability: float = setting(
+    probability: FloatOrSchedule = setting(
         "Probability of each transformation at strength 1; with `adaptive`, at the start.",
         0.0,
         at_least=0,

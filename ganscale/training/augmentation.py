@@ -15,6 +15,7 @@ from ganscale.objectives.losses import Loss, total
 from ganscale.objectives.objective import Objective
 from ganscale.randomness import Draw, normal
 from ganscale.runtime import Runtime
+from ganscale.schedules import value_at
 from ganscale.schema import Config
 
 Purposes = Mapping[str, str]
@@ -56,7 +57,7 @@ class Augmentation:
         self._constant: tuple[float, Tensor] | None = None
         settings = config.augmentation
         if self.pipeline is not None and settings.adaptive is not None:
-            start = settings.probability
+            start = value_at(settings.probability, 0)
             self._controller = AdaptiveProbability(settings.adaptive, start, runtime)
 
     def probability(self, images_seen: int) -> Float[Tensor, ""] | None:
@@ -65,16 +66,13 @@ class Augmentation:
             return None
         if self._controller is not None:
             return self._controller.probability()
-        value = self._scheduled_probability(images_seen)
+        value = value_at(self._config.augmentation.probability, images_seen)
         if value == 0:
             return None
         if self._constant is None or self._constant[0] != value:
             tensor = torch.full((), value, dtype=torch.float64, device=self._device)
             self._constant = value, tensor
         return self._constant[1]
-
-    def _scheduled_probability(self, images_seen: int) -> float:
-        return self._config.augmentation.probability
 
     def drawn(
         self,
