@@ -27,7 +27,7 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ours import CONFIGS, Ours, config_of, random_images
+from benchmarks.ours import CONFIGS, Ours, config_of, narrow, random_images
 from benchmarks.report import Row, argument_parser, report
 from benchmarks.rivals.loops import PlainLoop
 from benchmarks.timing import speedup, step_clock
@@ -38,6 +38,7 @@ from ganscale.training import cycle, steps
 
 OBJECTIVES = tuple(sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
 NETWORKS = ("dcgan32", "resnet32")
+OWN_NETWORKS = {"r3gan": ("r3gan32",)}  # that a paper made for its objective
 QUICK = ("wgan_gp/dcgan32", "wgan_gp/resnet32", "r3gan/dcgan32", "non_saturating/dcgan32")
 _NO_LAUNCH = {
     torch.ops.aten._unsafe_view,
@@ -87,8 +88,7 @@ def gpu_path() -> Iterator[None]:
 
 def contestants(objective: str, network: str, width: int, batch: int) -> tuple[Ours, PlainLoop]:
     """Our cycle and the plain loop with copies of its networks."""
-    widths = [f"{role}.options.width={width}" for role in ("generator", "critic")]
-    config = config_of(objective, network, batch, *widths)
+    config = config_of(objective, network, batch, *narrow(network, width))
     runtime = Runtime.start()
     ours = Ours(config, runtime, random_images(config, runtime.device))
     return ours, PlainLoop(ours.task())
@@ -143,7 +143,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = [(objective, network) for objective in OBJECTIVES for network in NETWORKS]
+    cases = [(o, n) for o in OBJECTIVES for n in (*NETWORKS, *OWN_NETWORKS.get(o, ()))]
     is_short = options.quick and not options.only
     rows: list[Row] = []
     with gpu_path():

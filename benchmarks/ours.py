@@ -18,31 +18,51 @@ from ganscale.training.cycle import Cycle, DeviceBatch, draws_ahead
 from ganscale.training.state import TrainingState
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+ROLES = "generator", "critic"
 
 
 def config_of(objective: str, network: str, batch: int, *settings: str) -> Config:
     """A run with configs/objective/OBJECTIVE.yaml, `network` (a kind and its resolution, such as
     dcgan32 or resnet256) and `settings`.
 
-    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long.
+    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long; R3GAN those of
+    its preset for 32 pixels.
     """
-    kind = network.rstrip("0123456789")
-    resolution = network.removeprefix(kind)
-    width = {"dcgan": 64, "resnet": 32}[kind]
+    kind, resolution = kind_of(network)
+    if kind == "r3gan":
+        networks = ["r3gan_emoji32.yaml", "training.precision=float32"]
+        networks.append("training.penalty_precision=float32")
+    else:
+        width = {"dcgan": 64, "resnet": 32}[kind]
+        networks = ["resnet32.yaml", "generator.latent_dim=64"]
+        networks += [f"{role}.target={kind}" for role in ROLES]
+        networks += [f"{role}.options.width={width}" for role in ROLES]
+    base, *options = networks
     return resolve(
         [
-            str(CONFIGS / "resnet32.yaml"),
+            str(CONFIGS / base),
             str(CONFIGS / "objective" / f"{objective}.yaml"),
-            f"generator.target={kind}",
-            f"critic.target={kind}",
-            f"generator.options.width={width}",
-            f"critic.options.width={width}",
-            "generator.latent_dim=64",
+            *options,
             f"data.resolution={resolution}",
             f"training.global_batch_size={batch}",
             *settings,
         ]
     ).config
+
+
+def kind_of(network: str) -> tuple[str, str]:
+    """("dcgan", "32") of "dcgan32"."""
+    kind = network.rstrip("0123456789")
+    return kind, network.removeprefix(kind)
+
+
+def narrow(network: str, width: int) -> list[str]:
+    """Settings with which the networks have `width` channels at their highest resolution."""
+    if kind_of(network)[0] != "r3gan":
+        return [f"{role}.options.width={width}" for role in ROLES]
+    return [
+        f"{role}.options.{option}={width}" for role in ROLES for option in ("widths", "group_width")
+    ]
 
 
 def random_images(config: Config, device: torch.device) -> Tensor:

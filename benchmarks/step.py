@@ -48,6 +48,7 @@ from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime
 
 NETWORKS = ("dcgan32", "resnet32", "dcgan64", "resnet64")
+OWN_NETWORKS = [("r3gan", "r3gan32")]  # that a paper made for its objective
 BFLOAT16 = "training.precision=bfloat16"
 BFLOAT16_THROUGHOUT = (BFLOAT16, "training.penalty_precision=autocast")
 AGAINST_ALL = ("wgan_gp", "non_saturating")
@@ -115,11 +116,11 @@ def variants_of(objective: str) -> list[Variant]:
 
 
 def cases() -> list[Case]:
-    """The two main objectives on all networks, the others at 32 pixels."""
+    """The two main objectives on all networks, the others at 32 pixels and on their own."""
     main = [(objective, network) for objective in AGAINST_ALL for network in NETWORKS]
     names = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
     others = [(o, n) for o in names if o not in AGAINST_ALL for n in NETWORKS if n.endswith("32")]
-    return [Case(*pair, tuple(variants_of(pair[0]))) for pair in main + others]
+    return [Case(*pair, tuple(variants_of(pair[0]))) for pair in main + others + OWN_NETWORKS]
 
 
 def rivals_of(objective: str) -> dict[str, Callable[[Task], Contestant]]:

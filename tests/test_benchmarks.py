@@ -1,6 +1,7 @@
 """A race is fair where the rivals compute the same: one cycle of each in float64 against ours."""
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,8 +196,13 @@ def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
     assert {name.partition("/")[0] for name in names} == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("network", launches.NETWORKS)
-@pytest.mark.parametrize("objective", ["wgan_gp", "r3gan"])
+@pytest.mark.parametrize(
+    ("objective", "network"),
+    [
+        *itertools.product(["wgan_gp", "r1", "r3gan", "dragan"], launches.NETWORKS),
+        ("r3gan", "r3gan32"),
+    ],
+)
 def test_a_cycle_launches_fewer_operators_than_a_plain_loop(objective: str, network: str) -> None:
     """On a GPU's path, where each takes the host's time."""
     with launches.gpu_path():
