@@ -120,17 +120,19 @@ ADAPTIVE = (
 )
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_with_the_adaptive_controller_ends_with_the_bits_of_a_whole_one(
-    runs: Runs,
+    runs: Runs, ranks: int
 ) -> None:
-    runs.finish("whole", *ADAPTIVE)
-    process = runs.start("killed", *ADAPTIVE, "data.workers=2")
+    """Checkpoints are written between two adjustments."""
+    runs.finish("whole", *ADAPTIVE, ranks=ranks)
+    process = runs.start("killed", *ADAPTIVE, "data.workers=2", ranks=ranks)
     try:
         wait_for_checkpoints(runs, "killed", 1, process)
     finally:
         end_tree(process)
         process.communicate()
-    assert "continues at" in runs.finish("killed", *ADAPTIVE, "data.workers=2")
+    assert "continues at" in runs.finish("killed", *ADAPTIVE, "data.workers=2", ranks=ranks)
     assert checkpoint_bits(runs.checkpoints("killed")[-1]) == checkpoint_bits(
         runs.checkpoints("whole")[-1]
     )
