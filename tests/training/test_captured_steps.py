@@ -122,6 +122,8 @@ CASES = {
     "relativistic_average": config_with(Combination("relativistic_average", "r1+r2")),
     "clip": config_with(Combination("wgan", "none", "clip_weights")),
     "micro-batches": config_with(Combination("relativistic_average", "r1+r2"), accumulate=2),
+    "augmented": config_with(Combination("relativistic_average", "r1+r2", "ada")),
+    "adaptive": config_with(Combination("hinge", "r1", "adaptive")),
     "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
 }
 
