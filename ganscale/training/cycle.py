@@ -30,12 +30,7 @@ from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
 from ganscale.schedules import value_at
 from ganscale.schema import Config
-from ganscale.training.augmentation import (
-    CRITIC,
-    GENERATOR,
-    Purposes,
-    augmentation_draws,
-)
+from ganscale.training.augmentation import CRITIC, GENERATOR, Purposes, augmentation_draws
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
