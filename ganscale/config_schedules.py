@@ -84,7 +84,7 @@ def _number(
 ) -> Generator[Mistake, None, float | Schedule]:
     kind = scheduled_type(expected) or float
     if not isinstance(value, dict):
-        return (yield from _converted(value, kind, key, " or a schedule"))
+        return (yield from _converted(value, kind, key))
     for end in ("from", "to"):
         if value.get(end, MISSING) == MISSING:
             yield key, f"is a schedule without `{end}`"
@@ -99,14 +99,19 @@ def _number(
     return Schedule(start, end, **parts)
 
 
-def _converted(value: Any, kind: type, key: str, more: str = "") -> Generator[Mistake, None, Any]:
-    """As OmegaConf converts it, which reads numbers from text: an environment variable's, say."""
+def _converted(value: Any, kind: type, key: str) -> Generator[Mistake, None, Any]:
+    if not is_convertible(value, kind):
+        yield key, f"must be {kind.__name__}, not {without_secrets(value)!r}"
+    return kind(value)
+
+
+def is_convertible(value: Any, kind: type) -> bool:
+    """Whether OmegaConf would convert it; numbers may be text, of an environment variable, say."""
     try:
-        if kind is str or type(value) in (kind, int, str):
-            return kind(value)
-    except ValueError:
-        pass
-    yield key, f"must be {kind.__name__}{more}, not {without_secrets(value)!r}"
+        kind(value)
+    except (TypeError, ValueError):
+        return False
+    return kind is str or type(value) in (kind, int, str)
 
 
 def setting_mistakes(setting: Setting, value: Any, key: str) -> Iterator[Mistake]:

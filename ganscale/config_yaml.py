@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from ganscale.config_schedules import keep_starts
+from ganscale.config_schedules import is_convertible, keep_starts
 from ganscale.errors import UserError
 from ganscale.older_settings import REPLACED, add_older, take_older
 from ganscale.schema import Config
@@ -189,14 +189,18 @@ def _value(node: yaml.Node, expected: Any, key: str) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _section(node, expected, key + ".")
     if number := scheduled_type(expected):
-        return _plain(node, number, key)
+        value = _plain(node, number, key)
+        if not is_convertible(value, number) and "${" not in str(value):
+            shown = repr(without_secrets(value))
+            raise UserError(f"`{key}` must be {number.__name__} or a schedule, not {shown}")
+        return value
     value = _plain(node, Any, key)
     if is_dataclass(expected) and value is None:  # `clip: null`
         return None
     main = main_setting(expected) if is_dataclass(expected) else None
     if main is None or not isinstance(node, yaml.ScalarNode):
         raise UserError(f"`{key}` must be a section of keys, not {without_secrets(value)!r}")
-    return {main: _plain(node, types_of(expected)[main], key)}
+    return {main: _value(node, types_of(expected)[main], f"{key}.{main}")}
 
 
 def _plain(node: yaml.Node, expected: Any, key: str) -> Any:

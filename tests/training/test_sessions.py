@@ -110,10 +110,10 @@ def test_a_run_that_trains_nothing_leaves_the_stored_settings_as_they_were(folde
     done = trainer_of(folder, runtime, "nothing", *more)
     assert done.run() == 0
     stored = done.folder.config.read_bytes()
-    shorter = ("training.total_images=40", "resume.allow=[training.total_images]")
+    shorter = ("training.total_images=40", "resume.allow=[optimizer.critic.learning_rate]")
     again = trainer_of(folder, runtime, "nothing", *more, *shorter)
     assert again.run() == 0
-    longer = ("training.total_images=96", "resume.allow=[training.total_images]")
+    longer = ("training.total_images=96", "resume.allow=[optimizer.critic.learning_rate]")
     stopped = trainer_of(folder, runtime, "nothing", *more, *longer)
     stopped.stop.request()
     assert stopped.run() == 75
