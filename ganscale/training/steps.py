@@ -92,11 +92,11 @@ class CriticStep(nn.Module):
         A penalty at the critic's own images takes its gradient from their forward; others have a
         forward of their own, since a double backward through all images would drag zeros along.
         """
-        images = {"real": real_images, "fake": fake_images}
+        both = {"real": real_images, "fake": fake_images}
         with merged_kernels():
-            own = self._penalties_at(images, points)
+            own = self._penalties_at(both, points)
             if own:
-                logits, found = self._logits_and_gradients(images, labels, own, augmentation)
+                logits, found = self._logits_and_gradients(both, labels, own, augmentation)
             else:
                 logits = self.logits(real_images, fake_images, labels, augmentation)
                 found = {}
@@ -224,6 +224,7 @@ class GeneratorStep(nn.Module):
         joins_forwards: bool = True,
         pipeline: Pipeline | None = None,
     ) -> None:
+        """joins_forwards: as of `CriticStep`"""
         super().__init__()
         self.generator = generator
         self._pipeline = pipeline
@@ -271,18 +272,18 @@ class GeneratorStep(nn.Module):
         **_: object,
     ) -> Logits:
         """Of fake images, and of real ones where they are needed, in float32 or better."""
-        needs_real = with_real_logits or self._needs_real
         with autocast(real_images.device, self._precision):
             if fake_images is None:
                 fake_images = self._run_generator(latents, labels)
-            if needs_real and self._joins_forwards and _saves_launches(real_images):
+            # With or without the panel, a step computes the same bits.
+            if self._needs_real and self._joins_forwards and _saves_launches(real_images):
                 both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
                 both = _augment(self._pipeline, augmentation, "fake", "real")(both)
                 fake, real = at_least_float32(self._run_critic(both, _twice(labels))).chunk(2)
                 return {"fake": fake, "real": real.detach()}
             fake_images = _augment(self._pipeline, augmentation, "fake")(fake_images)
             logits = {"fake": at_least_float32(self._run_critic(fake_images, labels))}
-            if needs_real:
+            if with_real_logits or self._needs_real:
                 with torch.no_grad():
                     real_images = _augment(self._pipeline, augmentation, "real")(real_images)
                     logits["real"] = at_least_float32(self._run_critic(real_images, labels))
