@@ -104,6 +104,18 @@ def is_lower_better(name: str) -> bool | None:
     return None if metric is None else METRICS[metric].is_lower_better
 
 
+def title_of(name: str) -> str:
+    """A figure for people by its name in a row, such as "recall (dinov2)", or that of which it is
+    the deviation; "" if it is neither."""
+    figure = re.sub(r"_std(?=_|$)", "", name, count=1)
+    if (metric := _metric_of(figure)) is None:
+        return ""
+    title = METRICS[metric].title
+    if figure == figure_name(metric, INCEPTION):
+        return title.replace("Fréchet distance", "FID")
+    return f"{title} ({figure.removeprefix(f'eval/{metric}_')})"
+
+
 def _metric_of(name: str) -> str | None:
     if re.search(r"_std(_|$)", name):
         return None

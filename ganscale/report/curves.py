@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ganscale.evaluation.figures import is_figure, title_of
 from ganscale.report.run_reader import Curve, Run
 
 COLOURS = 6
@@ -24,6 +25,11 @@ _PANEL = (
     "runs with different objectives."
 )
 _SECTIONS = {
+    "eval": (
+        "Sample quality",
+        "Generated images against the reference. Lower is better for Fréchet and kernel distances "
+        "and KL; higher for precision, recall, density, coverage, Inception Score and modes.",
+    ),
     "collapse": (
         "Diversity",
         "Distances among generated images divided by those among real ones: 1 is as diverse as "
@@ -88,7 +94,7 @@ def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Ch
     and generator, real and fake, minimum, mean and maximum) share a chart.
     """
     by_section: dict[str, list[str]] = {}
-    for name in sorted(set(names)):
+    for name in sorted(filter(_is_drawn, set(names))):
         by_section.setdefault(_section(name, overlays_runs), []).append(name)
     make = _single_charts if overlays_runs else _shared_charts
     ordered = known_first(by_section, _SECTIONS)
@@ -172,6 +178,11 @@ def _section(name: str, overlays_runs: bool) -> str:
     return name.rpartition("/")[0].partition("/")[0]
 
 
+def _is_drawn(name: str) -> bool:
+    """Of an evaluation, only the figures: what they depend on is said once."""
+    return not name.startswith("eval/") or bool(title_of(name))
+
+
 def _single_charts(section: str, names: list[str]) -> list[Chart]:
     # Without the percentiles of histograms: their means and deviations are shown.
     return [
@@ -198,6 +209,9 @@ def _shared_charts(section: str, names: list[str]) -> list[Chart]:
 
 def _shared(section: str, name: str, names: set[str]) -> tuple[str, str]:
     """(the title of the chart that shows a metric, its label there)."""
+    if title := title_of(name):
+        has_deviation = sum(title_of(other) == title for other in names) > 1
+        return title, ("mean" if is_figure(name) else "std") if has_deviation else ""
     for pattern, title, bare_label in _TOGETHER:
         if (match := re.fullmatch(pattern, name)) is not None:
             labels = [label for label in match.groupdict().values() if label]
@@ -225,6 +239,8 @@ def _order(label: str) -> tuple[int, int]:
 
 
 def _title(section: str, name: str) -> str:
+    if title := title_of(name):
+        return title if is_figure(name) else f"{title}, standard deviation"
     if section and name.startswith(f"{section}/"):
         name = name.removeprefix(f"{section}/")
     elif name == section:

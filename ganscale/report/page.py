@@ -33,6 +33,7 @@ from ganscale.report.curves import (
     title_of_section,
     trained_by,
 )
+from ganscale.report.evaluations import best_figures, dependences, incomparable
 from ganscale.report.history import Session, faults_of, run_state, sessions_of
 from ganscale.report.run_reader import Run, flattened
 from ganscale.report.samples import KIND_TITLES, read_grids, title_of_kind
@@ -79,6 +80,11 @@ def render(runs: Sequence[Run], now: datetime) -> str:
         sections=sections,
         is_thinned=_is_thinned(sections),
         most_points=most_points(len(runs)),
+        evaluations={
+            "dependences": dependences(runs),
+            "incomparable": incomparable(runs),
+            "best": best_figures(runs),
+        },
         final_values=final_values(runs),
         differences=differing_settings(runs) if len(runs) > 1 else [],
         sample_kinds=sample_kinds,
@@ -92,7 +98,8 @@ def _sections(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for section, charts in layout_of(all_names(runs), overlays_runs=len(runs) > 1).items():
         title, description = title_of_section(section)
         views = [_chart_view(chart, runs) for chart in charts]
-        sections.append({"title": title, "description": description, "charts": views})
+        view = {"key": section, "title": title, "description": description, "charts": views}
+        sections.append(view)
     return sections
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import yaml
 
 from ganscale.errors import UserError
+from ganscale.evaluation.figures import IDENTITY
 from ganscale.run_folder import RunFolder
 from ganscale.secrets import without_secrets, yaml_without_secrets
 from ganscale.tracking.record import IMAGES_SEEN, parse_row
@@ -50,6 +51,8 @@ class Metrics:
     damaged_lines: int = 0
     has_half_line: bool = False  # the last one: the run is writing, or was killed while it did
     images_seen: int = 0
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By images seen: what the figures of an evaluation there depend on."""
 
 
 @dataclass
@@ -137,6 +140,9 @@ def read_metrics(path: Path) -> Metrics:
                 metrics.rows += 1
                 images_seen = row[IMAGES_SEEN]
                 metrics.images_seen = max(metrics.images_seen, images_seen)
+                if IDENTITY in row:
+                    parts = {k: v for k, v in row.items() if k.startswith("eval/")}
+                    metrics.evaluations[images_seen] = parts
                 for name, value in _numbers(row):
                     xs, ys = columns[name]
                     xs.append(images_seen)
