@@ -192,3 +192,33 @@ def test_a_run_is_completely_in_wandb_also_without_a_home_folder(
     assert steps(run.history) == recorded_steps(tmp_path / "tiny")
     assert {artifact.type for artifact in server.artifacts.values()} == {"model", "dataset"}
     assert run.inputs
+
+
+def test_evaluations_and_the_best_figures_are_in_wandb(
+    with_account: dict[str, str], server: WandbServer, digits: Path, tmp_path: Path
+) -> None:
+    where = [f"run.folder={tmp_path}", "run.name=judged", f"data.path={digits}"]
+    where += [f"data.cache={tmp_path}/cache", "log.artifacts=none", "samples.every_images=160"]
+    printed = ganscale(
+        with_account,
+        "train",
+        *SETTINGS,
+        *where,
+        "evaluation.every_images=64",
+        "evaluation.samples=40",
+        "evaluation.network=tests.helpers.feature_networks:Projection",
+        "evaluation.metrics=[fd,is]",
+    )
+    assert "W&B cannot take" not in printed
+    ganscale(with_account, "sync", str(tmp_path / "judged"))  # if the machine was too busy
+    (run,) = server.runs.values()
+    rows = [row for row in read_rows(tmp_path / "judged" / "metrics.jsonl") if "eval/failed" in row]
+    assert len(rows) == 3
+    sent = [row for row in run.history if "eval/failed" in row]
+    for row, expected in zip(sent, rows, strict=True):
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+    best = json.loads((tmp_path / "judged" / "summary.json").read_text())["best_figures"]
+    assert set(best) == {"eval/fd_Projection", "eval/is_Projection", "eval/identity"}
+    assert run.summary["best_figures"] == best
+    # Beside the newest, under its own name.
+    assert run.summary["eval/fd_Projection"] == pytest.approx(rows[-1]["eval/fd_Projection"])
