@@ -22,7 +22,7 @@ RUN apt-get update \
 WORKDIR /source
 COPY . .
 RUN python3 -m venv /opt/ganscale \
-    && /opt/ganscale/bin/pip install --no-cache-dir -c constraints.txt .
+    && /opt/ganscale/bin/pip install --no-cache-dir -c constraints.txt '.[evaluation]'
 
 FROM python
 COPY --from=build /opt/ganscale /opt/ganscale

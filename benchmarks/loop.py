@@ -160,6 +160,8 @@ def measure(case: Case) -> Row:
                 f"data.path={folder / 'data'}",
                 f"run.folder={folder / 'runs'}",
                 "log.wandb=offline",
+                "evaluation.every_images=0",
+                "checkpoint.best=''",
                 f"log.every_images={block}",
                 f"samples.every_images={period // 2}",
                 f"checkpoint.every_images={period}",

@@ -150,6 +150,8 @@ class Campaign:
             f"checkpoint.keep_every_images={KEPT}",
             f"samples.every_images={SAMPLES}",
             "samples.count=4",
+            "evaluation.every_images=0",
+            "checkpoint.best=''",
             "log.wandb=disabled",
             *self.world.settings,
             *settings,

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +13,10 @@ from torch import Tensor
 from ganscale.data.manifest import Manifest
 from ganscale.errors import UserError
 from ganscale.evaluation.collection import Collected, collect
-from ganscale.evaluation.feature_networks.build import build_feature_network
+from ganscale.evaluation.feature_networks.build import (
+    build_feature_network,
+    check_feature_network,
+)
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.figures import (
     METRICS,
@@ -49,6 +52,12 @@ from ganscale.schema import DataConfig, EvaluationConfig
 logger = logging.getLogger(__name__)
 
 _SUBSET_SEED = 0  # the same subsets in all runs
+
+
+class _Place(TypedDict):
+    sample_shape: tuple[int, int, int]
+    cache: Path
+    retry_seconds: float
 
 
 class Evaluator:
@@ -193,10 +202,31 @@ class Evaluator:
             self._config.network,
             self._config.options,
             device=self._runtime.device,
-            sample_shape=(self._data.channels, self._data.resolution, self._data.resolution),
-            cache=Path(self._data.cache).expanduser(),
-            retry_seconds=self._data.retry_seconds,
+            **_place(self._data),
         )
+
+
+def check_evaluation(
+    config: EvaluationConfig, data: DataConfig, manifest: Manifest | None
+) -> list[str]:
+    """The names of the figures in a row. Raises UserError for what an Evaluator would refuse, as
+    far as that can be seen without loading the network."""
+    metrics = check_metrics(config.metrics, config.network, config.reference)
+    check_feature_network(config.network, config.options, **_place(data))
+    if not config.reference.endswith(STATISTICS_SUFFIX):
+        _open_data_set(config, data, manifest)
+    elif not Path(config.reference).is_file():
+        raise UserError(f"evaluation.reference: there is no file {config.reference}")
+    return [figure_name(metric, config.network) for metric in metrics]
+
+
+def _place(data: DataConfig) -> _Place:
+    """What a feature network is built for and with, besides its options."""
+    return {
+        "sample_shape": (data.channels, data.resolution, data.resolution),
+        "cache": Path(data.cache).expanduser(),
+        "retry_seconds": data.retry_seconds,
+    }
 
 
 def _open_reference(
@@ -205,10 +235,15 @@ def _open_reference(
     manifest: Manifest | None,
     network: FeatureNetwork,
 ) -> DataSetReference | StatisticsFile:
-    path = config.reference
-    if path.endswith(STATISTICS_SUFFIX):
-        return StatisticsFile(Path(path), network)
-    if path:
+    if config.reference.endswith(STATISTICS_SUFFIX):
+        return StatisticsFile(Path(config.reference), network)
+    return _open_data_set(config, data, manifest)
+
+
+def _open_data_set(
+    config: EvaluationConfig, data: DataConfig, manifest: Manifest | None
+) -> DataSetReference:
+    if path := config.reference:
         data = replace(data, path=path, shards="")
         cache, retry_seconds = data.cache, data.retry_seconds
         manifest = Manifest.load(path, shards="", cache=cache, retry_seconds=retry_seconds)

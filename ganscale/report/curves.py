@@ -94,7 +94,7 @@ def layout_of(names: Iterable[str], *, overlays_runs: bool) -> dict[str, list[Ch
     and generator, real and fake, minimum, mean and maximum) share a chart.
     """
     by_section: dict[str, list[str]] = {}
-    for name in sorted(filter(_is_drawn, set(names))):
+    for name in sorted(filter(_is_drawn, set(names)), key=lambda name: (title_of(name), name)):
         by_section.setdefault(_section(name, overlays_runs), []).append(name)
     make = _single_charts if overlays_runs else _shared_charts
     ordered = known_first(by_section, _SECTIONS)

@@ -94,4 +94,5 @@ def _text(row: dict[str, Any]) -> str:
 
 
 def _value(row: dict[str, Any], part: str) -> str:
-    return without_secrets(str(row.get(f"eval/{part}", "unknown")))[:_SHOWN]
+    value = row.get(f"eval/{part}", "unknown")
+    return f"{value:,}" if isinstance(value, int) else without_secrets(str(value))[:_SHOWN]

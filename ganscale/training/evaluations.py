@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ganscale.data.dataset import DataSet
 from ganscale.errors import OutOfMemoryError, UnavailableError, UserError
-from ganscale.evaluation.evaluator import Evaluator
+from ganscale.evaluation.evaluator import Evaluator, check_evaluation
 from ganscale.evaluation.figures import IDENTITY, is_lower_better
 from ganscale.evaluation.images import GeneratedImages, labels_for
 from ganscale.evaluation.rounds import Interrupted, OnRound
@@ -41,7 +41,7 @@ class Evaluations:
         self._evaluator: Evaluator | None = None
         if config.evaluation.every_images:
             self._evaluator = Evaluator(config.evaluation, config.data, data.manifest, runtime)
-        _check_best(config, self._evaluator)
+        _check_best(config, self._evaluator.names if self._evaluator is not None else [])
 
     def is_due(self, before: int, after: int) -> bool:
         """Whether one is due once the images seen have grown from `before` to `after`."""
@@ -90,18 +90,29 @@ class Evaluations:
         return new
 
 
-def _check_best(config: Config, evaluator: Evaluator | None) -> None:
+def check_evaluations(config: Config, data: DataSet) -> None:
+    """Raises UserError for what Evaluations would refuse, as far as that can be seen without
+    loading the feature network."""
+    names = []
+    if config.evaluation.every_images:
+        names = check_evaluation(config.evaluation, config.data, data.manifest)
+    _check_best(config, names)
+
+
+def _check_best(config: Config, names: list[str]) -> None:
+    """names: of the figures that evaluations give, none without evaluations"""
     best, best_is = config.checkpoint.best, config.checkpoint.best_is
     if not best.startswith("eval/"):
         return
-    if evaluator is None:
+    if not names:
         raise UserError(
-            f"checkpoint.best={best} needs evaluations: set evaluation.every_images above 0"
+            f"checkpoint.best={best} needs evaluations: set evaluation.every_images above 0, or "
+            "checkpoint.best=\"''\""
         )
-    if best not in evaluator.names:
+    if best not in names:
         raise UserError(
             f"checkpoint.best={best} is not among the figures of this run's evaluations: "
-            f"{', '.join(evaluator.names)}"
+            f"{', '.join(names)}"
         )
     is_lower = is_lower_better(best)
     if is_lower is not None and is_lower != (best_is == "lowest"):

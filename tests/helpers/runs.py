@@ -12,8 +12,9 @@ from ganscale.tracking.record import parse_row
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import Ranks
 
-# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, and no
-# process for its data, which would take a second to start. Where that matters, tests ask for it.
+# A whole run in a few seconds: the demo's networks, smaller, a row at every generator step, no
+# evaluations, and no process for its data, which would take a second to start. Where these matter,
+# tests ask for them.
 TINY = [
     str(REPOSITORY / "configs" / "demo.yaml"),
     "generator.options.width=4",
@@ -24,6 +25,8 @@ TINY = [
     "log.wandb=disabled",
     "data.workers=0",
     "samples.count=4",
+    "evaluation.every_images=0",
+    "checkpoint.best=''",
 ]
 
 # Everything that can have one, with its end within a short run.

@@ -60,7 +60,7 @@ def test_the_best_figures_are_those_that_compare_with_the_newest(make_run: MakeR
     ]
     (text,) = dependences(runs)
     assert "Network lite (sha256 abababababababab), bilinear to 64" in text
-    assert "5000 images; 300 samples" in text
+    assert "5,000 images; 300 samples" in text
 
 
 def test_runs_whose_figures_cannot_be_compared_have_a_notice(

@@ -1,6 +1,7 @@
 """What W&B has of runs that were trained, sent and swept with the commands."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def test_a_sweep_trains_the_objectives_it_is_given(with_account, server, digits,
     chosen = sweep["parameters"]["include"]["values"]
     files = sorted(str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("configs/objective/*"))
     assert chosen == files
-    tiny = " ".join([*SETTINGS, f"data.path={digits}"])
+    tiny = shlex.join([*SETTINGS, f"data.path={digits}"])
     assert "configs/demo.yaml" in sweep["command"][2]
     sweep["command"][2] = sweep["command"][2].replace("configs/demo.yaml", tiny)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))

@@ -54,6 +54,11 @@ def test_a_dry_run_says_what_would_start_and_writes_nothing(
         ("data.path=nowhere", "no data set at nowhere"),
         ("objective.loss=wgann", "unknown loss 'wgann'"),
         ("optimizer.critic.learning_rate=0.5", "holds a run with other settings"),
+        ("evaluation.metrics=[fdd]", "there is no `fdd`"),
+        ("evaluation.reference=nowhere", "no data set at nowhere"),
+        ("evaluation.reference=none.npz", "there is no file none.npz"),
+        ("evaluation.network=tests.helpers.feature_networks:Nothing", "Nothing"),
+        ("checkpoint.best=eval/fid", "is not among the figures of this run's evaluations"),
         ("training.global_batch_size=15", "cannot be divided evenly among 2 ranks"),
     ],
 )
@@ -70,7 +75,8 @@ def test_a_dry_run_refuses_what_training_would_refuse(
     if "batch" in setting:
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", "0")
-    settings = runs.settings("new", "training.total_images=64", setting)
+    evaluated = "evaluation.every_images=64" if "eval" in setting else "samples.count=4"
+    settings = runs.settings("new", "training.total_images=64", evaluated, setting)
     assert main(["train", "--dry-run", *settings]) == 2
     printed = capsys.readouterr()
     assert complaint in printed.err
