@@ -41,6 +41,14 @@ class CommandParser(argparse.ArgumentParser):
 ALLOW_CHANGED_CODE = "use the weights although the network's code has changed since"
 
 
+def natural_int(text: str) -> int:
+    """The integer in `text`. Raises ArgumentTypeError if it is below 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
 def positive_int(text: str) -> int:
     """The integer in `text`. Raises ArgumentTypeError if it is below 1."""
     value = int(text)

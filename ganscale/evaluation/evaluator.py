@@ -134,6 +134,8 @@ class Evaluator:
             keep=np.ones(len(images), dtype=bool) if self._needs("features") else None,
             class_splits=SPLITS if self._needs("classes") else 0,
         )
+        if found.unusable and runtime.is_main:
+            logger.warning("%s of the images cannot be read", f"{found.unusable:,}")
         values = self._values(found, self._reference, rounds)
         identity = replace(
             self.identity(),

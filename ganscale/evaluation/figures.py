@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 
 from ganscale.errors import UserError
+from ganscale.importing import nearest
 
 IDENTITY = "eval/identity"
 """In a row, a few digits for all that its figures depend on: equal ones may be compared."""
@@ -138,7 +139,8 @@ def check_metrics(metrics: Sequence[str], network: str, reference: str) -> list[
     keys = ["fd" if metric == "fid" else metric for metric in metrics]
     for key in keys:
         if key not in METRICS:
-            raise UserError(f"evaluation.metrics: there is no `{key}`; choose from {[*METRICS]}")
+            hint = nearest(key, METRICS) or f"; choose from {', '.join(METRICS)}"
+            raise UserError(f"evaluation.metrics: there is no `{key}`{hint}")
         is_file = reference.endswith(STATISTICS_SUFFIX)
         if is_file and METRICS[key].needs != "moments" and key != "is":
             raise UserError(

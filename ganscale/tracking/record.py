@@ -53,7 +53,7 @@ class Record:
         """
         if not isinstance(row.get(IMAGES_SEEN), int):
             raise ValueError(f"a row needs an integer {IMAGES_SEEN}, got {row.get(IMAGES_SEEN)!r}")
-        line = json.dumps(_to_json(row), sort_keys=True, allow_nan=False)
+        line = json.dumps(to_json(row), sort_keys=True, allow_nan=False)
         if len(self.pending_rows) < _MAX_PENDING_ROWS:
             self.pending_rows.append(line.encode() + b"\n")
         else:
@@ -205,14 +205,14 @@ def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """`value` with numpy's types as Python's and, at any depth, non-finite numbers as text."""
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {name: _to_json(item) for name, item in value.items()}
+        return {name: to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     return value

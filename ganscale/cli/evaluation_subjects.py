@@ -1,0 +1,178 @@
+"""What `ganscale evaluate` judges: checkpoints of runs, exported generators, and images."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ganscale.checkpoints.checkpoint import checkpoint_folders
+from ganscale.cli.checkpoint import select_checkpoint
+from ganscale.config import load_stored
+from ganscale.data.bad_samples import BadSampleError
+from ganscale.data.dataset import open_data
+from ganscale.data.images.decoding import decode
+from ganscale.data.manifest import JSON_NAME, Manifest
+from ganscale.errors import UserError
+from ganscale.evaluation.evaluator import Evaluator
+from ganscale.evaluation.exported_generator import DESCRIPTION, load_generator
+from ganscale.evaluation.images import (
+    DataSetImages,
+    FileImages,
+    GeneratedImages,
+    Images,
+    chosen_samples,
+    labels_for,
+)
+from ganscale.run_folder import RunFolder
+from ganscale.schema import Config, DataConfig, EvaluationConfig
+from ganscale.shards.sources import image_reader, list_images
+from ganscale.training.network_setup import load_run_generator
+
+if TYPE_CHECKING:
+    from ganscale.runtime import Runtime
+
+_ALL = "all"
+_CHANNELS = 3  # of images from elsewhere; gray ones are repeated, as feature networks need them
+
+
+class Subject(NamedTuple):
+    """What is judged, under the name of its row. images: made when its turn has come"""
+
+    name: str
+    evaluator: Evaluator
+    images: Callable[[], Images]
+
+
+def subjects_of(arguments: argparse.Namespace, runtime: "Runtime") -> Iterator[Subject]:
+    """Raises UserError for what cannot be judged."""
+    for path in arguments.sources:
+        if (folder := RunFolder(path)).config.exists():
+            yield from _of_run(arguments, folder, runtime)
+            continue
+        is_bundled = str(path).startswith("bundled:")
+        if not path.exists() and not is_bundled:
+            raise UserError(f"there is no {path}: name a run folder, or images")
+        if not arguments.reference:
+            raise UserError(
+                f"{path} is not a run folder, so it has no data to be compared with: give "
+                "--reference"
+            )
+        if (path / DESCRIPTION).exists():
+            yield _of_exported(arguments, path, runtime)
+        elif (path / JSON_NAME).exists():
+            yield _of_data_set(arguments, path, runtime)
+        else:
+            yield _of_files(arguments, path, runtime)
+
+
+def _of_run(
+    arguments: argparse.Namespace, folder: RunFolder, runtime: "Runtime"
+) -> Iterator[Subject]:
+    config = _with_options(load_stored(folder.config), arguments)
+    manifest = None
+    if not config.evaluation.reference or config.training.conditional:
+        manifest = open_data(config.data).manifest
+    evaluator = Evaluator(config.evaluation, config.data, manifest, runtime)
+    if arguments.checkpoint == _ALL:
+        checkpoints = checkpoint_folders(folder.checkpoints)
+    else:
+        checkpoints = [select_checkpoint(folder, arguments.checkpoint)]
+    if not checkpoints:
+        raise UserError(f"{folder.path} has no checkpoint yet")
+    for checkpoint in checkpoints:
+
+        def images(checkpoint: Path = checkpoint) -> Images:
+            generator, latent_dim, num_classes = load_run_generator(
+                folder.path,
+                arguments.weights,
+                checkpoint,
+                allow_changed_code=arguments.allow_changed_code,
+            )
+            seed = config.seed if arguments.seed is None else arguments.seed
+            count = config.evaluation.samples
+            labels = labels_for(manifest, count, num_classes)
+            return GeneratedImages(generator.to(runtime.device), seed, count, latent_dim, labels)
+
+        yield Subject(f"{folder.path}/{checkpoint.name}", evaluator, images)
+
+
+def _of_exported(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
+    generator = load_generator(path, allow_changed_code=arguments.allow_changed_code)
+    channels, resolution, _ = generator.sample_shape
+    data = DataConfig(path=arguments.reference, resolution=resolution, channels=channels)
+    config = _with_options(Config(data=data), arguments)
+    count = config.evaluation.samples
+    labels = labels_for(None, count, generator.num_classes)
+    images = GeneratedImages(
+        generator.to(runtime.device), arguments.seed or 0, count, generator.latent_dim, labels
+    )
+    return Subject(str(path), Evaluator(config.evaluation, data, None, runtime), lambda: images)
+
+
+def _of_data_set(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
+    manifest = Manifest.load(path)
+    if manifest.resolution is None:
+        raise UserError(f"the images in {path} have different sizes, or sizes that are not known")
+    config = _for_images(arguments, path, *manifest.resolution, len(manifest.samples))
+    evaluator = Evaluator(config.evaluation, config.data, None, runtime)
+
+    def images() -> Images:
+        chosen = chosen_samples(manifest, config.evaluation.samples)
+        return DataSetImages(manifest, replace(config.data, path=str(path)), chosen)
+
+    return Subject(str(path), evaluator, images)
+
+
+def _of_files(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
+    source = list_images(str(path))
+    file = source.images[0]
+    try:
+        first = decode(image_reader(source.kind, source.path)(file), None, _CHANNELS)
+    except BadSampleError as error:
+        raise UserError(f"{file.name} in {path} cannot be read: {error}") from error
+    height, width, _ = first.shape
+    config = _for_images(arguments, path, height, width, len(source.images))
+    evaluator = Evaluator(config.evaluation, config.data, None, runtime)
+    shape, limit = (_CHANNELS, height, width), arguments.samples or 0
+    return Subject(str(path), evaluator, lambda: FileImages(source, shape, limit))
+
+
+def _for_images(
+    arguments: argparse.Namespace, path: Path, height: int, width: int, count: int
+) -> Config:
+    """Settings for images from elsewhere; the reference is read in their size."""
+    if height != width:
+        raise UserError(f"the images in {path} are not square: {width} x {height}")
+    data = DataConfig(path=arguments.reference, resolution=height, channels=_CHANNELS)
+    config = _with_options(Config(data=data, evaluation=EvaluationConfig(samples=count)), arguments)
+    if config.evaluation.samples > count:
+        raise UserError(f"{path} has {count:,} images, not {config.evaluation.samples:,}")
+    return config
+
+
+def _with_options(config: Config, arguments: argparse.Namespace) -> Config:
+    """The config with `evaluation` as the options say."""
+    metrics = arguments.metrics and [m.strip() for m in arguments.metrics.split(",") if m.strip()]
+    given: dict[str, Any] = {
+        "metrics": metrics,
+        "network": arguments.network,
+        "samples": arguments.samples,
+        "reference": arguments.reference,
+        "reference_images": arguments.reference_images,
+        "batch_size": arguments.batch_size,
+    }
+    if arguments.network:
+        given["options"] = {}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if arguments.option:
+        changes["options"] = {**changes.get("options", config.evaluation.options)}
+        for option in arguments.option:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"--option {option}: write KEY=VALUE")
+            changes["options"][key] = int(value) if value.isdecimal() else value
+    config = replace(config, evaluation=replace(config.evaluation, **changes))
+    if config.evaluation.samples < 2:
+        raise UserError("an evaluation needs at least 2 samples")
+    return config
