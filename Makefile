@@ -74,6 +74,7 @@ bench: install
 	$(BIN)/python -m benchmarks.checkpoint --quick
 	$(BIN)/python -m benchmarks.scaling --quick
 	$(BIN)/python -m benchmarks.limit --quick
+	$(BIN)/python -m benchmarks.evaluation --quick
 	$(BIN)/python -m benchmarks.data --quick
 	$(BIN)/python -m benchmarks.shuffle --quick
 	$(BIN)/python -m benchmarks.manifest --quick
