@@ -48,13 +48,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
     add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
     add("--json", action="store_true", help="print JSON in place of a table")
+    add(
+        "--save-statistics",
+        metavar="NPZ",
+        type=Path,
+        help="write the reference's mu and sigma there, for --reference of other evaluations",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     from ganscale.cli.evaluation_subjects import subjects_of
+    from ganscale.evaluation.figures import STATISTICS_SUFFIX
     from ganscale.runtime import Runtime
 
+    statistics = arguments.save_statistics
+    if statistics is not None and statistics.suffix != STATISTICS_SUFFIX:
+        raise UserError(f"--save-statistics {statistics}: its name must end with .npz")
     runtime = Runtime.start()
     try:
         level = logging.INFO if runtime.is_main else logging.WARNING
@@ -62,6 +72,8 @@ def run(arguments: argparse.Namespace) -> None:
         subjects = [*subjects_of(arguments, runtime)]
         _check_comparable(subjects)
         results = [(subject.name, _evaluate(subject, runtime)) for subject in subjects]
+        if statistics is not None:
+            runtime.run_on_main(lambda: subjects[0].evaluator.save_reference(statistics))
         if runtime.is_main:
             print(as_json(results) if arguments.json else _as_table(results))
         runtime.barrier()

@@ -43,6 +43,7 @@ from ganscale.evaluation.quality.neighbours import (
     neighbour_distances,
     precision_and_recall,
 )
+from ganscale.evaluation.quality.statistics_files import save_statistics
 from ganscale.evaluation.reference import DataSetReference, Reference, StatisticsFile
 from ganscale.evaluation.rounds import OnRound, Rounds
 from ganscale.evaluation.work_share import WorkShare
@@ -143,6 +144,15 @@ class Evaluator:
             samples=found.statistics.count or 0,
         )
         return Figures(values, identity, time.monotonic() - started)
+
+    def save_reference(self, path: Path) -> None:
+        """Writes the mean and covariance of the reference of the evaluations so far. Raises
+        UserError if that cannot be written."""
+        assert self._reference is not None
+        try:
+            save_statistics(path, self._reference.statistics)
+        except OSError as error:
+            raise UserError(f"the statistics {path} cannot be written: {error}") from error
 
     def _values(self, found: Collected, reference: Reference, rounds: Rounds) -> dict[str, float]:
         """The figures by their names in a row, equal on every rank."""

@@ -118,6 +118,23 @@ def test_statistics_of_another_network_are_refused(
     assert "8.npz (sha256 " in capsys.readouterr().out
 
 
+def test_saved_statistics_of_a_reference_stand_in_for_it(
+    images: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "digits.npz"
+    asked = [str(images), *NETWORK, "--metrics", "fd,fd64", "--json"]
+    saved = ("--save-statistics", str(file))
+    assert main(["evaluate", *asked, "--reference", str(digits), *saved]) == 0
+    (expected,) = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", *asked, "--reference", str(file)]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    for name in ("eval/fd_Projection", "eval/reference_images"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-9)
+    elsewhere = ("--reference", file, "--save-statistics", tmp_path / "nowhere" / "x.npz")
+    assert "cannot be written" in mistake(capsys, *asked, *elsewhere)
+    assert "must end with .npz" in mistake(capsys, *asked, "--save-statistics", "digits.txt")
+
+
 def test_an_exported_generator_has_the_figures_of_its_run(
     runs: Runs, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
