@@ -177,8 +177,8 @@ class FileImages:
                 raise UserError(f"{where} cannot be read: {error}") from error
             if found.shape != pixels.shape:
                 raise UserError(
-                    f"{where} has {found.shape[1]} x {found.shape[0]} pixels, others {width} x "
-                    f"{height}: images are judged in the size in which they were made"
+                    f"{where} has {found.shape[1]} x {found.shape[0]} pixels, not {width} x "
+                    f"{height}: images are judged in the one size in which they were made"
                 )
             pixels[...] = found
         usable = torch.ones(len(rows), dtype=torch.bool)

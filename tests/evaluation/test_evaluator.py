@@ -142,7 +142,7 @@ def test_a_stop_interrupts_an_evaluation_within_a_batch(data: DataConfig, runtim
     assert not [*(Path(data.cache) / "references").glob("*.safetensors")]
 
 
-def test_files_of_another_size_than_the_reference_are_refused(
+def test_files_of_another_size_are_refused(
     data: DataConfig, runtime: Runtime, tmp_path: Path
 ) -> None:
     folder = tmp_path / "images"
@@ -152,7 +152,7 @@ def test_files_of_another_size_than_the_reference_are_refused(
     config = EvaluationConfig(network=OURS, samples=3)
     evaluator = Evaluator(config, data, open_data(data).manifest, runtime)
     images = FileImages(list_images(str(folder)), SHAPE)
-    with pytest.raises(UserError, match=r"2\.png in .* has 24 x 24 pixels, but the reference 32"):
+    with pytest.raises(UserError, match=r"2\.png in .* has 24 x 24 pixels, not 32 x 32"):
         evaluator.evaluate(images, lambda: False, lambda *_: None)
 
 
