@@ -79,6 +79,7 @@ bench: install
 	$(BIN)/python -m benchmarks.shuffle --quick
 	$(BIN)/python -m benchmarks.manifest --quick
 	$(BIN)/python -m benchmarks.gaussians --quick
+	$(BIN)/python -m benchmarks.stacked_mnist --quick
 	$(BIN)/python -m benchmarks.faults --quick
 
 # On a machine with a GPU: the tests and benchmarks there, in less than eight minutes, written to

@@ -33,14 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ours import CONFIGS, Ours, next_cycle, random_images
+from benchmarks.ours import CONFIGS, Ours, cycles_within
 from benchmarks.report import Row, arguments, table, write
-from benchmarks.timing import interleaved, spread, step_clock
+from benchmarks.timing import spread
 from ganscale.cli.main import main as ganscale
 from ganscale.config import resolve
 from ganscale.data.batch import Batch
 from ganscale.runtime import Runtime
-from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, DeviceBatch
 from ganscale.training.trainer import Trainer
 
@@ -150,7 +149,7 @@ def measure(case: Case) -> Row:
         probe = resolve([*case.settings, f"data.path={folder / 'data'}"]).config
         runtime = Runtime.start()
         if runtime.device.type == "cuda":
-            case = replace(case, block_cycles=_cycles_within(case.block_seconds, probe, runtime))
+            case = replace(case, block_cycles=cycles_within(case.block_seconds, probe, runtime))
         cycle_images = probe.objective.n_critic * probe.training.global_batch_size
         block = case.block_cycles * cycle_images
         period = case.blocks * block
@@ -175,13 +174,6 @@ def measure(case: Case) -> Row:
         if trainer.run() != 0:
             raise RuntimeError("the run failed")
     return row_of(case, cycle)
-
-
-def _cycles_within(seconds: float, config: Config, runtime: Runtime) -> int:
-    """Bare cycles that take about that long."""
-    ours = Ours(config, runtime, random_images(config, runtime.device))
-    times = interleaved({"": ours}, 5, clock=step_clock, prepare=next_cycle)[""]
-    return max(1, round(seconds / statistics.median(times)))
 
 
 def row_of(case: Case, cycle: TakesTurns) -> Row:

@@ -1,6 +1,7 @@
 """ganscale's own cycle on one batch in memory, which rivals are compared with."""
 
 import copy
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.loops import Task
+from benchmarks.timing import interleaved, step_clock
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
 from ganscale.randomness import draw_together, split_draws
@@ -120,3 +122,15 @@ def next_cycle(contestant: Callable[[], object]) -> Callable[[], object]:
     if isinstance(contestant, Ours):
         return partial(contestant.run, contestant.batches())
     return contestant
+
+
+def cycles_within(
+    seconds: float,
+    config: Config,
+    runtime: Runtime,
+    clock: Callable[[], float] = step_clock,
+) -> int:
+    """How many bare cycles take about that long."""
+    own = Ours(config, runtime, random_images(config, runtime.device))
+    times = interleaved({"": own}, 30, clock=clock, prepare=next_cycle, limit_seconds=3)[""]
+    return max(1, round(seconds / statistics.median(times)))

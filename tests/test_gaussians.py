@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.gaussians import Trained, rows_of
 from benchmarks.mixtures import MIXTURES, Mixture, Score, grid25, judge, ring8
 
 
@@ -42,3 +43,19 @@ def test_a_mode_is_covered_by_one_good_sample_and_by_no_number_of_bad_ones() -> 
 def test_samples_that_are_no_numbers_score_nothing() -> None:
     mixture = Mixture(torch.zeros(1, 2), deviation=1.0, scale=1.0)
     assert judge(torch.full((5, 2), math.nan), mixture) == Score(0, 0.0)
+
+
+def test_several_seeds_are_a_mean_with_its_deviation_and_the_range_of_the_ratios() -> None:
+    modes = grid25().modes
+    runs = [
+        Trained(samples, seconds, is_finite=True)
+        for samples, seconds in [(modes, 10.0), (torch.cat([modes[:21], modes[:4] + 0.5]), 30.0)]
+    ]
+    found, quality, seconds = rows_of("wgan_gp", "grid25", runs)
+    assert found.note == "23.0 ± 2.8 of 25, published 24.8"
+    # Of 25 and 21 modes, the deviation is that of a sample of two: (25 - 21) / sqrt(2).
+    assert quality.note == "92.0 ± 11.3 %, published 93.6 %"
+    assert (found.ratio, found.low, found.high) == pytest.approx((23 / 24.8, 21 / 24.8, 25 / 24.8))
+    assert (seconds.ratio, seconds.low, seconds.high) == (20, 10, 30)
+    (alone, *_) = rows_of("wgan_gp", "grid25", runs[:1])
+    assert (alone.note, alone.low) == ("25.0 of 25, published 24.8", None)
