@@ -57,6 +57,7 @@ class Recipe:
     """An objective and its hyper-parameters.
 
     rate: the learning rate of both networks, which decays linearly to zero
+    width: of the generator's layers
     images: points that the critic sees in training on the grid; on the ring, half as many
     """
 
@@ -67,6 +68,7 @@ class Recipe:
     optimizer: str = "adam"
     rate: float = 1e-3
     betas: tuple[float, float] = (0.5, 0.999)
+    width: int = WIDTH
     images: int = 800_000
 
     def images_of(self, data: str) -> int:
@@ -104,6 +106,14 @@ RECIPES = {
     "hinge+wgan_gp": Recipe("hinge", {"wgan_gp": 0.1}, rate=2e-3, betas=(0.0, 0.9)),
     "relativistic+r1+r2": Recipe(
         "relativistic", {"r1": 0.1, "r2": 0.1}, rate=2e-3, betas=(0.0, 0.99), images=1_000_000
+    ),
+    "relativistic+r1+r2_5min": Recipe(
+        "relativistic",
+        {"r1": 0.1, "r2": 0.1},
+        rate=8e-3,
+        betas=(0.0, 0.99),
+        width=256,
+        images=4_000_000,
     ),
     "relativistic_average+r1": Recipe(
         "relativistic_average", {"r1": 0.1}, rate=2e-3, betas=(0.0, 0.99)
@@ -153,7 +163,7 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
     """One run of `images` images."""
     started = time.process_time()
     with seeded(seed, "initial weights"):
-        generator = MLPGenerator(LATENT_DIM, (2,), width=WIDTH).to(runtime.device)
+        generator = MLPGenerator(LATENT_DIM, (2,), width=recipe.width).to(runtime.device)
         critic = MLPCritic((2,), width=WIDTH).to(runtime.device)
     ema = ema_copy(generator)
     objective = build_objective(recipe.objective())

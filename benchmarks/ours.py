@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.loops import Task
-from benchmarks.timing import interleaved, step_clock
+from benchmarks.timing import interleaved, wall_clock
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
 from ganscale.randomness import draw_together, split_draws
@@ -124,13 +124,8 @@ def next_cycle(contestant: Callable[[], object]) -> Callable[[], object]:
     return contestant
 
 
-def cycles_within(
-    seconds: float,
-    config: Config,
-    runtime: Runtime,
-    clock: Callable[[], float] = step_clock,
-) -> int:
+def cycles_within(seconds: float, config: Config, runtime: Runtime) -> int:
     """How many bare cycles take about that long."""
     own = Ours(config, runtime, random_images(config, runtime.device))
-    times = interleaved({"": own}, 30, clock=clock, prepare=next_cycle, limit_seconds=3)[""]
+    times = interleaved({"": own}, 30, clock=wall_clock, prepare=next_cycle, limit_seconds=3)[""]
     return max(1, round(seconds / statistics.median(times)))

@@ -121,7 +121,7 @@ def train(objective: str, folder: Path, weights: Path, size: Size, runtime: Runt
         f"evaluation.samples={size.samples}",
     ]
     config = resolve([*settings, "training.total_images=1"]).config
-    cycles = cycles_within(size.seconds, config, runtime, clock=time.perf_counter)
+    cycles = cycles_within(size.seconds, config, runtime)
     images = cycles * config.objective.n_critic * config.training.global_batch_size
     settings.append(f"training.total_images={images}")
     # Reports are not what is measured: one row, one grid of samples and one checkpoint at the end.

@@ -37,13 +37,17 @@ def interleaved(
     return seconds
 
 
-def step_clock() -> float:
-    """Processor seconds of this process, which other load hardly changes; with a GPU, wall-clock
-    seconds after synchronizing."""
+def wall_clock() -> float:
+    """Wall-clock seconds; with a GPU, after synchronizing."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+    return time.perf_counter()
+
+
+def step_clock() -> float:
+    """Processor seconds of this process, which other load hardly changes; with a GPU, those of
+    `wall_clock`."""
+    return wall_clock() if torch.cuda.is_available() else time.process_time()
 
 
 def speedup(rival: list[float], ours: list[float]) -> tuple[float, float, float]:
