@@ -193,7 +193,7 @@ def _plain_record(
         update_spectral_norms(critic)
         terms = loss.critic(critic(real, *labels), critic(fake, *labels))
         value = torch.stack(terms).sum()
-        draws = Draws(config.seed, batch.slots, step * batch_size)
+        draws = Draws(config.seed, batch.slots)
         for name, points in objective.penalty_points(real, fake, draws, step).items():
             weighted = config.objective.penalties[name]
             value = value + value_at(weighted.weight, 0) * weighted.interval * _penalty(

@@ -186,7 +186,7 @@ def train(recipe: Recipe, mixture: Mixture, seed: int, images: int, runtime: Run
         # Fakes and points of all critic steps at once: the generator does not change meanwhile.
         with torch.no_grad():
             fake = generator(drawn.critic_latents)
-        draws = Draws(seed, drawn.slots, first_slot=seen)
+        draws = Draws(seed, drawn.slots)
         points = objective.penalty_points(drawn.real, fake, draws, update=0)
         for step in range(recipe.n_critic):
             rows = slice(step * BATCH, (step + 1) * BATCH)

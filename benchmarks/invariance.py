@@ -60,6 +60,7 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.training.cycle import Cycle
+from ganscale.training.data_flow import data_position
 from ganscale.training.metrics_row import metrics_row
 from ganscale.training.network_setup import build_unchecked_networks
 from ganscale.training.state import TrainingState
@@ -85,6 +86,7 @@ class Variant:
     gradient_clip: float = 0.0
     is_conditional: bool = False
     flip: bool = False
+    generator_real: str = "critic"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
@@ -104,6 +106,7 @@ VARIANTS = {
     "flip": Variant(flip=True),
     "ada": Variant(augmentation=AugmentationConfig("ada", _ALL_OF_ADA, 0.7)),
     "diffaugment": Variant(augmentation=AugmentationConfig("diffaugment", probability=1.0)),
+    "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
     "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
     # For losses that ignore a shift of the logits, gradients of biases are only rounding. If biases
     # were clipped, chance would decide whether they count as at the bound.
@@ -136,7 +139,7 @@ def combinations() -> list[Combination]:
     """Every loss with every set of penalties on plain networks, and three with every variant."""
     plain = [Combination(*pair) for pair in itertools.product(LOSSES, PENALTY_SETS)]
     varied = [Combination(*pair, variant) for pair in THREE for variant in FREE]
-    return plain + varied + CLIPPED + ADAPTIVE
+    return plain + varied + CLIPPED + ADAPTIVE + FRESH
 
 
 def few_combinations() -> list[Combination]:
@@ -147,14 +150,14 @@ def few_combinations() -> list[Combination]:
     ]
     in_turn = zip(itertools.cycle(THREE), FREE)
     varied = [Combination(*pair, variant) for pair, variant in in_turn]
-    return plain + varied + CLIPPED + ADAPTIVE
+    return plain + varied + CLIPPED + ADAPTIVE + FRESH
 
 
 THREE = [("wgan", "wgan_gp"), ("hinge", "dragan"), ("relativistic_average", "r1+r2")]
 FREE = [
     name
     for name, variant in VARIANTS.items()
-    if name != "plain" and not variant.clip and not variant.augmentation.adaptive
+    if name not in ("plain", "fresh_real", "adaptive") and not variant.clip
 ]
 CLIPPED = [
     Combination("wgan", "none", "clip_weights"),
@@ -165,6 +168,11 @@ CLIPPED = [
 ADAPTIVE = [
     Combination("hinge", "r1", "adaptive"),
     Combination("non_saturating", "lazy_r1", "adaptive"),
+]
+# For losses whose generator needs real images.
+FRESH = [
+    Combination("relativistic", "r1+r2", "fresh_real"),
+    Combination("relativistic_average", "wgan_gp_pixel", "fresh_real"),
 ]
 
 
@@ -194,6 +202,7 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
             precision=precision,
             conditional=variant.is_conditional,
             gradient_clip=variant.gradient_clip,
+            generator_real=variant.generator_real,
         ),
         ema=EMAConfig(half_life_images=50),
     )
@@ -211,9 +220,9 @@ def record(config: Config, runtime: Runtime, *, tries_networks: bool = False) ->
     cycle = Cycle(config, objective, runtime, state)
     found: Record = {}
     while state.images_seen < config.training.total_images:
-        steps, seen = range(config.objective.n_critic), state.images_seen
-        size = config.training.global_batch_size
-        batches = [synthetic_batch(config, runtime, seen + size * step) for step in steps]
+        seen, size = state.images_seen, config.training.global_batch_size
+        first, stop = (data_position(config, each) for each in (seen, seen + cycle.images))
+        batches = [synthetic_batch(config, runtime, each) for each in range(first, stop, size)]
 
         def record_critic(phase: str, start: int = seen) -> None:
             if state.images_seen > start:  # a phase that follows a critic step
@@ -258,10 +267,10 @@ def _as_tensors(row: dict[str, Any], config: Config) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
 
 
-def synthetic_batch(config: Config, runtime: Runtime, images_seen: int) -> Batch:
+def synthetic_batch(config: Config, runtime: Runtime, position: int) -> Batch:
     """This rank's share of a global batch; each image is a function of its position in the data."""
     positions, slots = batch_positions(
-        images_seen, config.training.global_batch_size, LANES, runtime.rank, runtime.world_size
+        position, config.training.global_batch_size, LANES, runtime.rank, runtime.world_size
     )
     labels = torch.from_numpy(positions % CLASSES)
     return Batch(_synthetic_images(tuple(positions)), labels, torch.from_numpy(slots))

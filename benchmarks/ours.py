@@ -17,6 +17,7 @@ from ganscale.randomness import draw_together, split_draws
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, DeviceBatch, draws_ahead
+from ganscale.training.data_flow import batches_per_cycle, data_position
 from ganscale.training.state import TrainingState
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -33,7 +34,7 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
     kind, resolution = kind_of(network)
     if kind == "r3gan":
         networks = ["r3gan_emoji32.yaml", "training.precision=float32"]
-        networks.append("training.penalty_precision=float32")
+        networks += ["training.penalty_precision=float32", "training.generator_real=critic"]
     else:
         width = {"dcgan": 64, "resnet": 32}[kind]
         networks = ["resnet32.yaml", "generator.latent_dim=64"]
@@ -92,8 +93,9 @@ class Ours:
     def batches(self) -> list[DeviceBatch]:
         """Of the next cycle, as a loader prepares them: with random numbers made on the host."""
         draws, batches = draws_ahead(self._config, self._objective), []
-        for step in range(self._config.objective.n_critic):
-            first = self.state.images_seen + step * self._config.training.global_batch_size
+        start = data_position(self._config, self.state.images_seen)
+        for step in range(batches_per_cycle(self._config)):
+            first = start + step * self._config.training.global_batch_size
             slots = first + torch.arange(len(self._images))
             values = draw_together(draws, self._config.seed, slots).to(self._images.device)
             drawn = split_draws(draws, values, len(slots))

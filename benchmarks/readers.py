@@ -56,7 +56,7 @@ def ganscale(case: Case) -> Iterator[Any]:
         global_batch_size=BATCH,
         rank=0,
         world_size=1,
-        images_seen=0,
+        position=0,
     )
     return (batch.images for batch in loader)
 

@@ -242,6 +242,11 @@ class TrainingConfig:
         "tutorial does. This saves a forward of the generator per cycle but samples differently.",
         False,
     )
+    generator_real: str = choice(
+        "Real images of the generator's step, for a loss that compares its fakes with them.",
+        critic="those of the cycle's last critic step",
+        fresh="a batch of its own, the next of the data order, as in R3GAN's code",
+    )
     penalty_precision: str = choice(
         "Precision of gradient penalties.",
         float32="full precision",

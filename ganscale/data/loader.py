@@ -42,7 +42,7 @@ def chunks_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
 
 
 class Loader(Iterator[Batch]):
-    """The endless stream of this rank's batches from `images_seen` on."""
+    """The endless stream of this rank's batches from `position` of the data order on."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Loader(Iterator[Batch]):
         global_batch_size: int,
         rank: int,
         world_size: int,
-        images_seen: int,
+        position: int,
         allocate: BatchAllocator = allocate_batch,
     ) -> None:
         self.order = Order(
@@ -71,7 +71,7 @@ class Loader(Iterator[Batch]):
         self._shape = (share, config.resolution, config.resolution, config.channels)
         self._allocate = allocate
         self._batch_arguments = (global_batch_size, self.order.lanes, rank, world_size)
-        self._images_started = images_seen
+        self._next_position = position
         self._log = BadSampleLog()
         self._threads = DaemonThreadPool(config.workers, "decode")
         self._chunks, self._depth = chunks_and_depth(config, share)
@@ -82,8 +82,8 @@ class Loader(Iterator[Batch]):
         """Raises UserError for a lane without a usable sample, and as the shard reader does; again
         at every further call, since no batch is ever skipped."""
         while len(self._started) < self._depth:
-            self._started.append(self._start(self._images_started))
-            self._images_started += self._batch_arguments[0]
+            self._started.append(self._start(self._next_position))
+            self._next_position += self._batch_arguments[0]
         batch, chunks = self._started[0]
         bad_samples = [bad_sample for chunk in chunks for bad_sample in chunk.result()]
         self._started.popleft()
@@ -97,9 +97,9 @@ class Loader(Iterator[Batch]):
             logger.warning("a thread still hangs in a read; it ends with this process")
         self._reader.close()
 
-    def _start(self, images_seen: int) -> tuple[Batch, list[Future[list[BadSample]]]]:
+    def _start(self, position: int) -> tuple[Batch, list[Future[list[BadSample]]]]:
         """Hands the chunks of a batch to the threads."""
-        positions, slots = batch_positions(images_seen, *self._batch_arguments)
+        positions, slots = batch_positions(position, *self._batch_arguments)
         images = self._allocate(self._shape)
         labels = torch.empty(len(positions), dtype=torch.int64)
         columns = (positions, images.numpy(), labels.numpy())

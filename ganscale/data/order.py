@@ -33,18 +33,18 @@ from ganscale.randomness import derived_seed, permutation, permuted
 
 
 def batch_positions(
-    images_seen: int, global_batch_size: int, lanes: int, rank: int, world_size: int
+    position: int, global_batch_size: int, lanes: int, rank: int, world_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's share of the global batch that starts at `images_seen`: (positions, slots).
+    """A rank's share of the global batch that starts at `position`: (positions, slots).
 
-    Both (global_batch_size / world_size,) int64. Slots count from `images_seen` and are sorted by
+    Both (global_batch_size / world_size,) int64. Slots count from `position` and are sorted by
     lane, so a rank's contiguous run of them has the same lanes batch after batch.
     """
-    positions = images_seen + np.arange(global_batch_size)
+    positions = position + np.arange(global_batch_size)
     positions = positions[np.argsort(positions % lanes, kind="stable")]
     share = global_batch_size // world_size
     first, stop = rank * share, (rank + 1) * share
-    return positions[first:stop], images_seen + np.arange(first, stop)
+    return positions[first:stop], position + np.arange(first, stop)
 
 
 class Order:

@@ -31,7 +31,7 @@ class Draws:
 
     seed: int
     slots: Int64[Tensor, " batch"]
-    first_slot: int | Int64[Tensor, ""]  # of the global batch
+    offset: int = 0  # of these slots in the global batch
     ahead: Mapping[str, Float[Tensor, "batch columns"]] = field(default_factory=dict[str, Tensor])
     """Those of `Penalty.draws`, by purpose, where they were made ahead."""
 
@@ -44,11 +44,7 @@ class Draws:
 
     def per_batch(self, purpose: str, like: Tensor) -> Tensor:
         """One uniform number in [0, 1) for the whole global batch."""
-        if isinstance(self.first_slot, Tensor):
-            first = self.first_slot.view(1)
-        else:
-            first = torch.full_like(self.slots[:1], self.first_slot)
-        return uniform(self.seed, purpose, first).to(like.dtype)
+        return uniform(self.seed, purpose, self.slots[:1] - self.offset).to(like.dtype)
 
     def per_element(self, purpose: str, like: Tensor) -> Tensor:
         """One uniform number in [0, 1) per element of each sample."""

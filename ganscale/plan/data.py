@@ -14,6 +14,7 @@ from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, neare
 from ganscale.plan.shard_reads import expected_fetches, expected_shards, mean_size, ranks_of_lanes
 from ganscale.schema import Config, DataConfig
 from ganscale.secrets import without_secrets
+from ganscale.training.data_flow import batches_per_cycle, data_position
 
 _FEW_FETCHES = 2.0  # of a shard per epoch; no advice up to here
 
@@ -73,13 +74,13 @@ def plan_data(config: Config, cluster: Cluster, manifest: Manifest) -> DataPlan:
         cache = cache_plan.section()
         remarks += cache_plan.remarks()
     remarks += _lane_remarks(batch, manifest, by_rank, by_node)
-    critic_steps = epoch_images / batch
+    cycles = epoch_images / (batches_per_cycle(config) * batch)
     epochs = Epochs(
         samples=samples,
         epoch_images=epoch_images,
-        critic_steps_per_epoch=critic_steps,
-        generator_steps_per_epoch=critic_steps / config.objective.n_critic,
-        epochs=config.training.total_images / epoch_images,
+        critic_steps_per_epoch=config.objective.n_critic * cycles,
+        generator_steps_per_epoch=cycles,
+        epochs=data_position(config, config.training.total_images) / epoch_images,
     )
     reading = _reading(config, cluster, manifest, lanes, image_bytes * epoch_images)
     return DataPlan(epochs, lanes, reading, cache, tuple(remarks))

@@ -22,6 +22,7 @@ from ganscale.plan.networks import planned_networks
 from ganscale.plan.sections import DeviceMemory, readable_bytes
 from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, draws_ahead, makes_fakes_together
+from ganscale.training.data_flow import batches_per_cycle, has_own_real_batch
 from ganscale.training.state import TrainingState
 
 USUAL_GPUS = (16, 24, 40, 80, 141)  # GB
@@ -135,13 +136,13 @@ def peak_bytes(config: Config, objective: Objective, num_classes: int, ranks: in
         runtime.world_size = ranks
         cycle = Cycle(config, objective, runtime, state)
         # Those of this cycle and of the next.
-        batches = [_batch(config, objective, ranks) for _ in range(2 * n_critic)]
+        batches = [_batch(config, objective, ranks) for _ in range(2 * batches_per_cycle(config))]
         # The first cycle makes the optimizers' states. Two critic steps need as much as more, but
         # where the fakes of all are made together.
         together = makes_fakes_together(config, generator, ranks, META)
         for steps in (1, n_critic if together else min(2, n_critic)):
             state.images_seen = 0  # all penalties are due
-            cycle.run(batches[:steps], is_logged=True)
+            cycle.run(batches[: steps + has_own_real_batch(config)], is_logged=True)
     return live.peak
 
 

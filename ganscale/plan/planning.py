@@ -28,6 +28,7 @@ from ganscale.plan.sections import (
 )
 from ganscale.schema import Config
 from ganscale.training.augmentation import check_augmentation
+from ganscale.training.data_flow import batches_per_cycle, check_data_flow
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import class_count
 
@@ -48,6 +49,7 @@ def make_plan(
     _refuse_batch(config, cluster)
     objective = build_objective(config.objective)
     check_augmentation(config, objective)
+    check_data_flow(config, objective)
     data_set = open_data(config.data)
     num_classes = class_count(config, data_set)
     manifest = data_set.manifest
@@ -144,7 +146,7 @@ def _host_memory(
 ) -> HostMemory:
     # All batches of this cycle and the next, all but the last of the one after, and those that are
     # being decoded.
-    batches = 3 * config.objective.n_critic - 1 + chunks_and_depth(config.data, images_per_rank)[1]
+    batches = 3 * batches_per_cycle(config) - 1 + chunks_and_depth(config.data, images_per_rank)[1]
     pixels = config.data.resolution**2 * config.data.channels
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1

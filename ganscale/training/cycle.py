@@ -32,6 +32,7 @@ from ganscale.schedules import value_at
 from ganscale.schema import Config
 from ganscale.training.augmentation import CRITIC, GENERATOR, Purposes, augmentation_draws
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
+from ganscale.training.data_flow import has_own_real_batch
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.network_updater import Update
@@ -91,6 +92,7 @@ class Cycle:
         self.config, self.objective = config, objective
         self.runtime, self.state = runtime, state
         self._draws_ahead = draws_ahead(config, objective)
+        self._has_own_real_batch = has_own_real_batch(config)
         self._run_generator = fast_forward(state.generator, config.training.compile)
         ranks = runtime.world_size
         device = runtime.device
@@ -117,8 +119,9 @@ class Cycle:
         on_phase: Callable[[str], None] = lambda phase: None,
         before_ema: Callable[[Logits], None] = lambda logits: None,
     ) -> Logits:
-        """Trains on one batch per critic step; returns this rank's logits in the last of them, if
-        the cycle is logged, else {}.
+        """Trains on one batch per critic step, and on one more if the generator's step has a batch
+        of its own; returns this rank's logits in the last critic step if the cycle is logged, else
+        {}.
 
         is_logged: adds the meters that are taken only in the last steps before a row
         on_phase: called with the name of each part of the cycle as it begins
@@ -127,20 +130,23 @@ class Cycle:
         stopwatch.restart(is_logged, self.runtime.device)
         on_phase("critic")
         reuses_fakes = self.config.training.reuse_fakes
-        fakes = self.fakes_together(batches[: len(batches) - reuses_fakes], is_logged)
+        steps = len(batches) - self._has_own_real_batch
+        fakes = self.fakes_together(batches[: steps - reuses_fakes], is_logged)
         batch, fake_images, logits = None, None, {}
-        for step, host_batch in enumerate(batches):
+        for step, host_batch in enumerate(batches[:steps]):
             on_phase("critic")
             batch = self.to_device(host_batch)
-            is_last = step == len(batches) - 1
+            is_last = step == steps - 1
             stopwatch.is_running = is_logged and is_last
             with_graph = is_last and reuses_fakes
             fake_images = (
                 fakes[step] if step < len(fakes) else self.fakes(batch, is_logged, with_graph)
             )
             logits = self.critic_step(batch, fake_images, is_logged and is_last)
-        assert batch is not None
         on_phase("generator")
+        if self._has_own_real_batch:
+            batch = self.to_device(batches[-1])
+        assert batch is not None
         self.generator_step(batch, fake_images if reuses_fakes else None, is_logged)
         logits = logits if is_logged else {}
         before_ema(logits)
@@ -219,7 +225,6 @@ class Cycle:
         seen = state.images_seen
         numbers = {
             "rate": state.critic_updater.learning_rate(seen),
-            "first_slot": seen,
             **self.objective.scheduled_weights(seen),
         }
         probability = state.augmentation.probability(seen)
@@ -240,7 +245,7 @@ class Cycle:
         """The critic's `number`-th update: what a device computes of it."""
         batch, fake_images = DeviceBatch(**inputs["batch"]), inputs["fake_images"]
         update_spectral_norms(self.state.critic)
-        draws = Draws(self.config.seed, batch.slots, numbers["first_slot"], batch.draws)
+        draws = Draws(self.config.seed, batch.slots, self._offset(batch), batch.draws)
         weights = {name: numbers[name] for name in self.objective.penalties if name in numbers}
         step_inputs = {
             "real_images": batch.images,
@@ -259,9 +264,9 @@ class Cycle:
     def generator_step(
         self, batch: DeviceBatch, fake_images: Tensor | None, is_logged: bool
     ) -> None:
-        """One update of the generator, for the slots and labels of the last critic step.
+        """One update of the generator, for the slots, labels and real images of `batch`.
 
-        fake_images: that step's fakes with their graph, to be used again; None makes new ones
+        fake_images: its fakes in the critic's step, with their graph; None makes new ones
         """
         state = self.state
         numbers = {"rate": state.generator_updater.learning_rate(state.images_seen)}
@@ -338,9 +343,14 @@ class Cycle:
             settings = training.precision, training.accumulate
             norms = input_gradient_norm_meters(state.critic, batch.images, batch.labels, *settings)
             state.meters.add(*norms)
-        images, offsets = (batch.images, fake_images), batch.slots - state.images_seen
+        images = batch.images, fake_images
+        offsets = batch.slots - batch.slots[:1] + self._offset(batch)
         size = training.global_batch_size
         state.meters.add(collapse_meters(*images, offsets, size, self.runtime))
+
+    def _offset(self, batch: DeviceBatch) -> int:
+        """Of this rank's slots in the global batch."""
+        return self.runtime.rank * len(batch.slots)
 
     def _fakes(self, slots: Tensor, labels: Tensor | None, draws: Mapping[str, Tensor]) -> Tensor:
         latents = self._latents(CRITIC_LATENTS, slots, draws)

@@ -92,7 +92,7 @@ def _points(penalty: Penalty, real: Tensor, fake: Tensor) -> Tensor:
     slots = torch.arange(len(real), device=real.device)
     try:
         with _FlopCounter():
-            return penalty.points(real, fake, Draws(0, slots, 0))
+            return penalty.points(real, fake, Draws(0, slots))
     except RuntimeError:  # points from all ranks' images
         return real.clone()
 

@@ -127,7 +127,7 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
         with torch.no_grad(), autocast(images.device, training.precision):
             fakes = fast_forward(generator.network, False)(generator.inputs, labels)
         fakes = fakes.to(images.dtype)
-        points = objective.penalty_points(images, fakes, Draws(config.seed, slots, 0), update=0)
+        points = objective.penalty_points(images, fakes, Draws(config.seed, slots), update=0)
         weights = objective.scheduled_weights(images_seen=0)
         return critic_step(images, fakes, labels, points, weights=weights)
 

@@ -25,6 +25,7 @@ from ganscale.tracking.console import Console
 from ganscale.tracking.sessions import session_facts
 from ganscale.tracking.tracker import Tracker
 from ganscale.tracking.wandb_identity import artifacts_to_upload, wandb_identity
+from ganscale.training.data_flow import data_position
 from ganscale.training.flops import count_cycle_flops
 from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
@@ -118,7 +119,8 @@ class RunReporter:
         self._newest_row = row
         self._log(row, interval)
         limit = self._config.data.max_bad_fraction
-        check_bad_sample_limit(state.bad_samples, state.images_seen, limit)
+        read = data_position(self._config, state.images_seen)
+        check_bad_sample_limit(state.bad_samples, read, limit)
         for name in non_finite:
             raise NonFiniteError(
                 f"{name} became {row[name]} within the {interval.images:,} images "

@@ -15,6 +15,7 @@ from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.training.augmentation import check_augmentation
+from ganscale.training.data_flow import check_data_flow
 from ganscale.training.evaluations import check_evaluations
 from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import build_networks, class_count
@@ -66,6 +67,7 @@ def try_start(resolved: Resolved) -> list[str]:
     check_batch_divides(config.training, ranks)
     objective = build_objective(config.objective)
     check_augmentation(config, objective)
+    check_data_flow(config, objective)
     data = open_data(config.data)
     data.check(1.0)
     num_classes = class_count(config, data)

@@ -37,6 +37,7 @@ from ganscale.tracking.record import Record
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.augmentation import check_augmentation
 from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.data_flow import batches_per_cycle, check_data_flow, data_position
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.evaluations import EVALUATED, Evaluation, Evaluations
 from ganscale.training.invariance_checks import check_batch_divides
@@ -76,6 +77,7 @@ class Trainer:
         check_batch_divides(config.training, runtime.world_size)
         self.objective = build_objective(config.objective)
         check_augmentation(config, self.objective)
+        check_data_flow(config, self.objective)
         self.data = open_data(config.data)
         runtime.run_on_main(lambda: self.data.check(runtime.node_share))
         num_classes = class_count(config, self.data)
@@ -130,19 +132,20 @@ class Trainer:
         state, config = self.state, self.config
         rank, world_size = self.runtime.rank, self.runtime.world_size
         state.sessions.append({"images_seen": state.images_seen, "world_size": world_size})
+        batches = batches_per_cycle(config)
         is_cuda = self.runtime.device.type == "cuda"
         loader = start_loader(
             self.data,
             partial(allocate_batch, is_pinned=is_cuda),
-            batches_ahead=config.objective.n_critic,
+            batches_ahead=batches,
             draws=draws_ahead(config, self.objective),
             seed=config.seed,
             global_batch_size=config.training.global_batch_size,
             rank=rank,
             world_size=world_size,
-            images_seen=state.images_seen,
+            position=data_position(config, state.images_seen),
         )
-        prefetcher = DevicePrefetcher(loader, self.runtime, config.objective.n_critic)
+        prefetcher = DevicePrefetcher(loader, self.runtime, batches)
         with contextlib.closing(loader):
             fingerprint = self.data.fingerprint
             history = self.folder, fingerprint, self.resumed_at, self.changed_settings

@@ -77,7 +77,7 @@ class Loaders:
         self.made: list[CountingLoader] = []
 
     def __call__(
-        self, *, workers=0, rank=0, world_size=1, images_seen=0, batch=8, **settings
+        self, *, workers=0, rank=0, world_size=1, position=0, batch=8, **settings
     ) -> CountingLoader:
         config = DataConfig(
             path=str(self.manifest.root),
@@ -92,7 +92,7 @@ class Loaders:
             global_batch_size=batch,
             rank=rank,
             world_size=world_size,
-            images_seen=images_seen,
+            position=position,
         )
         self.made.append(loader)
         return loader
@@ -150,7 +150,7 @@ def test_a_batch_holds_the_pixels_and_labels_of_the_samples_that_the_order_names
 
 
 def test_slots_count_the_images_since_the_start_of_the_run(loaders):
-    slots = [batch.slots.tolist() for batch in loaders.batches(3, images_seen=100)]
+    slots = [batch.slots.tolist() for batch in loaders.batches(3, position=100)]
     assert slots == [list(range(first, first + 8)) for first in (100, 108, 116)]
 
 
@@ -178,9 +178,9 @@ def test_the_batches_of_all_ranks_together_are_those_of_one_rank(loaders, world_
 
 def test_starting_in_the_middle_continues_the_stream(loaders):
     whole = loaders.batches(10)
-    assert same(loaders.batches(7, images_seen=24), whole[3:])
-    assert same(loaders.batches(7, images_seen=24, workers=2), whole[3:])
-    halves = [loaders.batches(4, images_seen=48, rank=r, world_size=2) for r in range(2)]
+    assert same(loaders.batches(7, position=24), whole[3:])
+    assert same(loaders.batches(7, position=24, workers=2), whole[3:])
+    halves = [loaders.batches(4, position=48, rank=r, world_size=2) for r in range(2)]
     assert same(joined(halves), whole[6:])
 
 
@@ -255,7 +255,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_for_every_cluster(load
             for rank in range(world_size)
         ]
         assert same(joined(ranks), one)
-    assert same(loaders.batches(6, images_seen=16), one[2:])
+    assert same(loaders.batches(6, position=16), one[2:])
 
 
 def test_a_bad_sample_is_counted_and_named_in_the_log(loaders, caplog):
@@ -308,7 +308,7 @@ def test_counts_of_two_sessions_add_up_to_those_of_one(loaders):
     whole, first, second = (
         loaders(workers=2),
         loaders(workers=3),
-        loaders(images_seen=40, workers=1),
+        loaders(position=40, workers=1),
     )
     for loader, batches in ((whole, 12), (first, 5), (second, 7)):
         list(itertools.islice(loader, batches))
@@ -549,7 +549,7 @@ def remote_loader(address: str, cache: Path, *, batch: int = 8, workers: int = 0
         window_blocks=2,
     )
     loader = open_data(config).make_loader(
-        seed=3, global_batch_size=batch, rank=0, world_size=1, images_seen=0
+        seed=3, global_batch_size=batch, rank=0, world_size=1, position=0
     )
     assert isinstance(loader, Loader)
     return loader

@@ -57,7 +57,7 @@ class Streams:
         self.made: list[CountingStreamLoader] = []
 
     def __call__(
-        self, path: Path | str, *, rank=0, world_size=1, images_seen=0, batch=8, seed=3, **settings
+        self, path: Path | str, *, rank=0, world_size=1, position=0, batch=8, seed=3, **settings
     ) -> CountingStreamLoader:
         config = DataConfig(
             path=str(path),
@@ -71,7 +71,7 @@ class Streams:
             global_batch_size=batch,
             rank=rank,
             world_size=world_size,
-            images_seen=images_seen,
+            position=position,
         )
         self.made.append(loader)
         return loader
@@ -130,7 +130,7 @@ def test_the_identity_knows_the_shards_but_not_their_folder(folder: Path, tmp_pa
 def test_images_come_with_their_labels_and_slots_go_on_from_the_images_seen(
     streams: Streams, folder: Path, workers: int
 ) -> None:
-    loader = streams(folder / "*.tar", images_seen=96, workers=workers)
+    loader = streams(folder / "*.tar", position=96, workers=workers)
     batches = some(loader, 30)
     for step, batch in enumerate(batches):
         assert batch.images.dtype == torch.uint8
@@ -161,7 +161,7 @@ def test_a_seed_makes_the_choice_and_a_resumed_run_makes_another(
     path = folder / "*.tar"
     first = numbers_in(some(streams(path, workers=2), 10))
     assert numbers_in(some(streams(path, workers=2), 10)) == first
-    assert numbers_in(some(streams(path, workers=2, images_seen=8), 10)) != first
+    assert numbers_in(some(streams(path, workers=2, position=8), 10)) != first
     assert numbers_in(some(streams(path, workers=2, seed=4), 10)) != first
 
 

@@ -37,7 +37,7 @@ def consume(
         global_batch_size=GLOBAL_BATCH,
         rank=rank,
         world_size=world_size,
-        images_seen=start,
+        position=start,
     )
     file = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for _ in range(start, stop, GLOBAL_BATCH):

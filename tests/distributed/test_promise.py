@@ -80,10 +80,11 @@ CASES = {
         ],
         1e-7,
     ),
-    "conditional_r3gan": (
+    "conditional_r3gan_on_fresh_images": (
         [
             "training.precision=float64",
             "training.conditional=true",
+            "training.generator_real=fresh",
             str(REPOSITORY / "configs" / "objective" / "r3gan.yaml"),
         ],
         1e-7,
@@ -108,7 +109,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[int,
         cases = {
             name: of_ranks.settings(name, *_LENGTH, *case) for name, (case, _) in CASES.items()
         }
-        cases["conditional_r3gan"] = with_r3gan(cases["conditional_r3gan"])
+        name = "conditional_r3gan_on_fresh_images"
+        cases[name] = with_r3gan(cases[name])
         (of_ranks.folder / "cases.json").write_text(json.dumps([*cases.values()]))
         run_ranks("tests.distributed.test_promise:train", of_ranks.folder, ranks, seconds=600)
     return runs

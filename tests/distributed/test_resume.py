@@ -27,18 +27,24 @@ def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) ->
     wait_until(are_written, process=process)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(runs: Runs, ranks: int) -> None:
-    runs.finish("whole", *_SETTINGS, ranks=ranks)
+_FRESH = ("objective.loss.name=relativistic", "training.generator_real=fresh")
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH)])
+def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    runs: Runs, ranks: int, more: tuple[str, ...]
+) -> None:
+    settings = (*_SETTINGS, *more)
+    runs.finish("whole", *settings, ranks=ranks)
     for checkpoints_before_the_kill in (2, 5):
-        process = runs.start("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
+        process = runs.start("killed", *settings, "data.workers=2", ranks=ranks)
         try:
             wait_for_checkpoints(runs, "killed", checkpoints_before_the_kill, process)
             assert process.poll() is None
         finally:
             end_tree(process)  # kill -9 to the launcher and to every rank
             process.communicate()
-    output = runs.finish("killed", *_SETTINGS, "data.workers=2", ranks=ranks)
+    output = runs.finish("killed", *settings, "data.workers=2", ranks=ranks)
     assert "continues at" in output
     assert len(runs.summary("killed")["sessions"]) > 1
     assert checkpoint_bits(runs.checkpoints("killed")[-1]) == checkpoint_bits(

@@ -16,7 +16,7 @@ def objective(penalties: dict[str, PenaltyConfig], **settings):
 
 def due(built, update: int) -> set[str]:
     images = torch.zeros(2, 1, 2, 2)
-    return set(built.penalty_points(images, images, Draws(0, torch.arange(2), 0), update))
+    return set(built.penalty_points(images, images, Draws(0, torch.arange(2)), update))
 
 
 def test_an_objective_has_its_penalties_and_clipping():

@@ -42,7 +42,7 @@ def random_images(*shape: int, seed: int = 1) -> Tensor:
 
 
 def draws_of(batch: int, first: int = 1000, seed: int = 7) -> Draws:
-    return Draws(seed, first + torch.arange(batch), first)
+    return Draws(seed, first + torch.arange(batch))
 
 
 def value(name: str, critic, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -224,7 +224,7 @@ def test_a_ranks_points_are_its_part_of_the_global_batchs():
         points = PENALTIES[name]().points
         whole = points(real, fake, draws_of(8))
         for part in (slice(0, 2), slice(2, 8)):
-            draws = Draws(7, 1000 + torch.arange(8)[part], first_slot=1000)
+            draws = Draws(7, 1000 + torch.arange(8)[part], offset=part.start)
             assert torch.equal(points(real[part], fake[part], draws), whole[part]), name
 
 

@@ -29,6 +29,7 @@ from ganscale.randomness import draw_together
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.data_flow import batches_per_cycle
 from ganscale.training.network_setup import build_unchecked_networks
 from ganscale.training.state import TrainingState
 
@@ -66,13 +67,13 @@ def run_cycles(config: Config, runtime: Runtime, classes: int = 0) -> None:
     networks = build_unchecked_networks(config, classes)
     state = TrainingState(config, objective, runtime, classes, networks)
     cycle = Cycle(config, objective, runtime, state)
-    global_batch, n_critic = config.training.global_batch_size, config.objective.n_critic
+    global_batch, count = config.training.global_batch_size, batches_per_cycle(config)
     images, size = global_batch // runtime.world_size, config.data.resolution
     first = runtime.rank * images
 
     def batches(cycle: int) -> list[Batch]:
         made = []
-        for step in range(cycle * n_critic, (cycle + 1) * n_critic):
+        for step in range(cycle * count, (cycle + 1) * count):
             slots = step * global_batch + first + torch.arange(images)
             pixels = torch.randint(0, 256, (images, size, size, config.data.channels)).byte()
             draws = draw_together(draws_ahead(config, objective), config.seed, slots)

@@ -109,7 +109,7 @@ def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
         global_batch_size=16,
         rank=0,
         world_size=1,
-        images_seen=0,
+        position=0,
     )
     prefetcher = DevicePrefetcher(loader, Runtime.start(), 3)
     try:

@@ -13,6 +13,7 @@ from ganscale.plan.meta_device import META, MetaRuntime, meta_device
 from ganscale.plan.networks import planned_networks
 from ganscale.schema import OptimizerConfig
 from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.data_flow import batches_per_cycle
 from ganscale.training.state import TrainingState
 
 OPTIMIZERS = {
@@ -37,7 +38,7 @@ def run_cycles(objective: str, network: str, optimizer: str, *settings: str) -> 
         labels, slots = torch.zeros(4, dtype=torch.int64), torch.arange(4)
         batch = Batch(images, labels, slots, draws=draws)
         for is_logged in (False, True, False):
-            cycle.run([batch] * config.objective.n_critic, is_logged=is_logged)
+            cycle.run([batch] * batches_per_cycle(config), is_logged=is_logged)
     return state
 
 
@@ -87,6 +88,11 @@ _ALL = "augmentation.strengths={blit: 1, geom: 1, color: 1, filter: 1, noise: 1,
 )
 def test_a_cycle_with_augmentation_stays_on_its_device(settings):
     assert_on_meta(run_cycles("r3gan", "resnet32", "as in the config", *settings))
+
+
+def test_a_cycle_with_a_real_batch_of_the_generators_own_stays_on_its_device():
+    setting = "training.generator_real=fresh"
+    assert_on_meta(run_cycles("r3gan", "resnet32", "as in the config", setting))
 
 
 def test_a_question_to_the_device_is_noticed(monkeypatch):

@@ -59,6 +59,7 @@ def test_a_dry_run_says_what_would_start_and_writes_nothing(
         ("evaluation.reference=none.npz", "there is no file none.npz"),
         ("evaluation.network=tests.helpers.feature_networks:Nothing", "Nothing"),
         ("checkpoint.best=eval/fid", "is not among the figures of this run's evaluations"),
+        ("training.generator_real=fresh", "generator_real` must be critic: the generator's loss"),
         ("training.global_batch_size=15", "cannot be divided evenly among 2 ranks"),
     ],
 )

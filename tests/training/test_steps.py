@@ -46,7 +46,7 @@ GRADIENT_PENALTY = {"wgan_gp": PenaltyConfig(WEIGHT)}
 
 def critic_inputs(built: Objective, batch: int = BATCH, update: int = 0) -> dict[str, Any]:
     real, fake = draw(batch, 3, 2, 2, seed=5), draw(batch, 3, 2, 2, seed=6)
-    points = built.penalty_points(real, fake, Draws(0, torch.arange(batch), 0), update)
+    points = built.penalty_points(real, fake, Draws(0, torch.arange(batch)), update)
     return {"real_images": real, "fake_images": fake, "labels": None, "points": points}
 
 

@@ -55,7 +55,7 @@ _CLOSE_SECONDS = 5.0
 
 class StreamLoader(Iterator[Batch]):
     """The endless stream of this rank's batches, as from `Loader`, but with another random choice
-    of images for each `images_seen`, rank, world size and number of workers."""
+    of images for each `position`, rank, world size and number of workers."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class StreamLoader(Iterator[Batch]):
         global_batch_size: int,
         rank: int,
         world_size: int,
-        images_seen: int,
+        position: int,
         allocate: BatchAllocator = allocate_batch,
     ) -> None:
         if rank == 0:
@@ -76,12 +76,12 @@ class StreamLoader(Iterator[Batch]):
                 "than an uninterrupted one (`ganscale shards index` makes the order exact)"
             )
         share = global_batch_size // world_size
-        self._slots = images_seen + rank * share + torch.arange(share)
+        self._slots = position + rank * share + torch.arange(share)
         self._global_batch_size = global_batch_size
         self._log = BadSampleLog()
         self._stall_seconds = config.retry_seconds + _STALL_SECONDS
         count = max(1, config.workers)
-        purpose = f"stream/{images_seen}/{rank} of {world_size}"
+        purpose = f"stream/{position}/{rank} of {world_size}"
         seeds = [derived_seed(seed, f"{purpose}/{i} of {count}") for i in range(count)]
         self._streams = [_Stream(urls, config, seed, share, allocate, count) for seed in seeds]
         # One thread each, also without workers: the caller has to notice a dead server.
