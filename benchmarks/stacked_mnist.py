@@ -62,22 +62,18 @@ def _adam(rate: float) -> tuple[str, ...]:
     return tuple(f"optimizer.{role}.learning_rate={rate}" for role in ("critic", "generator"))
 
 
+# Penalties of weight 1: with 0.3, RpGAN's KL was 0.45 after 60,000 images, and not 0.36.
 OBJECTIVES = {
     "non_saturating": ("non_saturating",),
-    "non_saturating+r1": ("r1", "objective.penalties.r1.weight=0.3", *_adam(1e-3)),
+    "non_saturating+r1": ("r1", "objective.penalties.r1.weight=1", *_adam(1e-3)),
     "wgan_gp": ("wgan_gp", "objective.n_critic=2", *_adam(5e-4)),
     "hinge+r1": (
         "hinge",
         "objective.n_critic=1",
-        "objective.penalties.r1.weight=0.3",
+        "objective.penalties.r1.weight=1",
         *_adam(1e-3),
     ),
-    "relativistic+r1+r2": (
-        "r3gan",
-        "objective.penalties.r1.weight=0.3",
-        "objective.penalties.r2.weight=0.3",
-        *_adam(1e-3),
-    ),
+    "relativistic+r1+r2": ("r3gan", *_adam(1e-3)),
 }
 """A file of configs/objective, and what is changed in it."""
 
