@@ -432,6 +432,12 @@ def test_a_value_out_of_its_range_is_named_with_its_origin(folder, override, com
     assert folder.mistake(None, override) == f"command line: `{key}` {complaint}"
 
 
+@pytest.mark.parametrize("other", ["accumulate=2", "generator_real=fresh"])
+def test_reused_fakes_are_refused_with_what_needs_others(folder, other):
+    found = folder.mistake(None, "training.reuse_fakes=true", f"training.{other}")
+    assert found.startswith("command line: `training.reuse_fakes` must be false with training.")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

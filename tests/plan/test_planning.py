@@ -5,6 +5,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from ganscale.cli.main import main
 from ganscale.plan.planning import make_plan
 from ganscale.shards.writing import write_shards
@@ -115,3 +117,20 @@ def test_the_json_file_holds_the_numbers_of_the_table(capsys, tmp_path, digits):
             for name in rows:
                 assert f"\n  {name.replace('_', ' ')} " in table
     assert max(map(len, table.splitlines())) <= 120
+
+
+def test_epochs_are_counted_over_all_images_that_are_read(digits):
+    """Also those of the generator's own real batches."""
+    settings = ("objective.loss.name=relativistic", "objective.n_critic=2")
+    shared, fresh = (
+        make_plan(config_of(digits, *settings, f"training.generator_real={choice}"), 1, 1)
+        for choice in ("critic", "fresh")
+    )
+    assert shared.run == fresh.run
+    assert shared.epochs is not None
+    assert fresh.epochs is not None
+    assert fresh.epochs.epochs == pytest.approx(3 / 2 * shared.epochs.epochs, rel=1e-3)
+    for count in ("critic_steps_per_epoch", "generator_steps_per_epoch"):
+        of_shared, of_fresh = (getattr(each.epochs, count) for each in (shared, fresh))
+        assert of_fresh == pytest.approx(2 / 3 * of_shared)
+    assert fresh.host_memory.batches == shared.host_memory.batches + 3
