@@ -155,9 +155,9 @@ def test_a_run_that_met_a_nan_continues_from_its_last_good_update(
     optimizer = whole.state.critic_updater.optimizer
     step = optimizer.step
 
-    def step_after_a_copy(learning_rate: float) -> None:
+    def step_after_a_copy(learning_rate: float, images_seen: int) -> None:
         critics[whole.state.images_seen] = state_of(whole.state.critic)
-        step(learning_rate)
+        step(learning_rate, images_seen)
 
     monkeypatch.setattr(optimizer, "step", step_after_a_copy)
     assert whole.run() == 0
