@@ -39,7 +39,7 @@ PLACE: dict[str, Any] = {
     "global_batch_size": 24,
     "rank": 0,
     "world_size": 1,
-    "images_seen": 0,
+    "position": 0,
 }
 
 
@@ -71,7 +71,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 
 @pytest.mark.parametrize(
     ("workers", "place"),
-    [(1, {}), (3, {"rank": 1, "world_size": 2, "images_seen": 240})],
+    [(1, {}), (3, {"rank": 1, "world_size": 2, "position": 240})],
 )
 def test_batches_are_those_of_the_loader_and_stay_as_they_are(
     digits: Path, start: Start, workers: int, place: dict[str, int]
