@@ -46,7 +46,8 @@ def score_entry(name: str, value: object, identity: str = "") -> dict[str, Any]:
     """The entry of `state.json` for a checkpoint's score; empty unless it is a finite number."""
     if not name or not isinstance(value, (int, float)) or not math.isfinite(value):
         return {}
-    return {"score": {"name": name, "value": value, "identity": identity}}
+    score = {"name": name, "value": value}
+    return {"score": score | {"identity": identity} if identity else score}
 
 
 def best_checkpoint(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.invariance import Combination, config_of, synthetic_batch
+from ganscale.evaluation.figures import Figures, Identity, figure_name
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.metrics.performance import PerformanceMeter
@@ -19,6 +20,7 @@ from ganscale.schedules import Schedule
 from ganscale.schema import PenaltyConfig
 from ganscale.training.cycle import Cycle
 from ganscale.training.ema import update_ema
+from ganscale.training.evaluations import EVALUATED
 from ganscale.training.metrics_row import (
     derived_metrics,
     logit_histograms,
@@ -193,6 +195,9 @@ def test_every_figure_of_a_row_is_explained_and_every_one_explained_is_logged(ru
         meter = PerformanceMeter(cycle.config, runtime, 0, cycle_flops=1e9)
         logged |= run(cycle, 1).keys() | performance(cycle, meter).keys()
     logged |= run(scheduled_cycle(runtime), 1).keys()
+    distances = {figure_name("fd", name): 1.0 for name in ("inception", "efficientnet_lite0")}
+    identity = Identity("network", "checksum", "resize", "reference", 3, 3)
+    logged |= Figures(distances, identity, 1.0).row().keys() | {EVALUATED}
     patterns = {name: re.sub("NAME|LOSS|REASON", "[a-z0-9_]+", name) for name in explained}
     unexplained = {
         name for name in logged if not any(re.fullmatch(p, name) for p in patterns.values())
