@@ -21,9 +21,10 @@ class Projection(nn.Module):
 
 
 class Stubborn(Projection):
-    """Fails for what a generator makes, but not for data: those have a black corner."""
+    """Fails for what a generator makes, but not for digits, which have a black corner, nor for the
+    images that try the network, of which every other one has."""
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if bool((images[:, :, 0, 0] != 0).any()) and len(images) > 8:
+        if (images[:, 0, 0, 0] != 0).float().mean() > 0.9:
             raise ValueError("these images are not to my taste")
         return super().features(images)
