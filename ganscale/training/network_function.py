@@ -31,7 +31,7 @@ from ganscale.training.hidden_state import HiddenState, seeded
 
 BATCH = 4
 _LARGER_BATCHES, _LARGER_PIXELS = (8, 32), 32 * 128 * 128
-_MOVES = (0.3, 0.3, 0.3, 1.0, 1.0, 0.0)  # of the weights; the next in case that an output is constant
+_MOVES = (0.3, 0.3, 0.3, 1.0, 1.0, 0.0)  # of the weights; the next if an output is constant
 # Of outputs, relative to the largest, by the lowest precision of anything in the forward.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.1}
 _DERIVATIVES = {torch.float64: 1e3}  # times more; if they are wrong, it is by their size
