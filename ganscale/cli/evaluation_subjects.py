@@ -46,6 +46,9 @@ class Subject(NamedTuple):
 
 def subjects_of(arguments: argparse.Namespace, runtime: "Runtime") -> Iterator[Subject]:
     """Raises UserError for what cannot be judged."""
+    has_run = any(RunFolder(path).config.exists() for path in arguments.sources)
+    if not has_run and (arguments.checkpoint or arguments.weights != "ema"):
+        raise UserError("--checkpoint and --weights are for runs, and no run folder was named")
     for path in arguments.sources:
         if (folder := RunFolder(path)).config.exists():
             yield from _of_run(arguments, folder, runtime)

@@ -118,8 +118,8 @@ def test_parameters_are_independent_of_each_other_of_slots_and_of_purposes() -> 
 def test_the_original_orientation_stays_the_most_likely_below_probability_one(
     probability: float,
 ) -> None:
-    """Of an image that is turned by quarters and mirrored, all eight orientations are told apart;
-    below 1, their frequencies tell how the original was oriented (section 2.2 of the paper)."""
+    """All eight orientations of an image that is turned by quarters and mirrored are counted; below
+    probability 1, the original one is the most frequent (section 2.2 of the paper)."""
     pipeline = build_pipeline("ada", {"xflip": 1.0, "rotate90": 1.0}, 1)
     corner = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     images = corner.expand(COUNT, 1, 2, 2)

@@ -91,6 +91,8 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(
         ([images], (*reference, "--metrics", "precison"), "did you mean"),
         ([images], (*reference, "--metrics", "fid"), "ask for `fd`"),
         ([images], (*reference, "--option", "path"), "write KEY=VALUE"),
+        ([images], (*reference, "--checkpoint", "all"), "are for runs"),
+        ([images], (*reference, "--weights", "generator"), "are for runs"),
     ):
         printed = mistake(capsys, *sources, *options, *NETWORK)
         assert complaint in printed, printed

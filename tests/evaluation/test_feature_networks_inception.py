@@ -1,4 +1,4 @@
-"""The Inception file: what is executed is what was verified, fetched once for all processes.
+"""The Inception file is fetched once for all processes, and only verified bytes are executed.
 
 The real file cannot be had offline; a small module of the same interface stands in.
 """
