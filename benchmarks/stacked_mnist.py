@@ -17,12 +17,11 @@ published results.
 import contextlib
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.ours import CONFIGS, cycles_within
+from benchmarks.ours import CONFIGS
 from benchmarks.report import Row, argument_parser, table, write
 from benchmarks.stacked_digits import (
     CLASSES,
@@ -32,10 +31,9 @@ from benchmarks.stacked_digits import (
     train_classifier,
     write_stacked,
 )
-from ganscale.config import resolve
+from benchmarks.timed_runs import train_for
 from ganscale.evaluation.figures import figure_name
 from ganscale.runtime import Runtime
-from ganscale.training.trainer import Trainer
 
 # Networks of 297,000 and 168,000 weights, small enough for minutes on two cores.
 _SETTINGS = (
@@ -117,23 +115,11 @@ def train(objective: str, folder: Path, weights: Path, size: Size, runtime: Runt
         f"evaluation.options.weights={weights}",
         f"evaluation.samples={size.samples}",
     ]
-    config = resolve([*settings, "training.total_images=1"]).config
-    cycles = cycles_within(size.seconds, config, runtime)
-    images = cycles * config.objective.n_critic * config.training.global_batch_size
-    settings.append(f"training.total_images={images}")
-    # Reports are not what is measured: one row, one grid of samples and one checkpoint at the end.
-    intervals = "samples", "checkpoint", "audit", "evaluation", "log"
-    settings += [f"{section}.every_images={images}" for section in intervals]
-    started = time.perf_counter()
-    with contextlib.redirect_stdout(sys.stderr):
-        trainer = Trainer(resolve(settings), runtime)
-        if trainer.run() != 0:
-            raise RuntimeError("the run was stopped")
-    seconds = time.perf_counter() - started
+    run = train_for(size.seconds, settings, runtime)
     modes, divergence = (
-        trainer.newest_metrics[figure_name(metric, NETWORK)] for metric in ("modes", "class_kl")
+        run.trainer.newest_metrics[figure_name(metric, NETWORK)] for metric in ("modes", "class_kl")
     )
-    return Result(objective, modes, divergence, images, seconds)
+    return Result(objective, modes, divergence, run.images, run.seconds)
 
 
 def rows_of(results: Sequence[Result], accuracy: float) -> list[Row]:
