@@ -7,7 +7,8 @@ of the run; each rank draws its own slice.
 The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
 1, 2, 3", SC 2011), equal on every device, since it uses integer arithmetic only. The four counter
 words are position (64 bits), column block and purpose; the key is the seed. Numbers that a device
-makes for every pixel (`uniform_noise`) come from Squares, which takes it a tenth of the launches.
+makes for every pixel (`uniform_noise`) or in a forward (`ganscale.random`) come from Squares, which
+takes a tenth of the launches.
 """
 
 import hashlib
@@ -124,24 +125,32 @@ def uniform_noise(
 ) -> Float[Tensor, "batch columns"]:
     """float32 in [0, 1), 24 random bits each, for many columns; other numbers than `uniform`'s.
 
-    The generator is Squares with 32-bit output (Widynski: "Squares: a fast counter-based RNG",
-    arXiv:2004.06278). Its counter numbers all elements of all positions; the key is made of seed
-    and purpose. It is the same for 2^64 / columns positions, then it repeats.
+    The generator is `squares`. Its counter numbers all elements of all positions; the key is made
+    of seed and purpose. It is the same for 2^64 / columns positions, then it repeats.
     """
     elements = torch.arange(columns, device=positions.device)
-    return _squares(torch.add(elements, positions[:, None], alpha=columns), _key(seed, purpose))
+    counter = torch.add(elements, positions[:, None], alpha=columns)
+    return squares(counter, squares_key(f"{seed}:{purpose}"))
 
 
-def _squares(counter: Tensor, key: int) -> Tensor:
-    """Four rounds of squaring a 64-bit word, adding to it and swapping its halves; of the last one,
-    the upper half as a number in [0, 1)."""
+def squares(
+    counter: Int64[Tensor, "*#shape"],
+    key: int | Int64[Tensor, "*#shape"],
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "*shape"]:
+    """A number in [0, 1) of 24 random bits for each counter and key.
+
+    Squares with 32-bit output (Widynski: "Squares: a fast counter-based RNG", arXiv:2004.06278):
+    four rounds of squaring a 64-bit word, adding to it and swapping its halves; of the last one,
+    the upper half.
+    """
     first = counter * key
     second = first + key
     word = _swapped_halves(torch.addcmul(first, first, first))
     word = _swapped_halves(torch.addcmul(second, word, word))
     word = _swapped_halves(torch.addcmul(first, word, word))
     bits = _halves(torch.addcmul(second, word, word))[..., 1] >> 8  # from -2^23 on
-    return (bits * 2**-24 + 0.5).float()
+    return bits.to(dtype).mul_(2**-24).add_(0.5)
 
 
 def _swapped_halves(words: Tensor) -> Tensor:
@@ -153,12 +162,13 @@ def _halves(words: Tensor) -> Tensor:
     return words.view(torch.int32).view(*words.shape, 2)
 
 
-def _key(seed: int, purpose: str) -> int:
+@lru_cache(maxsize=1024)
+def squares_key(name: str) -> int:
     """Irregular, as Squares needs its keys: in each half, eight different hexadecimal digits."""
     digits = ""
     for half in ("upper", "lower"):
-        name = f"{seed}:{purpose}:{half}:".encode()
-        order = sorted("123456789abcdef", key=lambda d: hashlib.sha256(name + d.encode()).digest())
+        salt = f"{name}:{half}:".encode()
+        order = sorted("123456789abcdef", key=lambda d: hashlib.sha256(salt + d.encode()).digest())
         digits += "".join(order[:8])
     key = int(digits, 16) | 1
     return key - 2**64 if key >= 2**63 else key  # as an int64

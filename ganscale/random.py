@@ -1,0 +1,248 @@
+"""Random numbers in a network's forward, as functions of the slots of its images.
+
+    noise = normal_like(maps[:, :1], "noise/64x64")
+    is_mixed = bernoulli_like(latents[:, 0], "mixing", 0.9)
+
+A number depends on the run's seed, the purpose of the forward, the image's slot, the name and the
+element, and on nothing else. So it is the same on every number of ranks, in micro-batches, where
+activation checkpointing computes a forward again, after a resume, and whatever else is drawn.
+
+Training, sampling and evaluation wrap every forward in `drawing`, which has seed, purposes and
+slots. The bits come from `randomness.squares`, with a key for each seed, purpose and name.
+"""
+
+import math
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ganscale.errors import UserError
+from ganscale.randomness import squares, squares_key
+
+_ELEMENT_BITS = 30  # of a counter; the others are the slot's
+_SECOND_WORDS = 1 << (_ELEMENT_BITS - 1)  # the element at which those of normal numbers begin
+_FEW = 1 << 20  # numbers; for more, memory matters more than launches
+_EXPECTATIONS, _RECENT_FORWARDS = 256, 512  # how many are kept
+
+
+def normal_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
+    """Standard normal numbers of x's shape, dtype and device. They are computed in float32, or in
+    float64 for an x in float64.
+
+    x: (batch, ...) of any floating-point type
+    name: of these numbers among those of a forward
+
+    Raises UserError outside of a forward, for a name that the forward has drawn before, and for an
+    x that is not as long as the batch.
+    """
+    return _draw(x, name, True)
+
+
+def uniform_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
+    """Numbers in [0, 1), 24 random bits each or as many as x's dtype has; else as `normal_like`."""
+    numbers = _draw(x, name, False)
+    largest = 1 - torch.finfo(x.dtype).eps / 2
+    return numbers.clamp_max(largest) if x.itemsize < 4 else numbers  # those may be rounded to 1
+
+
+def bernoulli_like(
+    x: Tensor, name: str, probability: float | Tensor
+) -> Float[Tensor, "batch *shape"]:
+    """1 with this probability, else 0; else as `normal_like`."""
+    wide = x if x.itemsize >= 4 else x.float()
+    return (_draw(wide, name, False) < probability).to(x.dtype)
+
+
+@contextmanager
+def drawing(
+    seed: int, purposes: tuple[str, ...], slots: Int64[Tensor, " images"] | None
+) -> Iterator[None]:
+    """Within, one forward may draw, of a batch that holds the images of `slots` once for each of
+    `purposes`, one after the other.
+
+    slots: None for a forward that must not draw
+    """
+    if "torch._dynamo" in sys.modules:
+        _keep_out_of_graphs()
+    forward = None if slots is None else _Forward(seed, purposes, slots)
+    token = _current.set(forward)
+    try:
+        yield
+        if forward is not None:
+            forward.remember()
+    finally:
+        _current.reset(token)
+        if forward is not None:
+            forward.close()
+
+
+class _Request(NamedTuple):
+    name: str
+    is_normal: bool
+    columns: int
+    dtype: torch.dtype
+
+
+class _Forward:
+    """Draws for one forward, and for its recomputation in a backward.
+
+    What a forward draws at first is made together with all that the previous forward of these
+    purposes drew: a launch for all layers takes as long as one for a small layer.
+    """
+
+    def __init__(self, seed: int, purposes: tuple[str, ...], slots: Tensor) -> None:
+        self.rows = len(purposes) * len(slots)
+        self._site, self._slots = (seed, purposes), slots
+        self._expected = _expected.get(self._site, ())
+        self._drawn: dict[str, _Request] = {}
+        self._made: dict[_Request, Tensor] = {}
+        # Autograd numbers its nodes in the order in which forwards make them.
+        self._first_node, self._next_node = torch.autograd._get_sequence_nr(), sys.maxsize
+        if torch.is_grad_enabled():
+            _recent.append(self)
+
+    def has_made(self, node: int) -> bool:
+        return self._first_node <= node < self._next_node
+
+    def draw(self, request: _Request, device: torch.device) -> Tensor:
+        if request.name in self._drawn:
+            raise UserError(
+                f"a forward draws {request.name!r} twice, which would be the same numbers: give "
+                f"each draw a name of its own, such as {request.name + '/2'!r}"
+            )
+        if request not in self._made:
+            together = [request]
+            if request in self._expected:
+                left = [r for r in self._expected if r.name not in self._drawn]
+                together = [r for r in left if r.dtype == request.dtype]
+            self._made |= self.make(together, device)
+        self._drawn[request.name] = request
+        return self._made.pop(request)
+
+    def make(self, requests: list[_Request], device: torch.device) -> dict[_Request, Tensor]:
+        """(rows, columns) each."""
+        few = self.rows * sum(r.columns for r in requests) <= _FEW
+        columns = _cached_columns if few else _columns
+        names, elements, pairs = columns(tuple(requests), device)
+        keys = _keys(*self._site, tuple(r.name for r in requests), device)
+        slots = self._slots.to(device)[:, None]
+        counter = torch.add(elements, slots, alpha=1 << _ELEMENT_BITS)
+        keys = keys[..., names] if len(requests) > 1 else keys
+        numbers = squares(counter, keys, requests[0].dtype).flatten(0, 1)
+        first, second, uniforms = numbers.tensor_split([pairs, 2 * pairs], dim=1)
+        normals = _box_muller(first, second) if pairs else first
+        made, ends = {}, {True: 0, False: 0}
+        for request in requests:
+            source = normals if request.is_normal else uniforms
+            start = ends[request.is_normal]
+            made[request] = source[:, start : start + request.columns]
+            ends[request.is_normal] += _width(request)
+        return made
+
+    def remember(self) -> None:
+        """For the next forward of these purposes. It is a hint that changes no number."""
+        if len(_expected) >= _EXPECTATIONS:
+            _expected.clear()
+        few = [r for r in self._drawn.values() if self.rows * r.columns <= _FEW]
+        _expected[self._site] = tuple(few)
+
+    def close(self) -> None:
+        self._next_node = torch.autograd._get_sequence_nr()
+        self._made.clear()
+
+
+_current: ContextVar[_Forward | None] = ContextVar("forward", default=None)
+_expected: dict[tuple[int, tuple[str, ...]], tuple[_Request, ...]] = {}
+_recent: deque[_Forward] = deque(maxlen=_RECENT_FORWARDS)
+
+
+def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
+    node = torch._C._current_autograd_node()
+    forward = _current.get() if node is None else _forward_of(node._sequence_nr())
+    if forward is None:
+        raise UserError(
+            f"{name!r} is drawn outside of a forward of training or sampling: wrap the forward in "
+            "`ganscale.random.drawing(seed, purposes, slots)`"
+        )
+    if x.ndim == 0 or len(x) != forward.rows:
+        size = f"{len(x)} rows" if x.ndim else "no batch dimension"
+        raise UserError(
+            f"{name!r} is drawn for a tensor of {size} in a forward of {forward.rows} images: "
+            "numbers are drawn for images, along the first dimension"
+        )
+    if not x.is_floating_point():
+        raise UserError(f"{name!r} is drawn like a tensor of {x.dtype}: it needs real numbers")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    request = _Request(name, is_normal, math.prod(x.shape[1:]), dtype)
+    with torch.no_grad():
+        if node is None:
+            numbers = forward.draw(request, x.device)
+        else:  # a recomputation, which may repeat and leave out what it likes
+            numbers = forward.make([request], x.device)[request]
+        return numbers.view(x.shape).to(x.dtype)
+
+
+_draw: Callable[[Tensor, str, bool], Tensor] = _drawn_like
+
+
+@lru_cache(maxsize=1)
+def _keep_out_of_graphs() -> None:
+    """torch.compile calls `_draw` as it is. Importing the compiler takes seconds, so only where
+    that has been done."""
+    global _draw
+    _draw = torch.compiler.disable(_drawn_like)  # type: ignore[assignment]
+
+
+def _forward_of(node: int) -> _Forward | None:
+    """The forward that made this node of autograd's graph. The newest first: it may be inside of
+    another."""
+    return next((each for each in reversed(_recent) if each.has_made(node)), None)
+
+
+def _width(request: _Request) -> int:
+    """Columns that a request takes up: normal numbers come in pairs."""
+    return request.columns + request.columns % 2 if request.is_normal else request.columns
+
+
+@lru_cache(maxsize=_EXPECTATIONS)
+def _keys(
+    seed: int, purposes: tuple[str, ...], names: tuple[str, ...], device: torch.device
+) -> Int64[Tensor, "purposes 1 names"]:
+    """Copied to the device once."""
+    keys = [[[squares_key(repr((seed, purpose, name))) for name in names]] for purpose in purposes]
+    return torch.tensor(keys).to(device)
+
+
+def _columns(
+    requests: tuple[_Request, ...], device: torch.device
+) -> tuple[Int64[Tensor, " columns"], Int64[Tensor, " columns"], int]:
+    """The name, by its index, and the element of each number of an image: first words of all pairs
+    of normal numbers, their second words, uniform numbers. And how many pairs there are."""
+    normals = [(i, _width(r) // 2, 0) for i, r in enumerate(requests) if r.is_normal]
+    seconds = [(i, pairs, _SECOND_WORDS) for i, pairs, _ in normals]
+    uniforms = [(i, r.columns, 0) for i, r in enumerate(requests) if not r.is_normal]
+    parts = normals + seconds + uniforms
+    names = [torch.full((count,), i, device=device) for i, count, _ in parts]
+    elements = [torch.arange(first, first + n, device=device) for _, n, first in parts]
+    return torch.cat(names), torch.cat(elements), sum(pairs for _, pairs, _ in normals)
+
+
+_cached_columns = lru_cache(maxsize=32)(_columns)
+
+
+def _box_muller(
+    first: Float[Tensor, "rows pairs"], second: Float[Tensor, "rows pairs"]
+) -> Float[Tensor, "rows numbers"]:
+    """Two independent standard normal numbers from each pair of uniform ones, side by side."""
+    radius = torch.log1p(-first).mul_(-2).sqrt_()
+    angle = second * (2 * math.pi)
+    circle = torch.stack([torch.cos(angle), torch.sin(angle)], dim=-1)
+    return circle.mul_(radius[..., None]).flatten(1)
