@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -106,6 +106,7 @@ class _Forward:
         self._made: dict[_Request, Tensor] = {}
         # Autograd numbers its nodes in the order in which forwards make them.
         self._first_node, self._next_node = torch.autograd._get_sequence_nr(), sys.maxsize
+        self.graph_task = torch._C._current_graph_task_id()  # -1 outside of a backward
         if torch.is_grad_enabled():
             _recent.append(self)
 
@@ -165,8 +166,10 @@ _recent: deque[_Forward] = deque(maxlen=_RECENT_FORWARDS)
 
 
 def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
-    node = torch._C._current_autograd_node()
-    forward = _current.get() if node is None else _forward_of(node._sequence_nr())
+    forward, is_repeated = _current.get(), False
+    graph_task = torch._C._current_graph_task_id()
+    if graph_task != -1 and (forward is None or forward.graph_task != graph_task):
+        forward, is_repeated = _forward_of(torch._C._current_autograd_node()), True
     if forward is None:
         raise UserError(
             f"{name!r} is drawn outside of a forward of training or sampling: wrap the forward in "
@@ -183,10 +186,10 @@ def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     request = _Request(name, is_normal, math.prod(x.shape[1:]), dtype)
     with torch.no_grad():
-        if node is None:
-            numbers = forward.draw(request, x.device)
-        else:  # a recomputation, which may repeat and leave out what it likes
+        if is_repeated:  # any part of the forward, any number of times
             numbers = forward.make([request], x.device)[request]
+        else:
+            numbers = forward.draw(request, x.device)
         return numbers.view(x.shape).to(x.dtype)
 
 
@@ -201,10 +204,11 @@ def _keep_out_of_graphs() -> None:
     _draw = torch.compiler.disable(_drawn_like)  # type: ignore[assignment]
 
 
-def _forward_of(node: int) -> _Forward | None:
-    """The forward that made this node of autograd's graph. The newest first: it may be inside of
-    another."""
-    return next((each for each in reversed(_recent) if each.has_made(node)), None)
+def _forward_of(node: Any) -> _Forward | None:
+    """The forward that made this node of autograd's graph, whose backward asks for what activation
+    checkpointing has not kept. The newest first: it may be inside of another."""
+    number = node._sequence_nr()
+    return next((each for each in reversed(_recent) if each.has_made(number)), None)
 
 
 def _width(request: _Request) -> int:

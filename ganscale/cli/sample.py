@@ -61,13 +61,16 @@ def run(arguments: argparse.Namespace) -> None:
         latents = sampling.interpolate_latents(arguments.seed, rows, columns, latent_dim)[:count]
         labels = sampling.sample_labels(0, rows, num_classes, columns)
         labels = None if labels is None else labels[:count]
+        positions = sampling.interpolation_positions(rows, columns)[:count]
     else:
         latents = sampling.sample_latents(arguments.seed, 0, count, latent_dim)
         labels = sampling.sample_labels(0, count, num_classes)
+        positions = torch.arange(count)
     if arguments.label is not None:
         labels = torch.full((count,), arguments.label)
 
-    generate = partial(sampling.generate_uint8, generator, latents, labels)
+    draws = {"seed": arguments.seed, "positions": positions}
+    generate = partial(sampling.generate_uint8, generator, latents, labels, **draws)
     try:
         if torch.accelerator.is_available():
             generator.to(torch.accelerator.current_accelerator())

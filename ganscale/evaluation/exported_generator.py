@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.errors import UserError
-from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
+from ganscale.evaluation.sampling import (
+    generate_images,
+    sample_labels,
+    sample_latents,
+    sampling_draws,
+)
 from ganscale.files import atomic_folder, sha256
 from ganscale.networks.build import build_network
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
@@ -62,10 +67,16 @@ class ExportedGenerator(nn.Module):
         self.about = dict(about)
         self.eval()
 
-    def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, latents: Tensor, labels: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """(batch, latent_dim) standard normal latents, and (batch,) classes if the generator is
-        conditional -> (batch, channels, height, width) in [-1, 1]."""
-        return self.network(latents) if labels is None else self.network(latents, labels)
+        conditional -> (batch, channels, height, width) in [-1, 1].
+
+        seed: of what the generator draws itself, such as noise; the numbers of an image depend on
+            the seed and on its place in the batch
+        """
+        positions = torch.arange(len(latents), device=latents.device)
+        with sampling_draws(seed, positions):
+            return self.network(latents) if labels is None else self.network(latents, labels)
 
     def sample(
         self, count: int, seed: int = 0, labels: int | Sequence[int] | Tensor | None = None
@@ -78,7 +89,7 @@ class ExportedGenerator(nn.Module):
         if count < 1:
             raise UserError(f"the count of samples must be at least 1, not {count}")
         latents = sample_latents(seed, 0, count, self.latent_dim)
-        chunks = generate_images(self, latents, self._classes(count, labels))
+        chunks = generate_images(self.network, latents, self._classes(count, labels), seed=seed)
         return torch.cat([chunk.float().cpu() for chunk in chunks])
 
     def _classes(self, count: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:

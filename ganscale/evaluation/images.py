@@ -15,7 +15,7 @@ from ganscale.data.order import Order
 from ganscale.data.shard_reader import SampleLocation, ShardReader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UserError
-from ganscale.evaluation.sampling import sample_labels, sample_latents
+from ganscale.evaluation.sampling import sample_labels, sample_latents, sampling_draws
 from ganscale.schema import DataConfig
 from ganscale.shards.sources import Source, image_reader
 
@@ -68,10 +68,12 @@ class GeneratedImages:
         inputs = [sample_latents(self._seed, rows.start, len(rows), self._latent_dim).to(weights)]
         if self._labels is not None:
             inputs.append(self._labels[rows.start : rows.stop].to(weights.device))
+        positions = torch.arange(rows.start, rows.stop, device=weights.device)
         was_training = self._generator.training
         self._generator.eval()
         try:
-            images = self._generator(*inputs)
+            with sampling_draws(self._seed, positions):
+                images = self._generator(*inputs)
         finally:
             self._generator.train(was_training)
         if not bool(images.isfinite().all()):

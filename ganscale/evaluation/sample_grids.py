@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ganscale.data.batch import Batch
@@ -16,6 +17,7 @@ from ganscale.data.images.grid import image_grid, to_pil_image
 from ganscale.evaluation.sampling import (
     generate_uint8,
     interpolate_latents,
+    interpolation_positions,
     sample_labels,
     sample_latents,
 )
@@ -60,19 +62,23 @@ class SampleGrids:
         config = self._config
         latents = sample_latents(self._seed, 0, config.count, self._latent_dim)
         labels = sample_labels(0, config.count, self._num_classes)
-        inputs: dict[str, tuple[nn.Module, Tensor, Tensor | None, int]] = {
-            "ema": (self._ema, latents, labels, self._columns)
+        positions = torch.arange(config.count)
+        inputs: dict[str, tuple[nn.Module, Tensor, Tensor | None, Tensor, int]] = {
+            "ema": (self._ema, latents, labels, positions, self._columns)
         }
         if config.non_ema:
-            inputs["non_ema"] = (self._generator, latents, labels, self._columns)
+            inputs["non_ema"] = (self._generator, latents, labels, positions, self._columns)
         if rows := config.interpolations:
-            latents = interpolate_latents(self._seed, rows, INTERPOLATION_STEPS, self._latent_dim)
-            labels = sample_labels(0, rows, self._num_classes, INTERPOLATION_STEPS)
-            inputs["interpolation"] = (self._ema, latents, labels, INTERPOLATION_STEPS)
+            steps = INTERPOLATION_STEPS
+            latents = interpolate_latents(self._seed, rows, steps, self._latent_dim)
+            labels = sample_labels(0, rows, self._num_classes, steps)
+            positions = interpolation_positions(rows, steps)
+            inputs["interpolation"] = (self._ema, latents, labels, positions, steps)
         grids: dict[str, np.ndarray] = {}
-        for kind, (generator, latents, labels, columns) in inputs.items():
+        for kind, (generator, latents, labels, positions, columns) in inputs.items():
             images: list[np.ndarray] = []
-            with closing(generate_uint8(generator, latents, labels)) as chunks:
+            made = generate_uint8(generator, latents, labels, seed=self._seed, positions=positions)
+            with closing(made) as chunks:
                 for chunk in chunks:
                     images.append(chunk.numpy())
                     if is_stopped():

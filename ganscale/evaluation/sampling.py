@@ -1,12 +1,14 @@
 """Images from a generator as a function of (seed, position)."""
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ganscale.data.images.preprocessing import to_bytes
+from ganscale.random import drawing
 from ganscale.randomness import normal
 
 CHUNK_SIZE = 16
@@ -47,14 +49,32 @@ def interpolate_latents(
     return (points / torch.sin(angle)).reshape(rows * columns, latent_dim)
 
 
+def sampling_draws(seed: int, positions: Tensor) -> AbstractContextManager[None]:
+    """Around a forward of a generator, which may draw random numbers of its own."""
+    return drawing(seed, ("samples",), positions)
+
+
+def interpolation_positions(rows: int, columns: int) -> Int64[Tensor, " images"]:
+    """Of what a generator draws itself: the same within a row."""
+    return torch.arange(rows).repeat_interleave(columns)
+
+
 def generate_images(
-    generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
+    generator: nn.Module,
+    latents: Float[Tensor, "count latent"],
+    labels: Tensor | None = None,
+    *,
+    seed: int = 0,
+    positions: Int64[Tensor, " count"] | None = None,
 ) -> Iterator[Float[Tensor, "chunk channels height width"]]:
     """Yields images in [-1, 1] on the generator's device, at most CHUNK_SIZE at a time.
 
+    seed, positions: of what the generator draws itself, by default in the order of the latents;
+        images of one position have the same noise
     The generator is in evaluation mode meanwhile.
     """
     weights = next(generator.parameters())
+    positions = torch.arange(len(latents)) if positions is None else positions
     was_training = generator.training
     generator.eval()
     try:
@@ -62,7 +82,9 @@ def generate_images(
             inputs = [_pad(latents[start : start + CHUNK_SIZE]).to(weights)]
             if labels is not None:
                 inputs.append(_pad(labels[start : start + CHUNK_SIZE]).to(weights.device))
-            with torch.no_grad():  # not around the yield: that would disable the caller's gradients
+            slots = _pad(positions[start : start + CHUNK_SIZE]).to(weights.device)
+            # Not around the yield: that would disable the caller's gradients.
+            with torch.no_grad(), sampling_draws(seed, slots):
                 images = generator(*inputs)
             yield images[: len(latents) - start]
     finally:
@@ -70,10 +92,15 @@ def generate_images(
 
 
 def generate_uint8(
-    generator: nn.Module, latents: Float[Tensor, "count latent"], labels: Tensor | None = None
+    generator: nn.Module,
+    latents: Float[Tensor, "count latent"],
+    labels: Tensor | None = None,
+    *,
+    seed: int = 0,
+    positions: Int64[Tensor, " count"] | None = None,
 ) -> Generator[UInt8[Tensor, "chunk height width channels"], None, None]:
     """`generate_images` as bytes on the host."""
-    for images in generate_images(generator, latents, labels):
+    for images in generate_images(generator, latents, labels, seed=seed, positions=positions):
         yield to_bytes(images).cpu()
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
+from ganscale.random import drawing
 
 
 def input_gradient_norm_meters(
@@ -16,21 +17,27 @@ def input_gradient_norm_meters(
     labels: Int64[Tensor, " batch"] | None,
     precision: str,
     micro_batches: int,
+    slots: Int64[Tensor, " batch"] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(means, maxima) of the norm of the critic's gradient at each of this rank's real images.
 
     One forward and one backward, in micro-batches as in training; changes no gradients or buffers.
+
+    slots, seed: for what the critic draws; no slots for one that does not
     """
     lengths = []
     with buffers_restored(critic):
         for index in range(micro_batches):
-            gradients = input_gradients(
-                partial(run_network, critic),
-                real_images[index::micro_batches].clone(),
-                None if labels is None else labels[index::micro_batches],
-                precision,
-                is_differentiable=False,
-            )
+            part = slice(index, None, micro_batches)
+            with drawing(seed, ("input gradient norm",), None if slots is None else slots[part]):
+                gradients = input_gradients(
+                    partial(run_network, critic),
+                    real_images[part].clone(),
+                    None if labels is None else labels[part],
+                    precision,
+                    is_differentiable=False,
+                )
             lengths.append(norms(gradients).double())
     length = torch.cat(lengths)
     name = "input_gradient_norm/real"

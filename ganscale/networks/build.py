@@ -15,6 +15,7 @@ from ganscale.importing import call, find
 from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.mlp import MLPCritic, MLPGenerator
 from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator
+from ganscale.networks.random_layers import name_random_layers
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
 
 NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
@@ -52,6 +53,7 @@ def build_network(role: str, target: str, options: Mapping[str, Any], **facts: A
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise UserError(f"{role} {target} is a {kind}, not a torch.nn.Module")
+    name_random_layers(network)
     return network
 
 

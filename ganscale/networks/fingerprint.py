@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from ganscale.errors import UserError
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
+from ganscale.random import drawing
 from ganscale.randomness import normal
 
 _SAMPLES = 4
@@ -83,10 +84,11 @@ def fingerprint(
     lowest = LowestPrecision()
     with nullcontext() if is_critic else _in_evaluation(network), lowest:
         try:
-            with default_dtype(torch.float64):
+            with default_dtype(torch.float64), drawing(0, ("fingerprint",), slots):
                 outputs = functional_call(network, wide, (inputs.double(), *labels))
         except Exception:  # its code has a float32 in it
-            outputs = run_network(network, inputs.to(first.dtype), *labels)
+            with drawing(0, ("fingerprint",), slots):
+                outputs = run_network(network, inputs.to(first.dtype), *labels)
     dtype = str(lowest.dtype).removeprefix("torch.")
     flat = outputs.double().reshape(_SAMPLES, -1)
     positions = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)

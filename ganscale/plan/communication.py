@@ -9,6 +9,7 @@ from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import Objective
 from ganscale.plan.networks import trainable
 from ganscale.plan.sections import Communication
+from ganscale.random import drawing
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config
 from ganscale.training.cycle import makes_fakes_together
@@ -109,7 +110,9 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
     dtype = weights_dtype(config.training.precision)
     try:
         with torch.no_grad():
-            logits = critic(torch.empty(2, *sample_shape(config), dtype=dtype, device=device))
+            images = torch.empty(2, *sample_shape(config), dtype=dtype, device=device)
+            with drawing(0, ("plan",), torch.arange(2, device=device)):
+                logits = critic(images)
         return logits[0].numel() * logits.itemsize
     except Exception:  # a user's network, or one that needs labels
         return dtype.itemsize

@@ -37,6 +37,7 @@ from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.network_updater import Update
 from ganscale.training.state import TrainingState, is_channels_last
+from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 
 _MOST_PIXELS_TOGETHER = 1 << 21  # 5 batches of 64 images of 64 pixels are 1.3 million
 CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
@@ -254,6 +255,7 @@ class Cycle:
             "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
             "weights": weights,
             "augmentation": self._augmentation(CRITIC, batch, inputs["probability"]),
+            "slots": batch.slots,
         }
         seen = self.state.images_seen
         update = self.state.critic_updater.update(step_inputs, seen, numbers["rate"])
@@ -301,6 +303,7 @@ class Cycle:
             "labels": batch.labels,
             "with_real_logits": with_real_logits,
             "augmentation": self._augmentation(purposes, batch, inputs["probability"]),
+            "slots": batch.slots,
         }
         seen = self.state.images_seen
         return self.state.generator_updater.update(step_inputs, seen, numbers["rate"])
@@ -341,8 +344,8 @@ class Cycle:
             state.meters.add({"clip/fraction": fraction})
         if not self.objective.penalties:
             settings = training.precision, training.accumulate
-            norms = input_gradient_norm_meters(state.critic, batch.images, batch.labels, *settings)
-            state.meters.add(*norms)
+            inputs = batch.images, batch.labels, *settings, batch.slots, self.config.seed
+            state.meters.add(*input_gradient_norm_meters(state.critic, *inputs))
         images = batch.images, fake_images
         offsets = batch.slots - batch.slots[:1] + self._offset(batch)
         size = training.global_batch_size
@@ -354,7 +357,8 @@ class Cycle:
 
     def _fakes(self, slots: Tensor, labels: Tensor | None, draws: Mapping[str, Tensor]) -> Tensor:
         latents = self._latents(CRITIC_LATENTS, slots, draws)
-        with autocast(self.runtime.device, self.config.training.precision):
+        may_draw = generator_draws(self.config.seed, CRITIC_STEP, slots)
+        with may_draw, autocast(self.runtime.device, self.config.training.precision):
             return self._run_generator(latents, labels)
 
     def _latents(self, purpose: str, slots: Tensor, draws: Mapping[str, Tensor]) -> Tensor:

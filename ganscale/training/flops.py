@@ -17,6 +17,7 @@ from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
 from ganscale.training.network_setup import sample_shape
+from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 _BATCH = 2
@@ -57,7 +58,8 @@ def _count_step_flops(
     like = next(generator.parameters())
     latents = like.new_zeros(_BATCH, config.generator.latent_dim)
     real, fake = (like.new_zeros(_BATCH, *sample_shape(config)) for _ in range(2))
-    labels = torch.zeros(_BATCH, dtype=torch.int64, device=like.device) if num_classes else None
+    slots = torch.arange(_BATCH, device=like.device)
+    labels = torch.zeros_like(slots) if num_classes else None
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
     critic_step = CriticStep(critic, plain, "float32", joins_forwards=False)
@@ -67,7 +69,7 @@ def _count_step_flops(
 
     def critic_flops(points: dict[str, Tensor]) -> int:
         with _FlopCounter() as counter:
-            loss = critic_step(real, fake, labels, points, weights=weights).loss
+            loss = critic_step(real, fake, labels, points, weights=weights, slots=slots).loss
             loss.backward(inputs=trained)
         return counter.flops
 
@@ -76,12 +78,13 @@ def _count_step_flops(
     for name, weighted in objective.penalties.items():
         points = {name: _points(weighted.penalty, real, fake)}
         of_critic += (critic_flops(points) - without_penalties) / weighted.interval
-    with _FlopCounter() as fakes, torch.no_grad():
+    draws = generator_draws(0, CRITIC_STEP, slots)
+    with _FlopCounter() as fakes, torch.no_grad(), draws:
         run_network(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32", joins_forwards=False)
     with _FlopCounter() as of_generator:
         needs_real = objective.loss.generator_needs_real
-        loss = step(latents, real, labels, with_real_logits=needs_real).loss
+        loss = step(latents, real, labels, with_real_logits=needs_real, slots=slots).loss
         loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
     reused = fakes.flops if config.training.reuse_fakes else 0  # the generator step makes none
     return of_critic + fakes.flops, of_generator.flops - reused

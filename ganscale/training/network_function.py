@@ -3,8 +3,8 @@
 Looked at in float64, for very different images, and with weights moved away from their initial
 values, which may hide a layer behind a zero:
 
-- A forward changes nothing and draws nothing: repeated, it gives the same output, also on another
-  rank of another world.
+- A forward changes nothing, and draws nothing but through `ganscale.random`: repeated, it gives the
+  same output, also on another rank of another world.
 - The derivative of one image's output with respect to another image is exactly zero.
 - An image's output and derivatives are the same with other images around it, at another place in
   the batch, in a larger batch, and alone.
@@ -26,6 +26,7 @@ from ganscale.networks.forward import LowestPrecision, default_dtype, run_networ
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import twice_differentiable_attention
+from ganscale.random import drawing
 from ganscale.runtime import autocast
 from ganscale.training.hidden_state import HiddenState, seeded
 
@@ -40,8 +41,8 @@ _DERIVATIVES = {torch.float64: 1e3}  # times more; if they are wrong, it is by t
 _DIFFERENCE_STEPS, _DIFFERENCE_TOLERANCE = (1e-6, 1e-7, 1e-8, 1e-8), 1e-3
 
 _NO_DRAWS = (
-    "which would differ between ranks, micro-batches and restarts: remove them, or pass noise in "
-    "as latents"
+    "which would differ between ranks, micro-batches and restarts: use ganscale.random.normal_like,"
+    " uniform_like or bernoulli_like, or ganscale.networks.random_layers.Dropout or NoiseInjection"
 )
 _NO_CHANGES = (
     "which ranks, micro-batches and penalties would each change differently: use torch.nn.utils."
@@ -55,6 +56,7 @@ class Subject:
     """One network and its inputs of the trial.
 
     order: how often a step differentiates it
+    slots: of its inputs, for what it draws
     lowest: the lowest precision of anything in its forward
     """
 
@@ -64,10 +66,12 @@ class Subject:
     labels: Tensor | None
     precision: str
     order: int
+    slots: Tensor
     lowest: torch.dtype = torch.float32
 
     def run(self) -> Tensor:
-        with autocast(self.inputs.device, self.precision):
+        draws = drawing(0, ("trial",), self.slots)
+        with draws, autocast(self.inputs.device, self.precision):
             return run_network(self.network, self.inputs, self.labels)
 
     def run_fast(self) -> Tensor:
@@ -79,7 +83,7 @@ class Subject:
         """With some rows of its inputs, in that order."""
         labels = None if self.labels is None else self.labels[rows]
         inputs = torch.cat([self.inputs[row : row + 1] for row in rows])  # keeps channels last
-        return replace(self, inputs=inputs, labels=labels)
+        return replace(self, inputs=inputs, labels=labels, slots=self.slots[rows])
 
     def in_float64(self) -> "Subject":
         """Itself in float64, if it runs in that precision."""

@@ -29,6 +29,7 @@ from ganscale.training.network_function import (
     check_second_derivatives,
     refuse_change,
 )
+from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 from ganscale.training.steps import CriticStep, GeneratorStep, StepOutput
 
 _HINTS = {
@@ -67,10 +68,14 @@ def try_networks(
         if config.training.memory_format == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.arange(BATCH, device=device) % num_classes if num_classes else None
+        slots = torch.arange(BATCH, device=device)
         shared = labels, config.training.precision
+        name = f"generator {config.generator.target}"
         subjects = (
-            Subject(f"generator {config.generator.target}", generator, latents, *shared, order=1),
-            Subject(f"critic {config.critic.target}", critic, images, *shared, order=2),
+            Subject(name, generator, latents, *shared, order=1, slots=slots),
+            Subject(
+                f"critic {config.critic.target}", critic, images, *shared, order=2, slots=slots
+            ),
         )
         with batch_norms_in_evaluation(generator):
             _check_outputs(*subjects, shape)
@@ -121,19 +126,20 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
     penalty_precision = training.precision if is_autocast else "float32"
     critic_step = CriticStep(critic.network, objective, training.precision, penalty_precision)
     generator_step = GeneratorStep(generator.network, critic.network, objective, training.precision)
-    slots = torch.arange(BATCH, device=images.device)
+    slots = critic.slots
 
     def take_critic_step() -> StepOutput:
-        with torch.no_grad(), autocast(images.device, training.precision):
+        draws = generator_draws(0, CRITIC_STEP, slots)
+        with torch.no_grad(), autocast(images.device, training.precision), draws:
             fakes = fast_forward(generator.network, False)(generator.inputs, labels)
         fakes = fakes.to(images.dtype)
         points = objective.penalty_points(images, fakes, Draws(config.seed, slots), update=0)
         weights = objective.scheduled_weights(images_seen=0)
-        return critic_step(images, fakes, labels, points, weights=weights)
+        return critic_step(images, fakes, labels, points, weights=weights, slots=slots)
 
     before = HiddenState(generator.network), HiddenState(critic.network)
     _differentiate(critic, take_critic_step)
-    _differentiate(generator, lambda: generator_step(generator.inputs, images, labels))
+    _differentiate(generator, lambda: generator_step(generator.inputs, images, labels, slots=slots))
     for subject, state in zip((generator, critic), before, strict=True):
         refuse_change(subject, state.change())
 

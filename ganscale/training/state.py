@@ -84,20 +84,17 @@ class TrainingState:
         is_autocast = config.training.penalty_precision == "autocast"
         penalty_precision = precision if is_autocast else "float32"
         shared = config.training, runtime, self.non_finite_guard
+        forwards: dict[str, Any] = {"pipeline": pipeline, "seed": config.seed}
         self.critic_updater = NetworkUpdater(
             "critic",
-            CriticStep(
-                self.critic, objective, precision, penalty_precision, compiles, pipeline=pipeline
-            ),
+            CriticStep(self.critic, objective, precision, penalty_precision, compiles, **forwards),
             self.critic,
             config.optimizer.critic,
             *shared,
         )
         self.generator_updater = NetworkUpdater(
             "generator",
-            GeneratorStep(
-                self.generator, self.critic, objective, precision, compiles, pipeline=pipeline
-            ),
+            GeneratorStep(self.generator, self.critic, objective, precision, compiles, **forwards),
             self.generator,
             config.optimizer.generator,
             *shared,

@@ -5,7 +5,8 @@ forward of the wrapped module and differentiated in one backward: a penalty besi
 one backward per term, would silently leave gradients unsynchronized.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,15 @@ from ganscale.objectives.penalties import gradients_of_scores, input_gradients
 from ganscale.runtime import at_least_float32, autocast, get_world_size, has_cheap_launches
 from ganscale.schedules import Schedule
 from ganscale.training.fast_forward import fast_forward
+from ganscale.training.step_forwards import (
+    CRITIC_STEP,
+    GENERATOR_STEP,
+    CriticForwards,
+    Forward,
+    generator_draws,
+)
 
 Meters = dict[str, Meter]
-Augment = Callable[[Tensor], Tensor]
 
 _FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
 
@@ -53,16 +60,18 @@ class CriticStep(nn.Module):
         compiles: bool = False,
         joins_forwards: bool = True,
         pipeline: Pipeline | None = None,
+        seed: int = 0,
     ) -> None:
         """joins_forwards: whether to save launches where they take longer than small batches
         pipeline: what augments images in front of the critic
+        seed: of what networks draw
         """
         super().__init__()
         self.critic = critic
         self.loss_terms = objective.loss.critic
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_critic = fast_forward(critic, compiles)
-        self._pipeline = pipeline
+        self._forwards = CriticForwards(CRITIC_STEP, seed, pipeline)
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
@@ -81,6 +90,7 @@ class CriticStep(nn.Module):
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
         weights: Mapping[str, float | Tensor] | None = None,
+        slots: Int64[Tensor, " batch"] | None = None,
     ) -> StepOutput:
         """points: for each penalty that is due, the images at which its gradient is taken, which
             goes through their augmentation
@@ -88,6 +98,7 @@ class CriticStep(nn.Module):
             around real ones, are augmented as the real image of their slot
         gradients: for a loss of the global batch, in one of several micro-batches
         weights: of penalties whose weight has a schedule, in this step
+        slots: for what the critic draws; None for one that does not
 
         A penalty at the critic's own images takes its gradient from their forward; others have a
         forward of their own, since a double backward through all images would drag zeros along.
@@ -96,9 +107,9 @@ class CriticStep(nn.Module):
         with merged_kernels():
             own = self._penalties_at(both, points)
             if own:
-                logits, found = self._logits_and_gradients(both, labels, own, augmentation)
+                logits, found = self._logits_and_gradients(both, labels, own, augmentation, slots)
             else:
-                logits = self.logits(real_images, fake_images, labels, augmentation)
+                logits = self.logits(real_images, fake_images, labels, augmentation, slots)
                 found = {}
             terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
             detached = {kind: each.detach() for kind, each in logits.items()}
@@ -116,11 +127,18 @@ class CriticStep(nn.Module):
                 with section("penalty"):
                     gradient = found.get(name)
                     if gradient is None:
-                        augment = self._augment(
-                            augmentation, "fake" if images is fake_images else "real"
+                        # Points between images, or around them, have draws of their own.
+                        kind = next((k for k, each in both.items() if each is images), None)
+                        drawn_as = (kind or f"penalty {name}",)
+                        forward = self._forwards.of(
+                            (kind or "real",), augmentation, slots, drawn_as
                         )
-                        gradient = self._input_gradients(
-                            images, labels, penalty.patch_score, augment
+                        gradient = input_gradients(
+                            partial(forward, partial(run_network, self.critic)),
+                            images,
+                            labels,
+                            self._penalty_precision,
+                            penalty.patch_score,
                         )
                     value, lengths = penalty.penalty.value_and_norms(gradient)
                 weighted = _with_penalty(loss, value, penalty, (weights or {}).get(name))
@@ -144,6 +162,7 @@ class CriticStep(nn.Module):
         labels: Tensor | None,
         own: dict[str, str],
         augmentation: dict[str, Drawn] | None,
+        slots: Tensor | None,
     ) -> tuple[Logits, dict[str, Tensor]]:
         """`logits`, and the gradients of the penalties of `_penalties_at`, from the same forwards.
 
@@ -155,9 +174,9 @@ class CriticStep(nn.Module):
         is_few = self._joins_forwards and _saves_launches(images["real"])
         if is_few or len(set(own.values())) == len(images):
             both = torch.cat([*images.values()])
-            augment = self._augment(augmentation, *images)
+            forward = self._forwards.of((*images,), augmentation, slots)
             score_names = {*scores.values()}
-            joint, gradients = self._differentiated(both, _twice(labels), score_names, augment)
+            joint, gradients = self._differentiated(both, _twice(labels), score_names, forward)
             logits = dict(zip(images, joint.chunk(2), strict=True))
             for score, gradient in gradients.items():
                 halves = zip(images, gradient.chunk(2), strict=True)
@@ -165,34 +184,24 @@ class CriticStep(nn.Module):
         else:
             for kind, each in images.items():
                 of_kind = {scores[name] for name in own if own[name] == kind}
-                augment = self._augment(augmentation, kind)
-                logits[kind], gradients = self._differentiated(each, labels, of_kind, augment)
+                forward = self._forwards.of((kind,), augmentation, slots)
+                logits[kind], gradients = self._differentiated(each, labels, of_kind, forward)
                 found |= {(kind, score): gradient for score, gradient in gradients.items()}
         return logits, {name: found[kind, scores[name]] for name, kind in own.items()}
 
     def _differentiated(
-        self, images: Tensor, labels: Tensor | None, patch_scores: set[str], augment: Augment
+        self, images: Tensor, labels: Tensor | None, patch_scores: set[str], forward: Forward
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits of these images, and their gradient for each way to score a patch map."""
         with autocast(images.device, self._precision):
             if not patch_scores:
-                return at_least_float32(self._run_critic(augment(images), labels)), {}
+                return at_least_float32(forward(self._run_critic, images, labels)), {}
             images = images.detach().requires_grad_()
             with FastDerivatives(order=2):
-                logits = at_least_float32(run_network(self.critic, augment(images), labels))
+                critic = partial(run_network, self.critic)
+                logits = at_least_float32(forward(critic, images, labels))
             with section("penalty"):
                 return logits, {s: gradients_of_scores(logits, images, s) for s in patch_scores}
-
-    def _input_gradients(
-        self, images: Tensor, labels: Tensor | None, patch_score: str, augment: Augment
-    ) -> Tensor:
-        def critic(images: Tensor, labels: Tensor | None) -> Tensor:
-            return run_network(self.critic, augment(images), labels)
-
-        return input_gradients(critic, images, labels, self._penalty_precision, patch_score)
-
-    def _augment(self, augmentation: dict[str, Drawn] | None, *kinds: str) -> Augment:
-        return _augment(self._pipeline, augmentation, *kinds)
 
     def logits(
         self,
@@ -200,13 +209,14 @@ class CriticStep(nn.Module):
         fake_images: Tensor,
         labels: Tensor | None,
         augmentation: dict[str, Drawn] | None = None,
+        slots: Tensor | None = None,
         **_: object,
     ) -> Logits:
         """Of real and fake images, in float32 or better."""
         with autocast(real_images.device, self._precision):
             both = torch.cat([real_images, fake_images])
-            augmented = self._augment(augmentation, "real", "fake")(both)
-            logits = self._run_critic(augmented, _twice(labels))
+            forward = self._forwards.of(("real", "fake"), augmentation, slots)
+            logits = forward(self._run_critic, both, _twice(labels))
         real, fake = at_least_float32(logits).chunk(2)
         return {"real": real, "fake": fake}
 
@@ -223,11 +233,12 @@ class GeneratorStep(nn.Module):
         compiles: bool = False,
         joins_forwards: bool = True,
         pipeline: Pipeline | None = None,
+        seed: int = 0,
     ) -> None:
-        """joins_forwards: as of `CriticStep`"""
+        """joins_forwards, pipeline, seed: as of `CriticStep`"""
         super().__init__()
         self.generator = generator
-        self._pipeline = pipeline
+        self._forwards = CriticForwards(GENERATOR_STEP, seed, pipeline)
         self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_generator = fast_forward(generator, compiles)
@@ -247,14 +258,16 @@ class GeneratorStep(nn.Module):
         augmentation: dict[str, Drawn] | None = None,
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
+        slots: Int64[Tensor, " batch"] | None = None,
     ) -> StepOutput:
         """To be differentiated with respect to the generator's parameters only.
 
         fake_images: with the generator's graph, in place of latents
         with_real_logits: also where the loss does not need them (the panel does)
+        slots: for what networks draw; None for those that do not
         """
         logits = self.logits(
-            latents, real_images, labels, fake_images, with_real_logits, augmentation
+            latents, real_images, labels, fake_images, with_real_logits, augmentation, slots
         )
         terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
         meters: Meters = {"loss/generator": loss.detach(), **_term_meters("generator", terms)}
@@ -269,24 +282,29 @@ class GeneratorStep(nn.Module):
         fake_images: Tensor | None = None,
         with_real_logits: bool = False,
         augmentation: dict[str, Drawn] | None = None,
+        slots: Tensor | None = None,
         **_: object,
     ) -> Logits:
         """Of fake images, and of real ones where they are needed, in float32 or better."""
         with autocast(real_images.device, self._precision):
             if fake_images is None:
-                fake_images = self._run_generator(latents, labels)
+                with generator_draws(self._forwards.seed, GENERATOR_STEP, slots):
+                    fake_images = self._run_generator(latents, labels)
             # With or without the panel, a step computes the same bits.
             if self._needs_real and self._joins_forwards and _saves_launches(real_images):
                 both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
-                both = _augment(self._pipeline, augmentation, "fake", "real")(both)
-                fake, real = at_least_float32(self._run_critic(both, _twice(labels))).chunk(2)
+                forward = self._forwards.of(("fake", "real"), augmentation, slots)
+                logits = forward(self._run_critic, both, _twice(labels))
+                fake, real = at_least_float32(logits).chunk(2)
                 return {"fake": fake, "real": real.detach()}
-            fake_images = _augment(self._pipeline, augmentation, "fake")(fake_images)
-            logits = {"fake": at_least_float32(self._run_critic(fake_images, labels))}
+            forward = self._forwards.of(("fake",), augmentation, slots)
+            fake = forward(self._run_critic, fake_images, labels)
+            logits = {"fake": at_least_float32(fake)}
             if with_real_logits or self._needs_real:
                 with torch.no_grad():
-                    real_images = _augment(self._pipeline, augmentation, "real")(real_images)
-                    logits["real"] = at_least_float32(self._run_critic(real_images, labels))
+                    forward = self._forwards.of(("real",), augmentation, slots)
+                    real = forward(self._run_critic, real_images, labels)
+                    logits["real"] = at_least_float32(real)
         return logits
 
 
@@ -313,17 +331,6 @@ def _with_penalty(
     if isinstance(factor, Tensor):  # in a captured step
         return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
     return torch.add(loss, value, alpha=factor), value.detach() * factor
-
-
-def _augment(
-    pipeline: Pipeline | None, augmentation: dict[str, Drawn] | None, *kinds: str
-) -> Augment:
-    """A function of the images of these kinds, one after the other in a batch."""
-    if pipeline is None or augmentation is None:
-        return lambda images: images
-    parts = [augmentation[kind] for kind in kinds]
-    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return lambda images: pipeline(images, drawn)
 
 
 def _twice(labels: Tensor | None) -> Tensor | None:

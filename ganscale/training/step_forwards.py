@@ -1,0 +1,61 @@
+"""How steps call networks: the critic on augmented images, and both where they may draw."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ganscale.augmentation.transformations import Drawn, Pipeline
+from ganscale.random import drawing
+
+Critic = Callable[[Tensor, Tensor | None], Tensor]
+Forward = Callable[[Critic, Tensor, Tensor | None], Tensor]
+"""Of a critic, images and labels."""
+
+CRITIC_STEP, GENERATOR_STEP = "critic step", "generator step"
+
+
+def generator_draws(seed: int, step: str, slots: Tensor | None) -> AbstractContextManager[None]:
+    """Around a forward of the generator in `CRITIC_STEP` or `GENERATOR_STEP`."""
+    return drawing(seed, (f"{step}/generator",), slots)
+
+
+@dataclass(frozen=True)
+class CriticForwards:
+    """step: `CRITIC_STEP` or `GENERATOR_STEP`, which draw other numbers
+    seed: of what the critic draws
+    pipeline: what augments images in front of the critic
+    """
+
+    step: str
+    seed: int
+    pipeline: Pipeline | None
+
+    def of(
+        self,
+        kinds: tuple[str, ...],
+        augmentation: dict[str, Drawn] | None,
+        slots: Tensor | None,
+        drawn_as: tuple[str, ...] | None = None,
+    ) -> Forward:
+        """For a batch of images of these kinds, one after the other.
+
+        augmentation: what was drawn for each kind
+        slots: of the images of each kind; None for a critic that does not draw
+        drawn_as: in place of the kinds, for what the critic draws
+        """
+        pipeline, drawn = self.pipeline, dict[str, Tensor]()
+        if pipeline is not None and augmentation is not None:
+            parts = [augmentation[kind] for kind in kinds]
+            drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        purposes = tuple(f"{self.step}/{kind}" for kind in drawn_as or kinds)
+
+        def forward(critic: Critic, images: Tensor, labels: Tensor | None) -> Tensor:
+            if pipeline is not None and augmentation is not None:
+                images = pipeline(images, drawn)
+            with drawing(self.seed, purposes, slots):
+                return critic(images, labels)
+
+        return forward
