@@ -106,6 +106,10 @@ VARIANTS = {
     "flip": Variant(flip=True),
     "ada": Variant(augmentation=AugmentationConfig("ada", _ALL_OF_ADA, 0.7)),
     "diffaugment": Variant(augmentation=AugmentationConfig("diffaugment", probability=1.0)),
+    "draws": Variant(critic={"draws": True}, generator={"draws": True}),
+    "checkpointed_draws": Variant(
+        critic={"draws": True, "checkpoints": True}, generator={"draws": True, "checkpoints": True}
+    ),
     "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
     "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
     # For losses that ignore a shift of the logits, gradients of biases are only rounding. If biases

@@ -4,13 +4,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
+from torch.utils.checkpoint import checkpoint
+
+from ganscale.networks.random_layers import Dropout, NoiseInjection
+from ganscale.random import bernoulli_like, uniform_like
 
 
 class TinyGenerator(nn.Module):
     """Latents, and the class, to a map of half the size, and that to an image in [-1, 1].
 
     `norm` is "batch" (torch's, which a run replaces with a GlobalBatchNorm), "spectral" (of all
-    weights) or "none".
+    weights) or "none". `draws` mixes each latent with its reverse, and adds noise to the map, which
+    `checkpoints` computes again in the backward.
     """
 
     mixes_images_in_batch_norm_only = True
@@ -23,13 +28,19 @@ class TinyGenerator(nn.Module):
         *,
         norm: str = "none",
         width: int = 4,
+        draws: bool = False,
+        checkpoints: bool = False,
     ) -> None:
         super().__init__()
         channels, height, _ = sample_shape
+        self.draws, self.checkpoints = draws, checkpoints
         self.map_shape = (width, height // 2, height // 2)
         self.input = nn.Linear(latent_dim, width * self.map_shape[1] ** 2)
         self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
         self.norm = nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
+        self.noise = NoiseInjection(width) if draws else nn.Identity()
+        if isinstance(self.noise, NoiseInjection):
+            nn.init.normal_(self.noise.strength)
         self.output = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
         if norm == "spectral":
             for layer in (self.input, self.output):
@@ -40,14 +51,25 @@ class TinyGenerator(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         if self.classes is not None:
             latents = latents + self.classes(labels)
+        if self.draws:
+            is_mixed = bernoulli_like(latents[:, 0], "is mixed", 0.7)
+            weights = (is_mixed * uniform_like(latents[:, 0], "mixing"))[:, None]
+            latents = torch.lerp(latents, latents.flip(1), weights)
         features = self.input(latents).unflatten(1, self.map_shape)
-        return torch.tanh(self.output(torch.relu(self.norm(features))))
+        if self.checkpoints:
+            return checkpoint(self._images, features, use_reentrant=False)  # type: ignore[return-value]
+        return self._images(features)
+
+    def _images(self, features: Tensor) -> Tensor:
+        features = torch.relu(self.noise(self.norm(features)))
+        return torch.tanh(self.output(features))
 
 
 class TinyCritic(nn.Module):
     """Images to a map of half the size, and that to a logit, or to a map of logits (`patches`).
 
-    `norm` is "none", "layer", "instance" or "spectral" (of all weights).
+    `norm` is "none", "layer", "instance" or "spectral" (of all weights). `draws` drops elements and
+    channels of the map, which `checkpoints` computes again in each backward.
     """
 
     def __init__(
@@ -59,9 +81,14 @@ class TinyCritic(nn.Module):
         patches: bool = False,
         final_bias: bool = True,
         width: int = 4,
+        draws: bool = False,
+        checkpoints: bool = False,
     ) -> None:
         super().__init__()
         channels, height, _ = sample_shape
+        self.checkpoints = checkpoints
+        layers = Dropout(0.2), Dropout(0.1, whole_channels=True)
+        self.dropout = nn.Sequential(*layers) if draws else nn.Identity()
         self.input = nn.Conv2d(channels, width, 4, stride=2, padding=1)
         self.norm = nn.Identity()
         if norm == "layer":
@@ -87,8 +114,14 @@ class TinyCritic(nn.Module):
         labels: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *map"]:
         features = self.activation(self.norm(self.input(images)))
-        features = self.activation(self.middle(features))
+        if self.checkpoints:
+            features: Tensor = checkpoint(self._middle, features, use_reentrant=False)  # type: ignore[assignment]
+        else:
+            features = self._middle(features)
         logits = self.output(features).squeeze(1)
         if self.classes is not None:  # the projection of Miyato & Koyama 2018
             logits = logits + (features.mean([2, 3]) * self.classes(labels)).sum(1)
         return logits
+
+    def _middle(self, features: Tensor) -> Tensor:
+        return self.dropout(self.activation(self.middle(features)))

@@ -54,7 +54,7 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
                 raise UserError(
                     f"the {network}'s layer `{name}` is a dropout, whose draws differ between "
-                    "ranks and after a restart: set its p to 0"
+                    "ranks and after a restart: use ganscale.networks.random_layers.Dropout"
                 )
             if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
                 raise UserError(

@@ -124,6 +124,10 @@ CASES = {
     "micro-batches": config_with(Combination("relativistic_average", "r1+r2"), accumulate=2),
     "augmented": config_with(Combination("relativistic_average", "r1+r2", "ada")),
     "adaptive": config_with(Combination("hinge", "r1", "adaptive")),
+    **{
+        f"draws/{k}": config_with(Combination("relativistic", *k.split("/")))
+        for k in ("wgan_gp/draws", "r1+r2/draws", "r1/checkpointed_draws")
+    },
     "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
 }
 
