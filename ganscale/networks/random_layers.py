@@ -2,8 +2,6 @@
 cluster. A layer without a name takes its path in the network, such as `blocks.2.dropout`.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -78,11 +76,13 @@ class NoiseInjection(RandomLayer):
         channels: int = 1,
         name: str | None = None,
         *,
-        evaluation: Literal["random", "fixed", "off"] = "random",
+        evaluation: str = "random",
     ) -> None:
         """channels: of the maps, each with a strength of its own; 1: the same for all
-        evaluation: in evaluation mode, noise that follows from the seed of the samples, the same
-            noise for every image, or none
+        evaluation: in evaluation mode, noise that follows from the seed of the samples ("random"),
+            the same noise for every image ("fixed"), or none ("off")
+
+        Raises UserError for another evaluation.
         """
         super().__init__(name)
         self.strength = nn.Parameter(torch.zeros(channels))

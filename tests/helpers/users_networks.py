@@ -12,6 +12,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ganscale.networks.random_layers import Dropout
+from ganscale.random import bernoulli_like, normal_like, uniform_like
+
 _NUMPY_GENERATOR = np.random.default_rng(0)
 _CONSTRUCTED = count()
 _RANK = int(os.environ.get("RANK", "0"))
@@ -71,7 +74,7 @@ class Critic(nn.Module):
         self.matrix = nn.Parameter(torch.randn(8, 8))
         self.vector: Tensor
         self.calls, self.counters = 0, {"calls": 0}
-        self.frozen = nn.Identity().eval()
+        self.frozen, self.dropout = nn.Identity().eval(), Dropout(0.3)
         self.backbone = BACKBONE if features == "shared_backbone" else None
         if features == "weights_outside_the_state":
             noise = torch.from_numpy(_NUMPY_GENERATOR.normal(size=8))
@@ -251,7 +254,7 @@ def functional_dropout(_, maps):
     return F.dropout(maps)
 
 
-@refused("draws random numbers")
+@refused("random numbers.*use ganscale.random.normal_like,.*random_layers.Dropout")
 def noise(_, maps):
     return maps + torch.randn_like(maps)
 
@@ -279,6 +282,36 @@ def own_generator(critic, maps):
 @refused("draws from its generator `tests.helpers.users_networks._NUMPY_GENERATOR`")
 def generator_of_the_module(_, maps):
     return maps * (1 + _NUMPY_GENERATOR.normal())
+
+
+@refused("draws 'noise' twice, which would be the same numbers: give each draw a name")
+def two_draws_of_one_name(_, maps):
+    return maps + normal_like(maps, "noise") * normal_like(maps[:, :1], "noise")
+
+
+@refused("'weights' is drawn for a tensor of 8 rows in a forward of 4 images")
+def draw_for_weights(critic, maps):
+    weight = critic.second.weight
+    return F.conv2d(maps, weight * bernoulli_like(weight, "weights", 0.9), padding=1)
+
+
+@refused("changes `calls` in its forward|does not always return the same")
+def draw_of_a_new_name_every_time(critic, maps):
+    critic.calls = getattr(critic, "calls", 0) + 1
+    return maps + normal_like(maps, f"noise/{critic.calls}")
+
+
+@works
+def draws_by_slot(critic, maps):
+    maps = maps + critic.gate * normal_like(maps[:, :1], "noise")
+    maps = maps * (1 + uniform_like(maps[:, 0, 0, 0], "scale")[:, None, None, None])
+    return critic.dropout(maps)
+
+
+@works
+def checkpointed_draws_by_slot(critic, maps):
+    maps = checkpoint(lambda maps: critic.dropout(critic.norm(maps)), maps, use_reentrant=False)
+    return maps * bernoulli_like(maps, "kept", 0.8)
 
 
 @works

@@ -20,7 +20,9 @@ def test_a_batch_norm_deep_in_the_critic_is_refused_by_its_name():
 
 
 def test_dropout_is_refused_in_either_network_unless_it_drops_nothing():
-    with pytest.raises(UserError, match=r"the generator's layer `1\.0` is a dropout.*random_layers"):
+    with pytest.raises(
+        UserError, match=r"the generator's layer `1\.0` is a dropout.*random_layers"
+    ):
         check_layers(nested(nn.Dropout(0.1)), nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"the critic's layer `1\.0` is a dropout"):
         check_layers(nn.Linear(2, 2), nested(nn.Dropout2d(0.5)))
