@@ -24,6 +24,39 @@ print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 """
 
 
+DRAWS = """
+import torch
+from benchmarks.tiny_networks import TinyCritic, TinyGenerator
+from ganscale.networks.random_layers import name_random_layers
+from ganscale.random import drawing
+from ganscale.training.fast_forward import fast_forward
+
+shape, slots = (2, 8, 8), torch.tensor([3, 1, 7, 4])
+generator = TinyGenerator(6, shape, draws=True), torch.randn(4, 6)
+critic = TinyCritic(shape, draws=True, checkpoints=True), torch.rand(4, *shape)
+for network, inputs in (generator, critic):
+    name_random_layers(network.double())
+    gradients = []
+    for compiles in (False, True):
+        run = fast_forward(network, compiles)
+        for _ in range(3):  # what the first draws one by one, later ones draw at once
+            with drawing(1, ("fakes",), slots):
+                outputs = run(inputs.double(), None)
+            loss = outputs.square().sum()
+            gradients.append(torch.autograd.grad(loss, [*network.parameters()]))
+    for found in gradients[1:]:
+        for pair in zip(found, gradients[0]):
+            torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-12)
+print("the same")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_draws_the_same_numbers() -> None:
+    """Also in the recomputation of a checkpointed forward."""
+    assert run_python("-c", DRAWS).stdout == "the same\n"
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_two_compiled_ranks_end_with_the_weights_of_one_as_it_is(tmp_path: Path) -> None:
     run_ranks("tests.training.compiled_process:run_rank", tmp_path, 2, seconds=600)

@@ -70,6 +70,20 @@ def test_a_cycle_with_every_setting_stays_on_its_device(setting, optimizer):
     assert_on_meta(run_cycles("wgan_gp", "dcgan32", optimizer, setting))
 
 
+@pytest.mark.parametrize("objective", ["wgan_gp", "r3gan"])
+@pytest.mark.parametrize("setting", ["training.precision=float32", "training.accumulate=2"])
+def test_a_cycle_of_networks_that_draw_stays_on_its_device(objective, setting):
+    networks = [
+        f"{role}.{name}"
+        for role in ("generator", "critic")
+        for name in (
+            f"target=benchmarks.tiny_networks:Tiny{role.capitalize()}",
+            "options={draws: true, checkpoints: true}",
+        )
+    ]
+    assert_on_meta(run_cycles(objective, "dcgan32", "as in the config", *networks, setting))
+
+
 _ALL = "augmentation.strengths={blit: 1, geom: 1, color: 1, filter: 1, noise: 1, cutout: 1}"
 
 
