@@ -29,8 +29,17 @@ def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) ->
 
 _FRESH = ("objective.loss.name=relativistic", "training.generator_real=fresh")
 
+_DRAWS = tuple(
+    f"{role}.{setting}"
+    for role in ("generator", "critic")
+    for setting in (
+        f"target=benchmarks.tiny_networks:Tiny{role.capitalize()}",
+        "options={draws: true, checkpoints: true}",
+    )
+)
 
-@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH)])
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH), (2, _DRAWS)])
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     runs: Runs, ranks: int, more: tuple[str, ...]
 ) -> None:
