@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.networks.batch_groups import batch_group_size, every_nth_group
 from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
 
@@ -21,13 +22,13 @@ def input_gradient_norm_meters(
 
     One forward and one backward, in micro-batches as in training; changes no gradients or buffers.
     """
-    lengths = []
+    lengths, size = [], batch_group_size(critic)
     with buffers_restored(critic):
         for index in range(micro_batches):
             gradients = input_gradients(
                 partial(run_network, critic),
-                real_images[index::micro_batches].clone(),
-                None if labels is None else labels[index::micro_batches],
+                every_nth_group(real_images, index, micro_batches, size),
+                None if labels is None else every_nth_group(labels, index, micro_batches, size),
                 precision,
                 is_differentiable=False,
             )

@@ -30,6 +30,24 @@ def batch_group_size(*networks: nn.Module) -> int:
     return math.lcm(*sizes)
 
 
+def check_whole_groups(network: nn.Module, name: str, images: int) -> None:
+    """Raises UserError if `images`, what the setting or number `name` is, are not a whole number
+    of the network's groups."""
+    if images % (size := batch_group_size(network)):
+        below, above = images // size * size, -(-images // size) * size
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"{name} of {images} is not a whole number of the groups of {size} images that "
+            f"{type(network).__name__} looks at: choose {nearest}"
+        )
+
+
+def every_nth_group(batch: Tensor, first: int, n: int, group_size: int) -> Tensor:
+    """Every n-th group of a batch from group number `first` on: a copy in the batch's memory
+    format, without gaps."""
+    return batch.unflatten(0, (-1, group_size))[first::n].clone().flatten(0, 1)
+
+
 class MinibatchStdDev(nn.Module):
     """Shows a critic how much the images of a group differ: for each feature, its standard
     deviation over a group of consecutive images; these averaged over channels and pixels, and
