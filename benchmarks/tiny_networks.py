@@ -5,6 +5,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
 
+from ganscale.networks.batch_groups import MinibatchStdDev
+
 
 class TinyGenerator(nn.Module):
     """Latents, and the class, to a map of half the size, and that to an image in [-1, 1].
@@ -47,7 +49,8 @@ class TinyGenerator(nn.Module):
 class TinyCritic(nn.Module):
     """Images to a map of half the size, and that to a logit, or to a map of logits (`patches`).
 
-    `norm` is "none", "layer", "instance" or "spectral" (of all weights).
+    `norm` is "none", "layer", "instance" or "spectral" (of all weights); `group_size`, if it is not
+    0, that of a minibatch standard deviation.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TinyCritic(nn.Module):
         norm: str = "none",
         patches: bool = False,
         final_bias: bool = True,
+        group_size: int = 0,
         width: int = 4,
     ) -> None:
         super().__init__()
@@ -68,7 +72,8 @@ class TinyCritic(nn.Module):
             self.norm = nn.LayerNorm([width, height // 2, height // 2])
         elif norm == "instance":
             self.norm = nn.InstanceNorm2d(width, affine=True)
-        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.deviation = MinibatchStdDev(group_size) if group_size else nn.Identity()
+        self.middle = nn.Conv2d(width + (group_size > 0), width, 3, padding=1)
         self.activation = nn.LeakyReLU(0.2)
         self.output: nn.Module
         if patches:
@@ -87,7 +92,7 @@ class TinyCritic(nn.Module):
         labels: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch *map"]:
         features = self.activation(self.norm(self.input(images)))
-        features = self.activation(self.middle(features))
+        features = self.activation(self.middle(self.deviation(features)))
         logits = self.output(features).squeeze(1)
         if self.classes is not None:  # the projection of Miyato & Koyama 2018
             logits = logits + (features.mean([2, 3]) * self.classes(labels)).sum(1)
