@@ -41,14 +41,14 @@ def check_batch_divides(
     if nodes and ranks_per_node:
         others.append(f"{nodes} nodes of {ranks_per_node}")
     elif ranks := choices(world_size, accumulate):
-        others.append(f"{ranks} ranks")
+        others.append(f"{ranks} rank{'s' * (ranks != '1')}")
     if micro_batches := choices(accumulate, world_size):
         others.append(f"training.accumulate={micro_batches}")
-    groups = f" of whole groups of {group_size} images" if group_size > 1 else ""
     raise UserError(
         f"`training.global_batch_size` of {batch} cannot be divided evenly among {world_size} "
-        f"ranks of {accumulate} micro-batches{groups}: choose "
-        f"{f'{below} or {above}' if below else above}"
+        f"rank{'s' * (world_size > 1)} of {accumulate} micro-batch{'es' * (accumulate > 1)}"
+        + (f" of whole groups of {group_size} images" if group_size > 1 else "")
+        + (f": choose {below} or {above}" if below else f": choose {above}")
         + (f"; or, with this batch, {'; or '.join(others)}" if others else "")
     )
 

@@ -259,7 +259,7 @@ def _mixing(subject: Subject) -> str:
             f"run of {size} consecutive images of the batch (its `batch_group_size`), or on the "
             "size of the batch, which differs between ranks: compute statistics within such runs, "
             f"as {MinibatchStdDev.__module__}:MinibatchStdDev does, not over images that are far "
-            "apart or over batch norms"
+            "apart"
         )
     if subject.order == 1:
         return (

@@ -86,8 +86,8 @@ class TrainingState:
         precision, compiles = config.training.precision, config.training.compile
         is_autocast = config.training.penalty_precision == "autocast"
         penalty_precision = precision if is_autocast else "float32"
-        group_size = batch_group_size(self.generator, self.critic)
-        shared = config.training, runtime, self.non_finite_guard, group_size
+        self.group_size = batch_group_size(self.generator, self.critic)
+        shared = config.training, runtime, self.non_finite_guard, self.group_size
         self.critic_updater = NetworkUpdater(
             "critic",
             CriticStep(
