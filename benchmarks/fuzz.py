@@ -49,6 +49,7 @@ from benchmarks.report import Row, argument_parser, report
 from benchmarks.rivals import formulas
 from ganscale.data.images.preprocessing import to_network_range
 from ganscale.errors import UserCodeError, UserError
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import build_objective
@@ -88,13 +89,15 @@ def config_of_pair(number: int) -> Config:
     config.critic = CriticConfig(f"{networks}:RandomCritic", {"number": number})
     config.training.memory_format = chance.choice(("channels_last", "contiguous"))
     batch = chance.choice((2, 4, 8))  # with two ranks, down to one image each
-    config.training.global_batch_size = batch
-    config.training.total_images = 4 * batch
     config.training.conditional = chance.random() < 0.25
     # In plain autograd, a batch norm sees the whole batch.
-    has_batch_norm = any(isinstance(m, GlobalBatchNorm) for m in _networks(config)[0].modules())
+    generator, critic = _networks(config)
+    has_batch_norm = any(isinstance(module, GlobalBatchNorm) for module in generator.modules())
     if batch > 2 and not has_batch_norm and chance.random() < 0.25:
         config.training.accumulate = 2
+    smallest = 2 * config.training.accumulate * batch_group_size(generator, critic)
+    config.training.global_batch_size = max(batch, smallest)
+    config.training.total_images = 4 * config.training.global_batch_size
     return config
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from ganscale.networks.batch_groups import MinibatchStdDev
 from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 
 Chance = random.Random
@@ -285,6 +286,38 @@ class Offence(nn.Module):
         return x + torch.cdist(x.flatten(2), x.flatten(2), p=3.0).mean((1, 2)).view(-1, 1, 1, 1)
 
 
+class GroupOffence(Offence):
+    """Declares groups, but looks at others."""
+
+    KINDS = "strided groups", "larger groups", "shifted groups"
+    batch_group_size = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.gate + 0 * self.matrix.sum()
+        if self.kind == "shifted groups":
+            return MinibatchStdDev(2)(x.roll(1, 0)).roll(-1, 0)
+        if self.kind == "larger groups":
+            return MinibatchStdDev(len(x))(x)
+        order = torch.arange(len(x)).view(2, -1).t().flatten()
+        return MinibatchStdDev(2)(x[order])[order.argsort()]
+
+
+def add_groups(
+    layers: nn.Sequential,
+    channels: int,
+    chance: Chance,
+    has_offences: bool,
+    offences: Sequence[str],
+) -> int:
+    """Sometimes appends a layer that looks at pairs of images; returns the channels after it."""
+    if chance.random() > 0.15:
+        return channels
+    kind = chance.choice(("pairs", "pairs", *offences))
+    is_right = kind == "pairs" or not has_offences
+    layers.append(MinibatchStdDev(2) if is_right else GroupOffence(kind, channels))
+    return channels + 1
+
+
 WAYS = (
     "plainly", "plainly", "plainly", "residual", "residual in place", "concatenated", "shared",
     "checkpoint", "image by image", "slice in place", "random affine weights",
@@ -335,6 +368,8 @@ class RandomCritic(nn.Module):
         chance = Chance(2 * number)
         made = stages(chance, sample_shape, is_critic=True, has_offences=has_offences)
         self.stages, channels, pixels = made
+        of_groups = Chance(f"groups {2 * number}"), has_offences, GroupOffence.KINDS
+        channels = add_groups(self.stages, channels, *of_groups)
         self.head = chance.choice(("flat", "flat", "patches", "mean", "squeeze"))
         inputs = channels if self.head in ("patches", "mean") else channels * pixels
         self.last = nn.Linear(inputs, 1, bias=chance.random() < 0.7)
@@ -369,6 +404,8 @@ class RandomGenerator(nn.Module):
         self.first = nn.Linear(latent_dim, 4 * 4 * 4)
         made = stages(chance, (4, 4, 4), is_critic=False, has_offences=has_offences)
         self.stages, channels, _ = made
+        of_groups = Chance(f"groups {2 * number + 1}"), has_offences, ()
+        channels = add_groups(self.stages, channels, *of_groups)
         self.last = nn.Conv2d(channels, sample_shape[0], 1)
         self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
 from torch.utils.checkpoint import checkpoint
 
+from ganscale.networks.batch_groups import MinibatchStdDev
 from ganscale.networks.random_layers import Dropout, NoiseInjection
 from ganscale.random import bernoulli_like, uniform_like
 
@@ -68,8 +69,9 @@ class TinyGenerator(nn.Module):
 class TinyCritic(nn.Module):
     """Images to a map of half the size, and that to a logit, or to a map of logits (`patches`).
 
-    `norm` is "none", "layer", "instance" or "spectral" (of all weights). `draws` drops elements and
-    channels of the map, which `checkpoints` computes again in each backward.
+    `norm` is "none", "layer", "instance" or "spectral" (of all weights); `group_size`, if it is not
+    0, that of a minibatch standard deviation. `draws` drops elements and channels of the map, which
+    `checkpoints` computes again in each backward.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class TinyCritic(nn.Module):
         norm: str = "none",
         patches: bool = False,
         final_bias: bool = True,
+        group_size: int = 0,
         width: int = 4,
         draws: bool = False,
         checkpoints: bool = False,
@@ -95,7 +98,8 @@ class TinyCritic(nn.Module):
             self.norm = nn.LayerNorm([width, height // 2, height // 2])
         elif norm == "instance":
             self.norm = nn.InstanceNorm2d(width, affine=True)
-        self.middle = nn.Conv2d(width, width, 3, padding=1)
+        self.deviation = MinibatchStdDev(group_size) if group_size else nn.Identity()
+        self.middle = nn.Conv2d(width + (group_size > 0), width, 3, padding=1)
         self.activation = nn.LeakyReLU(0.2)
         self.output: nn.Module
         if patches:
@@ -124,4 +128,4 @@ class TinyCritic(nn.Module):
         return logits
 
     def _middle(self, features: Tensor) -> Tensor:
-        return self.dropout(self.activation(self.middle(features)))
+        return self.dropout(self.activation(self.middle(self.deviation(features))))

@@ -83,7 +83,7 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused_with_the_nearest(runs: 
     settings = ("training.global_batch_size=15",)
     assert last_words(runs.finish("mistake", *settings, ranks=2, exit_code=2)) == (
         "`training.global_batch_size` of 15 cannot be divided evenly among 2 ranks of 1 "
-        "micro-batches: choose 14 or 16"
+        "micro-batch: choose 14 or 16; or, with this batch, 1 or 3 ranks"
     )
 
 

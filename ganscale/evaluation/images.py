@@ -16,6 +16,7 @@ from ganscale.data.shard_reader import SampleLocation, ShardReader
 from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import sample_labels, sample_latents, sampling_draws
+from ganscale.networks.batch_groups import check_whole_groups
 from ganscale.schema import DataConfig
 from ganscale.shards.sources import Source, image_reader
 
@@ -55,6 +56,8 @@ class GeneratedImages:
         latent_dim: int,
         labels: Tensor | None,
     ) -> None:
+        """Raises UserError for a count that a generator of groups of images does not make."""
+        check_whole_groups(generator, "evaluation.samples", count)
         self._generator, self._seed, self._count = generator, seed, count
         self._latent_dim, self._labels = latent_dim, labels
 
@@ -63,7 +66,9 @@ class GeneratedImages:
 
     @torch.no_grad()
     def chunk(self, rows: range) -> ImageChunk:
-        """Raises UserError for images that are not finite."""
+        """Raises UserError for images that are not finite, and for rows that do not make up groups
+        of the generator's."""
+        check_whole_groups(self._generator, "evaluation.batch_size", len(rows))
         weights = next(self._generator.parameters())
         inputs = [sample_latents(self._seed, rows.start, len(rows), self._latent_dim).to(weights)]
         if self._labels is not None:

@@ -8,12 +8,14 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ganscale.data.images.preprocessing import to_bytes
+from ganscale.networks.batch_groups import batch_group_size, check_whole_groups
 from ganscale.random import drawing
 from ganscale.randomness import normal
 
 CHUNK_SIZE = 16
 """The batch size of every forward, always: kernels may round differently for another batch size,
-and then the same seed would not give the same bytes."""
+and then the same seed would not give the same bytes. For a generator that makes images in groups,
+the next larger multiple of a group."""
 
 
 def sample_latents(
@@ -71,18 +73,23 @@ def generate_images(
 
     seed, positions: of what the generator draws itself, by default in the order of the latents;
         images of one position have the same noise
-    The generator is in evaluation mode meanwhile.
+
+    The generator is in evaluation mode meanwhile. Raises UserError for a generator that makes
+    images in groups, if `latents` are not a whole number of them.
     """
+    check_whole_groups(generator, "the number of samples", len(latents))
+    group_size = batch_group_size(generator)
+    size = -(-CHUNK_SIZE // group_size) * group_size
     weights = next(generator.parameters())
     positions = torch.arange(len(latents)) if positions is None else positions
     was_training = generator.training
     generator.eval()
     try:
-        for start in range(0, len(latents), CHUNK_SIZE):
-            inputs = [_pad(latents[start : start + CHUNK_SIZE]).to(weights)]
+        for start in range(0, len(latents), size):
+            inputs = [_pad(latents[start : start + size], size).to(weights)]
             if labels is not None:
-                inputs.append(_pad(labels[start : start + CHUNK_SIZE]).to(weights.device))
-            slots = _pad(positions[start : start + CHUNK_SIZE]).to(weights.device)
+                inputs.append(_pad(labels[start : start + size], size).to(weights.device))
+            slots = _pad(positions[start : start + size], size).to(weights.device)
             # Not around the yield: that would disable the caller's gradients.
             with torch.no_grad(), sampling_draws(seed, slots):
                 images = generator(*inputs)
@@ -104,6 +111,6 @@ def generate_uint8(
         yield to_bytes(images).cpu()
 
 
-def _pad(rows: Tensor) -> Tensor:
-    """Repeats the last row up to CHUNK_SIZE."""
-    return torch.cat([rows, rows[-1:].expand(CHUNK_SIZE - len(rows), *rows.shape[1:])])
+def _pad(rows: Tensor, size: int) -> Tensor:
+    """Repeats the last row up to `size`."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.networks.batch_groups import batch_group_size, every_nth_group
 from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
 from ganscale.random import drawing
@@ -26,15 +27,15 @@ def input_gradient_norm_meters(
 
     slots, seed: for what the critic draws; no slots for one that does not
     """
-    lengths = []
+    lengths, size = [], batch_group_size(critic)
     with buffers_restored(critic):
         for index in range(micro_batches):
-            part = slice(index, None, micro_batches)
-            with drawing(seed, ("input gradient norm",), None if slots is None else slots[part]):
+            part = partial(every_nth_group, first=index, n=micro_batches, group_size=size)
+            with drawing(seed, ("input gradient norm",), None if slots is None else part(slots)):
                 gradients = input_gradients(
                     partial(run_network, critic),
-                    real_images[part].clone(),
-                    None if labels is None else labels[part],
+                    part(real_images),
+                    None if labels is None else part(labels),
                     precision,
                     is_differentiable=False,
                 )

@@ -11,11 +11,12 @@ from torch import nn
 from torch.func import functional_call
 
 from ganscale.errors import UserError
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
 from ganscale.random import drawing
 from ganscale.randomness import normal
 
-_SAMPLES = 4
+_SAMPLES = 4  # of a network that looks at groups of images, as many groups
 _WAVES = 6
 # Relative to the outputs; covers other devices.
 _TOLERANCES = {"float64": 1e-6, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.05}
@@ -74,11 +75,11 @@ def fingerprint(
     """Of a network with inputs of (batch, *input_shape), which is left as it was: a generator in
     evaluation, as it makes samples, a critic in training, as it is always used."""
     first = next(network.parameters())
-    slots = torch.arange(_SAMPLES)
+    slots = torch.arange(_SAMPLES * batch_group_size(network))
     inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
     inputs = (inputs.tanh() if len(input_shape) > 1 else inputs).to(first.device)  # images, latents
     # Classes from all over their range.
-    labels = [(slots * num_classes // _SAMPLES).to(first.device)] if num_classes else []
+    labels = [(slots * num_classes // len(slots)).to(first.device)] if num_classes else []
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
     lowest = LowestPrecision()

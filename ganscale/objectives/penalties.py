@@ -2,9 +2,11 @@
 
 The gradient is that of each sample's own score, its norm is over all dimensions of the sample, and
 coefficients are drawn per sample, as in the papers. The score of a patch critic is the sum of its
-map, as in published code. Everything is in float32, also under autocast,
-unless the config says otherwise: in bfloat16 the penalty's gradient errs by several per cent, most
-of all when the norm is near 1.
+map, as in published code. Where a critic looks at groups of images, a sample's gradient is that of
+the sum of its group's scores, which has its effect on the others in it; so it is in the published
+code of critics with a minibatch deviation (R1 of StyleGAN2, WGAN-GP of Progressive GAN). Everything
+is in float32, also under autocast, unless the config says otherwise: in bfloat16 the penalty's
+gradient errs by several per cent, most of all when the norm is near 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -78,7 +80,8 @@ def input_gradients(
     *,
     is_differentiable: bool = True,
 ) -> Float[Tensor, "batch *sample"]:
-    """The gradient of each image's score, the sum of its logits, with respect to that image.
+    """The gradient of each image's score, the sum of its logits, with respect to that image; of a
+    critic that looks at groups of images, that of the sum of the group's scores.
 
     precision: of the critic's layers, as in the config; the gradients are in float32 or better
     patch_score: "mean" takes the mean of an image's logits for its score
@@ -101,7 +104,7 @@ def gradients_of_scores(
     is_differentiable: bool = True,
 ) -> Float[Tensor, "batch *sample"]:
     """`input_gradients`, from the logits of these images."""
-    # Images do not affect each other, so the gradient of the sum holds each one's own.
+    # Only images of a group affect each other, so the gradient of the sum holds each group's own.
     scale = 1.0 if patch_score == "sum" else logits.shape[0] / logits.numel()
     weights = constant(scale, logits.shape, logits.dtype, logits.device)
     (gradients,) = torch.autograd.grad(logits, images, weights, create_graph=is_differentiable)

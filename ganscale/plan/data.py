@@ -10,11 +10,12 @@ import numpy as np
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import blocks_per_shard, working_set_bytes
 from ganscale.errors import UserError
-from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, nearest, readable_bytes
+from ganscale.plan.sections import Cache, Cluster, Epochs, Lanes, Reading, readable_bytes
 from ganscale.plan.shard_reads import expected_fetches, expected_shards, mean_size, ranks_of_lanes
 from ganscale.schema import Config, DataConfig
 from ganscale.secrets import without_secrets
 from ganscale.training.data_flow import batches_per_cycle, data_position
+from ganscale.training.invariance_checks import nearest
 
 _FEW_FETCHES = 2.0  # of a shard per epoch; no advice up to here
 

@@ -15,6 +15,7 @@ import torch
 
 from ganscale.data.batch import Batch
 from ganscale.errors import UserError
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.objectives.objective import Objective
 from ganscale.plan.live_bytes import LiveBytes
 from ganscale.plan.meta_device import META, MetaRuntime, meta_device
@@ -42,6 +43,7 @@ class MemoryPlanner:
         self._num_classes, self._ranks = num_classes, ranks
         self._images = config.training.global_batch_size // ranks
         self._accumulate = config.training.accumulate
+        self._group_size = batch_group_size(*planned_networks(config, num_classes))
         self._peaks: dict[tuple[int, int], int] = {}
 
     def section(self, gpu_gigabytes: int | None) -> DeviceMemory:
@@ -66,12 +68,12 @@ class MemoryPlanner:
         )
 
     def largest_batches(self, gpus: tuple[int, ...]) -> list[int]:
-        """The most images per rank that fit each GPU: multiples of the number of micro-batches.
+        """The most images per rank that fit each GPU: as many whole groups in each micro-batch.
 
         Memory at any one moment is linear in the batch, so the peak, their maximum, is convex:
         between two batches, a straight line is nowhere below it, but for rounding.
         """
-        limits, unit = [usable_bytes(each) for each in gpus], self._accumulate
+        limits, unit = [usable_bytes(each) for each in gpus], self._accumulate * self._group_size
         batches = sorted({unit, self._images, 2 * self._images})
         while (missing := max(limits) - self.peak(batches[-1])) >= 0:
             *_, smaller, larger = batches
@@ -88,7 +90,8 @@ class MemoryPlanner:
         smaller, larger = batches[above - 1], batches[above]
         rise = (self.peak(larger) - self.peak(smaller)) / (larger - smaller)
         images = smaller + int((limit - self.peak(smaller)) / rise)
-        return images // self._accumulate * self._accumulate
+        unit = self._accumulate * self._group_size
+        return images // unit * unit
 
     def peak(self, images: int, accumulate: int | None = None) -> int:
         """In bytes, with `images` per rank and critic step; accumulate: None as in the config"""
@@ -108,7 +111,7 @@ class MemoryPlanner:
     def _more_micro_batches(self) -> list[int]:
         """Larger values of `training.accumulate` that divide the images of a rank."""
         counts = range(2 * self._accumulate, self._images + 1, self._accumulate)
-        return [count for count in counts if self._images % count == 0]
+        return [count for count in counts if self._images % (count * self._group_size) == 0]
 
     def _refusal(self, gpu_gigabytes: int) -> str:
         usable, choices = usable_bytes(gpu_gigabytes), []

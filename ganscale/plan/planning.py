@@ -24,12 +24,11 @@ from ganscale.plan.sections import (
     Networks,
     Plan,
     Run,
-    nearest,
 )
 from ganscale.schema import Config
 from ganscale.training.augmentation import check_augmentation
 from ganscale.training.data_flow import batches_per_cycle, check_data_flow
-from ganscale.training.invariance_checks import check_batch_divides
+from ganscale.training.invariance_checks import check_batch_divides, check_groups
 from ganscale.training.network_setup import class_count
 
 _LOADER_BYTES = 160 << 20  # measured; Python and torch, without memory-mapped files
@@ -46,7 +45,7 @@ def make_plan(
     that is not possible there; and as training does for a bad manifest, network or objective.
     """
     cluster = Cluster(nodes, gpus_per_node, nodes * gpus_per_node)
-    _refuse_batch(config, cluster)
+    check_batch_divides(config.training, cluster.ranks, ranks_per_node=gpus_per_node)
     objective = build_objective(config.objective)
     check_augmentation(config, objective)
     check_data_flow(config, objective)
@@ -55,6 +54,7 @@ def make_plan(
     manifest = data_set.manifest
     data = DataPlan() if manifest is None else plan_data(config, cluster, manifest)
     generator, critic = planned_networks(config, num_classes)
+    check_groups(config, generator, critic, cluster.ranks, gpus_per_node)
     files = planned_files(config, generator, critic)
     saved_at = checkpoint_positions(config)
     checkpoint_bytes = sum(map(safetensors_bytes, files.values()))
@@ -83,27 +83,6 @@ def make_plan(
         device_memory=memory,
         communication=communication(config, objective, generator, critic, cluster.ranks, tensors),
     )
-
-
-def _refuse_batch(config: Config, cluster: Cluster) -> None:
-    """`check_batch_divides`, but the message also says what to change instead of the batch."""
-    try:
-        check_batch_divides(config.training, cluster.ranks)
-    except UserError as error:
-        batch, accumulate = config.training.global_batch_size, config.training.accumulate
-
-        def choose(value: int, times: int) -> str:
-            return nearest(value, lambda n: batch % (n * times) == 0, at_most=batch)
-
-        choices = []
-        if nodes := choose(cluster.nodes, cluster.gpus_per_node * accumulate):
-            choices.append(f"{nodes} nodes of {cluster.gpus_per_node}")
-        elif ranks := choose(cluster.ranks, accumulate):
-            choices.append(f"{ranks} ranks")
-        if micro_batches := choose(accumulate, cluster.ranks):
-            choices.append(f"training.accumulate={micro_batches}")
-        alternatives = f"; or, with this batch, {'; or '.join(choices)}" if choices else ""
-        raise UserError(f"{error}{alternatives}") from None
 
 
 def _device_memory(

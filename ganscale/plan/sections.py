@@ -1,7 +1,6 @@
 """The sections of a plan. Each field is a row of the printed table, annotated with its note, and a
 key of the JSON file."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, get_type_hints
 
@@ -170,10 +169,3 @@ def readable_bytes(count: float) -> str:
             break
         count /= 1024
     return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
-
-
-def nearest(value: int, is_valid: Callable[[int], bool], at_most: int) -> str:
-    """`a or b`, the nearest valid numbers below and above `value`, from 1 to `at_most`."""
-    below = next((n for n in range(min(value - 1, at_most), 0, -1) if is_valid(n)), None)
-    above = next((n for n in range(value + 1, at_most + 1) if is_valid(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)

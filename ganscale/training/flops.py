@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
@@ -20,7 +21,7 @@ from ganscale.training.network_setup import sample_shape
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 from ganscale.training.steps import CriticStep, GeneratorStep
 
-_BATCH = 2
+_GROUPS = 2  # of images; without groups, these are single ones
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")
 
 logger = logging.getLogger(__name__)
@@ -37,28 +38,35 @@ def count_cycle_flops(
     """
     try:
         copies = copy.deepcopy(generator), copy.deepcopy(critic)
-        critic_step, generator_step = _count_step_flops(config, objective, *copies, num_classes)
+        batch = _GROUPS * batch_group_size(*copies)
+        counted = _count_step_flops(config, objective, *copies, num_classes, batch)
     except Exception as error:  # user-defined networks may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         logger.info("operations are not counted: %s", reason)
         return None
-    images = config.training.global_batch_size / _BATCH
-    return images * (config.objective.n_critic * critic_step + generator_step)
+    critic_step, generator_step = counted
+    batches = config.training.global_batch_size / batch
+    return batches * (config.objective.n_critic * critic_step + generator_step)
 
 
 def _count_step_flops(
-    config: Config, objective: Objective, generator: nn.Module, critic: nn.Module, num_classes: int
+    config: Config,
+    objective: Objective,
+    generator: nn.Module,
+    critic: nn.Module,
+    num_classes: int,
+    batch: int,
 ) -> tuple[float, float]:
-    """(of a critic step, of a generator step), for `_BATCH` images; changes the networks."""
+    """(of a critic step, of a generator step), for `batch` images; changes the networks."""
     for module in (*generator.modules(), *critic.modules()):
         module._forward_pre_hooks.clear()  # meant for the original networks, not for copies
         module._forward_hooks.clear()
         if isinstance(module, GlobalBatchNorm):
             module.eval()
     like = next(generator.parameters())
-    latents = like.new_zeros(_BATCH, config.generator.latent_dim)
-    real, fake = (like.new_zeros(_BATCH, *sample_shape(config)) for _ in range(2))
-    slots = torch.arange(_BATCH, device=like.device)
+    latents = like.new_zeros(batch, config.generator.latent_dim)
+    real, fake = (like.new_zeros(batch, *sample_shape(config)) for _ in range(2))
+    slots = torch.arange(batch, device=like.device)
     labels = torch.zeros_like(slots) if num_classes else None
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())

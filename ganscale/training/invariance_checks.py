@@ -1,26 +1,87 @@
 """Refuses networks at the start with which a run would depend on its cluster."""
 
+from collections.abc import Callable
+
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ganscale.errors import UserError
+from ganscale.evaluation.sample_grids import INTERPOLATION_STEPS
+from ganscale.networks.batch_groups import batch_group_size, check_whole_groups
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
-from ganscale.schema import TrainingConfig
+from ganscale.schema import Config, TrainingConfig
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBatchNorm2d)
 
 
-def check_batch_divides(config: TrainingConfig, world_size: int) -> None:
-    """Raises UserError for a global batch that ranks and micro-batches do not divide."""
-    batch, divisor = config.global_batch_size, world_size * config.accumulate
-    if batch % divisor:
-        below, above = batch // divisor * divisor, -(-batch // divisor) * divisor
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise UserError(
-            f"`training.global_batch_size` of {batch} cannot be divided evenly among "
-            f"{world_size} ranks of {config.accumulate} micro-batches: choose {nearest}"
-        )
+def check_batch_divides(
+    config: TrainingConfig,
+    world_size: int,
+    group_size: int = 1,
+    ranks_per_node: int | None = None,
+) -> None:
+    """Raises UserError, with the nearest numbers that would do, for a global batch that cannot be
+    divided among ranks and micro-batches.
+
+    group_size: consecutive images that have to stay together
+    ranks_per_node: to offer other numbers of nodes in place of ranks
+    """
+    batch, accumulate = config.global_batch_size, config.accumulate
+    divisor = world_size * accumulate * group_size
+    if batch % divisor == 0:
+        return
+
+    def choices(value: int, unit: int) -> str:
+        return nearest(value, lambda n: batch % (n * unit * group_size) == 0, at_most=batch)
+
+    below, above = batch // divisor * divisor, -(-batch // divisor) * divisor
+    others, per_node = [], ranks_per_node or 1
+    nodes = choices(world_size // per_node, per_node * accumulate)
+    if nodes and ranks_per_node:
+        others.append(f"{nodes} nodes of {ranks_per_node}")
+    elif ranks := choices(world_size, accumulate):
+        others.append(f"{ranks} rank{'s' * (ranks != '1')}")
+    if micro_batches := choices(accumulate, world_size):
+        others.append(f"training.accumulate={micro_batches}")
+    raise UserError(
+        f"`training.global_batch_size` of {batch} cannot be divided evenly among {world_size} "
+        f"rank{'s' * (world_size > 1)} of {accumulate} micro-batch{'es' * (accumulate > 1)}"
+        + (f" of whole groups of {group_size} images" if group_size > 1 else "")
+        + (f": choose {below} or {above}" if below else f": choose {above}")
+        + (f"; or, with this batch, {'; or '.join(others)}" if others else "")
+    )
+
+
+def nearest(value: int, is_valid: Callable[[int], bool], at_most: int) -> str:
+    """`a or b`, the nearest valid numbers below and above `value`, from 1 to `at_most`."""
+    below = next((n for n in range(min(value - 1, at_most), 0, -1) if is_valid(n)), None)
+    above = next((n for n in range(value + 1, at_most + 1) if is_valid(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)
+
+
+def check_groups(
+    config: Config,
+    generator: nn.Module,
+    critic: nn.Module,
+    world_size: int,
+    ranks_per_node: int | None = None,
+) -> None:
+    """Raises UserError for a number of images that is not a whole number of the groups that the
+    networks look at: a micro-batch on one rank, and what the generator makes for samples and
+    evaluations."""
+    group_size = batch_group_size(generator, critic)
+    check_batch_divides(config.training, world_size, group_size, ranks_per_node)
+    made = {
+        "samples.count": config.samples.count,
+        f"{INTERPOLATION_STEPS} times samples.interpolations": INTERPOLATION_STEPS
+        * config.samples.interpolations,
+    }
+    if config.evaluation.every_images:
+        made["evaluation.samples"] = config.evaluation.samples
+        made["evaluation.batch_size"] = config.evaluation.batch_size
+    for name, images in made.items():
+        check_whole_groups(generator, name, images)
 
 
 def check_layers(generator: nn.Module, critic: nn.Module) -> None:

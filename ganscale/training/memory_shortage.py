@@ -14,16 +14,19 @@ from ganscale.supervision.progress import Progress
 
 @contextmanager
 def memory_shortage_explained(
-    training: TrainingConfig, runtime: Runtime, progress: Progress
+    training: TrainingConfig, runtime: Runtime, progress: Progress, group_size: int = 1
 ) -> Iterator[None]:
-    """Raises OutOfMemoryError if the block runs out of memory."""
+    """Raises OutOfMemoryError if the block runs out of memory.
+
+    group_size: images that have to stay in one micro-batch
+    """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         where, stage = _describe_memory(runtime.device, error), progress.current.stage
-        advice = _advice(training, runtime.world_size, stage)
+        advice = _advice(training, runtime.world_size, stage, group_size)
         raise OutOfMemoryError(f"{where} ran out of memory in `{stage}`, {advice}") from error
 
 
@@ -36,7 +39,7 @@ def _describe_memory(device: torch.device, error: Exception) -> str:
     return f"{device} (this rank took {own:.1f} of its {total:.1f} GiB)"
 
 
-def _advice(training: TrainingConfig, world_size: int, stage: str) -> str:
+def _advice(training: TrainingConfig, world_size: int, stage: str, group_size: int) -> str:
     smaller_networks = "use narrower networks or a smaller data.resolution"
     if stage == "building the networks":
         return f"which tries them with a few images: {smaller_networks}"
@@ -47,7 +50,7 @@ def _advice(training: TrainingConfig, world_size: int, stage: str) -> str:
     if training.accumulate > 1:
         batch += f" in {training.accumulate} micro-batches"
     larger = range(training.accumulate + 1, per_rank + 1)
-    parts = next((count for count in larger if per_rank % count == 0), None)
+    parts = next((count for count in larger if per_rank % (count * group_size) == 0), None)
     if parts is None:
         return f"{batch}: {smaller_networks}"
     return (

@@ -1,4 +1,4 @@
-"""Whether what a network computes for an image depends on anything but that image.
+"""Whether what a network computes for an image depends on anything but that image, or its group.
 
 Looked at in float64, for very different images, and with weights moved away from their initial
 values, which may hide a layer behind a zero:
@@ -10,18 +10,23 @@ values, which may hide a layer behind a zero:
   the batch, in a larger batch, and alone.
 - The gradient of the weights for a batch is the sum of those for its parts.
 - The gradient of a penalty is the one that finite differences give.
+
+A network may declare that it looks at groups of consecutive images (`networks.batch_groups`). Then
+all of this is asked of groups in place of images, with as many groups and as many backwards.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
+from ganscale.networks.batch_groups import MinibatchStdDev, batch_group_size
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.fast_derivatives import FastDerivatives
@@ -30,7 +35,7 @@ from ganscale.random import drawing
 from ganscale.runtime import autocast
 from ganscale.training.hidden_state import HiddenState, seeded
 
-BATCH = 4
+GROUPS = 4  # in the batch of a trial; without groups, these are single images
 _LARGER_BATCHES, _LARGER_PIXELS = (8, 32), 32 * 128 * 128
 _MOVES = (0.3, 0.3, 0.3, 1.0, 1.0, 0.0)  # of the weights; the next if an output is constant
 # Of outputs, relative to the largest, by the lowest precision of anything in the forward.
@@ -53,7 +58,7 @@ _NO_CHANGES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """One network and its inputs of the trial.
+    """One network and its inputs of the trial: `GROUPS` times its group.
 
     order: how often a step differentiates it
     slots: of its inputs, for what it draws
@@ -74,13 +79,19 @@ class Subject:
         with draws, autocast(self.inputs.device, self.precision):
             return run_network(self.network, self.inputs, self.labels)
 
-    def run_fast(self) -> Tensor:
-        """The outputs as a step computes them, as (batch, elements)."""
-        with FastDerivatives(self.order):
-            return self.run().reshape(len(self.inputs), -1)
+    @cached_property
+    def group_size(self) -> int:
+        return batch_group_size(self.network)
 
-    def rows(self, rows: list[int]) -> "Subject":
-        """With some rows of its inputs, in that order."""
+    def run_fast(self) -> Tensor:
+        """The outputs as a step computes them, as (groups, elements)."""
+        with FastDerivatives(self.order):
+            return self.run().reshape(len(self.inputs) // self.group_size, -1)
+
+    def rows(self, groups: Sequence[int]) -> "Subject":
+        """With some groups of its inputs, in that order."""
+        size = self.group_size
+        rows = [row for group in groups for row in range(size * group, size * (group + 1))]
         labels = None if self.labels is None else self.labels[rows]
         inputs = torch.cat([self.inputs[row : row + 1] for row in rows])  # keeps channels last
         return replace(self, inputs=inputs, labels=labels, slots=self.slots[rows])
@@ -109,9 +120,9 @@ def check_function(subject: Subject) -> None:
         before = HiddenState(subject.network)
         outputs, derivatives = _derivatives(subject)
         refuse_change(subject, before.change())
-        own = derivatives[range(BATCH), range(BATCH)]
+        own = derivatives[range(GROUPS), range(GROUPS)]
         is_finite = outputs.isfinite().all() and derivatives.isfinite().all()
-        if is_finite and own.flatten(1).any(1).all():
+        if is_finite and own.flatten(2).any(2).all():
             break
     if not outputs.isfinite().all():
         raise UserError(f"{subject.name} returns NaN or infinity for ordinary inputs")
@@ -127,7 +138,7 @@ def check_function(subject: Subject) -> None:
         )
     _check_repeatable(subject)
     others = derivatives.clone()
-    others[range(BATCH), range(BATCH)] = 0
+    others[range(GROUPS), range(GROUPS)] = 0
     if others.any():
         raise UserError(_mixing(subject))
     _check_companions(subject, outputs, own)
@@ -153,20 +164,22 @@ def _check_repeatable(subject: Subject) -> None:
 
 
 def _check_companions(subject: Subject, outputs: Tensor, own: Tensor) -> None:
-    """outputs, own: each input's output and derivative in the batch of the trial"""
+    """outputs, own: each group's outputs and derivative in the batch of the trial"""
     alone, alone_derivatives = _derivatives(subject.rows([2]))
     together = _derivatives(subject, together=True)[1][0]
-    pixels = max(subject.inputs[0].numel(), outputs.shape[1])
-    others = replace(subject, inputs=torch.cat([subject.inputs[2:3], 1 - 2 * subject.inputs[:3]]))
+    size = subject.group_size
+    pixels = max(size * subject.inputs[0].numel(), outputs.shape[1])
+    kept, changed = subject.inputs[2 * size : 3 * size], 1 - 2 * subject.inputs[: 3 * size]
+    others = replace(subject, inputs=torch.cat([kept, changed]))
     with torch.no_grad():
         comparisons = [
             (alone, outputs[2:3]),
             (subject.rows([3, 1, 0]).run_fast(), outputs[[3, 1, 0]]),
             (others.rows([3, 0, 1]).run_fast()[1:2], others.rows([0]).run_fast()),
         ]
-        for size in _LARGER_BATCHES:
-            if size == min(_LARGER_BATCHES) or size * pixels <= _LARGER_PIXELS:
-                rows = torch.randint(BATCH, (size,)).tolist()
+        for groups in _LARGER_BATCHES:
+            if groups == min(_LARGER_BATCHES) or groups * pixels <= _LARGER_PIXELS:
+                rows = torch.randint(GROUPS, (groups,)).tolist()
                 comparisons.append((subject.rows(rows).run_fast(), outputs[rows]))
     # Derivatives may be nothing but rounding, if a mean follows on a norm, say.
     scale = max(float(own.abs().max()), 1e-6 * float(outputs.abs().max()))
@@ -244,6 +257,14 @@ def _squared_derivatives(subject: Subject) -> tuple[Tensor, Tensor]:
 
 
 def _mixing(subject: Subject) -> str:
+    if (size := subject.group_size) > 1:
+        return (
+            f"what {subject.name} computes for an image depends on more than its group, which is a "
+            f"run of {size} consecutive images of the batch (its `batch_group_size`), or on the "
+            "size of the batch, which differs between ranks: compute statistics within such runs, "
+            f"as {MinibatchStdDev.__module__}:MinibatchStdDev does, not over images that are far "
+            "apart"
+        )
     if subject.order == 1:
         return (
             f"an image of {subject.name} depends on the other latents of its batch or on the size "
@@ -253,31 +274,35 @@ def _mixing(subject: Subject) -> str:
     return (
         f"the logit that {subject.name} gives to an image depends on the other images of its batch "
         "(minibatch deviation or discrimination, batch norm) or on the size of the batch, which "
-        "differ between ranks: remove that layer"
+        f"differ between ranks: use {MinibatchStdDev.__module__}:MinibatchStdDev, or a layer that "
+        "looks at runs of consecutive images only and declares their number as its "
+        "`batch_group_size`"
     )
 
 
 def _derivatives(subject: Subject, *, together: bool = False) -> tuple[Tensor, Tensor]:
-    """(outputs (batch, elements), derivatives (batch, batch, *input)): of each output's score, with
-    respect to each input.
+    """(outputs (groups, elements), derivatives (groups, groups, group size, *input)): of each
+    group's score, with respect to each input.
 
-    together: of the sum of all scores instead; derivatives are then (1, batch, *input)
+    together: of the sum of all scores instead; derivatives are then (1, groups, group size, *input)
     """
     inputs = subject.inputs.detach().clone().requires_grad_()
     outputs = replace(subject, inputs=inputs).run_fast()
     scores = _scores(outputs)
     scores = scores.sum()[None] if together else scores
+    size = subject.group_size
     if not scores.requires_grad:
-        return outputs, inputs.new_zeros(len(scores), *inputs.shape)
+        derivatives = inputs.new_zeros(len(scores), *inputs.shape)
+        return outputs, derivatives.unflatten(1, (-1, size))
     rows = [
         torch.autograd.grad(score, inputs, retain_graph=True, materialize_grads=True)[0]
         for score in scores
     ]
-    return outputs.detach(), torch.stack(rows)
+    return outputs.detach(), torch.stack(rows).unflatten(1, (-1, size))
 
 
 def _scores(outputs: Tensor) -> Tensor:
-    """A random combination of the elements of each output."""
+    """A random combination of the elements of each group's outputs."""
     with seeded(0, "combination"):
         return outputs @ torch.randn(outputs.shape[1]).to(outputs)
 

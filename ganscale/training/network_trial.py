@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import GanscaleError, UserCodeError, UserError
 from ganscale.importing import describe, users_line
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import default_dtype, update_spectral_norms
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
@@ -22,7 +23,7 @@ from ganscale.schema import Config
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.hidden_state import HiddenState, seeded
 from ganscale.training.network_function import (
-    BATCH,
+    GROUPS,
     Subject,
     batch_norms_in_evaluation,
     check_function,
@@ -63,12 +64,14 @@ def try_networks(
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     shape = (config.data.channels, config.data.resolution, config.data.resolution)
     with seeded(config.seed, "trial"):
-        latents = torch.randn(BATCH, config.generator.latent_dim).to(device, dtype)
-        images = _different_images(*shape).to(device, dtype)
+        group_size = batch_group_size(generator, critic)
+        batch = GROUPS * group_size
+        latents = torch.randn(batch, config.generator.latent_dim).to(device, dtype)
+        images = _different_images(batch, group_size, *shape).to(device, dtype)
         if config.training.memory_format == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.arange(BATCH, device=device) % num_classes if num_classes else None
-        slots = torch.arange(BATCH, device=device)
+        labels = torch.arange(batch, device=device) % num_classes if num_classes else None
+        slots = torch.arange(batch, device=device)
         shared = labels, config.training.precision
         name = f"generator {config.generator.target}"
         subjects = (
@@ -81,24 +84,28 @@ def try_networks(
             _check_outputs(*subjects, shape)
         _rehearse(*subjects, config, objective)
         with batch_norms_in_evaluation(generator):
-            for subject in map(Subject.in_float64, subjects):
+            for subject in subjects:
+                subject = subject.rows(range(GROUPS)).in_float64()
                 with default_dtype(subject.inputs.dtype):
                     check_function(subject)
                     if subject.order > 1 and objective.penalties:
                         check_second_derivatives(subject)
 
 
-def _different_images(*shape: int) -> Tensor:
-    """(batch, *shape) float32 in [-1, 1], of another contrast and brightness each."""
-    contrast, brightness = torch.tensor([[0.3, 0.9, 2.0, 0.6], [0.5, -0.8, 0.0, 1.2]])
-    noise = torch.randn(BATCH, *shape)
+def _different_images(batch: int, group_size: int, *shape: int) -> Tensor:
+    """(batch, *shape) float32 in [-1, 1], of another contrast and brightness for each image of a
+    group, and for each image at the same place of a group."""
+    kinds = torch.tensor([[0.3, 0.9, 2.0, 0.6], [0.5, -0.8, 0.0, 1.2]])
+    places = torch.arange(batch)
+    contrast, brightness = kinds[:, (places // group_size + places % group_size) % 4]
+    noise = torch.randn(batch, *shape)
     return (contrast.view(-1, 1, 1, 1) * noise + brightness.view(-1, 1, 1, 1)).tanh()
 
 
 @torch.no_grad()
 def _check_outputs(generator: Subject, critic: Subject, shape: tuple[int, int, int]) -> None:
     """The first forward of each network."""
-    outputs = []
+    outputs, batch = [], len(critic.inputs)
     for subject in (generator, critic):
         before = HiddenState(subject.network)
         outputs.append(subject.run())
@@ -106,13 +113,13 @@ def _check_outputs(generator: Subject, critic: Subject, shape: tuple[int, int, i
         refuse_change(subject, before.change(with_attributes=False))
     images, logits = outputs
     made = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-    if made != (BATCH, *shape):
-        made = made[1:] if isinstance(made, tuple) and made[:1] == (BATCH,) else made
+    if made != (batch, *shape):
+        made = made[1:] if isinstance(made, tuple) and made[:1] == (batch,) else made
         raise UserError(f"{generator.name} makes samples of shape {made}, the data has {shape}")
-    if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != BATCH:
+    if not isinstance(logits, Tensor) or logits.ndim == 0 or len(logits) != batch:
         shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(
-            f"{critic.name} returns {shown} for a batch of {BATCH}: "
+            f"{critic.name} returns {shown} for a batch of {batch}: "
             "it must be a tensor whose first dimension is the batch"
         )
     if not logits.is_floating_point():

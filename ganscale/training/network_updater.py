@@ -1,6 +1,8 @@
 """A network with its optimizer and its wrapped step."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_
 from ganscale.errors import UserError
 from ganscale.metrics.meters import Meter, NormOf, Scaled
 from ganscale.metrics.profiling import section, stopwatch
+from ganscale.networks.batch_groups import every_nth_group
 from ganscale.networks.forward import buffers_restored
 from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients
 from ganscale.objectives.losses import Logits
@@ -59,11 +62,16 @@ class NetworkUpdater:
         training: TrainingConfig,
         runtime: Runtime,
         non_finite_guard: NonFiniteGuard,
+        group_size: int = 1,
     ) -> None:
+        """group_size: consecutive images that stay together in micro-batches, since networks look
+        at groups of them
+        """
         self.name, self._step, self._network = name, step, network
         self._wrapped = runtime.prepare(step, training.gradient_compression)
         self._runtime, self._training = runtime, training
         self._non_finite_guard = non_finite_guard
+        self._group_size = group_size
         self._config = optimizer
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, optimizer, non_finite_guard.tripped)
@@ -74,8 +82,8 @@ class NetworkUpdater:
         """One optimizer step on `inputs`, whose tensors have this rank's batch as first dimension;
         by default with the learning rate of `images_seen`.
 
-        Micro-batch k of K is every K-th image from the k-th on, so that over all ranks it holds
-        the same images for every world size.
+        Micro-batch k of K is every K-th group of images from the k-th on, so that over all ranks it
+        holds the same images for every world size. Without groups, these are single images.
         """
         if learning_rate is None:
             learning_rate = self.learning_rate(images_seen)
@@ -94,7 +102,7 @@ class NetworkUpdater:
             sync = nullcontext() if is_last else self._runtime.no_sync(self._wrapped)
             with sync, twice_differentiable_attention(has_penalties):
                 with section(f"{self.name} forward"):
-                    micro_batch = _micro_batch(inputs, index, count)
+                    micro_batch = _micro_batch(inputs, index, count, self._group_size)
                     output: StepOutput = self._wrapped(**micro_batch, micro_batches=count)
                 with section(f"{self.name} backward"):
                     loss = output.loss
@@ -104,8 +112,8 @@ class NetworkUpdater:
         if any(parameter.grad is None for parameter in self.parameters):
             self._refuse_idle_parameters()
         meters = _means([output.meters for output in outputs])
-        norms = _in_batch_order([output.norms for output in outputs])
-        logits = _in_batch_order([output.logits for output in outputs])
+        norms = _in_batch_order([output.norms for output in outputs], self._group_size)
+        logits = _in_batch_order([output.logits for output in outputs], self._group_size)
         with section(f"{self.name} update"):
             norm = self._apply(learning_rate, images_seen)
         meters[f"optim/{self.name}_gradient_norm"] = norm
@@ -132,9 +140,11 @@ class NetworkUpdater:
 
     def _logit_gradients(self, inputs: dict[str, Any], count: int) -> LogitGradients:
         """For a loss of the global batch: from a forward of all micro-batches, without a graph."""
+        size = self._group_size
+        micro_batches = (_micro_batch(inputs, index, count, size) for index in range(count))
         with torch.no_grad(), buffers_restored(self._step):
-            logits = [self._step.logits(**_micro_batch(inputs, k, count)) for k in range(count)]
-        return logit_gradients(self._step.loss_terms, _in_batch_order(logits))
+            logits = [self._step.logits(**each) for each in micro_batches]
+        return logit_gradients(self._step.loss_terms, _in_batch_order(logits, size))
 
     def _refuse_idle_parameters(self) -> NoReturn:
         """Raises UserError for parameters that the loss does not reach: on one rank they would not
@@ -160,29 +170,37 @@ class NetworkUpdater:
         return NormOf(tuple(norms))
 
 
-def _micro_batch(inputs: dict[str, Any], index: int, count: int) -> dict[str, Any]:
-    """Every `count`-th row from row `index` on of all tensors within `inputs`."""
-    return inputs if count == 1 else _rows(inputs, slice(index, None, count), {})
+def _micro_batch(inputs: dict[str, Any], index: int, count: int, group_size: int) -> dict[str, Any]:
+    """Every `count`-th group from group `index` on of all tensors within `inputs`."""
+    if count == 1:
+        return inputs
+    return _rows(inputs, partial(every_nth_group, first=index, n=count, group_size=group_size), {})
 
 
-def _rows(value: Any, which: slice, taken: dict[int, Tensor]) -> Any:
+def _rows(value: Any, cut: Callable[[Tensor], Tensor], taken: dict[int, Tensor]) -> Any:
     """taken: by id, so that a tensor that is there twice stays one"""
     if isinstance(value, Tensor) and value.ndim > 0:
-        if id(value) not in taken:  # without gaps: networks may ask for views
-            taken[id(value)] = value[which].clone()
+        if id(value) not in taken:
+            taken[id(value)] = cut(value)
         return taken[id(value)]
     if isinstance(value, LogitGradients):
-        return LogitGradients(*(_rows(each, which, taken) for each in value))
+        return LogitGradients(*(_rows(each, cut, taken) for each in value))
     if isinstance(value, dict):
-        return {name: _rows(each, which, taken) for name, each in value.items()}
+        return {name: _rows(each, cut, taken) for name, each in value.items()}
     return value
 
 
-def _in_batch_order(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _in_batch_order(outputs: list[dict[str, Tensor]], group_size: int) -> dict[str, Tensor]:
     """The inverse of `_micro_batch` for outputs of all micro-batches."""
     if len(outputs) == 1:
         return outputs[0]
-    return {k: torch.stack([each[k] for each in outputs], dim=1).flatten(0, 1) for k in outputs[0]}
+    in_groups = [
+        {k: value.unflatten(0, (-1, group_size)) for k, value in output.items()}
+        for output in outputs
+    ]
+    return {
+        k: torch.stack([each[k] for each in in_groups], dim=1).flatten(0, 2) for k in in_groups[0]
+    }
 
 
 def _means(outputs: list[Meters]) -> Meters:

@@ -13,6 +13,7 @@ from ganscale.config import is_within
 from ganscale.errors import UserError
 from ganscale.metrics.health import Health
 from ganscale.metrics.meters import MeterAccumulator
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
 from ganscale.objectives.objective import Objective
@@ -21,6 +22,7 @@ from ganscale.schedules import Schedule
 from ganscale.schema import Config, TrainingConfig
 from ganscale.training.augmentation import Augmentation
 from ganscale.training.ema import ema_copy
+from ganscale.training.invariance_checks import check_groups
 from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.steps import CriticStep, GeneratorStep
@@ -66,11 +68,12 @@ class TrainingState:
     ) -> None:
         """networks: (generator, critic), by default those of the config, tried once
 
-        Raises UserError as `build_networks` does.
+        Raises UserError as `build_networks` and `check_groups` do.
         """
         self.generator, self.critic = networks or build_networks(
             config, objective, num_classes, runtime.device
         )
+        check_groups(config, self.generator, self.critic, runtime.world_size)
         self.dtype = weights_dtype(config.training.precision)
         for network in (self.generator, self.critic):
             network.to(self.dtype)
@@ -83,7 +86,8 @@ class TrainingState:
         precision, compiles = config.training.precision, config.training.compile
         is_autocast = config.training.penalty_precision == "autocast"
         penalty_precision = precision if is_autocast else "float32"
-        shared = config.training, runtime, self.non_finite_guard
+        self.group_size = batch_group_size(self.generator, self.critic)
+        shared = config.training, runtime, self.non_finite_guard, self.group_size
         forwards: dict[str, Any] = {"pipeline": pipeline, "seed": config.seed}
         self.critic_updater = NetworkUpdater(
             "critic",

@@ -153,7 +153,7 @@ class Trainer:
             try:
                 cycles = config.profile.cycles if self.runtime.is_main else 0
                 profiled = profile_cycles(self.folder.profile, cycles)
-                with self._memory_explained(), profiled as after_cycle:
+                with self._memory_explained(state.group_size), profiled as after_cycle:
                     exit_code = self._train(prefetcher, reporter, after_cycle)
             except BaseException as error:
                 self.progress.mark("end", CLOSING_SECONDS)
@@ -307,8 +307,9 @@ class Trainer:
             logger.log(level, "stopped %s at %s images; the same command continues", reason, seen)
         return EXIT_REQUEUE
 
-    def _memory_explained(self) -> AbstractContextManager[None]:
-        return memory_shortage_explained(self.config.training, self.runtime, self.progress)
+    def _memory_explained(self, group_size: int = 1) -> AbstractContextManager[None]:
+        shared = self.config.training, self.runtime, self.progress
+        return memory_shortage_explained(*shared, group_size)
 
     @section("audit")
     def _audit(self, reporter: RunReporter) -> None:

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ganscale.networks.batch_groups import MinibatchStdDev
 from ganscale.networks.random_layers import Dropout
 from ganscale.random import bernoulli_like, normal_like, uniform_like
 
@@ -25,6 +27,7 @@ FAILING_CRITICS: dict[str, str] = {}
 BACKBONE = nn.Conv2d(8, 8, 1).requires_grad_(False)  # as if it were pretrained
 
 _FEATURES: dict[str, Callable[["Critic", Tensor], Tensor]] = {}
+_GROUP_SIZES: dict[str, Any] = {"pairs": 2, "strided_pairs": 2}
 
 
 def refused(words: str, kinds: dict[str, str] = CLUSTER_CRITICS) -> Callable:
@@ -42,12 +45,24 @@ def works(features):
     return features
 
 
+def in_groups(size: object) -> Callable:
+    """For features that look at groups of images, as the critic then declares."""
+
+    def register(features):
+        _GROUP_SIZES[features.__name__] = size
+        return features
+
+    return register
+
+
 class Generator(nn.Module):
     def __init__(self, latent_dim: int, sample_shape: tuple[int, ...], features: str = "") -> None:
         super().__init__()
         self.sample_shape, self.features = sample_shape, features
         self.layer = nn.Linear(latent_dim, int(np.prod(sample_shape)))
         self.norm = nn.BatchNorm1d(self.layer.out_features) if features == "norm" else None
+        if features in _GROUP_SIZES:
+            self.batch_group_size = _GROUP_SIZES[features]
 
     def forward(self, latents: Tensor) -> Tensor:
         values = self.layer(latents)
@@ -55,6 +70,12 @@ class Generator(nn.Module):
             values = self.norm(values)
         if self.features == "mixed":
             values = values - values.mean(0)
+        if self.features == "pairs":
+            values = values - within_groups(values, 2).mean(1, keepdim=True).repeat(
+                1, 2, 1
+            ).view_as(values)
+        if self.features == "strided_pairs":
+            values = values - values.view(2, -1, values.shape[1]).mean(0).repeat(2, 1)
         if self.features == "functional_norm":
             values = F.batch_norm(values, None, None, training=True)
         if self.features == "shifted":  # the kind of change that fits all checkpoints
@@ -74,6 +95,8 @@ class Critic(nn.Module):
         self.matrix = nn.Parameter(torch.randn(8, 8))
         self.vector: Tensor
         self.calls, self.counters = 0, {"calls": 0}
+        if features in _GROUP_SIZES:
+            self.batch_group_size = _GROUP_SIZES[features]
         self.frozen, self.dropout = nn.Identity().eval(), Dropout(0.3)
         self.backbone = BACKBONE if features == "shared_backbone" else None
         if features == "weights_outside_the_state":
@@ -117,7 +140,8 @@ class FailingCritic(Critic):
         super().__init__(sample_shape, "exception")
 
 
-MIXES = "depends on the other images of its batch"
+MIXES = "depends on the other images of its batch .*MinibatchStdDev.*`batch_group_size`"
+MIXES_GROUPS = "depends on more than its group, which is a run of . consecutive images"
 
 
 @refused(MIXES)
@@ -188,6 +212,99 @@ def hook_over_the_batch(_, maps):
     maps = maps.clone()
     if maps.requires_grad:
         maps.register_hook(lambda gradient: gradient / gradient.norm())
+    return maps
+
+
+def within_groups(values: Tensor, size: int) -> Tensor:
+    return values.view(-1, size, *values.shape[1:])
+
+
+@works
+@in_groups(4)
+def minibatch_standard_deviation(_, maps):
+    return MinibatchStdDev(4)(maps)[:, 1:]
+
+
+@works
+@in_groups(3)
+def first_of_three(_, maps):
+    groups = within_groups(maps, 3)
+    return (groups - groups[:, :1].tanh()).view_as(maps)
+
+
+@works
+@in_groups(2)
+def place_in_the_group(_, maps):
+    return (within_groups(maps, 2) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1).to(maps)).view_as(
+        maps
+    )
+
+
+@works
+@in_groups(4)
+def groups_that_are_declared_in_vain(_, maps):
+    return maps
+
+
+@refused(MIXES_GROUPS)
+@in_groups(4)
+def groups_of_images_that_are_far_apart(_, maps):
+    """As in StyleGAN's code."""
+    groups = maps.view(4, -1, *maps.shape[1:])
+    deviations = groups.std(0, unbiased=False).mean((1, 2, 3))
+    return maps + deviations.repeat(4).view(-1, 1, 1, 1)
+
+
+@refused(MIXES_GROUPS)
+@in_groups(2)
+def groups_that_are_larger_than_declared(_, maps):
+    return MinibatchStdDev(4)(maps)[:, 1:]
+
+
+@refused(MIXES_GROUPS)
+@in_groups(4)
+def groups_that_begin_elsewhere(_, maps):
+    return MinibatchStdDev(4)(maps.roll(1, 0))[:, 1:].roll(-1, 0)
+
+
+@refused(MIXES_GROUPS)
+@in_groups(4)
+def faint_deviation_beyond_the_group(_, maps):
+    return MinibatchStdDev(4)(maps)[:, 1:] + 1e-6 * maps.std(0, unbiased=False).mean()
+
+
+@refused(MIXES_GROUPS)
+@in_groups(4)
+def detached_mean_beyond_the_group(_, maps):
+    return MinibatchStdDev(4)(maps)[:, 1:] - maps.detach().mean((0, 2, 3), keepdim=True)
+
+
+@refused(MIXES_GROUPS)
+@in_groups(4)
+def number_of_the_group(_, maps):
+    return (within_groups(maps, 4) + torch.arange(len(maps) // 4).view(-1, 1, 1, 1, 1)).view_as(
+        maps
+    )
+
+
+@refused(MIXES_GROUPS)
+@in_groups(2)
+def size_of_the_batch_of_groups(_, maps):
+    return maps * len(maps) / 8
+
+
+@refused("is not the sum of those for its parts")
+@in_groups(2)
+def hook_over_all_groups(critic, maps):
+    matrix = critic.matrix.clone()
+    if matrix.requires_grad:
+        matrix.register_hook(lambda gradient: gradient / gradient.norm())
+    return torch.einsum("oc,nchw->nohw", matrix, maps)
+
+
+@refused(r"`batch_group_size` of Critic must be a positive int, not 2\.0")
+@in_groups(2.0)
+def group_that_is_not_a_whole_number(_, maps):
     return maps
 
 

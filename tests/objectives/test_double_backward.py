@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.tiny_networks import TinyCritic
+from ganscale.networks.batch_groups import MinibatchStdDev
 from ganscale.networks.bilinear_resampling import BilinearDownsample, BilinearUpsample
 from ganscale.networks.dcgan import DCGANCritic
 from ganscale.networks.mlp import MLPCritic
@@ -139,6 +140,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "transposed, groups": lambda: nn.ConvTranspose2d(4, 4, 3, 2, groups=2, dilation=2, bias=False),
     "spectral norm": lambda: spectral_norm(nn.Conv2d(4, 4, 3)).eval(),
     "frozen": lambda: nn.Conv2d(4, 4, 3).requires_grad_(False),
+    "minibatch deviation": lambda: MinibatchStdDev(BATCH),
+    "minibatch deviations": lambda: MinibatchStdDev(1, features=4),
 }
 
 
@@ -231,6 +234,12 @@ def checkpointed(critic: Critic, images: Tensor) -> Tensor:
     )  # type: ignore[return-value]
 
 
+def checkpointed_deviation(critic: Critic, images: Tensor) -> Tensor:
+    features = checkpoint(MinibatchStdDev(2, 2), critic.input(images).relu(), use_reentrant=False)
+    assert isinstance(features, Tensor)
+    return F.leaky_relu(critic.middle(features[:, 2:]))
+
+
 def one_image_at_a_time(critic: Critic, images: Tensor) -> Tensor:
     return torch.stack([F.relu(F.avg_pool2d(critic.input(image), 2)) for image in images])
 
@@ -249,6 +258,7 @@ def functional(critic: Critic, images: Tensor) -> Tensor:
         weights_computed_from_images,
         map_without_images,
         checkpointed,
+        checkpointed_deviation,
         one_image_at_a_time,
         functional,
     ],

@@ -27,7 +27,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused_with_all_that_would_do(caps
     )
     assert said == (
         "error: `training.global_batch_size` of 48 cannot be divided evenly among 10 ranks of 1 "
-        "micro-batches: choose 40 or 50; or, with this batch, 4 or 6 nodes of 2\n"
+        "micro-batch: choose 40 or 50; or, with this batch, 4 or 6 nodes of 2\n"
     )
     said = refusal(
         capsys, digits, "training.global_batch_size=48", "training.accumulate=16", "--nodes", "2"

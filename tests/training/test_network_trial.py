@@ -82,6 +82,20 @@ def test_a_generator_that_mixes_latents_is_refused_unless_by_a_batch_norm(genera
     built(generator="norm")
 
 
+def test_a_generator_may_look_at_groups_of_latents_that_it_declares():
+    built(generator="pairs")
+    built("minibatch_standard_deviation", "pairs")
+    with pytest.raises(UserError, match="run of 2 consecutive images"):
+        built(generator="strided_pairs")
+
+
+def test_the_groups_of_one_network_are_not_allowed_to_the_other():
+    with pytest.raises(UserError, match="depends on the other latents of its batch"):
+        built("minibatch_standard_deviation", "mixed")
+    with pytest.raises(UserError, match="depends on the other images of its batch"):
+        built("deviation_over_groups", "pairs")
+
+
 UNCONTROLLED = ["uncontrolled_weights", "counting_constructor", "weights_outside_the_state"]
 
 
