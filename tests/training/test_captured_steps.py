@@ -124,6 +124,7 @@ CASES = {
     "micro-batches": config_with(Combination("relativistic_average", "r1+r2"), accumulate=2),
     "augmented": config_with(Combination("relativistic_average", "r1+r2", "ada")),
     "adaptive": config_with(Combination("hinge", "r1", "adaptive")),
+    "path length": config_with(Combination("wgan", "none", "path_length")),
     "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
 }
 
