@@ -138,7 +138,8 @@ def test_the_length_is_that_of_the_jacobian_times_the_noise(runtime):
     images, lengths = images_and_path_lengths(generator, *inputs)
     close(images, generator(latents, labels))
     for index, styles in enumerate(generator.styles(latents, labels)):
-        by_styles = jacobian(generator.synthesis, styles[None])[0, ..., 0, :, :]
+        by_styles: Any = jacobian(generator.synthesis, styles[None])
+        by_styles = by_styles[0, ..., 0, :, :]
         product = by_styles.permute(3, 4, 0, 1, 2).flatten(2) @ noise[index].flatten()
         close(lengths[index], product.square().sum(1).mean().sqrt())
 
@@ -222,7 +223,7 @@ def test_in_bfloat16_a_penalty_in_float32_has_the_lengths_of_float32(runtime):
 
 
 def test_a_generator_whose_mapping_is_not_trained_has_a_path_length(runtime):
-    generator = untried_networks(path_config(), CLASSES, runtime)[0].double()
+    generator: Any = untried_networks(path_config(), CLASSES, runtime)[0].double()
     inputs = torch.ones(2, 6).double(), torch.tensor([0, 1]), torch.ones(2, 2, 8, 8).double()
     expected = images_and_path_lengths(generator, *inputs, "float64")
     for parameter in (*generator.mapping.parameters(), *generator.classes.parameters()):
