@@ -22,7 +22,7 @@ from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schedules import Schedule
-from ganscale.schema import Config
+from ganscale.schema import Config, GeneratorPenaltyConfig
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.cycle import Cycle
 from ganscale.training.metrics_row import metrics_row
@@ -125,8 +125,11 @@ CASES = {
     "augmented": config_with(Combination("relativistic_average", "r1+r2", "ada")),
     "adaptive": config_with(Combination("hinge", "r1", "adaptive")),
     "path length": config_with(Combination("wgan", "none", "path_length")),
+    "lazy path length": config_with(Combination("wgan", "none", "path_length")),
     "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
 }
+LAZY = {"path_length": GeneratorPenaltyConfig(2.0, interval=3)}
+CASES["lazy path length"].objective.generator_penalties = LAZY
 
 
 @pytest.fixture(autouse=True)
