@@ -52,6 +52,7 @@ from ganscale.schema import (
     DataConfig,
     EMAConfig,
     GeneratorConfig,
+    GeneratorPenaltyConfig,
     LossConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -87,6 +88,7 @@ class Variant:
     is_conditional: bool = False
     flip: bool = False
     generator_real: str = "critic"
+    generator_penalties: dict[str, GeneratorPenaltyConfig] = field(default_factory=dict)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     batch: int = GLOBAL_BATCH
 
@@ -113,6 +115,10 @@ VARIANTS = {
     "draws": Variant(critic={"draws": True}, generator={"draws": True}),
     "checkpointed_draws": Variant(
         critic={"draws": True, "checkpoints": True}, generator={"draws": True, "checkpoints": True}
+    ),
+    "path_length": Variant(
+        generator_penalties={"path_length": GeneratorPenaltyConfig(2.0, decay=0.5)},
+        is_conditional=True,
     ),
     "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
     "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
@@ -189,15 +195,17 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
     variant = VARIANTS[combination.variant]
     optimizer = OptimizerConfig(variant.optimizer, 5e-3, betas=[0.5, 0.9], eps=1e-2)
     networks = "benchmarks.tiny_networks"
+    generator = "TinyStyleGenerator" if variant.generator_penalties else "TinyGenerator"
     return Config(
         data=DataConfig(
             "", resolution=RESOLUTION, channels=CHANNELS, flip=variant.flip, lanes=LANES
         ),
-        generator=GeneratorConfig(f"{networks}:TinyGenerator", 6, variant.generator),
+        generator=GeneratorConfig(f"{networks}:{generator}", 6, variant.generator),
         critic=CriticConfig(f"{networks}:TinyCritic", variant.critic),
         objective=ObjectiveConfig(
             LossConfig(combination.loss),
             PENALTY_SETS[combination.penalties],
+            variant.generator_penalties,
             clip=variant.clip,
             n_critic=N_CRITIC,
         ),

@@ -3,6 +3,7 @@
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrally
 from torch.utils.checkpoint import checkpoint
 
@@ -64,6 +65,57 @@ class TinyGenerator(nn.Module):
     def _images(self, features: Tensor) -> Tensor:
         features = torch.relu(self.noise(self.norm(features)))
         return torch.tanh(self.output(features))
+
+
+class TinyStyleGenerator(nn.Module):
+    """A mapping to two styles, and two convolutions whose inputs the styles scale and whose outputs
+    have unit variance for any style (Karras et al. 2020, arXiv:1912.04958, equations 1 and 3)."""
+
+    def __init__(
+        self,
+        latent_dim: int,
+        sample_shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        width: int = 4,
+        dim: int = 5,
+    ) -> None:
+        super().__init__()
+        channels, height, _ = sample_shape
+        self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
+        self.mapping = nn.Sequential(
+            nn.Linear(latent_dim, dim), nn.LeakyReLU(0.2), nn.Linear(dim, dim)
+        )
+        self.constant = nn.Parameter(torch.randn(width, height // 2, height // 2))
+        self.scales = nn.ModuleList(nn.Linear(dim, width) for _ in range(2))
+        self.kernels = nn.ParameterList(
+            torch.randn(outputs, width, 3, 3) for outputs in (width, channels)
+        )
+
+    def styles(
+        self, latents: Float[Tensor, "batch latent"], labels: Int64[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch layers dim"]:
+        if self.classes is not None:
+            latents = latents + self.classes(labels)
+        return self.mapping(latents)[:, None].expand(-1, len(self.scales), -1)
+
+    def synthesis(
+        self, styles: Float[Tensor, "batch layers dim"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        maps = self.constant.expand(len(styles), -1, -1, -1)
+        for layer, (scale, kernel) in enumerate(zip(self.scales, self.kernels, strict=True)):
+            if layer > 0:
+                maps = F.interpolate(F.leaky_relu(maps, 0.2), scale_factor=2, mode="nearest")
+            scales = 1 + scale(styles[:, layer])
+            sizes = (scales.square() @ kernel.square().sum((2, 3)).T + 1e-8).sqrt()
+            maps = F.conv2d(maps * scales[:, :, None, None], kernel, padding=1)
+            maps = maps / sizes[:, :, None, None]
+        return torch.tanh(maps)
+
+    def forward(
+        self, latents: Float[Tensor, "batch latent"], labels: Int64[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch channels height width"]:
+        return self.synthesis(self.styles(latents, labels))
 
 
 class TinyCritic(nn.Module):

@@ -112,6 +112,22 @@ class PenaltyConfig:
 
 
 @dataclass
+class GeneratorPenaltyConfig:
+    """A penalty of the generator, on how its images follow its styles; NAME is path_length, or your
+    own as package.module:function."""
+
+    weight: FloatOrSchedule = setting(
+        "Factor of the penalty in the generator's loss; 2 in StyleGAN2.", at_least=0, is_main=True
+    )
+    interval: int = setting(
+        "Apply it every n generator steps, at n times its weight; 4 in StyleGAN2.", 1, at_least=1
+    )
+    decay: float = setting(
+        "Share of a step in the moving average of the lengths.", 0.01, above=0, at_most=1
+    )
+
+
+@dataclass
 class ClipConfig:
     """Clipping of the critic's weights after each critic step; off unless `value` is given."""
 
@@ -129,6 +145,7 @@ class ObjectiveConfig:
 
     loss: LossConfig = field(default_factory=LossConfig)
     penalties: dict[str, PenaltyConfig] = field(default_factory=dict)
+    generator_penalties: dict[str, GeneratorPenaltyConfig] = field(default_factory=dict)
     clip: ClipConfig | None = None
     n_critic: int = setting("Critic steps per generator step.", 1, unit="critic steps", at_least=1)
     panel: list[str] = setting("Your losses to log beside ours, as package.module:function.", list)

@@ -24,6 +24,7 @@ from ganscale.evaluation.images import (
     chosen_samples,
     labels_for,
 )
+from ganscale.evaluation.truncation import truncated
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config, DataConfig, EvaluationConfig
 from ganscale.shards.sources import image_reader, list_images
@@ -49,6 +50,9 @@ def subjects_of(arguments: argparse.Namespace, runtime: "Runtime") -> Iterator[S
     has_run = any(RunFolder(path).config.exists() for path in arguments.sources)
     if not has_run and (arguments.checkpoint or arguments.weights != "ema"):
         raise UserError("--checkpoint and --weights are for runs, and no run folder was named")
+    has_generator = has_run or any((path / DESCRIPTION).exists() for path in arguments.sources)
+    if not has_generator and arguments.truncation != 1:
+        raise UserError("--truncation is for generators, and neither a run nor an export was named")
     for path in arguments.sources:
         if (folder := RunFolder(path)).config.exists():
             yield from _of_run(arguments, folder, runtime)
@@ -76,7 +80,8 @@ def _of_run(
     manifest = None
     if not config.evaluation.reference or config.training.conditional:
         manifest = open_data(config.data).manifest
-    evaluator = Evaluator(config.evaluation, config.data, manifest, runtime)
+    truncation = arguments.truncation
+    evaluator = Evaluator(config.evaluation, config.data, manifest, runtime, truncation)
     if arguments.checkpoint == _ALL:
         checkpoints = checkpoint_folders(folder.checkpoints)
     else:
@@ -95,7 +100,9 @@ def _of_run(
             seed = config.seed if arguments.seed is None else arguments.seed
             count = config.evaluation.samples
             labels = labels_for(manifest, count, num_classes)
-            return GeneratedImages(generator.to(runtime.device), seed, count, latent_dim, labels)
+            generator = generator.to(runtime.device)
+            generator = truncated(generator, truncation, seed, latent_dim, labels)
+            return GeneratedImages(generator, seed, count, latent_dim, labels)
 
         yield Subject(f"{folder.path}/{checkpoint.name}", evaluator, images)
 
@@ -105,12 +112,16 @@ def _of_exported(arguments: argparse.Namespace, path: Path, runtime: "Runtime") 
     channels, resolution, _ = generator.sample_shape
     data = DataConfig(path=arguments.reference, resolution=resolution, channels=channels)
     config = _with_options(Config(data=data), arguments)
-    count = config.evaluation.samples
+    count, seed, latent_dim = config.evaluation.samples, arguments.seed or 0, generator.latent_dim
     labels = labels_for(None, count, generator.num_classes)
-    images = GeneratedImages(
-        generator.to(runtime.device), arguments.seed or 0, count, generator.latent_dim, labels
-    )
-    return Subject(str(path), Evaluator(config.evaluation, data, None, runtime), lambda: images)
+    network, truncation = generator.network.to(runtime.device), arguments.truncation
+    evaluator = Evaluator(config.evaluation, data, None, runtime, truncation)
+
+    def images() -> Images:
+        made_by = truncated(network, truncation, seed, latent_dim, labels)
+        return GeneratedImages(made_by, seed, count, latent_dim, labels)
+
+    return Subject(str(path), evaluator, images)
 
 
 def _of_data_set(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:

@@ -5,7 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from ganscale.cli.arguments import ALLOW_CHANGED_CODE, positive_int
+from ganscale.cli.arguments import ALLOW_CHANGED_CODE, TRUNCATION, positive_int
 from ganscale.cli.checkpoint import select_checkpoint
 from ganscale.errors import OutOfMemoryError, UserError, is_out_of_memory
 from ganscale.run_folder import RunFolder
@@ -28,6 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--checkpoint", metavar="NAME", help="such as images-000200000 (default: the newest)")
     add("--columns", type=positive_int, help="columns of the grid (default: a square grid)")
     add("--class", dest="label", type=int, metavar="N", help="class (default: all in turn)")
+    add("--truncation", type=float, default=1.0, metavar="PSI", help=TRUNCATION)
     add("--interpolate", action="store_true", help="interpolate two latents in each row")
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
     add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ganscale.evaluation import sample_files, sampling
+    from ganscale.evaluation.truncation import truncated
     from ganscale.runtime import set_tf32
     from ganscale.training.network_setup import load_run_generator
 
@@ -69,11 +71,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.label is not None:
         labels = torch.full((count,), arguments.label)
 
-    draws = {"seed": arguments.seed, "positions": positions}
-    generate = partial(sampling.generate_uint8, generator, latents, labels, **draws)
     try:
         if torch.accelerator.is_available():
             generator.to(torch.accelerator.current_accelerator())
+        network = truncated(generator, arguments.truncation, arguments.seed, latent_dim, labels)
+        draws = {"seed": arguments.seed, "positions": positions}
+        generate = partial(sampling.generate_uint8, network, latents, labels, **draws)
         if path := arguments.grid:
             sample_files.write_grid(generate(), path, columns)
             print(f"{count} images in {path}")

@@ -71,14 +71,17 @@ class Evaluator:
         data: DataConfig,
         manifest: Manifest | None,
         runtime: Runtime,
+        truncation: float = 1.0,
     ) -> None:
         """data, manifest: of the run's own images; without a manifest, another reference is needed.
         It is read as these settings say, too.
+        truncation: with which the images were made
 
         Loads the network once. Raises UserError for a network that cannot be loaded, a reference
         that cannot be read, and metrics that these cannot give.
         """
         self._config, self._data, self._runtime = config, data, runtime
+        self._truncation = truncation
         self._metrics = check_metrics(config.metrics, config.network, config.reference)
         network = self._load_network()
         self._network = network.name, network.checksum, network.resize
@@ -101,7 +104,7 @@ class Evaluator:
     def identity(self) -> Identity:
         """That of the figures to come."""
         reference = self._source.description, self._source.images
-        return Identity(*self._network, *reference, self._config.samples)
+        return Identity(*self._network, *reference, self._config.samples, self._truncation)
 
     def evaluate(
         self, images: Images, is_stopped: Callable[[], bool], on_round: OnRound

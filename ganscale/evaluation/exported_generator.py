@@ -25,6 +25,7 @@ from ganscale.evaluation.sampling import (
     sample_latents,
     sampling_draws,
 )
+from ganscale.evaluation.truncation import truncated
 from ganscale.files import atomic_folder, sha256
 from ganscale.networks.build import build_network
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
@@ -79,17 +80,25 @@ class ExportedGenerator(nn.Module):
             return self.network(latents) if labels is None else self.network(latents, labels)
 
     def sample(
-        self, count: int, seed: int = 0, labels: int | Sequence[int] | Tensor | None = None
+        self,
+        count: int,
+        seed: int = 0,
+        labels: int | Sequence[int] | Tensor | None = None,
+        truncation: float = 1.0,
     ) -> Float[Tensor, "count channels height width"]:
         """The images that `ganscale sample` makes with this seed, as float32 in [-1, 1] on the CPU.
 
         labels: one class for all images, or (count,) classes; by default all classes in turn
-        Raises UserError for a count below 1 and for unknown classes.
+        truncation: pulls styles towards their mean, which is 0; 1 leaves them as they are
+        Raises UserError for a count below 1, for unknown classes, and for a truncation of a
+        generator without styles.
         """
         if count < 1:
             raise UserError(f"the count of samples must be at least 1, not {count}")
         latents = sample_latents(seed, 0, count, self.latent_dim)
-        chunks = generate_images(self.network, latents, self._classes(count, labels), seed=seed)
+        classes = self._classes(count, labels)
+        network = truncated(self.network, truncation, seed, self.latent_dim, classes)
+        chunks = generate_images(network, latents, classes, seed=seed)
         return torch.cat([chunk.float().cpu() for chunk in chunks])
 
     def _classes(self, count: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 
 from ganscale.errors import UserError
 from ganscale.importing import nearest
@@ -46,6 +46,7 @@ class Identity:
     checksum: SHA-256 of the feature network's weights
     reference: the data set's fingerprint and how it was read, or a file's checksum
     reference_images: 0 if a file of statistics does not say
+    truncation: of the generator, 1 without one; only others are shown and change the digits
     """
 
     network: str
@@ -54,15 +55,20 @@ class Identity:
     reference: str
     reference_images: int
     samples: int
+    truncation: float = 1.0
 
-    def row(self) -> dict[str, str | int]:
+    def row(self) -> dict[str, str | int | float]:
         """By the names of a row."""
-        fields = {f"eval/{name}": value for name, value in asdict(self).items()}
+        fields = {f"eval/{name}": value for name, value in self._shown().items()}
         return fields | {IDENTITY: self.digest()}
 
     def digest(self) -> str:
         """Eight hexadecimal digits."""
-        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:8]
+        return hashlib.sha256(repr((*self._shown().values(),)).encode()).hexdigest()[:8]
+
+    def _shown(self) -> dict[str, str | int | float]:
+        is_shown = {"truncation": self.truncation != 1}
+        return {name: value for name, value in asdict(self).items() if is_shown.get(name, True)}
 
     def differences(self, other: "Identity") -> list[str]:
         """What differs, each as "name: this, that"."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ganscale.errors import UserError
 from ganscale.importing import call, find
+from ganscale.objectives.generator_penalties import GENERATOR_PENALTIES, GeneratorPenalty
 from ganscale.objectives.losses import LOSSES, Logits, Loss, build_loss, total
 from ganscale.objectives.penalties import PENALTIES, Draws, Penalty
 from ganscale.runtime import all_gather_batch
@@ -24,25 +25,39 @@ class WeightedPenalty:
 
 
 @dataclass(frozen=True)
+class WeightedGeneratorPenalty:
+    penalty: GeneratorPenalty
+    weight: float | Schedule
+    interval: int  # in updates of the generator, likewise
+    decay: float  # of the moving average of the lengths, in each update in which it is taken
+
+
+WeightedPenalties = Mapping[str, WeightedPenalty] | Mapping[str, WeightedGeneratorPenalty]
+
+
+def due(penalties: WeightedPenalties, update: int) -> tuple[str, ...]:
+    """The names of those that are taken at this update of their network."""
+    return tuple(name for name, each in penalties.items() if update % each.interval == 0)
+
+
+def scheduled_weights(penalties: WeightedPenalties, images_seen: int) -> dict[str, float]:
+    """The weights at this update of the penalties whose weight has a schedule."""
+    return {
+        name: each.weight.at(images_seen)
+        for name, each in penalties.items()
+        if isinstance(each.weight, Schedule)
+    }
+
+
+@dataclass(frozen=True)
 class Objective:
     """loss: the trained one; panel: losses by name that are evaluated but not trained."""
 
     loss: Loss
     penalties: dict[str, WeightedPenalty]
+    generator_penalties: dict[str, WeightedGeneratorPenalty]
     clip: ClipConfig | None
     panel: dict[str, Loss]
-
-    def due_penalties(self, update: int) -> tuple[str, ...]:
-        """The names of those that are taken at this critic update."""
-        return tuple(n for n, each in self.penalties.items() if update % each.interval == 0)
-
-    def scheduled_weights(self, images_seen: int) -> dict[str, float]:
-        """The weights at this critic update of the penalties whose weight has a schedule."""
-        return {
-            name: each.weight.at(images_seen)
-            for name, each in self.penalties.items()
-            if isinstance(each.weight, Schedule)
-        }
 
     def penalty_points(
         self, real_images: Tensor, fake_images: Tensor, draws: Draws, update: int
@@ -51,7 +66,7 @@ class Objective:
         taken."""
         return {
             name: self.penalties[name].penalty.points(real_images, fake_images, draws)
-            for name in self.due_penalties(update)
+            for name in due(self.penalties, update)
         }
 
 
@@ -67,6 +82,20 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         for name, penalty in config.penalties.items()
         if max(ends(penalty.weight)) > 0
     }
+    generator_penalties = {
+        name: WeightedGeneratorPenalty(
+            call(
+                find(name, GENERATOR_PENALTIES, "penalty of the generator", GeneratorPenalty),
+                {},
+                f"penalty {name}",
+            ),
+            penalty.weight,
+            penalty.interval,
+            penalty.decay,
+        )
+        for name, penalty in config.generator_penalties.items()
+        if max(ends(penalty.weight)) > 0
+    }
     loss = build_loss(config.loss.name, config.loss.options)
     panel = {name: build_loss(name, {}) for name in LOSSES}
     users_losses = [(target, build_loss(target, {})) for target in config.panel]
@@ -77,7 +106,7 @@ def build_objective(config: ObjectiveConfig) -> Objective:
         if name in panel:
             raise UserError(f"loss {target}: the panel has a {name} already; rename the function")
         panel[name] = users_loss
-    return Objective(loss=loss, penalties=penalties, clip=config.clip, panel=panel)
+    return Objective(loss, penalties, generator_penalties, config.clip, panel)
 
 
 @torch.no_grad()

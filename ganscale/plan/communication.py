@@ -77,6 +77,7 @@ def cycle_exchanges(
     # Mean and square per channel in float64 in each forward, and their gradients in a backward.
     norm_bytes = sum(2 * 8 * norm.running_mean.numel() for norm in norms)
     has_dragan = "dragan" in objective.penalties  # two float64 for the deviation of the batch
+    lengths = len(objective.generator_penalties)  # a float64 each for the mean of the batch
     is_global = objective.loss.needs_global_batch  # gathers the logits
     images_per_rank = config.training.global_batch_size // ranks
     logit_bytes = images_per_rank * _logit_bytes(config, critic) if is_global else 0
@@ -96,9 +97,9 @@ def cycle_exchanges(
             critic_buckets + has_dragan + 2 * is_global,
         ),
         Exchange(
-            generator_bytes + forwards * norm_bytes,
+            generator_bytes + forwards * norm_bytes + 8 * lengths,
             2 * logit_bytes,
-            generator_buckets + forwards * len(norms) + 2 * is_global,
+            generator_buckets + forwards * len(norms) + 2 * is_global + (lengths > 0),
         ),
     )
 

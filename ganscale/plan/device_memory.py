@@ -144,7 +144,7 @@ def peak_bytes(config: Config, objective: Objective, num_classes: int, ranks: in
         # where the fakes of all are made together.
         together = makes_fakes_together(config, generator, ranks, META)
         for steps in (1, n_critic if together else min(2, n_critic)):
-            state.images_seen = 0  # all penalties are due
+            state.images_seen = state.steps = 0  # all penalties are due
             cycle.run(batches[: steps + has_own_real_batch(config)], is_logged=True)
     return live.peak
 

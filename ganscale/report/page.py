@@ -184,8 +184,11 @@ def objective_of(run: Run) -> str:
     if not isinstance(loss, str):
         return ""
     terms = [loss]
-    penalties = run.setting("objective.penalties")
-    for name, penalty in (penalties if isinstance(penalties, dict) else {}).items():
+    penalties: dict[str, Any] = {}
+    for kind in ("penalties", "generator_penalties"):
+        of_kind = run.setting(f"objective.{kind}")
+        penalties |= of_kind if isinstance(of_kind, dict) else {}
+    for name, penalty in penalties.items():
         weight = penalty.get("weight") if isinstance(penalty, dict) else None
         is_schedule = isinstance(weight, dict)
         ends = [weight.get("from"), weight.get("to")] if is_schedule else [weight]

@@ -23,8 +23,9 @@ from ganscale.networks.normalization import (
     concatenated_batches,
 )
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
+from ganscale.objectives.generator_penalties import path_noise
 from ganscale.objectives.losses import Logits
-from ganscale.objectives.objective import Objective, panel_meters
+from ganscale.objectives.objective import Objective, due, panel_meters, scheduled_weights
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import Draw, normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
@@ -226,11 +227,11 @@ class Cycle:
         seen = state.images_seen
         numbers = {
             "rate": state.critic_updater.learning_rate(seen),
-            **self.objective.scheduled_weights(seen),
+            **scheduled_weights(self.objective.penalties, seen),
         }
         probability = state.augmentation.probability(seen)
         inputs = {"batch": vars(batch), "fake_images": fake_images, "probability": probability}
-        kind = "critic", probability is None, *self.objective.due_penalties(number)
+        kind = "critic", probability is None, *due(self.objective.penalties, number)
         step = partial(self._update_critic, number)
         update = self._run_step(kind, step, inputs, numbers, is_logged)
         state.meters.add(*update)
@@ -270,15 +271,19 @@ class Cycle:
 
         fake_images: its fakes in the critic's step, with their graph; None makes new ones
         """
-        state = self.state
-        numbers = {"rate": state.generator_updater.learning_rate(state.images_seen)}
+        state, penalties = self.state, self.objective.generator_penalties
+        numbers = {
+            "rate": state.generator_updater.learning_rate(state.images_seen),
+            **scheduled_weights(penalties, state.images_seen),
+        }
+        names = due(penalties, state.steps)
         probability = state.augmentation.probability(state.images_seen)
         inputs = {"batch": vars(batch), "fake_images": fake_images, "probability": probability}
-        step = partial(self._update_generator, is_logged)
+        step = partial(self._update_generator, is_logged, names)
         is_eager = is_logged or fake_images is not None  # with a graph from outside
-        kind = "generator", probability is None
+        kind = "generator", probability is None, *names
         update = self._run_step(kind, step, inputs, numbers, is_eager)
-        state.meters.add(update.meters, update.maxima)
+        state.meters.add(update.meters, update.maxima, update.norms)
         if is_logged:
             state.meters.add(panel_meters("generator", self.objective.panel, update.logits))
         state.steps += 1
@@ -286,6 +291,7 @@ class Cycle:
     def _update_generator(
         self,
         with_real_logits: bool,
+        due_penalties: Sequence[str],
         inputs: dict[str, Any],
         numbers: Mapping[str, Any],
     ) -> Update:
@@ -305,8 +311,18 @@ class Cycle:
             "augmentation": self._augmentation(purposes, batch, inputs["probability"]),
             "slots": batch.slots,
         }
+        if due_penalties:
+            step_inputs |= {
+                "path_noise": path_noise(self.config.seed, batch.slots, batch.images),
+                "mean_lengths": self.state.mean_lengths.of(due_penalties),
+                "weights": {name: numbers[name] for name in due_penalties if name in numbers},
+            }
         seen = self.state.images_seen
-        return self.state.generator_updater.update(step_inputs, seen, numbers["rate"])
+        update = self.state.generator_updater.update(step_inputs, seen, numbers["rate"])
+        self.state.mean_lengths.observe(
+            {name: update.norms[f"penalty/{name}_gradient_norm"] for name in due_penalties}
+        )
+        return update
 
     def _augmentation(
         self, purposes: Purposes, batch: DeviceBatch, probability: Tensor | None

@@ -14,7 +14,7 @@ from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
-from ganscale.objectives.objective import Objective
+from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
 from ganscale.training.network_setup import sample_shape
@@ -71,7 +71,7 @@ def _count_step_flops(
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
     critic_step = CriticStep(critic, plain, "float32", joins_forwards=False)
-    weights = objective.scheduled_weights(images_seen=0)
+    weights = scheduled_weights(objective.penalties, images_seen=0)
 
     trained = [p for p in critic.parameters() if p.requires_grad]
 
@@ -90,12 +90,25 @@ def _count_step_flops(
     with _FlopCounter() as fakes, torch.no_grad(), draws:
         run_network(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32", joins_forwards=False)
-    with _FlopCounter() as of_generator:
-        needs_real = objective.loss.generator_needs_real
-        loss = step(latents, real, labels, with_real_logits=needs_real, slots=slots).loss
-        loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
+    needs_real, penalties = objective.loss.generator_needs_real, objective.generator_penalties
+    weights = scheduled_weights(penalties, images_seen=0)
+
+    def generator_flops(mean_lengths: dict[str, Tensor]) -> int:
+        more = {"path_noise": fake, "mean_lengths": mean_lengths, "weights": weights}
+        more |= {"with_real_logits": needs_real, "slots": slots}
+        with _FlopCounter() as counter:
+            loss = step(latents, real, labels, **more).loss
+            loss.backward(inputs=[p for p in generator.parameters() if p.requires_grad])
+        return counter.flops
+
+    without_penalties = generator_flops({})
+    of_generator = float(without_penalties)
+    if penalties:  # those that are due together share their gradient
+        interval = min(penalty.interval for penalty in penalties.values())
+        lengths = dict.fromkeys(penalties, like.new_zeros(()))
+        of_generator += (generator_flops(lengths) - without_penalties) / interval
     reused = fakes.flops if config.training.reuse_fakes else 0  # the generator step makes none
-    return of_critic + fakes.flops, of_generator.flops - reused
+    return of_critic + fakes.flops, of_generator - reused
 
 
 def _points(penalty: Penalty, real: Tensor, fake: Tensor) -> Tensor:

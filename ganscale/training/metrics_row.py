@@ -29,6 +29,7 @@ def metrics_row(
     row: dict[str, Any] = derived_metrics(state.meters.read())
     row |= state.scheduled()
     row |= state.augmentation.metrics(state.images_seen)
+    row |= state.mean_lengths.metrics()
     if (nearest := row.get("collapse/nearest")) is not None:
         is_collapsed = state.health.update_collapse(nearest, state.images_seen, total_images)
         row["collapse/alarm"] = float(is_collapsed)

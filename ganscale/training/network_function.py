@@ -155,7 +155,7 @@ def _check_repeatable(subject: Subject) -> None:
             outputs.append(subject.run())
             refuse_change(subject, before.change())
         subject.rows([3, 3, 1, 0]).run()
-    if not all(_is_close(subject, outputs[0], output) for output in outputs[1:]):
+    if not all(is_close(subject, outputs[0], output) for output in outputs[1:]):
         raise UserError(
             f"{subject.name} does not always return the same for the same input: its forward "
             f"remembers something, reads the rank or world size, or draws random numbers, "
@@ -185,8 +185,8 @@ def _check_companions(subject: Subject, outputs: Tensor, own: Tensor) -> None:
     scale = max(float(own.abs().max()), 1e-6 * float(outputs.abs().max()))
     scale *= _DERIVATIVES.get(subject.lowest, 10.0)
     derivatives = (alone_derivatives[0], own[2:3]), (together, own)
-    if not all(_is_close(subject, *pair, scale) for pair in derivatives) or not all(
-        _is_close(subject, *pair) for pair in comparisons
+    if not all(is_close(subject, *pair, scale) for pair in derivatives) or not all(
+        is_close(subject, *pair) for pair in comparisons
     ):
         raise UserError(_mixing(subject))
 
@@ -205,7 +205,7 @@ def _check_weight_gradients(subject: Subject) -> None:
     largest = max(float(gradient.abs().max()) for gradient in (*whole, *first, *second))
     scale = largest * _DERIVATIVES.get(subject.lowest, 10.0)
     for a, b, both in zip(first, second, whole, strict=True):
-        if not _is_close(subject, a + b, both, scale):
+        if not is_close(subject, a + b, both, scale):
             raise UserError(
                 f"the gradient of {subject.name}'s weights for a batch is not the sum of those for "
                 "its parts (look for hooks): it would differ between ranks and micro-batches"
@@ -324,7 +324,7 @@ def refuse_change(subject: Subject, change: str | None) -> None:
         raise UserError(f"{subject.name} {change}, {reason}")
 
 
-def _is_close(subject: Subject, first: Tensor, second: Tensor, scale: float | None = None) -> bool:
+def is_close(subject: Subject, first: Tensor, second: Tensor, scale: float | None = None) -> bool:
     scale = float(second.abs().max()) if scale is None else scale
     return bool((first - second).abs().max() <= _TOLERANCES[subject.lowest] * scale)
 

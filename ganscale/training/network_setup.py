@@ -21,6 +21,7 @@ from ganscale.secrets import without_secrets
 from ganscale.training.hidden_state import seeded
 from ganscale.training.invariance_checks import check_layers
 from ganscale.training.network_trial import try_networks
+from ganscale.training.style_trial import check_penalized_layers
 
 
 def build_networks(
@@ -79,6 +80,7 @@ def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Modul
         generator = _build_generator(config, num_classes)
         critic = build_network("critic", config.critic.target, config.critic.options, **facts)
     check_layers(generator, critic)
+    check_penalized_layers(generator, config.objective)
     return convert_global_batch_norm(generator), critic
 
 

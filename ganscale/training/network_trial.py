@@ -16,7 +16,8 @@ from ganscale.errors import GanscaleError, UserCodeError, UserError
 from ganscale.importing import describe, users_line
 from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import default_dtype, update_spectral_norms
-from ganscale.objectives.objective import Objective
+from ganscale.objectives.generator_penalties import path_noise
+from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
 from ganscale.runtime import autocast, is_of_machine, weights_dtype
 from ganscale.schema import Config
@@ -32,10 +33,14 @@ from ganscale.training.network_function import (
 )
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 from ganscale.training.steps import CriticStep, GeneratorStep, StepOutput
+from ganscale.training.style_trial import (
+    check_forward_is_synthesis,
+    check_second_derivatives_by_styles,
+)
 
 _HINTS = {
     "derivative for .* is not implemented|does not currently support double backward|"
-    "trying to differentiate twice": "a gradient penalty differentiates the critic twice, and this "
+    "trying to differentiate twice": "a gradient penalty differentiates it twice, and this "
     "operator has no second derivative",
     "use_reentrant": "checkpoint with use_reentrant=False",
     "not have been used in the graph|does not require grad": "its logits do not depend on the "
@@ -82,6 +87,8 @@ def try_networks(
         )
         with batch_norms_in_evaluation(generator):
             _check_outputs(*subjects, shape)
+            if objective.generator_penalties:
+                check_forward_is_synthesis(subjects[0])
         _rehearse(*subjects, config, objective)
         with batch_norms_in_evaluation(generator):
             for subject in subjects:
@@ -90,6 +97,9 @@ def try_networks(
                     check_function(subject)
                     if subject.order > 1 and objective.penalties:
                         check_second_derivatives(subject)
+                    if subject.order == 1 and objective.generator_penalties:
+                        check_forward_is_synthesis(subject)
+                        check_second_derivatives_by_styles(subject)
 
 
 def _different_images(batch: int, group_size: int, *shape: int) -> Tensor:
@@ -132,8 +142,20 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
     is_autocast = training.penalty_precision == "autocast"
     penalty_precision = training.precision if is_autocast else "float32"
     critic_step = CriticStep(critic.network, objective, training.precision, penalty_precision)
-    generator_step = GeneratorStep(generator.network, critic.network, objective, training.precision)
+    generator_step = GeneratorStep(
+        generator.network,
+        critic.network,
+        objective,
+        training.precision,
+        penalty_precision=penalty_precision,
+    )
     slots = critic.slots
+    penalties, zero = objective.generator_penalties, torch.zeros((), device=images.device)
+    of_penalties = {
+        "path_noise": path_noise(config.seed, slots, images) if penalties else None,
+        "mean_lengths": dict.fromkeys(penalties, zero),
+        "weights": scheduled_weights(penalties, images_seen=0),
+    }
 
     def take_critic_step() -> StepOutput:
         draws = generator_draws(0, CRITIC_STEP, slots)
@@ -141,22 +163,25 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
             fakes = fast_forward(generator.network, False)(generator.inputs, labels)
         fakes = fakes.to(images.dtype)
         points = objective.penalty_points(images, fakes, Draws(config.seed, slots), update=0)
-        weights = objective.scheduled_weights(images_seen=0)
+        weights = scheduled_weights(objective.penalties, images_seen=0)
         return critic_step(images, fakes, labels, points, weights=weights, slots=slots)
 
+    def take_generator_step() -> StepOutput:
+        return generator_step(generator.inputs, images, labels, slots=slots, **of_penalties)
+
     before = HiddenState(generator.network), HiddenState(critic.network)
-    _differentiate(critic, take_critic_step)
-    _differentiate(generator, lambda: generator_step(generator.inputs, images, labels, slots=slots))
+    _differentiate(critic, take_critic_step, twice=True)
+    _differentiate(generator, take_generator_step, twice=bool(penalties))
     for subject, state in zip((generator, critic), before, strict=True):
         refuse_change(subject, state.change())
 
 
-def _differentiate(subject: Subject, take_step: Callable[[], StepOutput]) -> None:
+def _differentiate(subject: Subject, take_step: Callable[[], StepOutput], *, twice: bool) -> None:
     parameters = [p for p in subject.network.parameters() if p.requires_grad]
     if not parameters:
         raise UserError(f"{subject.name} has no weights to train")
     try:
-        with twice_differentiable_attention(subject.order > 1):
+        with twice_differentiable_attention(twice):
             take_step().loss.backward(inputs=parameters)
     except GanscaleError:
         raise

@@ -94,7 +94,7 @@ class NetworkUpdater:
         if count > 1 and self._step.needs_global_batch:
             inputs = {**inputs, "gradients": self._logit_gradients(inputs, count)}
         outputs: list[StepOutput] = []
-        has_penalties = bool(inputs.get("points"))
+        has_penalties = bool(inputs.get("points") or inputs.get("mean_lengths"))
         for index in range(count):
             # Forward and backward both inside `no_sync`: with only one of them inside, DDP skips
             # the averaging silently.

@@ -16,13 +16,14 @@ from ganscale.metrics.meters import MeterAccumulator
 from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.fingerprint import Fingerprint, fingerprint
 from ganscale.networks.forward import update_spectral_norms
-from ganscale.objectives.objective import Objective
+from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
 from ganscale.schedules import Schedule
 from ganscale.schema import Config, TrainingConfig
 from ganscale.training.augmentation import Augmentation
 from ganscale.training.ema import ema_copy
 from ganscale.training.invariance_checks import check_groups
+from ganscale.training.mean_lengths import MeanLengths
 from ganscale.training.network_setup import build_networks, sample_shape
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.steps import CriticStep, GeneratorStep
@@ -98,12 +99,23 @@ class TrainingState:
         )
         self.generator_updater = NetworkUpdater(
             "generator",
-            GeneratorStep(self.generator, self.critic, objective, precision, compiles, **forwards),
+            GeneratorStep(
+                self.generator,
+                self.critic,
+                objective,
+                precision,
+                compiles,
+                penalty_precision=penalty_precision,
+                **forwards,
+            ),
             self.generator,
             config.optimizer.generator,
             *shared,
         )
         self.updaters = self.critic_updater, self.generator_updater
+        self.mean_lengths = MeanLengths(
+            objective.generator_penalties, runtime, self.non_finite_guard.tripped
+        )
         self.ema = ema_copy(self.generator)
         self.num_classes = num_classes
         self._config, self._objective = config, objective
@@ -140,6 +152,7 @@ class TrainingState:
             "best_figures": self.best_figures,
             "meters": self.meters.state(),
             "augmentation": self.augmentation.state_dict(),
+            "mean_lengths": self.mean_lengths.state_dict(),
         }
 
     def fingerprints(self) -> dict[str, dict[str, Any]]:
@@ -182,6 +195,7 @@ class TrainingState:
         self.best_figures = numbers.get("best_figures", {})
         self.meters.load_state(numbers["meters"])
         self.augmentation.load_state_dict(numbers.get("augmentation"), self.images_seen)
+        self.mean_lengths.load_state_dict(numbers.get("mean_lengths", {}))
 
     def _check_equal_code(self, runtime: Runtime) -> None:
         """Raises UserError if the networks of two ranks compute different things."""
@@ -214,8 +228,9 @@ class TrainingState:
             for updater in self.updaters
             for name, value in updater.scheduled(seen).items()
         }
-        weights = self._objective.scheduled_weights(seen)
-        values |= {f"penalty/{name}_weight": weight for name, weight in weights.items()}
+        for penalties in (self._objective.penalties, self._objective.generator_penalties):
+            weights = scheduled_weights(penalties, seen)
+            values |= {f"penalty/{name}_weight": weight for name, weight in weights.items()}
         if isinstance(half_life, Schedule):
             values["optim/ema_half_life_images"] = half_life.at(seen)
         return values
@@ -228,7 +243,7 @@ class TrainingState:
         """What has to be the same bits on all ranks, by name."""
         files = self.files().items()
         tensors = {f"{file}.{k}": t for file, found in files for k, t in found.items()}
-        return tensors | self.augmentation.audited()
+        return tensors | self.augmentation.audited() | self.mean_lengths.audited()
 
     def is_finite(self) -> bool:
         """Whether all weights and buffers are numbers."""

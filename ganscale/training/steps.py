@@ -14,17 +14,16 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.augmentation.transformations import Drawn, Pipeline
-from ganscale.metrics.meters import Meter, Scaled
 from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import run_network
 from ganscale.networks.resampling import merged_kernels
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients, surrogate_loss
-from ganscale.objectives.losses import Logits, Terms, total
-from ganscale.objectives.objective import Objective, WeightedPenalty
+from ganscale.objectives.generator_penalties import images_and_path_lengths
+from ganscale.objectives.global_batch_loss import LogitGradients
+from ganscale.objectives.losses import Logits
+from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import gradients_of_scores, input_gradients
-from ganscale.runtime import at_least_float32, autocast, get_world_size, has_cheap_launches
-from ganscale.schedules import Schedule
+from ganscale.runtime import at_least_float32, autocast, has_cheap_launches
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.step_forwards import (
     CRITIC_STEP,
@@ -33,8 +32,7 @@ from ganscale.training.step_forwards import (
     Forward,
     generator_draws,
 )
-
-Meters = dict[str, Meter]
+from ganscale.training.step_terms import Meters, term_meters, terms_and_loss, with_penalty
 
 _FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
 
@@ -75,9 +73,7 @@ class CriticStep(nn.Module):
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
-        is_same = (precision == "bfloat16") == (penalty_precision == "bfloat16")
-        # Compiled code has no second derivatives.
-        self._can_share_forward = is_same and not compiles
+        self._can_share_forward = _can_share_forward(precision, penalty_precision, compiles)
         self._joins_forwards = joins_forwards
 
     def forward(
@@ -111,10 +107,12 @@ class CriticStep(nn.Module):
             else:
                 logits = self.logits(real_images, fake_images, labels, augmentation, slots)
                 found = {}
-            terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
+            terms, loss = terms_and_loss(
+                self.loss_terms, self.needs_global_batch, logits, gradients, micro_batches
+            )
             detached = {kind: each.detach() for kind, each in logits.items()}
             meters: Meters = {"loss/critic_adversarial": loss.detach()}
-            meters |= _term_meters("critic", terms)
+            meters |= term_meters("critic", terms)
             gradient_norms: dict[str, Tensor] = {}
             if points:
                 stopwatch.time_backward_until(loss, "penalty")
@@ -141,7 +139,7 @@ class CriticStep(nn.Module):
                             penalty.patch_score,
                         )
                     value, lengths = penalty.penalty.value_and_norms(gradient)
-                weighted = _with_penalty(loss, value, penalty, (weights or {}).get(name))
+                weighted = with_penalty(loss, value, penalty, (weights or {}).get(name))
                 loss, meters[f"loss/penalty_{name}"] = weighted
                 meters[f"penalty/{name}"] = value.detach()
                 gradient_norms[f"penalty/{name}_gradient_norm"] = lengths
@@ -234,11 +232,15 @@ class GeneratorStep(nn.Module):
         joins_forwards: bool = True,
         pipeline: Pipeline | None = None,
         seed: int = 0,
+        penalty_precision: str = "float32",
     ) -> None:
         """joins_forwards, pipeline, seed: as of `CriticStep`"""
         super().__init__()
         self.generator = generator
         self._forwards = CriticForwards(GENERATOR_STEP, seed, pipeline)
+        self._penalties = objective.generator_penalties
+        self._penalty_precision = penalty_precision
+        self._can_share_forward = _can_share_forward(precision, penalty_precision, compiles)
         self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_generator = fast_forward(generator, compiles)
@@ -259,20 +261,52 @@ class GeneratorStep(nn.Module):
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
         slots: Int64[Tensor, " batch"] | None = None,
+        path_noise: Float[Tensor, "batch *sample"] | None = None,
+        mean_lengths: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, float | Tensor] | None = None,
     ) -> StepOutput:
         """To be differentiated with respect to the generator's parameters only.
 
         fake_images: with the generator's graph, in place of latents
         with_real_logits: also where the loss does not need them (the panel does)
         slots: for what networks draw; None for those that do not
+        path_noise, mean_lengths: if penalties are due, y, and for each of them the moving average
+            of the lengths
+        weights: as of `CriticStep`
+
+        Penalties use the loss's own forward if they may, as all its images have a path length.
         """
+        lengths = None
+        if mean_lengths:
+            assert latents is not None
+            assert path_noise is not None
+            precision = self._precision if self._can_share_forward else self._penalty_precision
+            inputs = latents, labels, path_noise, precision
+            with generator_draws(self._forwards.seed, GENERATOR_STEP, slots):
+                images, lengths = images_and_path_lengths(self.generator, *inputs)
+            fake_images = images if self._can_share_forward else None
         logits = self.logits(
             latents, real_images, labels, fake_images, with_real_logits, augmentation, slots
         )
-        terms, loss = _terms_and_loss(self, logits, gradients, micro_batches)
-        meters: Meters = {"loss/generator": loss.detach(), **_term_meters("generator", terms)}
+        terms, loss = terms_and_loss(
+            self.loss_terms, self.needs_global_batch, logits, gradients, micro_batches
+        )
+        meters: Meters = term_meters("generator", terms)
+        norms: dict[str, Tensor] = {}
+        if self._penalties:
+            meters["loss/generator_adversarial"] = loss.detach()
+        for name, penalty in self._penalties.items():
+            term = f"loss/generator_penalty_{name}"
+            if lengths is None or mean_lengths is None or name not in mean_lengths:
+                meters[term] = 0.0  # as in the critic's step
+                continue
+            value = penalty.penalty.value(lengths, mean_lengths[name])
+            loss, meters[term] = with_penalty(loss, value, penalty, (weights or {}).get(name))
+            meters[f"penalty/{name}"] = value.detach()
+            norms[f"penalty/{name}_gradient_norm"] = lengths.detach()
+        meters["loss/generator"] = loss.detach()
         detached = {kind: each.detach() for kind, each in logits.items()}
-        return StepOutput(loss, meters, {}, detached)
+        return StepOutput(loss, meters, norms, detached)
 
     def logits(
         self,
@@ -308,6 +342,11 @@ class GeneratorStep(nn.Module):
         return logits
 
 
+def _can_share_forward(precision: str, penalty_precision: str, compiles: bool) -> bool:
+    """Whether a penalty may use the loss's forward: compiled code has no second derivatives."""
+    return (precision == "bfloat16") == (penalty_precision == "bfloat16") and not compiles
+
+
 def _saves_launches(images: Tensor) -> bool:
     """Whether the device would wait longer for the launches of another forward than for computing
     as much as that of these images."""
@@ -315,44 +354,5 @@ def _saves_launches(images: Tensor) -> bool:
     return is_small and not has_cheap_launches(images.device)
 
 
-def _with_penalty(
-    loss: Tensor, value: Tensor, penalty: WeightedPenalty, weight: float | Tensor | None
-) -> tuple[Tensor, Meter]:
-    """(the loss with the weighted penalty, the meter of that term).
-
-    weight: in this step, if it has a schedule. The meter is a tensor then, since meters of
-        different factors are not reduced together
-    """
-    if not isinstance(penalty.weight, Schedule):
-        factor = penalty.weight * penalty.interval
-        return torch.add(loss, value, alpha=factor), Scaled(value.detach(), factor)
-    assert weight is not None
-    factor = weight * penalty.interval
-    if isinstance(factor, Tensor):  # in a captured step
-        return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
-    return torch.add(loss, value, alpha=factor), value.detach() * factor
-
-
 def _twice(labels: Tensor | None) -> Tensor | None:
     return None if labels is None else torch.cat([labels, labels])
-
-
-def _terms_and_loss(
-    step: CriticStep | GeneratorStep,
-    logits: Logits,
-    gradients: LogitGradients | None,
-    micro_batches: int,
-) -> tuple[Terms, Tensor]:
-    scale = get_world_size() * micro_batches
-    if scale == 1 or not step.needs_global_batch:
-        terms = step.loss_terms(*logits.values())
-        return terms, total(terms)
-    gradients = gradients or logit_gradients(step.loss_terms, logits)
-    return gradients.terms, surrogate_loss(logits, gradients, scale)
-
-
-def _term_meters(network: str, terms: Terms) -> Meters:
-    """The real and the fake term; a term of pairs is the whole loss."""
-    return {
-        f"loss/{network}_{kind}": terms[kind].detach() for kind in ("real", "fake") if kind in terms
-    }

@@ -38,8 +38,16 @@ _DRAWS = tuple(
     )
 )
 
+_PATHS = (
+    "generator.target=benchmarks.tiny_networks:TinyStyleGenerator",
+    "generator.options={width: 4}",
+    "objective.generator_penalties.path_length={weight: 2, interval: 4}",
+)
 
-@pytest.mark.parametrize(("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH), (2, _DRAWS)])
+
+@pytest.mark.parametrize(
+    ("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH), (2, _DRAWS), (2, _PATHS)]
+)
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     runs: Runs, ranks: int, more: tuple[str, ...]
 ) -> None:

@@ -17,7 +17,14 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES, Penalty
 from ganscale.runtime import Runtime
-from ganscale.schema import Config, CriticConfig, GeneratorConfig, PenaltyConfig, TrainingConfig
+from ganscale.schema import (
+    Config,
+    CriticConfig,
+    GeneratorConfig,
+    GeneratorPenaltyConfig,
+    PenaltyConfig,
+    TrainingConfig,
+)
 from ganscale.training.cycle import Cycle
 from ganscale.training.flops import _FlopCounter, count_cycle_flops
 from ganscale.training.state import TrainingState
@@ -181,6 +188,17 @@ def test_operations_of_penalties_and_reused_fakes():
     reusing = mlp_config()
     reusing.training.reuse_fakes = True
     assert plain - flops(reusing) == 8 * 2 * (6 * 16 + 16 * 2 * 8 * 8)
+
+
+def test_operations_of_a_lazy_penalty_of_the_generator():
+    config = mlp_config()
+    config.generator = GeneratorConfig("benchmarks.tiny_networks:TinyStyleGenerator", 6)
+    plain = flops(config)
+    config.objective.generator_penalties = {"path_length": GeneratorPenaltyConfig(1.0)}
+    always = flops(config) - plain
+    config.objective.generator_penalties = {"path_length": GeneratorPenaltyConfig(1.0, interval=4)}
+    assert always > 0
+    assert flops(config) - plain == pytest.approx(always / 4)
 
 
 def test_counting_operations_leaves_the_networks_alone(runtime):

@@ -22,6 +22,10 @@ CASES = {
     "micro batches": ["training.accumulate=2"],
     "global means": ["objective.loss.name=relativistic_average", "training.accumulate=2"],
     "dragan": ["objective.penalties={dragan: {weight: 1}}"],
+    "path length": [
+        "generator.target=benchmarks.tiny_networks:TinyStyleGenerator",
+        "objective.generator_penalties.path_length=2",
+    ],
     "compressed": ["training.gradient_compression=bfloat16"],
     "buckets": [
         "generator.target=mlp",
@@ -48,9 +52,10 @@ def wire(tmp_path_factory, digits) -> dict:
 
 
 def reduced_bytes(operands: list, gradient_bytes: int) -> int:
-    """Gradients travel flat, statistics as rows of mean and square in float64."""
+    """Gradients travel flat, statistics as rows of mean and square in float64, as do path lengths,
+    of which there is one."""
     return sum(
-        int(np.prod(shape)) * (8 if shape[0] == 2 else gradient_bytes)
+        int(np.prod(shape)) * (8 if shape[0] <= 2 else gradient_bytes)
         for name, shape in operands
         if name == "gloo:all_reduce"
     )

@@ -78,6 +78,11 @@ TRACKED = {
     ),
     "lazy penalty": ("r1", "dcgan32", "objective.penalties.r1.interval=2"),
     "dragan": ("dragan", "dcgan32"),
+    "path length": (
+        *("r1", "dcgan32", "generator.target=benchmarks.tiny_networks:TinyStyleGenerator"),
+        *("generator.options.width=16", "objective.generator_penalties.path_length=2"),
+        "objective.generator_penalties.path_length.interval=2",
+    ),
     "micro-batches": ("wgan_gp", "resnet32", "training.accumulate=4"),
     "global means": ("relativistic_average", "dcgan32", "training.accumulate=2"),
     "reused fakes": ("non_saturating", "dcgan32", "training.reuse_fakes=true"),

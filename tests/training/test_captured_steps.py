@@ -22,7 +22,7 @@ from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
 from ganscale.schedules import Schedule
-from ganscale.schema import Config
+from ganscale.schema import Config, GeneratorPenaltyConfig
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.cycle import Cycle
 from ganscale.training.metrics_row import metrics_row
@@ -128,8 +128,12 @@ CASES = {
         f"draws/{k}": config_with(Combination("relativistic", *k.split("/")))
         for k in ("wgan_gp/draws", "r1+r2/draws", "r1/checkpointed_draws")
     },
+    "path length": config_with(Combination("wgan", "none", "path_length")),
+    "lazy path length": config_with(Combination("wgan", "none", "path_length")),
     "reuse": config_with(Combination("lsgan", "wgan_gp"), reuse_fakes=True),
 }
+LAZY = {"path_length": GeneratorPenaltyConfig(2.0, interval=3)}
+CASES["lazy path length"].objective.generator_penalties = LAZY
 
 
 @pytest.fixture(autouse=True)

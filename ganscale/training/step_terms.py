@@ -1,0 +1,58 @@
+"""The terms of a step's loss, and the meters that show them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ganscale.metrics.meters import Meter, Scaled
+from ganscale.objectives.global_batch_loss import LogitGradients, logit_gradients, surrogate_loss
+from ganscale.objectives.losses import Logits, Terms, total
+from ganscale.objectives.objective import WeightedGeneratorPenalty, WeightedPenalty
+from ganscale.runtime import get_world_size
+from ganscale.schedules import Schedule
+
+Meters = dict[str, Meter]
+
+
+def with_penalty(
+    loss: Tensor,
+    value: Tensor,
+    penalty: WeightedPenalty | WeightedGeneratorPenalty,
+    weight: float | Tensor | None,
+) -> tuple[Tensor, Meter]:
+    """(the loss with the weighted penalty, the meter of that term).
+
+    weight: in this step, if it has a schedule. The meter is a tensor then, since meters of
+        different factors are not reduced together
+    """
+    if not isinstance(penalty.weight, Schedule):
+        factor = penalty.weight * penalty.interval
+        return torch.add(loss, value, alpha=factor), Scaled(value.detach(), factor)
+    assert weight is not None
+    factor = weight * penalty.interval
+    if isinstance(factor, Tensor):  # in a captured step
+        return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
+    return torch.add(loss, value, alpha=factor), value.detach() * factor
+
+
+def terms_and_loss(
+    loss_terms: Callable[..., Terms],
+    needs_global_batch: bool,
+    logits: Logits,
+    gradients: LogitGradients | None,
+    micro_batches: int,
+) -> tuple[Terms, Tensor]:
+    scale = get_world_size() * micro_batches
+    if scale == 1 or not needs_global_batch:
+        terms = loss_terms(*logits.values())
+        return terms, total(terms)
+    gradients = gradients or logit_gradients(loss_terms, logits)
+    return gradients.terms, surrogate_loss(logits, gradients, scale)
+
+
+def term_meters(network: str, terms: Terms) -> Meters:
+    """The real and the fake term; a term of pairs is the whole loss."""
+    return {
+        f"loss/{network}_{kind}": terms[kind].detach() for kind in ("real", "fake") if kind in terms
+    }
