@@ -12,7 +12,6 @@ from ganscale.plan.sections import Communication
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config
 from ganscale.training.cycle import makes_fakes_together
-from ganscale.training.network_setup import sample_shape
 
 # DistributedDataParallel's defaults: it reduces a bucket of gradients as soon as it is full.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
@@ -109,7 +108,7 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
     dtype = weights_dtype(config.training.precision)
     try:
         with torch.no_grad():
-            logits = critic(torch.empty(2, *sample_shape(config), dtype=dtype, device=device))
+            logits = critic(torch.empty(2, *config.data.sample_shape, dtype=dtype, device=device))
         return logits[0].numel() * logits.itemsize
     except Exception:  # a user's network, or one that needs labels
         return dtype.itemsize

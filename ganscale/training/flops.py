@@ -16,7 +16,6 @@ from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
-from ganscale.training.network_setup import sample_shape
 from ganscale.training.steps import CriticStep, GeneratorStep
 
 _BATCH = 2
@@ -56,7 +55,7 @@ def _count_step_flops(
             module.eval()
     like = next(generator.parameters())
     latents = like.new_zeros(_BATCH, config.generator.latent_dim)
-    real, fake = (like.new_zeros(_BATCH, *sample_shape(config)) for _ in range(2))
+    real, fake = (like.new_zeros(_BATCH, *config.data.sample_shape) for _ in range(2))
     labels = torch.zeros(_BATCH, dtype=torch.int64, device=like.device) if num_classes else None
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())

@@ -60,7 +60,7 @@ def try_networks(
         update_spectral_norms(network)
         if config.training.memory_format == "channels_last":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    shape = config.data.sample_shape
     with seeded(config.seed, "trial"):
         latents = torch.randn(BATCH, config.generator.latent_dim).to(device, dtype)
         images = _different_images(*shape).to(device, dtype)
