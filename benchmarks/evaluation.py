@@ -52,7 +52,7 @@ def measure(folder: Path) -> None:
         evaluation.network,
         {},
         device=runtime.device,
-        sample_shape=(config.data.channels, config.data.resolution, config.data.resolution),
+        sample_shape=config.data.sample_shape,
         cache=folder / "cache",
         retry_seconds=0,
     )

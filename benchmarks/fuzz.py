@@ -58,7 +58,7 @@ from ganscale.randomness import normal
 from ganscale.runtime import Runtime
 from ganscale.schedules import value_at
 from ganscale.schema import Config, CriticConfig, GeneratorConfig
-from ganscale.training.network_setup import build_unchecked_networks, sample_shape
+from ganscale.training.network_setup import build_unchecked_networks
 
 TOLERANCE, FLOAT32_TOLERANCE = 1e-8, 1e-4  # the latter for networks that cast to float32
 # A difference that is this many times what a disturbance of the size of rounding makes is an error.
@@ -301,7 +301,7 @@ def _is_right(
         if _fail_on_one_image(networks, config):  # which may be a rank's share
             return True
     if "has no derivative" in str(error):
-        images = torch.randn(4, *sample_shape(config), requires_grad=True)
+        images = torch.randn(4, *config.data.sample_shape, requires_grad=True)
         labels = (torch.arange(4) % CLASSES,) if config.training.conditional else ()
         scores = networks[1](images, *labels).sum()
         slopes = torch.autograd.grad(scores, images, allow_unused=True, materialize_grads=True)
@@ -312,7 +312,7 @@ def _is_right(
 
 def _fail_on_one_image(networks: Sequence[nn.Module], config: Config) -> bool:
     labels = (torch.zeros(1, dtype=torch.int64),) if config.training.conditional else ()
-    inputs = torch.randn(1, config.generator.latent_dim), torch.randn(1, *sample_shape(config))
+    inputs = torch.randn(1, config.generator.latent_dim), torch.randn(1, *config.data.sample_shape)
     try:
         for network, each in zip(networks, inputs, strict=True):
             network(each.to(next(network.parameters())), *labels)

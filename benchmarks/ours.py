@@ -70,8 +70,7 @@ def narrow(network: str, width: int) -> list[str]:
 
 def random_images(config: Config, device: torch.device) -> Tensor:
     """A batch of noise in [-1, 1], (batch, channels, height, width) float32."""
-    size = config.data.resolution
-    shape = (config.training.global_batch_size, config.data.channels, size, size)
+    shape = (config.training.global_batch_size, *config.data.sample_shape)
     return (torch.rand(shape) * 2 - 1).to(device)
 
 

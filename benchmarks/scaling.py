@@ -252,8 +252,7 @@ def model(name: str, settings: list[str], images_per_rank: int, rate: float) -> 
 
 
 def _meta_images(config: Config, batch: int) -> torch.Tensor:
-    size = config.data.resolution
-    return torch.empty(batch, config.data.channels, size, size, device="meta")
+    return torch.empty(batch, *config.data.sample_shape, device="meta")
 
 
 def models() -> list[Row]:

@@ -1,4 +1,5 @@
-"""Schedules in a config: from what files say to `Schedule` objects, checked, and back."""
+"""What OmegaConf has no types for: from what files say to `Schedule` objects and resolutions,
+checked, and back."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import fields, is_dataclass
@@ -6,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 from omegaconf import MISSING
 
+from ganscale.resolution import Resolution, as_resolution
 from ganscale.schedules import Schedule
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
@@ -56,8 +58,8 @@ def keep_starts(
 
 
 def read_numbers(config: Config) -> Iterator[Mistake]:
-    """Makes numbers and `Schedule` objects, in place, of the values that OmegaConf left as they
-    are; yields what is not one."""
+    """Makes numbers, `Schedule` objects and resolutions of the values that OmegaConf left as they
+    are, in place; yields what is not one."""
     yield from _read_section(config, "", config.training.total_images)
 
 
@@ -71,6 +73,8 @@ def _read_section(section: Any, prefix: str, total_images: int) -> Iterator[Mist
             for i, each in enumerate(value):
                 numbers.append((yield from _number(each, item, f"{key}[{i}]", total_images)))
             setattr(section, name, numbers)
+        elif expected == Resolution:
+            setattr(section, name, (yield from _resolution(value, key)))
         elif is_dataclass(value):
             yield from _read_section(value, key + ".", total_images)
         elif isinstance(value, dict):
@@ -97,6 +101,18 @@ def _number(
     if "over_images" not in parts:
         parts["over_images"] = max(1, total_images - parts.get("warmup_images", 0))
     return Schedule(start, end, **parts)
+
+
+def _resolution(value: Any, key: str) -> Generator[Mistake, None, Resolution]:
+    sides = value if isinstance(value, list) else [value, value]
+    are_numbers = len(sides) == 2 and all(is_convertible(side, int) for side in sides)
+    if not are_numbers or min(map(int, sides)) < 1:
+        yield (
+            key,
+            "must be a whole number above 0, or two of them as [height, width], not "
+            f"{without_secrets(value)!r}",
+        )
+    return as_resolution(*map(int, sides))
 
 
 def _converted(value: Any, kind: type, key: str) -> Generator[Mistake, None, Any]:

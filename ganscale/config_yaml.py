@@ -17,6 +17,7 @@ import yaml
 from ganscale.config_schedules import is_convertible, keep_starts
 from ganscale.errors import UserError
 from ganscale.older_settings import REPLACED, add_older, take_older
+from ganscale.resolution import Resolution
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, has_keys, main_setting, scheduled_type, types_of
@@ -205,6 +206,8 @@ def _value(node: yaml.Node, expected: Any, key: str) -> Any:
 
 def _plain(node: yaml.Node, expected: Any, key: str) -> Any:
     """The value of a node; scalars become what `expected` means, if they can."""
+    if expected == Resolution:
+        expected = list[int] if isinstance(node, yaml.SequenceNode) else int
     if isinstance(node, yaml.MappingNode):
         pairs = _pairs(node, key + ".")
         values = {name: _plain(child, Any, f"{key}.{name}") for name, child in pairs}

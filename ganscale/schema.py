@@ -8,6 +8,7 @@ and docs/settings.md print them. A setting without a default is required; the fi
 from dataclasses import dataclass, field
 from typing import Any
 
+from ganscale.resolution import Resolution, height_and_width
 from ganscale.schedules import FloatOrSchedule, IntOrSchedule
 from ganscale.setting import choice, setting
 
@@ -40,8 +41,10 @@ class DataConfig:
     retry_seconds: float = setting(
         "How long to retry failing I/O, then exit with code 75.", 300.0, unit="seconds", at_least=0
     )
-    resolution: int = setting(
-        "Width and height; images are cropped to a square and resized.", unit="pixels", at_least=1
+    resolution: Resolution = setting(
+        "Height and width: one number for square images, or [height, width]. Of each image, the "
+        "largest centred part with this ratio of its sides is resized to it.",
+        unit="pixels",
     )
     channels: int = setting("Color channels.", 3, choices={1: "gray", 3: "RGB"})
     flip: bool = setting("Mirror half of the images left to right.", False)
@@ -60,6 +63,16 @@ class DataConfig:
         below=1,
     )
     class_count: int = setting("Number of classes; only needed for streamed shards.", 0, at_least=0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image."""
+        return height_and_width(self.resolution)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image in front of a network."""
+        return (self.channels, *self.size)
 
 
 @dataclass

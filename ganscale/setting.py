@@ -107,7 +107,8 @@ def has_keys(hint: Any) -> bool:
 
 def scheduled_type(hint: Any) -> type | None:
     """The type of a number that may be a schedule (see ganscale.schedules); None for others."""
-    return get_args(hint)[1] if get_origin(hint) is Annotated else None
+    is_scheduled = get_origin(hint) is Annotated and is_dataclass(get_args(hint)[-1])
+    return get_args(hint)[1] if is_scheduled else None
 
 
 def _without_none(hint: Any) -> Any:

@@ -16,6 +16,7 @@ import yaml
 from omegaconf import MISSING
 
 from ganscale.config import DEFAULT, FREE_TO_CHANGE, Resolved, is_within
+from ganscale.resolution import Resolution
 from ganscale.schedules import Schedule
 from ganscale.schema import Config
 from ganscale.setting import Setting, child_type, key_of, scheduled_type, settings_of, types_of
@@ -124,6 +125,8 @@ def _type_name(expected: Any) -> str:
         return f"{number.__name__} or schedule"
     if get_origin(expected) is list and scheduled_type(get_args(expected)[0]):
         return f"list of {_type_name(get_args(expected)[0])}"
+    if expected == Resolution:
+        return "int or [int, int]"
     return expected.__name__
 
 

@@ -80,6 +80,71 @@ def test_a_later_file_and_then_the_command_line_win(folder):
     assert (config.training.accumulate, config.seed) == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("text", "resolution", "size"),
+    [
+        ("64", 64, (64, 64)),
+        ("1e2", 100, (100, 100)),
+        ("[64, 128]", [64, 128], (64, 128)),
+        ("[ 64,128 ]", [64, 128], (64, 128)),
+        ("[64, 64]", 64, (64, 64)),
+        ("${oc.env:SIDE}", 48, (48, 48)),
+        ("['${oc.env:SIDE}', 96]", [48, 96], (48, 96)),
+    ],
+)
+def test_a_resolution_is_one_number_or_height_and_width(
+    folder, monkeypatch, text, resolution, size
+):
+    monkeypatch.setenv("SIDE", "48")
+    of_file = resolve([folder.base, folder.write("mine.yaml", f"data:\n  resolution: {text}")])
+    found = resolve([folder.base, f"data.resolution={text}"])
+    assert found.config.data.resolution == of_file.config.data.resolution == resolution
+    assert found.config.data.size == size
+    assert found.config.data.sample_shape == (3, *size)
+    again = folder.write("again.yaml", found.to_yaml())
+    assert resolve([again]).config == found.config
+    assert load_stored(Path(again)).data.resolution == resolution
+    assert resolve([again, "data.resolution=8"]).config.data.size == (8, 8)
+    assert resolve([again, "data.resolution=[8, 4]"]).config.data.size == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("0", "0"),
+        ("-4", "-4"),
+        ("64.5", "64.5"),
+        ("true", "True"),
+        ("large", "'large'"),
+        ("64x128", "'64x128'"),
+        ("null", "None"),
+        ("", "None"),
+        ("[]", "[]"),
+        ("[64]", "[64]"),
+        ("[64, 128, 3]", "[64, 128, 3]"),
+        ("[64, 0]", "[64, 0]"),
+        ("[64, 12.5]", "[64, 12.5]"),
+        ("[64, true]", "[64, True]"),
+        ("[64, wide]", "[64, 'wide']"),
+        ("[64, [128]]", "[64, [128]]"),
+        ("[64, null]", "[64, None]"),
+        ("{height: 64, width: 128}", "{'height': 64, 'width': 128}"),
+    ],
+)
+def test_another_resolution_is_one_sentence(folder, text, shown):
+    assert folder.mistake(None, f"data.resolution={text}") == (
+        "command line: `data.resolution` must be a whole number above 0, or two of them as "
+        f"[height, width], not {shown}"
+    )
+
+
+def test_a_resolution_of_equal_sides_is_that_of_one_number_when_a_run_resumes(stored, folder):
+    assert curve_changes(stored, resolve([folder.base, "data.resolution=[8, 8]"]).config) == []
+    assert curve_changes(stored, resolve([folder.base, "data.resolution=[8, 16]"]).config) == [
+        "data.resolution: 8 -> [8, 16]"
+    ]
+
+
 def test_the_first_file_names_the_run_unless_it_is_named(folder):
     other = folder.write("other.yaml", "seed: 1")
     assert resolve([folder.base, other]).config.run.name == "base"

@@ -40,7 +40,7 @@ def last_words(output: str) -> str:
         ("training.total_images=many", "command line: `training.total_images` must be int, not "
          "'many'"),
         ("data.path=nowhere", "no data set at nowhere: there is no such folder"),
-        ("data.resolution=48", "48"),
+        ("data.resolution=52", "52"),
         ("generator.target=dcgann", "dcgann"),
         ("critic.options.widht=3", "widht"),
         ("objective.loss.name=wgann", "unknown loss 'wgann' (did you mean 'wgan'?)"),

@@ -23,7 +23,8 @@ _TURN = uniform_between(-math.pi, math.pi)
 _EIGHTH = uniform_between(-0.125, 0.125)
 _HALF_EITHER_WAY = uniform_between(-0.5, 0.5)
 
-# Lengths are in widths of the image, amplifications are binary logarithms, angles are in radians.
+# Lengths are in sizes of the image along their axis, amplifications are binary logarithms, angles
+# are in radians.
 TRANSFORMATIONS = (
     Transformation("xflip", "blit", (integer_below(2),)),
     Transformation("rotate90", "blit", (integer_below(4),)),
@@ -86,7 +87,8 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     """The inverse of the composed transformations: where each pixel comes from.
 
     The paper flips, rotates and then translates by whole pixels; here the translation comes first.
-    As it is as likely in all four directions, that is the same distribution.
+    That is the same distribution: it is as likely either way along an axis, and an axis that a
+    quarter turn will make the other one is translated by sizes of that.
     """
     p = parameters
     ones, quarter_turns, opposite, mirror, sizes = _constants(
@@ -101,7 +103,10 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     before = before * shrinking[:, None, :]
     matrix = before[:, :, :1] * after[:, :1, :] + before[:, :, 1:] * after[:, 1:, :]
     matrix = matrix * torch.addcmul(ones, p["xflip"], mirror)[:, :, None]
-    whole, fraction = (p["xint"] * sizes).round(), p["xfrac"] * sizes
+    sizes_before = sizes
+    if height != width:
+        sizes_before = torch.where(p["rotate90"] % 2 == 1, sizes.flip(0), sizes)
+    whole, fraction = (p["xint"] * sizes_before).round(), p["xfrac"] * sizes
     return matrix, -(whole + (matrix * fraction[:, None, :]).sum(dim=2))
 
 

@@ -77,7 +77,7 @@ def _whole_pixels(share: Tensor, largest: int) -> Tensor:
 
 
 def _outside_of_cutout(parameters: Parameters, height: int, width: int) -> Tensor:
-    """0 within a square of half the image's size, part of which may be outside of the image; its
+    """0 within a rectangle of half the image's size, part of which may be outside of the image; its
     middle is on any pixel, equally likely, or, for even sizes, beyond the last one."""
     is_cut, x, y = parameters["cutout"].split(1, dim=1)
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ganscale.importing import nearest
+from ganscale.resolution import Resolution, as_resolution
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -48,6 +49,15 @@ def natural_int(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value
+
+
+def resolution(text: str) -> Resolution:
+    """The size in `text`: 64, or 64x128, the height first. Raises ArgumentTypeError if
+    a side is below 1."""
+    sides = [positive_int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size, such as 64 or 64x128")
+    return as_resolution(sides[0], sides[-1])
 
 
 def positive_int(text: str) -> int:

@@ -129,7 +129,7 @@ def export_generator(arguments: argparse.Namespace) -> None:
     from ganscale.checkpoints.checkpoint import images_seen_of
     from ganscale.config import load_stored
     from ganscale.evaluation import exported_generator
-    from ganscale.training.network_setup import load_run_generator, sample_shape
+    from ganscale.training.network_setup import load_run_generator
 
     run = _run(arguments)
     checkpoint = select_checkpoint(run, arguments.checkpoint)
@@ -144,7 +144,7 @@ def export_generator(arguments: argparse.Namespace) -> None:
             target=config.generator.target,
             options=config.generator.options,
             latent_dim=latent_dim,
-            sample_shape=sample_shape(config),
+            sample_shape=config.data.sample_shape,
             num_classes=num_classes,
             about={
                 "run": config.run.name,

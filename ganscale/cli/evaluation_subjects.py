@@ -25,6 +25,7 @@ from ganscale.evaluation.images import (
     labels_for,
 )
 from ganscale.evaluation.truncation import truncated
+from ganscale.resolution import as_resolution
 from ganscale.run_folder import RunFolder
 from ganscale.schema import Config, DataConfig, EvaluationConfig
 from ganscale.shards.sources import image_reader, list_images
@@ -109,7 +110,8 @@ def _of_run(
 
 def _of_exported(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
     generator = load_generator(path, allow_changed_code=arguments.allow_changed_code)
-    channels, resolution, _ = generator.sample_shape
+    channels, height, width = generator.sample_shape
+    resolution = as_resolution(height, width)
     data = DataConfig(path=arguments.reference, resolution=resolution, channels=channels)
     config = _with_options(Config(data=data), arguments)
     count, seed, latent_dim = config.evaluation.samples, arguments.seed or 0, generator.latent_dim
@@ -156,9 +158,8 @@ def _for_images(
     arguments: argparse.Namespace, path: Path, height: int, width: int, count: int
 ) -> Config:
     """Settings for images from elsewhere; the reference is read in their size."""
-    if height != width:
-        raise UserError(f"the images in {path} are not square: {width} x {height}")
-    data = DataConfig(path=arguments.reference, resolution=height, channels=_CHANNELS)
+    resolution = as_resolution(height, width)
+    data = DataConfig(path=arguments.reference, resolution=resolution, channels=_CHANNELS)
     config = _with_options(Config(data=data, evaluation=EvaluationConfig(samples=count)), arguments)
     if config.evaluation.samples > count:
         raise UserError(f"{path} has {count:,} images, not {config.evaluation.samples:,}")

@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from ganscale.cli.arguments import positive_int
+from ganscale.cli.arguments import positive_int, resolution
 from ganscale.cli.data_set_summary import print_summary
 from ganscale.terminal import echo
 
@@ -34,7 +34,12 @@ def _add_write(commands) -> None:
         help="a folder (with subfolders), zip or tar of images, or bundled:mnist or bundled:emoji",
     )
     add("output", metavar="OUTPUT", type=Path, help="the folder for the data set")
-    add("--resolution", type=positive_int, metavar="PIXELS", help="crop and resize to this square")
+    add(
+        "--resolution",
+        type=resolution,
+        metavar="PIXELS",
+        help="crop and resize to this square, or, as 256x512, to this height and width",
+    )
     add("--channels", type=int, choices=(1, 3), help="default: 3 (RGB), for bundled:mnist 1 (grey)")
     add(
         "--format",

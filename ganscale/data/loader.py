@@ -5,6 +5,7 @@ that the first one is ready soon. In training they run in another process (`data
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -36,7 +37,7 @@ _CLOSE_SECONDS = 5.0
 
 def chunks_and_depth(config: DataConfig, images: int) -> tuple[int, int]:
     """(chunks that a batch of `images` is cut into, batches that are decoded at the same time)."""
-    chunks = max(1, min(config.workers, images * config.resolution**2 // _CHUNK_PIXELS))
+    chunks = max(1, min(config.workers, images * math.prod(config.size) // _CHUNK_PIXELS))
     # Every thread has a chunk to fill while the consumer holds a batch and another one is ready.
     return chunks, 2 + config.workers // chunks if config.workers else 1
 
@@ -68,7 +69,7 @@ class Loader(Iterator[Batch]):
         self._reader = ShardReader(manifest, config)
         self._windows = WindowTracker(self.order)
         share = global_batch_size // world_size
-        self._shape = (share, config.resolution, config.resolution, config.channels)
+        self._shape = (share, *config.size, config.channels)
         self._allocate = allocate
         self._batch_arguments = (global_batch_size, self.order.lanes, rank, world_size)
         self._next_position = position

@@ -117,7 +117,7 @@ class LoaderProcess(Iterator[Batch]):
         config = data.config
         share = arguments["global_batch_size"] // arguments["world_size"]
         self._allocate = allocate
-        self._shape = (share, config.resolution, config.resolution, config.channels)
+        self._shape = (share, *config.size, config.channels)
         # Those that are ready, and as many as a loader ever fills; unused ones take no memory.
         count = batches_ahead + 2 + 2 * config.workers
         file = os.memfd_create("ganscale batches")

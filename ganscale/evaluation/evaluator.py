@@ -238,7 +238,7 @@ def check_evaluation(
 def _place(data: DataConfig) -> _Place:
     """What a feature network is built for and with, besides its options."""
     return {
-        "sample_shape": (data.channels, data.resolution, data.resolution),
+        "sample_shape": data.sample_shape,
         "cache": Path(data.cache).expanduser(),
         "retry_seconds": data.retry_seconds,
     }

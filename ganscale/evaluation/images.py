@@ -96,7 +96,7 @@ class DataSetImages:
         self._samples = samples
         self._reader = ShardReader(manifest, config)
         self._threads = DaemonThreadPool(max(1, config.workers), "reference")
-        self._shape = config.resolution, config.resolution, config.channels
+        self._shape = *config.size, config.channels
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -184,8 +184,8 @@ class FileImages:
                 raise UserError(f"{where} cannot be read: {error}") from error
             if found.shape != pixels.shape:
                 raise UserError(
-                    f"{where} has {found.shape[1]} x {found.shape[0]} pixels, not {width} x "
-                    f"{height}: images are judged in the one size in which they were made"
+                    f"{where} has {found.shape[0]} x {found.shape[1]} pixels, not {height} x "
+                    f"{width}: images are judged in the one size in which they were made"
                 )
             pixels[...] = found
         usable = torch.ones(len(rows), dtype=torch.bool)

@@ -72,7 +72,8 @@ class DataSetReference:
         self._manifest, self._config, self._limit = manifest, config, limit
         self._chosen = chosen_samples(manifest, limit)
         self.images = len(self._chosen)
-        size = f"{config.resolution} x {config.resolution} x {config.channels}"
+        height, width = config.size
+        size = f"{height} x {width} x {config.channels}"
         self.description = f"data {manifest.fingerprint[:16]} at {size}"
 
     def load(

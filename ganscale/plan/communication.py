@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import Objective
 from ganscale.plan.networks import trainable
@@ -13,7 +14,6 @@ from ganscale.random import drawing
 from ganscale.runtime import weights_dtype
 from ganscale.schema import Config
 from ganscale.training.cycle import makes_fakes_together
-from ganscale.training.network_setup import sample_shape
 
 # DistributedDataParallel's defaults: it reduces a bucket of gradients as soon as it is full.
 _FIRST_BUCKET_BYTES, _BUCKET_BYTES = 1 << 20, 25 << 20
@@ -111,8 +111,9 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
     dtype = weights_dtype(config.training.precision)
     try:
         with torch.no_grad():
-            images = torch.empty(2, *sample_shape(config), dtype=dtype, device=device)
-            with drawing(0, ("plan",), torch.arange(2, device=device)):
+            count = batch_group_size(critic)
+            images = torch.empty(count, *config.data.sample_shape, dtype=dtype, device=device)
+            with drawing(0, ("plan",), torch.arange(count, device=device)):
                 logits = critic(images)
         return logits[0].numel() * logits.itemsize
     except Exception:  # a user's network, or one that needs labels

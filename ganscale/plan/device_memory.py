@@ -151,10 +151,10 @@ def peak_bytes(config: Config, objective: Objective, num_classes: int, ranks: in
 
 def _batch(config: Config, objective: Objective, ranks: int) -> Batch:
     """What a rank's loader would send to the device."""
-    images, size = config.training.global_batch_size // ranks, config.data.resolution
+    images, size = config.training.global_batch_size // ranks, config.data.size
     values = images * sum(draw.columns for draw in draws_ahead(config, objective))
     return Batch(
-        torch.empty(images, size, size, config.data.channels, dtype=torch.uint8, device=META),
+        torch.empty(images, *size, config.data.channels, dtype=torch.uint8, device=META),
         labels=torch.empty(images, dtype=torch.int64, device=META),
         slots=torch.empty(images, dtype=torch.int64, device=META),
         draws=torch.empty(values, device=META),

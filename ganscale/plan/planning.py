@@ -1,5 +1,6 @@
 """Plans a run on a cluster, or says why it is not possible and which settings would be."""
 
+import math
 import sys
 from dataclasses import astuple, replace
 
@@ -126,7 +127,7 @@ def _host_memory(
     # All batches of this cycle and the next, all but the last of the one after, and those that are
     # being decoded.
     batches = 3 * batches_per_cycle(config) - 1 + chunks_and_depth(config.data, images_per_rank)[1]
-    pixels = config.data.resolution**2 * config.data.channels
+    pixels = math.prod(config.data.sample_shape)
     order_bytes = shard_list_bytes = manifest_bytes = None
     processes = 2 if config.data.workers else 1
     if manifest is not None and data.lanes is not None:

@@ -11,6 +11,7 @@ from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, decode, image
 from ganscale.data.images.orientation import orientation, turned_upright
 from ganscale.data.images.sixteen_bits import has_few_bits
 from ganscale.errors import UserError
+from ganscale.resolution import Resolution
 from ganscale.shards.shard_index import is_image
 from ganscale.shards.sources import Source
 
@@ -33,14 +34,14 @@ class Encoded(NamedTuple):
 class Encoding:
     """How images are stored.
 
-    resolution: height and width in pixels, after a centre crop; None: as in the source
+    resolution: that images are cropped and resized to; None: as in the source
     channels: 1 or 3
     image_format: one of _FORMATS; keep stores files as they are, with their own channels; those of
         other formats as PNG
     quality: 1 to 100 for jpeg and webp; None: 95 for jpeg, lossless for webp
     """
 
-    resolution: int | None
+    resolution: Resolution | None
     channels: int
     image_format: str
     quality: int | None
@@ -59,7 +60,7 @@ class Encoding:
     def choose(
         cls,
         source: Source,
-        resolution: int | None,
+        resolution: Resolution | None,
         channels: int | None,
         image_format: str | None,
         quality: int | None,

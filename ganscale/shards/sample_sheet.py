@@ -12,7 +12,7 @@ from ganscale.data.manifest import Manifest
 from ganscale.data.shard_reader import ShardReader
 from ganscale.schema import DataConfig
 
-_MAX_RESOLUTION = 128  # the sheet should fit on a screen
+_LONGEST_SIDE = 128  # the sheet should fit on a screen
 
 
 def write_sheet(manifest: Manifest, path: Path, count: int) -> int:
@@ -28,13 +28,15 @@ def read_samples(manifest: Manifest, count: int) -> tuple[np.ndarray, int]:
     """`count` evenly spaced samples, or all if there are fewer, as (count, height, width, 3) uint8;
     and how many of them are bad, and left black."""
     count = min(count, len(manifest.samples))
-    resolution = min((_MAX_RESOLUTION, *(manifest.resolution or ())))
-    images = np.zeros((count, resolution, resolution, 3), np.uint8)
+    size = manifest.resolution or (_LONGEST_SIDE, _LONGEST_SIDE)
+    shrink = min(1.0, _LONGEST_SIDE / max(size))
+    height, width = (max(1, round(side * shrink)) for side in size)
+    images = np.zeros((count, height, width, 3), np.uint8)
     reader = ShardReader(manifest, DataConfig(path=manifest.source))
     bad_samples = 0
     for cell, sample in enumerate(np.linspace(0, len(manifest.samples) - 1, count).astype(int)):
         try:
-            images[cell] = decode(reader.read(int(sample)), resolution, 3)
+            images[cell] = decode(reader.read(int(sample)), [height, width], 3)
         except BadSampleError:
             bad_samples += 1
     return images, bad_samples

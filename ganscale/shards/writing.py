@@ -20,6 +20,7 @@ from ganscale.data.images.decoding import DecodeError
 from ganscale.data.manifest import CLASSES_NAME, JSON_NAME, Manifest
 from ganscale.errors import UserError
 from ganscale.files import atomic_write, write_text
+from ganscale.resolution import Resolution
 from ganscale.shards.class_labels import MemberChoice
 from ganscale.shards.encoding import Encoded, Encoding
 from ganscale.shards.indexing import build_manifest
@@ -133,7 +134,7 @@ def write_shards(
     source: str,
     output: Path | str,
     *,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     channels: int | None = None,
     image_format: str | None = None,
     quality: int | None = None,

@@ -1,5 +1,6 @@
 """One training cycle: `n_critic` critic steps, a generator step, and the update of the EMA."""
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,7 +82,7 @@ def makes_fakes_together(
     if world_size > 1:
         return any(isinstance(module, GlobalBatchNorm) for module in generator.modules())
     images = config.objective.n_critic * config.training.global_batch_size
-    pixels = images * config.data.resolution**2
+    pixels = images * math.prod(config.data.size)
     return not has_cheap_launches(device) and pixels <= _MOST_PIXELS_TOGETHER
 
 

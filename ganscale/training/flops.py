@@ -17,7 +17,6 @@ from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
-from ganscale.training.network_setup import sample_shape
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 from ganscale.training.steps import CriticStep, GeneratorStep
 
@@ -65,7 +64,7 @@ def _count_step_flops(
             module.eval()
     like = next(generator.parameters())
     latents = like.new_zeros(batch, config.generator.latent_dim)
-    real, fake = (like.new_zeros(batch, *sample_shape(config)) for _ in range(2))
+    real, fake = (like.new_zeros(batch, *config.data.sample_shape) for _ in range(2))
     slots = torch.arange(batch, device=like.device)
     labels = torch.zeros_like(slots) if num_classes else None
     # The loss is only a few operations per image, and may need the other ranks.

@@ -73,7 +73,7 @@ def _has_same_weights(network: nn.Module, other: nn.Module) -> bool:
 
 def build_unchecked_networks(config: Config, num_classes: int) -> tuple[nn.Module, nn.Module]:
     """`build_networks` without a forward, so also on the meta device, without storage."""
-    facts = {"sample_shape": sample_shape(config), "num_classes": num_classes}
+    facts = {"sample_shape": config.data.sample_shape, "num_classes": num_classes}
     for role in ("generator", "critic"):  # a module may draw numbers when it is imported
         find_network(role, getattr(config, role).target)
     with seeded(config.seed, "initial weights"):
@@ -123,13 +123,9 @@ def _build_generator(config: Config, num_classes: int) -> nn.Module:
         config.generator.target,
         config.generator.options,
         latent_dim=config.generator.latent_dim,
-        sample_shape=sample_shape(config),
+        sample_shape=config.data.sample_shape,
         num_classes=num_classes,
     )
-
-
-def sample_shape(config: Config) -> tuple[int, int, int]:
-    return (config.data.channels, config.data.resolution, config.data.resolution)
 
 
 def class_count(config: Config, data: DataSet) -> int:

@@ -67,7 +67,7 @@ def try_networks(
         update_spectral_norms(network)
         if config.training.memory_format == "channels_last":
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    shape = config.data.sample_shape
     with seeded(config.seed, "trial"):
         group_size = batch_group_size(generator, critic)
         batch = GROUPS * group_size

@@ -37,7 +37,8 @@ def describe_start(
     if data.manifest is not None:
         samples = f"{len(data.manifest.samples):,} samples"
     classes = f"{data.class_count:,} classes" if data.class_count else "no classes"
-    size = f"{config.data.resolution} x {config.data.resolution} x {config.data.channels}"
+    height, width = config.data.size
+    size = f"{height} x {width} x {config.data.channels}"
     networks = [
         f"{role} {network.target} with {parameter_count(module):,} parameters"
         for role, network, module in (

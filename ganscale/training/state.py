@@ -24,7 +24,7 @@ from ganscale.training.augmentation import Augmentation
 from ganscale.training.ema import ema_copy
 from ganscale.training.invariance_checks import check_groups
 from ganscale.training.mean_lengths import MeanLengths
-from ganscale.training.network_setup import build_networks, sample_shape
+from ganscale.training.network_setup import build_networks
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.steps import CriticStep, GeneratorStep
 
@@ -160,7 +160,7 @@ class TrainingState:
         return {name: found.to_json() for name, found in self._fingerprints().items()}
 
     def _fingerprints(self) -> dict[str, Fingerprint]:
-        latents, images = (self._config.generator.latent_dim,), sample_shape(self._config)
+        latents, images = (self._config.generator.latent_dim,), self._config.data.sample_shape
         return {
             "generator": fingerprint(self.generator, latents, self.num_classes),
             "ema": fingerprint(self.ema, latents, self.num_classes),

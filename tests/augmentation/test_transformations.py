@@ -116,40 +116,76 @@ def translation(x: float, y: float) -> Tensor:
     return torch.tensor([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=torch.float64)
 
 
-def test_geometric_transformations_are_those_of_the_paper_on_a_smooth_image() -> None:
+def centered(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (28, 40), (40, 28)])
+def test_geometric_transformations_are_those_of_the_paper_on_a_smooth_image(
+    height: int, width: int
+) -> None:
     """A sum of slow waves, at the points that the composed matrix maps to each pixel."""
-    size, count = 32, 16
+    count = 16
     pipeline = build_pipeline("ada", {"blit": 1.0, "geom": 1.0}, 1)
-    parameters = drawn(pipeline, 1.0, (count, 1, size, size))["parameters"]
+    parameters = drawn(pipeline, 1.0, (count, 1, height, width))["parameters"]
     names = parameter_names(pipeline)
-    columns = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    ys, xs = torch.meshgrid(columns, columns, indexing="ij")
+    ys, xs = torch.meshgrid(centered(height), centered(width), indexing="ij")
 
     def waves(x: Tensor, y: Tensor) -> Tensor:
         return (0.2 * x + 0.1).sin() + (0.15 * y - 0.3).cos() + 0.02 * x
 
-    images = waves(xs, ys).expand(count, 1, size, size)
+    images = waves(xs, ys).expand(count, 1, height, width)
     augmented = pipeline(images, {"parameters": parameters})
     compared = 0
     for row, image in zip(parameters.tolist(), augmented, strict=True):
         p = dict(zip(names, row, strict=True))
+        sides = (height, width) if p["rotate90"] % 2 else (width, height)
         composed = (  # algorithm 1 from its end, with the translation by whole pixels first
-            translation(p["xfrac_0"] * size, p["xfrac_1"] * size)
+            translation(p["xfrac_0"] * width, p["xfrac_1"] * height)
             @ rotation(p["rotate_1"])
             @ scaling(2 ** p["aniso"], 2 ** -p["aniso"])
             @ rotation(p["rotate_0"])
             @ scaling(2 ** p["scale"], 2 ** p["scale"])
             @ rotation(p["rotate90"] * math.pi / 2)
             @ scaling(1 - 2 * p["xflip"], 1)
-            @ translation(round(p["xint_0"] * size), round(p["xint_1"] * size))
+            @ translation(round(p["xint_0"] * sides[0]), round(p["xint_1"] * sides[1]))
         )
         targets = torch.stack([xs, ys, torch.ones_like(xs)]).flatten(1)
-        x, y, _ = (torch.linalg.inv(composed) @ targets).view(3, size, size)
-        is_inside = (x.abs() < size / 2 - 4) & (y.abs() < size / 2 - 4)
+        x, y, _ = (torch.linalg.inv(composed) @ targets).view(3, height, width)
+        is_inside = (x.abs() < width / 2 - 4) & (y.abs() < height / 2 - 4)
         compared += int(is_inside.sum())
         error = (image[0] - waves(x, y))[is_inside].abs()
         assert error.max() < 0.03
-    assert compared > count * size * size / 4
+    assert compared > count * height * width / 4
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_blitting_an_image_that_is_not_square_is_a_blit_in_the_papers_order(turns: int) -> None:
+    """Turned, and then translated by eighths of the sides that the image has."""
+    height, width, (a, b) = 16, 32, (1 / 8, -1 / 16)
+    pipeline = build_pipeline("ada", {"blit": 1.0}, 1)
+    images = torch.randn(1, 1, height, width, dtype=torch.float64)
+    made = with_parameters(
+        pipeline,
+        1,
+        rotate90=torch.tensor([turns]),
+        xint_0=torch.tensor([a]),
+        xint_1=torch.tensor([b]),
+    )
+    papers = [(a, b), (-b, a), (-a, -b), (b, -a)][turns]
+    composed = translation(papers[0] * width, papers[1] * height) @ rotation(turns * math.pi / 2)
+    ys, xs = torch.meshgrid(centered(height), centered(width), indexing="ij")
+    targets = torch.stack([xs, ys, torch.ones_like(xs)]).flatten(1)
+    x, y, _ = torch.linalg.inv(composed) @ targets
+    columns = reflected_index(x + (width - 1) / 2, width)
+    rows = reflected_index(y + (height - 1) / 2, height)
+    expected = images[0, 0][rows, columns].view(1, 1, height, width)
+    torch.testing.assert_close(pipeline(images, made), expected, rtol=0, atol=0)
+
+
+def reflected_index(position: Tensor, size: int) -> Tensor:
+    position = position.round().long().abs() % (2 * size - 2)
+    return torch.minimum(position, 2 * size - 2 - position)
 
 
 def test_blitting_moves_pixels_without_changing_them() -> None:
@@ -255,20 +291,20 @@ def test_filters_amplify_their_bands_and_keep_the_expected_power() -> None:
 
 def test_noise_has_the_drawn_deviation_and_cutout_a_quarter_of_the_area() -> None:
     pipeline = build_pipeline("ada", {"noise": 1.0, "cutout": 1.0}, 3)
-    images = torch.ones(2, 3, 16, 16, dtype=torch.float64)
+    images = torch.ones(2, 3, 16, 24, dtype=torch.float64)
     values = {"noise": torch.tensor([0.3, 0.0]), "cutout_0": torch.tensor([0.0, 1.0])}
     made = with_parameters(pipeline, 2, **values)
-    made["noise"] = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    made["noise"] = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     noisy, cut = pipeline(images, made)
     torch.testing.assert_close(noisy, 1 + 0.3 * made["noise"][0])
     expected = images[1].clone()
-    expected[:, 4:12, 4:12] = 0
+    expected[:, 4:12, 6:18] = 0
     assert torch.equal(cut, expected)
 
 
 def test_diffaugment_does_what_its_paper_says() -> None:
     pipeline = build_pipeline("diffaugment", {}, 3)
-    images = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    images = torch.randn(1, 3, 16, 32, dtype=torch.float64)
     values = {"brightness": 0.3, "saturation": -0.6, "contrast": 0.4}
     colors = {name: torch.tensor([value]) for name, value in values.items()}
     found = pipeline(images, with_parameters(pipeline, 1, **colors))
@@ -280,12 +316,12 @@ def test_diffaugment_does_what_its_paper_says() -> None:
 
     moves = {"translation_0": torch.tensor([-0.999]), "translation_1": torch.tensor([0.4])}
     found = pipeline(images, with_parameters(pipeline, 1, **moves))
-    padded = pad(images, [2, 2, 2, 2])
-    assert torch.equal(found, padded[:, :, 1:17, 4:20])  # 2 pixels left, 1 down
+    padded = pad(images, [4, 4, 2, 2])
+    assert torch.equal(found, padded[:, :, 1:17, 8:40])  # 4 pixels left, 1 down
 
     cut = {"cutout_0": torch.ones(1), "cutout_1": torch.zeros(1), "cutout_2": torch.tensor([0.5])}
     expected = images.clone()
-    expected[:, :, 4:12, :4] = 0  # half the square is left of the image
+    expected[:, :, 4:12, :8] = 0  # half of the rectangle is left of the image
     assert torch.equal(pipeline(images, with_parameters(pipeline, 1, **cut)), expected)
 
 

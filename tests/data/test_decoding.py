@@ -1,6 +1,7 @@
 """Every kind of image file becomes the same plain uint8 array, or an error that says why not."""
 
 import io
+import itertools
 import struct
 import warnings
 import zlib
@@ -186,7 +187,7 @@ def test_a_cmyk_jpeg_has_its_colours():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("resolution", [None, 16])
+@pytest.mark.parametrize("resolution", [None, 16, [8, 12], [12, 8]])
 def test_every_exif_orientation_is_undone(orientation, resolution):
     upright = colours(40, 24)
     # How each is turned or mirrored to be viewed (Exif 2.32, 4.6.4, tag 0x0112), undone.
@@ -231,6 +232,59 @@ def test_the_centre_of_a_wide_image_is_kept():
         assert (result[:, 3:-3] == [0, 0, 255]).all()
 
 
+def part_by_hand(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest centred part with this ratio of its sides, resized by Pillow."""
+    rows, columns = pixels.shape[:2]
+    if rows / height > columns / width:
+        kept = int(columns * height / width + 0.5)
+        pixels = pixels[(rows - kept) // 2 :][:kept]
+    else:
+        kept = int(rows * width / height + 0.5)
+        pixels = pixels[:, (columns - kept) // 2 :][:, :kept]
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized).reshape(height, width, -1)
+
+
+@pytest.mark.parametrize("resolution", [[16, 32], [32, 16], [48, 20], [60, 64], [7, 100]])
+@pytest.mark.parametrize("size", [(64, 64), (120, 50), (33, 97), (16, 32), (20, 200)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_largest_part_of_the_same_ratio_is_resized(resolution, size, channels):
+    pixels = np.asarray(colours(*size) if channels == 3 else colours(*size).convert("L"))
+    pixels = pixels.reshape(*size, channels)
+    expected = part_by_hand(pixels, *resolution).astype(int)
+    batch = np.zeros((1, *resolution, channels), np.uint8)
+    picture = Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels)
+    for data in (npy(pixels), encoded(picture, "PNG")):
+        decode_into(data, batch[0])
+        assert np.array_equal(batch[0], decode(data, resolution, channels))
+        assert np.abs(batch[0] - expected).max() <= 2
+
+
+def test_an_image_of_the_size_that_is_asked_for_keeps_its_pixels_if_it_is_not_square():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    assert np.array_equal(decode(npy(pixels), [16, 24], 3), pixels)
+    sixteen_bits = pixels[..., 0].astype(np.uint16) << 8
+    data = encoded(Image.fromarray(sixteen_bits), "PNG")
+    assert np.array_equal(decode(data, [16, 24], 1)[..., 0], pixels[..., 0])
+
+
+def test_a_jpeg_is_never_decoded_smaller_than_what_is_kept_of_it(monkeypatch):
+    """A wide image for a high target: its height decides, not its width; stored upright or not."""
+    whole = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None] % 2 * 255, (1, 640)))
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    turned = whole.transpose(Image.Transpose.ROTATE_90)
+    options = {"quality": 98, "subsampling": 0}
+    files = encoded(whole, "JPEG", **options), encoded(turned, "JPEG", exif=lying, **options)
+    for resolution in ([64, 32], [64, 8]):
+        expected = part_by_hand(np.asarray(whole)[..., None], *resolution)
+        for data, decoder in itertools.product(files, (decoding.simplejpeg, None)):
+            with monkeypatch.context() as patch:
+                patch.setattr(decoding, "simplejpeg", decoder)
+                assert difference(decode(data, resolution, 1), expected) < 3
+
+
 @pytest.mark.parametrize(("size", "resolution"), [(300, 64), (75, 64), (28, 32), (64, 63)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resizing_is_pillows_lanczos_filter_to_one_level(size, resolution, channels):
@@ -249,7 +303,7 @@ def test_downscaling_is_antialiased():
     assert np.abs(result - 127.5).max() < 3
 
 
-@pytest.mark.parametrize("resolution", [None, 16, 50, 64, 100])
+@pytest.mark.parametrize("resolution", [None, 16, 50, 64, 100, [16, 32], [100, 50]])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}])
 def test_jpeg_gives_the_same_pixels_with_and_without_simplejpeg(
@@ -264,10 +318,11 @@ def test_jpeg_gives_the_same_pixels_with_and_without_simplejpeg(
             assert np.array_equal(decode(data, resolution, channels), fast)
 
 
-def test_a_scaled_jpeg_is_close_to_one_that_was_decoded_whole():
+@pytest.mark.parametrize("resolution", [[64, 64], [64, 32], [16, 64]])
+def test_a_scaled_jpeg_is_close_to_one_that_was_decoded_whole(resolution):
     data = encoded(colours(256, 256), "JPEG", quality=95)
-    whole = Image.fromarray(decode(data, None, 3)).resize((64, 64), Image.Resampling.LANCZOS)
-    assert difference(decode(data, 64, 3), np.asarray(whole)) < 1
+    whole = part_by_hand(decode(data, None, 3), *resolution)
+    assert difference(decode(data, resolution, 3), whole) < 1
 
 
 def test_extensions_follow_the_contents():

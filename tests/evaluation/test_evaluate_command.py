@@ -99,7 +99,7 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(
     (images / "000.png").write_bytes(b"not an image")
     assert "000.png in " in mistake(capsys, images, *reference, *NETWORK)
     (images / "000.png").write_bytes(encoded(np.zeros((8, 9), np.uint8)))
-    assert "are not square: 9 x 8" in mistake(capsys, images, *reference, *NETWORK)
+    assert "32 x 32 pixels, not 8 x 9" in mistake(capsys, images, *reference, *NETWORK)
     (images / "000.png").write_bytes(encoded(np.zeros((8, 8), np.uint8)))
     assert "32 x 32 pixels, not 8 x 8" in mistake(capsys, images, *reference, *NETWORK)
 

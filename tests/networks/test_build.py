@@ -96,7 +96,7 @@ def test_the_networks_of_every_ready_config_fit_its_images(name):
         made, critic = planned_networks(config, classes)
         labels = torch.zeros(2, dtype=torch.int64) if classes else None
         images = made(torch.empty(2, config.generator.latent_dim), labels)
-        assert images.shape == (2, config.data.channels, *[config.data.resolution] * 2)
+        assert images.shape == (2, *config.data.sample_shape)
         assert critic(images, labels).shape == (2,)
 
 

@@ -68,14 +68,14 @@ def run_cycles(config: Config, runtime: Runtime, classes: int = 0) -> None:
     state = TrainingState(config, objective, runtime, classes, networks)
     cycle = Cycle(config, objective, runtime, state)
     global_batch, count = config.training.global_batch_size, batches_per_cycle(config)
-    images, size = global_batch // runtime.world_size, config.data.resolution
+    images, size = global_batch // runtime.world_size, config.data.size
     first = runtime.rank * images
 
     def batches(cycle: int) -> list[Batch]:
         made = []
         for step in range(cycle * count, (cycle + 1) * count):
             slots = step * global_batch + first + torch.arange(images)
-            pixels = torch.randint(0, 256, (images, size, size, config.data.channels)).byte()
+            pixels = torch.randint(0, 256, (images, *size, config.data.channels)).byte()
             draws = draw_together(draws_ahead(config, objective), config.seed, slots)
             made.append(Batch(pixels, slots % max(1, classes), slots, draws=draws))
         return made

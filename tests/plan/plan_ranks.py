@@ -44,7 +44,7 @@ def steps(settings: list[str], runtime: Runtime) -> dict[str, list[tuple[str, li
     objective = build_objective(config.objective)
     cycle = Cycle(config, objective, runtime, TrainingState(config, objective, runtime, 0))
     share = config.training.global_batch_size // runtime.world_size
-    images = torch.zeros(share, config.data.resolution, config.data.resolution, 1).byte()
+    images = torch.zeros(share, *config.data.size, 1).byte()
     slots = torch.arange(share) + runtime.rank * share
     n_critic = config.objective.n_critic
     batches = [Batch(images, slots, slots)] * n_critic

@@ -52,7 +52,7 @@ def trained(config: Config, num_classes: int) -> tuple[TrainingState, Cycle]:
     state = TrainingState(config, objective, runtime, num_classes)
     cycle = Cycle(config, objective, runtime, state)
     batch = config.training.global_batch_size
-    images = torch.zeros(batch, config.data.resolution, config.data.resolution, 1).byte()
+    images = torch.zeros(batch, *config.data.size, 1).byte()
     labels = torch.arange(batch) % max(1, num_classes)
     cycle.run([Batch(images, labels, slots=torch.arange(batch))], is_logged=True)
     return state, cycle

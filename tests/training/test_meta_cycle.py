@@ -33,8 +33,8 @@ def run_cycles(objective: str, network: str, optimizer: str, *settings: str) -> 
         state = TrainingState(config, built, MetaRuntime(1), 0, (generator, critic))
         cycle = Cycle(config, built, MetaRuntime(1), state)
         draws = torch.empty(4 * sum(draw.columns for draw in draws_ahead(config, built)))
-        size, channels = config.data.resolution, config.data.channels
-        images = torch.empty(4, size, size, channels, dtype=torch.uint8)
+        size, channels = config.data.size, config.data.channels
+        images = torch.empty(4, *size, channels, dtype=torch.uint8)
         labels, slots = torch.zeros(4, dtype=torch.int64), torch.arange(4)
         batch = Batch(images, labels, slots, draws=draws)
         for is_logged in (False, True, False):

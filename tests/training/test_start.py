@@ -50,7 +50,7 @@ def test_a_dry_run_says_what_would_start_and_writes_nothing(
     ("setting", "complaint"),
     [
         ("generator.options.widht=3", "has no option 'widht'"),
-        ("data.resolution=48", "48"),
+        ("data.resolution=52", "52"),
         ("data.path=nowhere", "no data set at nowhere"),
         ("objective.loss=wgann", "unknown loss 'wgann'"),
         ("optimizer.critic.learning_rate=0.5", "holds a run with other settings"),

@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.images.orientation import orientation, turned_upright
 from ganscale.data.images.sixteen_bits import eight_bits, has_few_bits, is_16_bit_png
+from ganscale.resolution import Resolution, height_and_width
 
 try:
     import simplejpeg
@@ -56,24 +57,31 @@ class DecodeError(BadSampleError):
     """The bytes are not an image that can be used."""
 
 
-def decode(data: bytes, resolution: int | None, channels: int) -> np.ndarray:
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def decode(data: bytes, resolution: Resolution | None, channels: int) -> np.ndarray:
     """The image in `data`, as (height, width, channels) uint8, C-contiguous, perhaps read-only.
 
-    With a `resolution` (pixels), the largest centred square is resized to it with a Lanczos filter;
-    an image of this size keeps its exact pixels. None keeps the image's own size. `channels` is 1
-    (luma, ITU-R 601) or 3 (RGB). Transparent pixels are blended with white, Exif orientation is
-    applied where it is valid, 16 bits become 8, and an animation gives its first frame.
+    With a `resolution`, the largest centred part with this ratio of its sides is resized to it with
+    a Lanczos filter; an image of this size keeps its exact pixels. None keeps the image's own size.
+    `channels` is 1 (luma, ITU-R 601) or 3 (RGB). Transparent pixels are blended with white, Exif
+    orientation is applied where it is valid, 16 bits become 8, and an animation gives its first
+    frame.
 
     Raises DecodeError for every failure, also for images of more than MAX_PIXELS pixels.
     """
-    return np.ascontiguousarray(_decode(data, resolution, channels, None))
+    size = None if resolution is None else height_and_width(resolution)
+    return np.ascontiguousarray(_decode(data, size, channels, None))
 
 
 def decode_into(data: bytes, out: np.ndarray) -> None:
-    """Fills `out`, (resolution, resolution, channels) uint8, with what `decode` would return.
-    Raises DecodeError as `decode` does; `out` may then be half filled. Warns once of an image that
+    """Fills `out`, (height, width, channels) uint8, with what `decode` would return. Raises
+    DecodeError as `decode` does; `out` may then be half filled. Warns once of an image that
     `has_few_bits`."""
-    pixels = _decode(data, out.shape[0], out.shape[2], out)
+    height, width, channels = out.shape
+    pixels = _decode(data, (height, width), channels, out)
     if has_few_bits(data, pixels):
         _warn_of_few_bits()
     if pixels is not out:
@@ -88,24 +96,22 @@ def _warn_of_few_bits() -> None:
     )
 
 
-def _decode(
-    data: bytes, resolution: int | None, channels: int, out: np.ndarray | None
-) -> np.ndarray:
+def _decode(data: bytes, size: Size | None, channels: int, out: np.ndarray | None) -> np.ndarray:
     """What `decode` returns, in any layout; `out` itself where it was decoded in place."""
     try:
         pixels = None
         if data.startswith(_JPEG):
-            pixels = _decode_jpeg(data, resolution, channels, out)
+            pixels = _decode_jpeg(data, size, channels, out)
         elif data.startswith(_PNG):
             pixels = _decode_plain_png(data, out)
         elif data.startswith(_NPY):
             pixels = _load_array(data)
         if pixels is None:
-            pixels = _opaque(_open_upright(data, resolution, channels), channels)
+            pixels = _opaque(_open_upright(data, size, channels), channels)
         elif pixels.shape[2] != channels:
             image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
             pixels = _opaque(image, channels)
-        return pixels if resolution is None else _fit(pixels, resolution)
+        return pixels if size is None else _fit(pixels, size)
     except DecodeError:
         raise
     except Exception as error:
@@ -168,20 +174,21 @@ def _may_have_exif(data: bytes) -> bool:
     return False
 
 
-def _open_upright(data: bytes, resolution: int | None, channels: int) -> Image.Image:
+def _open_upright(data: bytes, size: Size | None, channels: int) -> Image.Image:
     image = _open(data)
+    turn = orientation(image) if _may_have_exif(data) else 1
     if image.format == "JPEG":
-        scale = _jpeg_scale(image.height, image.width, resolution)
+        stored = (size[1], size[0]) if size and turn >= 5 else size  # some lie on their side
+        scale = _jpeg_scale(image.height, image.width, stored)
         # Also with scale 1: a draft in mode L takes the luma as it is stored, as simplejpeg does.
         image.draft("L" if channels == 1 else None, (image.width // scale, image.height // scale))
-    turn = orientation(image) if _may_have_exif(data) else 1
     if is_16_bit_png(data):
         image = eight_bits(image, data)
     return turned_upright(image, turn)
 
 
 def _decode_jpeg(
-    data: bytes, resolution: int | None, channels: int, out: np.ndarray | None
+    data: bytes, size: Size | None, channels: int, out: np.ndarray | None
 ) -> np.ndarray | None:
     """(height, width, channels) uint8 of a plain JPEG, in `out` if that has this shape; None for
     one that Pillow must decode."""
@@ -195,7 +202,7 @@ def _decode_jpeg(
     if colorspace not in ("Gray", "YCbCr"):
         return None
     _refuse_bomb(height, width)
-    scale = _jpeg_scale(height, width, resolution)
+    scale = _jpeg_scale(height, width, size)
     height, width = -(-height // scale), -(-width // scale)
     pixels = _memory(out, (height, width, channels))
     colorspace = "GRAY" if channels == 1 else "RGB"
@@ -241,12 +248,23 @@ def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
     return pixels
 
 
-def _jpeg_scale(height: int, width: int, resolution: int | None) -> int:
-    """8, 4, 2 or 1: the largest divisor of the image's size that still covers the resolution. The
-    decoder then skips the high frequencies, most of its work."""
-    if resolution is None:
+def _jpeg_scale(height: int, width: int, size: Size | None) -> int:
+    """8, 4, 2 or 1: the largest divisor of the image's size with which its centre still covers
+    `size`. The decoder then skips the high frequencies, most of its work."""
+    if size is None:
         return 1
-    return next((s for s in (8, 4, 2) if min(height, width) // s >= resolution), 1)
+    rows, columns = _centre(height, width, size)
+    scales = (s for s in (8, 4, 2) if rows // s >= size[0] and columns // s >= size[1])
+    return next(scales, 1)
+
+
+def _centre(height: int, width: int, size: Size) -> Size:
+    """Height and width of the largest part of an image with the ratio of the sides of `size`, to
+    the nearest pixel."""
+    rows, columns = size
+    if height * columns > width * rows:
+        return max(1, (2 * width * rows + columns) // (2 * columns)), width
+    return height, max(1, (2 * height * columns + rows) // (2 * rows))
 
 
 def _array_header(data: bytes) -> tuple[tuple[int, ...], bool, int]:
@@ -288,25 +306,25 @@ def _opaque(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def _fit(pixels: np.ndarray, resolution: int) -> np.ndarray:
-    """The largest centred square of `pixels`, resized to (resolution, resolution, channels)."""
+def _fit(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """The centre of `pixels`, resized to (*size, channels)."""
     height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[top : top + side, left : left + side]
-    if side == resolution:
+    rows, columns = _centre(height, width, size)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    pixels = pixels[top : top + rows, left : left + columns]
+    if (rows, columns) == size:
         return pixels
     if not _torch_has_lanczos():
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-        small = image.resize((resolution, resolution), Image.Resampling.LANCZOS)
-        return np.asarray(small).reshape(resolution, resolution, -1)
+        small = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        return np.asarray(small).reshape(*size, -1)
     import torch  # takes a second, and is not needed to list and index shards
     from torch.nn.functional import interpolate
 
     if not (pixels.flags.c_contiguous and pixels.flags.writeable):  # torch warns of the latter
         pixels = pixels.copy()
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = interpolate(image, (resolution, resolution), mode="lanczos", antialias=True)
+    resized = interpolate(image, size, mode="lanczos", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 

@@ -141,7 +141,7 @@ class _Stream:
         self._bad_samples: list[BadSample] = []  # of the batch that is being filled
         self.tars = StreamedTars(config.retry_seconds, self._bad_samples.append)
         self._config = config
-        self._shape = (batch_size, config.resolution, config.resolution, config.channels)
+        self._shape = (batch_size, *config.size, config.channels)
         self._allocate = allocate
         self._started_at = time.monotonic()
         self._has_yielded = False

@@ -20,7 +20,12 @@ from ganscale.data.remote.connections import permanent_reason
 from ganscale.errors import UserError
 from ganscale.evaluation.feature_networks.checked import CheckedNetwork, checked
 from ganscale.evaluation.feature_networks.feature_network import Features
-from ganscale.evaluation.feature_networks.preprocessing import check_channels, resize, to_rgb
+from ganscale.evaluation.feature_networks.preprocessing import (
+    check_channels,
+    resize,
+    squeezed,
+    to_rgb,
+)
 from ganscale.evaluation.feature_networks.recipe import Place
 from ganscale.evaluation.feature_networks.weights_file import FULL_DISK
 from ganscale.files import sha256
@@ -71,7 +76,7 @@ class DINOv2:
         return checked(
             NAME,
             _checksum(folder),
-            f"bicubic, antialiased, to {_SIZE} x {_SIZE}",
+            f"bicubic, antialiased, to {squeezed(_SIZE, place.sample_shape)}",
             extract,
             device=device,
             sample_shape=place.sample_shape,

@@ -12,7 +12,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ganscale.errors import UserError
 from ganscale.evaluation.feature_networks.checked import CheckedNetwork, checked
 from ganscale.evaluation.feature_networks.feature_network import Features
-from ganscale.evaluation.feature_networks.preprocessing import check_channels, resize, to_rgb
+from ganscale.evaluation.feature_networks.preprocessing import (
+    check_channels,
+    resize,
+    squeezed,
+    to_rgb,
+)
 from ganscale.evaluation.feature_networks.recipe import Place
 from ganscale.files import sha256
 
@@ -76,7 +81,7 @@ class EfficientNetLite0:
         return checked(
             NAME,
             checksum,
-            f"bilinear, antialiased, to {size} x {size}",
+            f"bilinear, antialiased, to {squeezed(size, place.sample_shape)}",
             extract,
             device=device,
             sample_shape=place.sample_shape,

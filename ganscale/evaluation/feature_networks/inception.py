@@ -15,11 +15,12 @@ from torch import Tensor
 from ganscale.errors import UnavailableError, UserError
 from ganscale.evaluation.feature_networks.checked import CheckedNetwork, checked
 from ganscale.evaluation.feature_networks.feature_network import Features
-from ganscale.evaluation.feature_networks.preprocessing import check_channels, to_rgb
+from ganscale.evaluation.feature_networks.preprocessing import check_channels, squeezed, to_rgb
 from ganscale.evaluation.feature_networks.recipe import Place
 from ganscale.evaluation.feature_networks.weights_file import read_weights
 
 NAME = "inception"
+_SIZE = 299
 ADDRESS = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
     "inception-2015-12-05.pt"
@@ -65,7 +66,7 @@ class Inception:
         return checked(
             NAME,
             self.sha256,
-            "bilinear to 299 x 299 within the network's file",
+            f"bilinear to {squeezed(_SIZE, place.sample_shape)} within the network's file",
             extract,
             device=device,
             sample_shape=place.sample_shape,

@@ -20,8 +20,17 @@ def to_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def squeezed(size: int, sample_shape: tuple[int, int, int]) -> str:
+    """`size x size`, and that images that are not square are squeezed to it: for the identity of
+    figures."""
+    _, height, width = sample_shape
+    square = f"{size} x {size}"
+    return square if height == width else f"{square}, squeezed from {height} x {width}"
+
+
 def resize(images: Tensor, size: int, mode: str) -> Tensor:
-    """Float images at size x size; antialiased where that is smaller."""
+    """Float images at size x size, squeezed if they are not square; antialiased where that is
+    smaller."""
     if images.shape[2:] == (size, size):
         return images
     return F.interpolate(images, (size, size), mode=mode, antialias=True)
