@@ -23,8 +23,10 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +56,7 @@ from ganscale.networks.forward import update_spectral_norms
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import Draws
+from ganscale.random import drawing
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime
 from ganscale.schedules import value_at
@@ -187,28 +190,42 @@ def _plain_record(
 
         labels = (batch.labels,) if config.training.conditional else ()
 
-        def fakes(purpose: str, slots: Tensor = batch.slots, labels=labels) -> Tensor:
+        def may_draw(purpose: str, slots: Tensor = batch.slots) -> AbstractContextManager[None]:
+            return drawing(config.seed, (purpose,), slots)
+
+        def fakes(step: str, slots: Tensor = batch.slots, labels=labels) -> Tensor:
+            purpose = f"latents/{step}"
             latents = normal(config.seed, purpose, slots, config.generator.latent_dim).double()
-            return generator(latents, *labels)
+            with may_draw(f"{step} step/generator", slots):
+                return generator(latents, *labels)
+
+        def logits(
+            step: str, kind: str, images: Tensor, labels=labels, may_draw=may_draw
+        ) -> Tensor:
+            with may_draw(f"{step} step/{kind}"):
+                return critic(images, *labels)
 
         with torch.no_grad():
-            fake = fakes("latents/critic")
+            fake = fakes("critic")
         update_spectral_norms(critic)
-        terms = loss.critic(critic(real, *labels), critic(fake, *labels))
+        terms = loss.critic(logits("critic", "real", real), logits("critic", "fake", fake))
         value = torch.stack(terms).sum()
         draws = Draws(config.seed, batch.slots)
         for name, points in objective.penalty_points(real, fake, draws, step).items():
             weighted = config.objective.penalties[name]
+            kind = {id(real): "real", id(fake): "fake"}.get(id(points), f"penalty {name}")
             value = value + value_at(weighted.weight, 0) * weighted.interval * _penalty(
-                name, critic, points, labels
+                name, partial(logits, "critic", kind), points
             )
         _update(critic, value, optimizers[0])
         images = (step + 1) * batch_size
         found[f"critic gradients at {images} images"] = gradients(critic)
         if step % 2 == 1:
             update_spectral_norms(generator)
-            of_fake = critic(fakes("latents/generator"), *labels)
-            of_real = critic(real, *labels).detach() if loss.generator_needs_real else None
+            of_fake = logits("generator", "fake", fakes("generator"))
+            of_real = None
+            if loss.generator_needs_real:
+                of_real = logits("generator", "real", real).detach()
             _update(generator, loss.generator(of_fake, of_real), optimizers[1])
             found[f"generator gradients at {images} images"] = gradients(generator)
     for role, network in (("critic", critic), ("generator", generator)):
@@ -216,10 +233,9 @@ def _plain_record(
     return found
 
 
-def _penalty(name: str, critic: nn.Module, points: Tensor, labels: Sequence[Tensor]) -> Tensor:
+def _penalty(name: str, critic: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
     points = points.detach().requires_grad_()
-    logits = critic(points, *labels)
-    (slopes,) = torch.autograd.grad(logits.sum(), points, create_graph=True)
+    (slopes,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
     squares = slopes.flatten(1).square().sum(1)
     if name in ("r1", "r2"):
         return squares.mean() / 2

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from ganscale.networks.batch_groups import MinibatchStdDev
+from ganscale.networks.random_layers import Dropout, NoiseInjection
 from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 
 Chance = random.Random
@@ -318,6 +319,18 @@ def add_groups(
     return channels + 1
 
 
+def random_layer(number: int, channels: int) -> nn.Module:
+    """For one network in five, after its other layers; made of a chance of its own, so that these
+    stay what they are."""
+    chance = Chance(f"random layer of {number}")
+    if chance.random() < 0.8:
+        return nn.Identity()
+    noise = NoiseInjection(channels, evaluation=chance.choice(("random", "fixed", "off")))
+    nn.init.normal_(noise.strength)
+    layer = chance.choice((noise, Dropout(0.2), Dropout(0.1, whole_channels=True)))
+    return Around(layer, chance.choice(("plainly", "residual", "checkpoint")))
+
+
 WAYS = (
     "plainly", "plainly", "plainly", "residual", "residual in place", "concatenated", "shared",
     "checkpoint", "image by image", "slice in place", "random affine weights",
@@ -370,6 +383,7 @@ class RandomCritic(nn.Module):
         self.stages, channels, pixels = made
         of_groups = Chance(f"groups {2 * number}"), has_offences, GroupOffence.KINDS
         channels = add_groups(self.stages, channels, *of_groups)
+        self.random_layer = random_layer(2 * number, channels)
         self.head = chance.choice(("flat", "flat", "patches", "mean", "squeeze"))
         inputs = channels if self.head in ("patches", "mean") else channels * pixels
         self.last = nn.Linear(inputs, 1, bias=chance.random() < 0.7)
@@ -377,7 +391,7 @@ class RandomCritic(nn.Module):
         self.classes = nn.Embedding(num_classes, channels) if num_classes else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        maps = self.stages(images)
+        maps = self.random_layer(self.stages(images))
         if self.classes is not None:
             maps = maps * (1 + self.classes(labels)[:, :, None, None])
         if self.head == "patches":
@@ -406,11 +420,12 @@ class RandomGenerator(nn.Module):
         self.stages, channels, _ = made
         of_groups = Chance(f"groups {2 * number + 1}"), has_offences, ()
         channels = add_groups(self.stages, channels, *of_groups)
+        self.random_layer = random_layer(2 * number + 1, channels)
         self.last = nn.Conv2d(channels, sample_shape[0], 1)
         self.classes = nn.Embedding(num_classes, latent_dim) if num_classes else None
 
     def forward(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
         if self.classes is not None:
             latents = latents + self.classes(labels)
-        maps = self.stages(self.first(latents).view(-1, 4, 4, 4))
+        maps = self.random_layer(self.stages(self.first(latents).view(-1, 4, 4, 4)))
         return torch.tanh(F.interpolate(self.last(maps), self.size, mode="nearest"))
