@@ -381,7 +381,7 @@ class RandomCritic(nn.Module):
         chance = Chance(2 * number)
         made = stages(chance, sample_shape, is_critic=True, has_offences=has_offences)
         self.stages, channels, pixels = made
-        of_groups = Chance(f"groups {2 * number}"), has_offences, GroupOffence.KINDS
+        of_groups = Chance(f"group {2 * number}"), has_offences, GroupOffence.KINDS
         channels = add_groups(self.stages, channels, *of_groups)
         self.random_layer = random_layer(2 * number, channels)
         self.head = chance.choice(("flat", "flat", "patches", "mean", "squeeze"))
@@ -418,7 +418,7 @@ class RandomGenerator(nn.Module):
         self.first = nn.Linear(latent_dim, 4 * 4 * 4)
         made = stages(chance, (4, 4, 4), is_critic=False, has_offences=has_offences)
         self.stages, channels, _ = made
-        of_groups = Chance(f"groups {2 * number + 1}"), has_offences, ()
+        of_groups = Chance(f"group {2 * number + 1}"), has_offences, ()
         channels = add_groups(self.stages, channels, *of_groups)
         self.random_layer = random_layer(2 * number + 1, channels)
         self.last = nn.Conv2d(channels, sample_shape[0], 1)

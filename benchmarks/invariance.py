@@ -102,9 +102,6 @@ VARIANTS = {
     "spectral_norm": Variant(critic={"norm": "spectral"}),
     "no_final_bias": Variant(critic={"final_bias": False}),
     "patches": Variant(critic={"patches": True}),
-    # A batch that four ranks of two micro-batches divide into whole groups. The deviation of a pair
-    # has nearly a kink where its images agree, at which float32 loses digits.
-    "groups": Variant(critic={"group_size": 4}, is_conditional=True, batch=4 * GLOBAL_BATCH),
     "batch_norm": Variant(generator={"norm": "batch"}),
     "spectral_generator": Variant(generator={"norm": "spectral"}),
     "conditional": Variant(is_conditional=True),
@@ -122,6 +119,9 @@ VARIANTS = {
     ),
     "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
     "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
+    # A batch that four ranks of two micro-batches divide into whole groups. The deviation of a pair
+    # has nearly a kink where its images agree, at which float32 loses digits.
+    "groups": Variant(critic={"group_size": 4}, is_conditional=True, batch=4 * GLOBAL_BATCH),
     # For losses that ignore a shift of the logits, gradients of biases are only rounding. If biases
     # were clipped, chance would decide whether they count as at the bound.
     "clip_weights": Variant(clip=ClipConfig(0.1, "weights"), optimizer="rmsprop"),
