@@ -29,16 +29,21 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
     dcgan32 or resnet256) and `settings`.
 
     DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long; R3GAN those of
-    its preset for 32 pixels.
+    its preset for 32 pixels. `styles` is a small generator with a path length in each step, and
+    DCGAN's critic.
     """
     kind, resolution = kind_of(network)
     if kind == "r3gan":
         networks = ["r3gan_emoji32.yaml", "training.precision=float32"]
         networks += ["training.penalty_precision=float32", "training.generator_real=critic"]
     else:
-        width = {"dcgan": 64, "resnet": 32}[kind]
+        width = {"dcgan": 64, "resnet": 32, "styles": 64}[kind]
         networks = ["resnet32.yaml", "generator.latent_dim=64"]
-        networks += [f"{role}.target={kind}" for role in ROLES]
+        if kind == "styles":
+            networks.append("generator.target=benchmarks.tiny_networks:TinyStyleGenerator")
+            networks += ["critic.target=dcgan", "objective.generator_penalties.path_length=2"]
+        else:
+            networks += [f"{role}.target={kind}" for role in ROLES]
         networks += [f"{role}.options.width={width}" for role in ROLES]
     base, *options = networks
     return resolve(

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from benchmarks.rivals.formulas import LOSSES, clip, penalty, penalty_of
+from benchmarks.rivals.formulas import LOSSES, clip, path_length, penalty, penalty_of
 from ganscale.schedules import value_at
 from ganscale.schema import Config, OptimizerConfig
 
@@ -78,6 +78,7 @@ class PlainLoop:
         self.generator, self.critic = task.generator, task.critic
         self.optimizers: tuple[Any, Any] = task.optimizers()
         self._penalty_in_float32 = penalty_in_float32
+        self._mean_length = torch.zeros((), device=task.images.device)
         self._clipped = [
             parameter
             for parameter in task.critic.parameters()
@@ -143,8 +144,16 @@ class PlainLoop:
     def update_generator(self, fake: Tensor | None) -> None:
         """fake: with their graph; None to make new ones"""
         self.optimizers[1].zero_grad()
+        settings, penalties = self.objective.generator_penalties.get("path_length"), []
         with self.autocast():
+            if settings is not None:
+                generator: Any = self.generator
+                styles = generator.styles(self.task.latents())
+                fake = images = generator.synthesis(styles)
+                value = path_length(images, styles, self._mean_length)
+                penalties.append(value_at(settings.weight, 0) * value)
             loss = self.generator_loss(self.fakes() if fake is None else fake)
+            loss = sum(penalties, loss)
         self.backward_generator(loss)
         self.optimizers[1].step()
 
