@@ -25,7 +25,8 @@ _NORMS = {
 
 
 class DCGANGenerator(nn.Module):
-    """Latents to a 4x4 map, then one transposed convolution per doubling, up to 16..256 pixels.
+    """Latents to a map of 4x4 pixels, then one transposed convolution per doubling, for images of
+    16 to 1024 pixels; images that are not square have a map that is not (`shapes.ImageShape`).
 
     `width` is the number of channels before the image layer; it doubles with every halving of the
     resolution, up to `max_width`. The paper's 64x64 generator has `width=128`. `norm` is "batch" or
@@ -46,12 +47,12 @@ class DCGANGenerator(nn.Module):
     ) -> None:
         super().__init__()
         require_unconditional(num_classes, "dcgan")
-        channels, resolution = image_shape(sample_shape, "dcgan")
+        channels, grid, doublings = image_shape(sample_shape, "dcgan")
         if norm not in ("batch", "none"):
             raise UserError(f'norm of a dcgan generator is "batch" or "none", not {norm!r}')
         has_bias = norm == "none"  # batch normalization subtracts it again
-        widths = doubling_widths("dcgan", width, max_width, resolution.bit_length() - 3)[::-1]
-        layers = nn.Sequential(nn.ConvTranspose2d(latent_dim, widths[0], 4, bias=has_bias))
+        widths = doubling_widths("dcgan", width, max_width, doublings)[::-1]
+        layers = nn.Sequential(nn.ConvTranspose2d(latent_dim, widths[0], grid, bias=has_bias))
         layers.extend(_activation(norm, widths[0]))
         for inputs, outputs in pairwise(widths):
             conv = nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1, bias=has_bias)
@@ -69,7 +70,7 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANCritic(nn.Module):
-    """One strided convolution per halving, from 16..256 pixels to a 4x4 map, and that to a logit.
+    """One strided convolution per halving, down to the generator's 4x4 map, and that to a logit.
 
     `width` is the number of channels after the first convolution; it doubles with every further
     one, up to `max_width`. `norm` follows all but the first and last convolution (section 3):
@@ -88,7 +89,7 @@ class DCGANCritic(nn.Module):
     ) -> None:
         super().__init__()
         require_unconditional(num_classes, "dcgan")
-        channels, resolution = image_shape(sample_shape, "dcgan")
+        channels, grid, doublings = image_shape(sample_shape, "dcgan")
         if norm == "batch":
             raise UserError(
                 "batch norm in a dcgan critic mixes the samples that a gradient penalty keeps "
@@ -99,7 +100,7 @@ class DCGANCritic(nn.Module):
             raise UserError(
                 f'norm of a dcgan critic is "none", "layer" or "instance", not {norm!r}'
             )
-        widths = doubling_widths("dcgan", width, max_width, resolution.bit_length() - 3)
+        widths = doubling_widths("dcgan", width, max_width, doublings)
         layers = nn.Sequential(
             nn.Conv2d(channels, widths[0], 4, stride=2, padding=1),
             nn.LeakyReLU(negative_slope),
@@ -109,7 +110,7 @@ class DCGANCritic(nn.Module):
             layers.extend([conv, *_activation(norm, outputs, negative_slope)])
         # No bias, as in the authors' code: it would shift all logits, which a Wasserstein loss
         # does not notice.
-        layers.append(nn.Conv2d(widths[-1], 1, 4, bias=False))
+        layers.append(nn.Conv2d(widths[-1], 1, grid, bias=False))
         self.layers = layers.apply(_initialize)
 
     def forward(

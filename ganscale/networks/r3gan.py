@@ -2,13 +2,15 @@
 https://arxiv.org/abs/2501.05441, section 4, Config E), at 16 to 1024 pixels.
 
 A generator and a critic that mirrors it: stages of residual blocks from 4x4 pixels up, with grouped
-convolutions and without normalization. Images are not squashed to [-1, 1].
+convolutions and without normalization. Images are not squashed to [-1, 1]. What is 4x4 here has
+another height or width for images that are not square (`shapes.ImageShape`).
 
 With classes, the generator takes an embedding of the class beside the latent, and the critic's
 logit is the product of its features and another such embedding: the projection of Miyato & Koyama
 2018 (https://arxiv.org/abs/1802.05637), without its unconditional term.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +27,6 @@ from ganscale.runtime import autocast, compute_dtype
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
-RESOLUTIONS = (16, 32, 64, 128, 256, 512, 1024)
 NEGATIVE_SLOPE = 0.2
 
 
@@ -55,17 +56,17 @@ class R3GANGenerator(nn.Module):
     ) -> None:
         super().__init__()
         require_positive("r3gan", embedding_dim=embedding_dim)
-        channels, resolution = image_shape(sample_shape, "r3gan", RESOLUTIONS)
-        widths = stage_widths("r3gan", widths, resolution)
+        shape = image_shape(sample_shape, "r3gan")
+        widths = stage_widths("r3gan", widths, shape)
         layout = _Layout(widths, blocks, group_width, expansion, bfloat16_stages)
         self.embedding = nn.Embedding(num_classes, embedding_dim) if num_classes > 0 else None
         inputs = latent_dim + (embedding_dim if num_classes > 0 else 0)
         self.modulation = _initialize(nn.Linear(inputs, widths[0], bias=False))
-        self.basis = nn.Parameter(torch.randn(widths[0], 4, 4))
+        self.basis = nn.Parameter(torch.randn(widths[0], *shape.grid))
         self.stages = nn.ModuleList()
         for stage, width in enumerate(widths):
             before = _upsampling(widths[stage - 1], width) if stage > 0 else []
-            after = [_conv1x1(width, channels)] if stage == len(widths) - 1 else []
+            after = [_conv1x1(width, shape.channels)] if stage == len(widths) - 1 else []
             self.stages.append(layout.stage(stage, before, after))
 
     def forward(
@@ -104,15 +105,17 @@ class R3GANCritic(nn.Module):
     ) -> None:
         super().__init__()
         require_positive("r3gan", embedding_dim=embedding_dim)
-        channels, resolution = image_shape(sample_shape, "r3gan", RESOLUTIONS)
-        widths = stage_widths("r3gan", widths, resolution)
+        shape = image_shape(sample_shape, "r3gan")
+        widths = stage_widths("r3gan", widths, shape)
         layout = _Layout(widths, blocks, group_width, expansion, bfloat16_stages)
         self.stages = nn.ModuleList()
         for stage, width in reversed(list(enumerate(widths))):
-            before = [_conv1x1(channels, width)] if stage == len(widths) - 1 else []
+            before = [_conv1x1(shape.channels, width)] if stage == len(widths) - 1 else []
             after = _downsampling(width, widths[stage - 1]) if stage > 0 else []
             self.stages.append(layout.stage(stage, before, after))
-        self.basis = nn.Parameter(torch.randn(widths[0], 4, 4) / 4)
+        self.basis = nn.Parameter(
+            torch.randn(widths[0], *shape.grid) / math.prod(shape.grid) ** 0.5
+        )
         self.output = _initialize(
             nn.Linear(widths[0], embedding_dim if num_classes > 0 else 1, bias=False)
         )

@@ -1,5 +1,5 @@
 """The residual networks of "Improved Training of Wasserstein GANs" (Gulrajani et al. 2017,
-https://arxiv.org/abs/1704.00028, the CIFAR-10 tables of the appendix), at 16 to 256 pixels.
+https://arxiv.org/abs/1704.00028, the CIFAR-10 tables of the appendix), at 16 to 1024 pixels.
 
 With classes, the generator's batch normalization is conditional and the critic's score has a
 projection term (Miyato & Koyama 2018, https://arxiv.org/abs/1802.05637).
@@ -28,7 +28,8 @@ RELU_GAIN = math.sqrt(2)  # He's initialization, with the mean of fan-in and fan
 
 
 class ResNetGenerator(nn.Module):
-    """Latents to a 4x4 map, one residual block per doubling, and a convolution to the image.
+    """Latents to a 4x4 map, one residual block per doubling, and a convolution to the image. For
+    images that are not square, the map has another height or width (`shapes.ImageShape`).
 
     `width` is the number of channels of every block, as in the paper, or, with a larger
     `max_width`, at the highest resolution; it then doubles with every halving, up to `max_width`.
@@ -48,7 +49,7 @@ class ResNetGenerator(nn.Module):
         norm: str = "batch",
     ) -> None:
         super().__init__()
-        channels, resolution = image_shape(sample_shape, "resnet")
+        channels, self.grid, doublings = image_shape(sample_shape, "resnet")
         if norm not in ("batch", "none"):
             raise UserError(f'norm of a resnet generator is "batch" or "none", not {norm!r}')
         if norm == "none" and num_classes > 0:
@@ -58,9 +59,8 @@ class ResNetGenerator(nn.Module):
             )
         self.is_conditional = num_classes > 0
 
-        stages = resolution.bit_length() - 2
-        widths = doubling_widths("resnet", width, max_width, stages)[::-1]
-        self.input = _linear(latent_dim, 4 * 4 * widths[0])
+        widths = doubling_widths("resnet", width, max_width, doublings + 1)[::-1]
+        self.input = _linear(latent_dim, math.prod(self.grid) * widths[0])
         self.blocks = nn.ModuleList(
             UpBlock(inputs, outputs, norm, num_classes) for inputs, outputs in pairwise(widths)
         )
@@ -74,7 +74,7 @@ class ResNetGenerator(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         if self.is_conditional and labels is None:
             raise ValueError("a conditional ResNetGenerator needs the labels of its latents")
-        features = self.input(latents).unflatten(1, (-1, 4, 4))
+        features = self.input(latents).unflatten(1, (-1, *self.grid))
         for block in self.blocks:
             features = block(features, labels)
         return self.output(F.relu(self.norm(features))).tanh()
@@ -122,9 +122,8 @@ class ResNetCritic(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        channels, resolution = image_shape(sample_shape, "resnet")
-        stages = resolution.bit_length() - 4
-        widths = doubling_widths("resnet", width, max_width, stages)
+        channels, _, doublings = image_shape(sample_shape, "resnet")
+        widths = doubling_widths("resnet", width, max_width, doublings - 1)
         self.blocks = nn.Sequential(
             DownBlock(channels, widths[0], is_first=True),
             *(DownBlock(inputs, outputs) for inputs, outputs in pairwise(widths)),

@@ -1,16 +1,36 @@
 """Checks of the sizes that a config gives a network, and the widths of its stages."""
 
+from collections.abc import Callable
+from math import ceil, floor, log2
+from typing import NamedTuple
+
 from ganscale.errors import UserError
 
-RESOLUTIONS = (16, 32, 64, 128, 256)
+_SMALLEST, _LARGEST = 16, 1024  # sides of images
+_GRID = 4  # the shorter side of the lowest resolution has 4 to 7 pixels
 
 
-def image_shape(
-    sample_shape: tuple[int, ...], network: str, resolutions: tuple[int, ...] = RESOLUTIONS
-) -> tuple[int, int]:
-    """Channels and resolution of a `(channels, height, width)` sample shape.
+class ImageShape(NamedTuple):
+    """Images as convolutional networks make them: a map of `grid` pixels, (height, width), whose
+    sides are doubled `doublings` times, so there are `doublings + 1` resolutions.
 
-    Raises UserError unless the image is square with a side in `resolutions`.
+    64x64 pixels are a grid of 4x4 and 4 doublings, 256x512 are 4x8 and 6, 192x256 are 6x8 and 5.
+    """
+
+    channels: int
+    grid: tuple[int, int]
+    doublings: int
+
+    def __str__(self) -> str:
+        """Of the whole image: 64x64."""
+        return _shown(*(side << self.doublings for side in self.grid))
+
+
+def image_shape(sample_shape: tuple[int, ...], network: str) -> ImageShape:
+    """How a network named `network` makes samples of the shape `(channels, height, width)`.
+
+    Both sides are halved as long as the shorter one keeps at least 4 pixels. Raises UserError
+    unless they are from 16 to 1024 pixels and all their halves are whole.
     """
     if len(sample_shape) != 3:
         raise UserError(
@@ -18,13 +38,46 @@ def image_shape(
             f"{tuple(sample_shape)}: use mlp"
         )
     channels, height, width = sample_shape
-    if height != width or height not in resolutions:
-        nearest = sorted(resolutions, key=lambda valid: abs(valid - max(height, width)))[:2]
+    if not _is_possible((height, width)):
         raise UserError(
-            f"{network} has no layers for {height}x{width} images: resize them to "
-            + " or ".join(f"{side}x{side}" for side in sorted(nearest))
+            f"{network} has no layers for {_shown(height, width)} images: resize them to "
+            + " or ".join(_shown(*size) for size in _nearest_sizes(height, width))
         )
-    return channels, height
+    doublings = _doublings(height, width)
+    return ImageShape(channels, (height >> doublings, width >> doublings), doublings)
+
+
+def _doublings(height: int, width: int) -> int:
+    return (min(height, width) // _GRID).bit_length() - 1
+
+
+def _is_possible(size: tuple[int, int]) -> bool:
+    step = 1 << max(0, _doublings(*size))
+    return _SMALLEST <= min(size) <= max(size) <= _LARGEST and all(n % step == 0 for n in size)
+
+
+def _nearest_sizes(height: float, width: float) -> list[tuple[int, int]]:
+    """One or two possible sizes near this one, or near it shrunk to the largest, in ascending
+    order."""
+    shrink = min(1.0, _LARGEST / max(height, width))
+    height, width = height * shrink, width * shrink
+    steps = [1 << doublings for doublings in range(_doublings(_LARGEST, _LARGEST) + 1)]
+    sizes = {
+        (_multiple(round_, height, step), _multiple(round_, width, step))
+        for step in steps
+        for round_ in (floor, ceil)
+    }
+    possible = filter(_is_possible, sizes)
+    nearest = sorted(possible, key=lambda n: abs(log2(n[0] / height)) + abs(log2(n[1] / width)))
+    return sorted(nearest[:2])
+
+
+def _multiple(round_: Callable[[float], int], side: float, step: int) -> int:
+    return min(max(round_(side / step), _GRID) * step, _LARGEST)
+
+
+def _shown(height: int, width: int) -> str:
+    return f"{height}x{width}"
 
 
 def require_positive(network: str, **sizes: object) -> None:
@@ -51,16 +104,16 @@ def doubling_widths(network: str, width: int, max_width: int | None, stages: int
     return [min(width * 2**stage, max_width) for stage in range(stages)]
 
 
-def stage_widths(network: str, widths: int | list[int], resolution: int) -> list[int]:
-    """Channels of each stage, from 4x4 pixels up to the resolution: `widths`, or the same one for
-    all. Raises UserError unless they are positive and as many as there are stages."""
-    stages = resolution.bit_length() - 2
+def stage_widths(network: str, widths: int | list[int], shape: ImageShape) -> list[int]:
+    """Channels of each stage, from the lowest resolution up: `widths`, or the same one for all.
+    Raises UserError unless they are positive and as many as there are stages."""
+    stages = shape.doublings + 1
     listed = list(widths) if isinstance(widths, list | tuple) else [widths] * stages
     for width in listed:
         require_positive(network, widths=width)
     if len(listed) != stages:
         raise UserError(
-            f"widths of {network} has {len(listed)} numbers, but {resolution}x{resolution} images "
-            f"need {stages}, one for each resolution from 4x4 pixels up"
+            f"widths of {network} has {len(listed)} numbers, but {shape} images need {stages}, one "
+            f"for each resolution from {_shown(*shape.grid)} pixels up"
         )
     return listed

@@ -8,7 +8,7 @@ from ganscale.networks.dcgan import DCGANCritic, DCGANGenerator
 from ganscale.networks.normalization import GlobalBatchNorm
 
 
-@pytest.mark.parametrize("resolution", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("resolution", [16, 32, 64, 128])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_every_resolution_and_channel_count_has_its_pair(resolution, channels):
     shape = (channels, resolution, resolution)
@@ -69,7 +69,7 @@ def test_batch_norm_in_the_critic_is_refused_with_what_to_use_instead():
 
 @pytest.mark.parametrize(
     ("shape", "hint"),
-    [((3, 48, 48), "32x32 or 64x64"), ((3, 8, 8), "16x16 or 32x32"), ((1, 64, 32), "64x64")],
+    [((3, 52, 52), "48x48 or 56x56"), ((3, 8, 8), "16x16 or 32x32"), ((1, 64, 33), "64x32")],
 )
 def test_a_size_without_layers_is_refused_with_the_nearest_sizes(shape, hint):
     with pytest.raises(UserError, match=hint):

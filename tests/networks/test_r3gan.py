@@ -258,8 +258,8 @@ def test_the_fast_penalty_covers_the_whole_critic() -> None:
 @pytest.mark.parametrize(
     ("shape", "options", "sentence"),
     [
-        ((3, 48, 48), {}, "no layers for 48x48 images: resize them to 32x32 or 64x64"),
-        ((3, 2048, 2048), {}, "resize them to 512x512 or 1024x1024"),
+        ((3, 52, 52), {}, "no layers for 52x52 images: resize them to 48x48 or 56x56"),
+        ((3, 2048, 2048), {}, "resize them to 1024x1024"),
         ((3, 8, 8), {}, "resize them to 16x16 or 32x32"),
         ((2,), {}, "use mlp"),
         (
