@@ -21,13 +21,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
-from ganscale.networks.bilinear_resampling import BilinearDownsample, BilinearUpsample
+from ganscale.networks.fir_resampling import FIRDownsample, FIRUpsample
 from ganscale.networks.shapes import image_shape, require_positive, stage_widths
 from ganscale.runtime import autocast, compute_dtype
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 NEGATIVE_SLOPE = 0.2
+KERNEL = 1, 2, 1  # of resampling
 
 
 class R3GANGenerator(nn.Module):
@@ -217,11 +218,11 @@ class ResidualBlock(nn.Module):
 
 def _upsampling(inputs: int, outputs: int) -> list[nn.Module]:
     """With a change of width at the lower resolution, where it is the same function."""
-    return [*_change_of_width(inputs, outputs), BilinearUpsample()]
+    return [*_change_of_width(inputs, outputs), FIRUpsample(KERNEL)]
 
 
 def _downsampling(inputs: int, outputs: int) -> list[nn.Module]:
-    return [BilinearDownsample(), *_change_of_width(inputs, outputs)]
+    return [FIRDownsample(KERNEL), *_change_of_width(inputs, outputs)]
 
 
 def _change_of_width(inputs: int, outputs: int) -> Sequence[nn.Module]:
