@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.networks.fir_resampling import FIRDownsample, FIRUpsample
-from ganscale.networks.shapes import image_shape, require_positive, stage_widths
+from ganscale.networks.shapes import image_shape, require_positive, require_stages, stage_widths
 from ganscale.runtime import autocast, compute_dtype
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
@@ -154,12 +154,7 @@ class _Layout:
     def __post_init__(self) -> None:
         sizes = {"group_width": self.group_width, "expansion": self.expansion}
         require_positive("r3gan", blocks=self.blocks, **sizes)
-        count, chosen = len(self.widths), self.bfloat16_stages
-        if not isinstance(chosen, int) or isinstance(chosen, bool) or not 0 <= chosen <= count:
-            raise UserError(
-                f"bfloat16_stages of r3gan must be a whole number from 0 to {count}, the number of "
-                f"stages, not {chosen!r}"
-            )
+        require_stages("r3gan", self.bfloat16_stages, len(self.widths))
         for width in self.widths:
             hidden = width * self.expansion
             if hidden % self.group_width:

@@ -1,4 +1,4 @@
-"""Against upfirdn's definition: zeros put between pixels, padding, a convolution, every n-th pixel."""
+"""Against the definition of upfirdn: zeros between pixels, padding, a filter, every n-th pixel."""
 
 import pytest
 import torch

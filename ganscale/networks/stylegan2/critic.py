@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -74,6 +73,7 @@ class StyleGAN2Critic(nn.Module):
         maps = None
         for stage in self.stages:
             maps, images = stage(maps, images)
+        assert maps is not None
         maps = maps.to(compute_dtype(self.conv.weight))
         if self.from_rgb is not None:
             maps = (maps + activate(self.from_rgb(images))) * ACTIVATION_GAIN
@@ -117,11 +117,11 @@ class _Stage(nn.Module):
     ]:
         """The maps, and the images at their resolution if the next stage needs them."""
         with autocast(images.device, "bfloat16") if self._is_bfloat16 else nullcontext():
-            dtype = compute_dtype(self.conv1.weight)
             if self.from_rgb is not None:
                 of_images = activate(self.from_rgb(images))
-                maps = of_images if maps is None else maps.to(dtype) + of_images
-            maps = maps.to(dtype)
+                maps = of_images if maps is None else of_images + maps.to(of_images.dtype)
+            assert maps is not None
+            maps = maps.to(compute_dtype(self.conv1.weight))
             residual = activate(self.conv1(maps))
             residual = activate(self.conv2(self.blur(residual)))
             if self.skip is None:

@@ -1,6 +1,5 @@
 """StyleGAN2's generator: a mapping of latents to styles, and a synthesis of images from styles."""
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -97,7 +96,7 @@ class StyleGAN2Generator(nn.Module):
         others = normal_like(latents, "mixing latents")
         twice = None if labels is None else torch.cat([labels, labels])
         own, other = self.mapping(torch.cat([latents, others]), twice)[:, None].chunk(2)
-        # One number decides whether styles are mixed and, if so, from which layer on: 1 to the last.
+        # One number decides whether styles are mixed and from which layer on, the second to last.
         share = uniform_like(latents[:, :1], "mixing") / self.style_mixing
         layers = torch.arange(self.style_count, device=latents.device)
         is_own = (layers < 1 + (share * (self.style_count - 1)).floor()) | (share >= 1)
@@ -109,10 +108,11 @@ class StyleGAN2Generator(nn.Module):
         """Images, not squashed to [-1, 1]."""
         of_layers = styles.unbind(1)
         with autocast(styles.device, "float32"):
-            scales = [stage.scales(of_layers) for stage in self.stages]
+            scales = [stage.scales(of_layers) for stage in self.stages]  # type: ignore[operator]
         maps, images = self.constant.expand(len(styles), -1, -1, -1), None
         for stage, own in zip(self.stages, scales, strict=True):
             maps, images = stage(maps, images, own)
+        assert images is not None  # the last stage makes some
         return images.to(compute_dtype(self.constant))
 
 
@@ -157,7 +157,7 @@ class _Stage(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         of_convs, rgb_weights = scales
         with autocast(maps.device, "bfloat16") if self._is_bfloat16 else nullcontext():
-            maps = maps.to(compute_dtype(self.convs[0].weight))
+            maps = maps.to(compute_dtype(next(self.parameters())))
             residual = maps
             for conv, own in zip(self.convs, of_convs, strict=True):
                 residual = conv(residual, own)

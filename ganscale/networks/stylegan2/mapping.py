@@ -37,9 +37,8 @@ class Mapping(nn.Module):
         latents: Float[Tensor, "batch latent_dim"] | None,
         labels: Int64[Tensor, "batch"] | None,
     ) -> Float[Tensor, "batch width"]:
-        weight = self.layers[0].weight
-        with autocast(weight.device, "float32"):
-            parts = [] if latents is None else [_normalized(latents.to(weight.dtype))]
+        with autocast(next(self.parameters()).device, "float32"):
+            parts = [] if latents is None else [_normalized(latents)]
             if self.embedding is not None:
                 parts.append(_normalized(self.embedding(labels)))
             features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]

@@ -70,6 +70,7 @@ class StyledConv2d(nn.Module):
         self._gain, self._evaluation_noise = gain, layers.evaluation_noise
         height, width = layers.size
         self._noise_name = f"noise/{height}x{width}{'/up' if is_upsampling else ''}"
+        self.fixed_noise: Tensor
         if layers.evaluation_noise == "fixed":
             position = torch.zeros(1, dtype=torch.int64, device="cpu")
             noise = normal(0, self._noise_name, position, height * width)
