@@ -111,10 +111,8 @@ class _Stage(nn.Module):
     def forward(
         self,
         maps: Float[Tensor, "batch inputs height width"] | None,
-        images: Float[Tensor, "batch channels height width"],
-    ) -> tuple[
-        Float[Tensor, "batch outputs height//2 width//2"], Float[Tensor, "batch channels _ _"]
-    ]:
+        images: Float[Tensor, "batch channels _ _"],
+    ) -> tuple[Float[Tensor, "batch outputs _ _"], Float[Tensor, "batch channels _ _"]]:
         """The maps, and the images at their resolution if the next stage needs them."""
         with autocast(images.device, "bfloat16") if self._is_bfloat16 else nullcontext():
             if self.from_rgb is not None:

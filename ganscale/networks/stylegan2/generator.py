@@ -111,7 +111,7 @@ class StyleGAN2Generator(nn.Module):
             scales = [stage.scales(of_layers) for stage in self.stages]  # type: ignore[operator]
         maps, images = self.constant.expand(len(styles), -1, -1, -1), None
         for stage, own in zip(self.stages, scales, strict=True):
-            maps, images = stage(maps, images, own)
+            maps, images = stage(maps, images, own)  # type: ignore[operator]
         assert images is not None  # the last stage makes some
         return images.to(compute_dtype(self.constant))
 
