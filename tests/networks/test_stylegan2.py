@@ -5,6 +5,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ganscale.random import drawing, normal_like, uniform_like
 from ganscale.runtime import autocast
 from tests.helpers.networks import draw, without_zeros
 
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 LATENTS, STYLE, CLASSES = 5, 6, 3
 LABELS = torch.tensor([0, 2, 1, 1])
 
@@ -43,7 +44,7 @@ def again() -> AbstractContextManager[None]:
 
 def generator_of(architecture: str, shape: tuple[int, int, int] = (3, 16, 32)) -> nn.Module:
     """In float64, with no layer hidden behind zeros."""
-    options = {"widths": [8, 6, 4], "style_dim": STYLE, "mapping_layers": 3}
+    options: dict[str, Any] = {"widths": [8, 6, 4], "style_dim": STYLE, "mapping_layers": 3}
     network = StyleGAN2Generator(LATENTS, shape, CLASSES, architecture=architecture, **options)
     return without_zeros(network.double())
 
@@ -326,7 +327,7 @@ def test_the_mapping_learns_at_a_hundredth_of_the_rate() -> None:
 
 
 def test_the_chosen_stages_are_in_bfloat16_and_styles_never() -> None:
-    options = {"widths": 8, "bfloat16_stages": 1}
+    options: dict[str, Any] = {"widths": 8, "bfloat16_stages": 1}
     generator = StyleGAN2Generator(LATENTS, (3, 16, 16), style_dim=8, **options)
     critic = StyleGAN2Critic((3, 16, 16), **options)
     found: list[torch.dtype] = []
@@ -351,7 +352,7 @@ def test_the_chosen_stages_are_in_bfloat16_and_styles_never() -> None:
 
 def test_a_penalty_takes_the_chosen_stages_in_bfloat16_and_gives_gradients_in_float32() -> None:
     images = torch.randn(4, 3, 16, 16)
-    options = {"widths": 16, "group_size": 1}
+    options: dict[str, Any] = {"widths": 16, "group_size": 1}
     critic = without_zeros(StyleGAN2Critic((3, 16, 16), **options))
     exact = input_gradients(critic, images, None)
     mixed = StyleGAN2Critic((3, 16, 16), **options, bfloat16_stages=2)
