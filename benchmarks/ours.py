@@ -67,10 +67,12 @@ def kind_of(network: str) -> tuple[str, str]:
 
 
 def narrow(network: str, width: int) -> list[str]:
-    """Settings with which the networks have `width` channels at their highest resolution."""
+    """Settings with which the networks have `width` channels at their highest resolution, and no
+    groups of more than two images."""
     kind, _ = kind_of(network)
     options = {"r3gan": ["widths", "group_width"], "stylegan2": ["widths"]}.get(kind, ["width"])
-    return [f"{role}.options.{option}={width}" for role in ROLES for option in options]
+    found = [f"{role}.options.{option}={width}" for role in ROLES for option in options]
+    return [*found, "critic.options.group_size=2"] if kind == "stylegan2" else found
 
 
 def random_images(config: Config, device: torch.device) -> Tensor:

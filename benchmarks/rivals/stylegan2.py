@@ -7,6 +7,7 @@ The networks take the parameters of ours.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -179,11 +180,16 @@ def with_deviation(maps: Tensor, group_size: int) -> Tensor:
     return torch.cat([maps, new.expand(-1, 1, *maps.shape[2:])], 1)
 
 
+@lru_cache
+def kernel_of(channels: int, gain: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype, device=device) / 8
+    return torch.outer(line, line).expand(channels, 1, 4, 4) * gain
+
+
 def upfirdn(maps: Tensor, up: int = 1, down: int = 1, padding: int = 1, gain: float = 1) -> Tensor:
     """Up- or down-sampling with the kernel [1, 3, 3, 1], or a blur."""
     channels = maps.shape[1]
-    line = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=maps.dtype, device=maps.device) / 8
-    kernel = torch.outer(line, line).expand(channels, 1, 4, 4) * (up**2 * gain)
+    kernel = kernel_of(channels, up**2 * gain, maps.dtype, maps.device)
     if up > 1:
         return F.conv_transpose2d(maps, kernel, None, up, padding, groups=channels)
     return F.conv2d(maps, kernel, None, down, padding, groups=channels)

@@ -146,7 +146,8 @@ class _Stage(nn.Module):
     ) -> tuple[list[Scales], Tensor | None]:
         """styles: of all layers. The image of a stage has that of the next stage's first layer."""
         own = styles[self._first_style :]
-        scales = [conv.scales(style) for conv, style in zip(self.convs, own, strict=False)]
+        pairs = zip(self.convs, own, strict=False)
+        scales = [conv.scales(style) for conv, style in pairs]  # type: ignore[operator]
         return scales, None if self.to_rgb is None else self.to_rgb.weights(own[len(scales)])
 
     def forward(
