@@ -89,6 +89,8 @@ class Variant:
     flip: bool = False
     generator_real: str = "critic"
     generator_penalties: dict[str, GeneratorPenaltyConfig] = field(default_factory=dict)
+    network: str = ""  # that both roles have instead of the tiny ones
+    resolution: int = RESOLUTION
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     batch: int = GLOBAL_BATCH
 
@@ -116,6 +118,17 @@ VARIANTS = {
     "path_length": Variant(
         generator_penalties={"path_length": GeneratorPenaltyConfig(2.0, decay=0.5)},
         is_conditional=True,
+    ),
+    # Noise, style mixing, a mapping of the class, groups.
+    "stylegan2": Variant(
+        network="stylegan2",
+        resolution=16,
+        generator={"widths": 4, "style_dim": 6, "mapping_layers": 2},
+        critic={"widths": 4, "mapping_layers": 2},
+        generator_penalties={"path_length": GeneratorPenaltyConfig(2.0, interval=2)},
+        augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER),
+        is_conditional=True,
+        batch=4 * GLOBAL_BATCH,
     ),
     "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
     "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
@@ -171,7 +184,7 @@ THREE = [("wgan", "wgan_gp"), ("hinge", "dragan"), ("relativistic_average", "r1+
 FREE = [
     name
     for name, variant in VARIANTS.items()
-    if name not in ("plain", "fresh_real", "adaptive") and not variant.clip
+    if name not in ("plain", "fresh_real", "adaptive", "stylegan2") and not variant.clip
 ]
 CLIPPED = [
     Combination("wgan", "none", "clip_weights"),
@@ -182,6 +195,7 @@ CLIPPED = [
 ADAPTIVE = [
     Combination("hinge", "r1", "adaptive"),
     Combination("non_saturating", "lazy_r1", "adaptive"),
+    Combination("non_saturating", "lazy_r1", "stylegan2"),
 ]
 # For losses whose generator needs real images.
 FRESH = [
@@ -194,14 +208,16 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
     """A run of a few cycles."""
     variant = VARIANTS[combination.variant]
     optimizer = OptimizerConfig(variant.optimizer, 5e-3, betas=[0.5, 0.9], eps=1e-2)
-    networks = "benchmarks.tiny_networks"
     generator = "TinyStyleGenerator" if variant.generator_penalties else "TinyGenerator"
+    generator, critic = (
+        variant.network or f"benchmarks.tiny_networks:{name}" for name in (generator, "TinyCritic")
+    )
     return Config(
         data=DataConfig(
-            "", resolution=RESOLUTION, channels=CHANNELS, flip=variant.flip, lanes=LANES
+            "", resolution=variant.resolution, channels=CHANNELS, flip=variant.flip, lanes=LANES
         ),
-        generator=GeneratorConfig(f"{networks}:{generator}", 6, variant.generator),
-        critic=CriticConfig(f"{networks}:TinyCritic", variant.critic),
+        generator=GeneratorConfig(generator, 6, variant.generator),
+        critic=CriticConfig(critic, variant.critic),
         objective=ObjectiveConfig(
             LossConfig(combination.loss),
             PENALTY_SETS[combination.penalties],
@@ -289,17 +305,19 @@ def synthetic_batch(config: Config, runtime: Runtime, position: int) -> Batch:
         position, config.training.global_batch_size, LANES, runtime.rank, runtime.world_size
     )
     labels = torch.from_numpy(positions % CLASSES)
-    return Batch(_synthetic_images(tuple(positions)), labels, torch.from_numpy(slots))
+    return Batch(
+        _synthetic_images(tuple(positions), config.data.resolution), labels, torch.from_numpy(slots)
+    )
 
 
 @lru_cache(maxsize=1000)
-def _synthetic_images(positions: tuple[int, ...]) -> Tensor:
+def _synthetic_images(positions: tuple[int, ...], resolution: int) -> Tensor:
     """Noise around a random brightness per image, so that whole images differ too."""
-    pixels = RESOLUTION * RESOLUTION * CHANNELS
+    pixels = resolution * resolution * CHANNELS
     words = random_words(0, "synthetic images", torch.tensor(positions), pixels)
     noise, brightness = words & 127, words[:, :1] >> 8 & 127
     images = (noise + brightness).to(torch.uint8)
-    return images.view(-1, RESOLUTION, RESOLUTION, CHANNELS)
+    return images.view(-1, resolution, resolution, CHANNELS)
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.loops import Task
+from benchmarks.rivals.stylegan2 import plain_network
 from benchmarks.timing import interleaved, wall_clock
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
@@ -26,16 +27,22 @@ ROLES = "generator", "critic"
 
 def config_of(objective: str, network: str, batch: int, *settings: str) -> Config:
     """A run with configs/objective/OBJECTIVE.yaml, `network` (a kind and its resolution, such as
-    dcgan32 or resnet256) and `settings`.
+    dcgan32, resnet256 or stylegan2-32) and `settings`.
 
-    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long; R3GAN those of
-    its preset for 32 pixels. `styles` is a small generator with a path length in each step, and
-    DCGAN's critic.
+    DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long; R3GAN and
+    StyleGAN2 those of their presets for 32 pixels. `styles` is a small generator with a path length
+    in each step, and DCGAN's critic.
     """
     kind, resolution = kind_of(network)
     if kind == "r3gan":
         networks = ["r3gan_emoji32.yaml", "training.precision=float32"]
         networks += ["training.penalty_precision=float32", "training.generator_real=critic"]
+    elif kind == "stylegan2":  # its preset augments images
+        networks = [f"objective/{objective}.yaml", "data.path=data/emoji"]
+        networks += ["generator.latent_dim=64", "generator.options.style_dim=64"]
+        networks += [f"{role}.target=stylegan2" for role in ROLES]
+        networks += [f"{role}.options.widths=[128,64,32,16]" for role in ROLES]
+        networks += ["training.total_images=1M"]
     else:
         width = {"dcgan": 64, "resnet": 32, "styles": 64}[kind]
         networks = ["resnet32.yaml", "generator.latent_dim=64"]
@@ -59,18 +66,18 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
 
 
 def kind_of(network: str) -> tuple[str, str]:
-    """("dcgan", "32") of "dcgan32"."""
+    """("dcgan", "32") of "dcgan32", ("stylegan2", "32") of "stylegan2-32"."""
     kind = network.rstrip("0123456789")
-    return kind, network.removeprefix(kind)
+    return kind.rstrip("-"), network.removeprefix(kind)
 
 
 def narrow(network: str, width: int) -> list[str]:
-    """Settings with which the networks have `width` channels at their highest resolution."""
-    if kind_of(network)[0] != "r3gan":
-        return [f"{role}.options.width={width}" for role in ROLES]
-    return [
-        f"{role}.options.{option}={width}" for role in ROLES for option in ("widths", "group_width")
-    ]
+    """Settings with which the networks have `width` channels at their highest resolution, and no
+    groups of more than two images."""
+    kind, _ = kind_of(network)
+    options = {"r3gan": ["widths", "group_width"], "stylegan2": ["widths"]}.get(kind, ["width"])
+    found = [f"{role}.options.{option}={width}" for role in ROLES for option in options]
+    return [*found, "critic.options.group_size=2"] if kind == "stylegan2" else found
 
 
 def random_images(config: Config, device: torch.device) -> Tensor:
@@ -115,12 +122,12 @@ class Ours:
     def task(self) -> Task:
         """The same for a rival: copies of the networks as they are now, in the usual layout."""
         usual = torch.contiguous_format
-        return Task(
-            self._config,
-            copy.deepcopy(self.state.generator).to(memory_format=usual),  # type: ignore[call-overload]
-            copy.deepcopy(self.state.critic).to(memory_format=usual),  # type: ignore[call-overload]
-            self._images.contiguous(),
+        networks = copy.deepcopy((self.state.generator, self.state.critic))
+        generator, critic = (
+            plain_network(network.to(memory_format=usual))  # type: ignore[call-overload]
+            for network in networks
         )
+        return Task(self._config, generator, critic, self._images.contiguous())
 
 
 def next_cycle(contestant: Callable[[], object]) -> Callable[[], object]:

@@ -30,10 +30,10 @@ Install rivals with `make rivals`. One that cannot be imported is "not measured"
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import nan
 from pathlib import Path
 from typing import Protocol
 
@@ -46,9 +46,14 @@ from benchmarks.rivals.lightning import LightningLoop
 from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task, UsualLoop
 from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime
+from ganscale.schema import PenaltyConfig
 
 NETWORKS = ("dcgan32", "resnet32", "dcgan64", "resnet64")
-OWN_NETWORKS = [("r3gan", "r3gan32")]  # that a paper made for its objective
+# Networks with the objective that a paper made them for; StyleGAN2's also with R1 in every step
+# instead of in every 16th, and without it.
+STYLEGAN2 = "stylegan2-32"
+OWN_NETWORKS = [("r3gan", "r3gan32")]
+OWN_NETWORKS += [(objective, STYLEGAN2) for objective in ("stylegan2", "r1", "non_saturating")]
 BFLOAT16 = "training.precision=bfloat16"
 BFLOAT16_THROUGHOUT = (BFLOAT16, "training.penalty_precision=autocast")
 AGAINST_ALL = ("wgan_gp", "non_saturating")
@@ -74,7 +79,7 @@ class Variant:
     name: str
     settings: tuple[str, ...]
     note: str = ""
-    cycles: int = 1  # in a turn of ours
+    cycles: int = 1  # in a turn of ours, for one of a rival
 
     @property
     def is_bfloat16(self) -> bool:
@@ -95,10 +100,19 @@ class Case:
     def name(self) -> str:
         return f"{self.objective}/{self.network}"
 
+    @property
+    def cycles(self) -> int:
+        """In a turn, so that each lazy penalty is taken in one of them."""
+        return math.lcm(*(p.interval for p in penalties_of(self.objective, self.network)))
+
+
+def penalties_of(objective: str, network: str = "dcgan32") -> list[PenaltyConfig]:
+    return list(config_of(objective, network, 16).objective.penalties.values())
+
 
 def variants_of(objective: str) -> list[Variant]:
     """The precisions, and for the two main objectives also changes of the algorithm."""
-    has_penalty = bool(config_of(objective, "dcgan32", 16).objective.penalties)
+    has_penalty = bool(penalties_of(objective))
     variants = [Variant("f32", ())]
     if not has_penalty:
         variants.append(Variant("bf16", (BFLOAT16,)))
@@ -144,7 +158,7 @@ def measure(
         try:
             float32[name] = rival(networks.task())
         except (NotMeasured, ImportError) as reason:
-            yield Row(f"{case.name}/*", name, nan, note=f"not measured: {reason}")
+            yield Row(f"{case.name}/*", name, math.nan, note=f"not measured: {reason}")
     autocast: dict[str, Contestant] = {}
     if any(variant.is_bfloat16 for variant in case.variants):
         in_bfloat16 = config_of(case.objective, case.network, batch, BFLOAT16)
@@ -159,20 +173,22 @@ def measure(
     contestants: dict[str, Callable[[], object]] = {}
     for variant in case.variants:
         settings = config_of(case.objective, case.network, batch, *variant.settings)
-        contestants[variant.name] = _turn(Ours(settings, runtime, images), variant.cycles)
-    contestants |= {f"float32 {name}": rival for name, rival in float32.items()}
-    contestants |= {f"autocast {name}": rival for name, rival in autocast.items()}
+        own = Ours(settings, runtime, images)
+        contestants[variant.name] = _turn(own, variant.cycles * case.cycles)
+    for precision, rivals in ("float32", float32), ("autocast", autocast):
+        contestants |= {f"{precision} {n}": _turn(r, case.cycles) for n, r in rivals.items()}
     seconds = interleaved(contestants, rounds, warm_up, step_clock)
     for contestant in [*float32.values(), *autocast.values()]:
         contestant.close()
 
     for variant in case.variants:
         ours = [turn / variant.cycles for turn in seconds[variant.name]]
+        milliseconds = 1000 * statistics.median(ours) / case.cycles
         speedups = {name: speedup(seconds[f"float32 {name}"], ours) for name in float32}
         comparable = [n for n in float32 if variant.reuses_fakes or not float32[n].reuses_fakes]
         fastest = min(comparable, key=lambda name: speedups[name][0])
         notes = [variant.note] if variant.note else []
-        notes.append(f"ours {1000 * statistics.median(ours):.0f} ms per cycle of batch {batch}")
+        notes.append(f"ours {milliseconds:.0f} ms per cycle of batch {batch}")
         notes += [f"{name} {ratio:.2f}" for name, (ratio, _, _) in speedups.items()]
         if variant.is_bfloat16:
             same = [f"{n} {speedup(seconds[f'autocast {n}'], ours)[0]:.2f}" for n in autocast]
@@ -181,10 +197,10 @@ def measure(
         yield Row(name, fastest, *speedups[fastest], "x faster", ", ".join(notes))
 
 
-def _turn(ours: Ours, cycles: int) -> Callable[[], None]:
+def _turn(contestant: Callable[[], None], cycles: int) -> Callable[[], None]:
     def run() -> None:
         for _ in range(cycles):
-            ours()
+            contestant()
 
     return run
 

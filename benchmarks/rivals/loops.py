@@ -79,6 +79,7 @@ class PlainLoop:
         self.optimizers: tuple[Any, Any] = task.optimizers()
         self._penalty_in_float32 = penalty_in_float32
         self._mean_length = torch.zeros((), device=task.images.device)
+        self._critic_steps = 0
         self._clipped = [
             parameter
             for parameter in task.critic.parameters()
@@ -109,6 +110,7 @@ class PlainLoop:
             terms = self.critic_terms(self.task.images, fake)
         self.backward_critic(terms)
         self.optimizers[0].step()
+        self._critic_steps += 1
         self.clip_critic()
 
     def clip_critic(self) -> None:
@@ -118,19 +120,22 @@ class PlainLoop:
     def critic_terms(self, real: Tensor, fake: Tensor) -> list[Tensor]:
         """Their sum is what the critic minimizes."""
         own = {"r1": real, "r2": fake}
+        due = {
+            name: settings
+            for name, settings in self.objective.penalties.items()
+            if self._critic_steps % settings.interval == 0
+        }
         if self.shares_forwards and not self._penalty_in_float32:
-            own |= {
-                n: own[n].detach().requires_grad_() for n in own if n in self.objective.penalties
-            }
+            own |= {name: own[name].detach().requires_grad_() for name in own if name in due}
         logits = {name: self.score(images) for name, images in own.items()}
         terms = self.loss.critic(logits["r1"], logits["r2"])
         with self.in_float32() if self._penalty_in_float32 else contextlib.nullcontext():
-            for name, settings in self.objective.penalties.items():
+            for name, settings in due.items():
                 if name in own and own[name].requires_grad:
                     value = penalty_of(name, logits[name], own[name])
                 else:
                     value = penalty(name, self.score, real, fake)
-                terms.append(value_at(settings.weight, 0) * value)
+                terms.append(value_at(settings.weight, 0) * settings.interval * value)
         return terms
 
     def score(self, images: Tensor) -> Tensor:

@@ -89,7 +89,9 @@ class MinibatchStdDev(nn.Module):
                 f"divide {batch} images of {channels} channels evenly"
             )
         parts = at_least_float32(input).unflatten(0, (-1, size)).unflatten(2, (self.features, -1))
-        deviations = (torch.var(parts, dim=1, correction=0) + self._EPSILON).sqrt()
+        # `torch.var` takes five times as long on a CPU.
+        variances = (parts - parts.mean(1, keepdim=True)).square().mean(1)
+        deviations = (variances + self._EPSILON).sqrt()
         means = deviations.mean([*range(2, deviations.ndim)])  # (groups, features)
         of_images = means[:, None].expand(-1, size, -1).reshape(batch, -1, *[1] * len(pixels))
         maps = of_images.to(input.dtype).expand(-1, -1, *pixels)

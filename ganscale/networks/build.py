@@ -17,6 +17,8 @@ from ganscale.networks.mlp import MLPCritic, MLPGenerator
 from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator
 from ganscale.networks.random_layers import name_random_layers
 from ganscale.networks.resnet import ResNetCritic, ResNetGenerator
+from ganscale.networks.stylegan2.critic import StyleGAN2Critic
+from ganscale.networks.stylegan2.generator import StyleGAN2Generator
 
 NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "generator": {
@@ -24,12 +26,14 @@ NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
         "dcgan": DCGANGenerator,
         "resnet": ResNetGenerator,
         "r3gan": R3GANGenerator,
+        "stylegan2": StyleGAN2Generator,
     },
     "critic": {
         "mlp": MLPCritic,
         "dcgan": DCGANCritic,
         "resnet": ResNetCritic,
         "r3gan": R3GANCritic,
+        "stylegan2": StyleGAN2Critic,
     },
 }
 

@@ -21,13 +21,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.errors import UserError
-from ganscale.networks.bilinear_resampling import BilinearDownsample, BilinearUpsample
-from ganscale.networks.shapes import image_shape, require_positive, stage_widths
+from ganscale.networks.fir_resampling import FIRDownsample, FIRUpsample
+from ganscale.networks.shapes import image_shape, require_positive, require_stages, stage_widths
 from ganscale.runtime import autocast, compute_dtype
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 NEGATIVE_SLOPE = 0.2
+KERNEL = 1, 2, 1  # of resampling
 
 
 class R3GANGenerator(nn.Module):
@@ -153,12 +154,7 @@ class _Layout:
     def __post_init__(self) -> None:
         sizes = {"group_width": self.group_width, "expansion": self.expansion}
         require_positive("r3gan", blocks=self.blocks, **sizes)
-        count, chosen = len(self.widths), self.bfloat16_stages
-        if not isinstance(chosen, int) or isinstance(chosen, bool) or not 0 <= chosen <= count:
-            raise UserError(
-                f"bfloat16_stages of r3gan must be a whole number from 0 to {count}, the number of "
-                f"stages, not {chosen!r}"
-            )
+        require_stages("r3gan", self.bfloat16_stages, len(self.widths))
         for width in self.widths:
             hidden = width * self.expansion
             if hidden % self.group_width:
@@ -217,11 +213,11 @@ class ResidualBlock(nn.Module):
 
 def _upsampling(inputs: int, outputs: int) -> list[nn.Module]:
     """With a change of width at the lower resolution, where it is the same function."""
-    return [*_change_of_width(inputs, outputs), BilinearUpsample()]
+    return [*_change_of_width(inputs, outputs), FIRUpsample(KERNEL)]
 
 
 def _downsampling(inputs: int, outputs: int) -> list[nn.Module]:
-    return [BilinearDownsample(), *_change_of_width(inputs, outputs)]
+    return [FIRDownsample(KERNEL), *_change_of_width(inputs, outputs)]
 
 
 def _change_of_width(inputs: int, outputs: int) -> Sequence[nn.Module]:

@@ -117,3 +117,13 @@ def stage_widths(network: str, widths: int | list[int], shape: ImageShape) -> li
             f"for each resolution from {_shown(*shape.grid)} pixels up"
         )
     return listed
+
+
+def require_stages(network: str, bfloat16_stages: object, stages: int) -> None:
+    """Raises UserError unless this is a number of stages, from none to all of them."""
+    chosen = bfloat16_stages
+    if not isinstance(chosen, int) or isinstance(chosen, bool) or not 0 <= chosen <= stages:
+        raise UserError(
+            f"bfloat16_stages of {network} must be a whole number from 0 to {stages}, the number "
+            f"of stages, not {chosen!r}"
+        )

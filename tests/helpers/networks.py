@@ -8,7 +8,7 @@ from ganscale.networks.r3gan import R3GANCritic
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     """`shape` float64, normally distributed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def without_zeros(network: nn.Module) -> nn.Module:
     """With noise in the weights and biases that start at zero and would hide other layers."""
     for index, parameter in enumerate(network.parameters()):
         if not parameter.any():
-            scale = parameter[0].numel() ** -0.5
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 0 else 1.0
             parameter.copy_(scale * draw(*parameter.shape, seed=index))
     return network
 

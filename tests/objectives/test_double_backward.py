@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.tiny_networks import TinyCritic
 from ganscale.networks.batch_groups import MinibatchStdDev
-from ganscale.networks.bilinear_resampling import BilinearDownsample, BilinearUpsample
 from ganscale.networks.dcgan import DCGANCritic
+from ganscale.networks.fir_resampling import Blur, FIRDownsample, FIRUpsample
 from ganscale.networks.mlp import MLPCritic
 from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
 from ganscale.networks.resnet import ResNetCritic
@@ -127,8 +127,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "upsampled, no bias": lambda: UpsampledConv2d(4, 4, 5, bias=False),
     "max pool": lambda: nn.MaxPool2d(2),
     "nearest": lambda: nn.Upsample(scale_factor=2),
-    "bilinear up": BilinearUpsample,
-    "bilinear down": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), BilinearDownsample()),
+    "doubling": FIRUpsample,
+    "halving": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), FIRDownsample((1, 2, 1))),
+    "blur": lambda: Blur(2),
     "convolution without bias": lambda: nn.Conv2d(4, 4, 3, bias=False),
     "strides": lambda: nn.Conv2d(4, 4, (3, 2), stride=(2, 3), padding=(1, 0)),
     "dilation and groups": lambda: nn.Conv2d(4, 4, 3, dilation=2, groups=2),
