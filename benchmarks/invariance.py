@@ -306,18 +306,18 @@ def synthetic_batch(config: Config, runtime: Runtime, position: int) -> Batch:
     )
     labels = torch.from_numpy(positions % CLASSES)
     return Batch(
-        _synthetic_images(tuple(positions), config.data.resolution), labels, torch.from_numpy(slots)
+        _synthetic_images(tuple(positions), config.data.size), labels, torch.from_numpy(slots)
     )
 
 
 @lru_cache(maxsize=1000)
-def _synthetic_images(positions: tuple[int, ...], resolution: int) -> Tensor:
+def _synthetic_images(positions: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """Noise around a random brightness per image, so that whole images differ too."""
-    pixels = resolution * resolution * CHANNELS
-    words = random_words(0, "synthetic images", torch.tensor(positions), pixels)
+    elements = size[0] * size[1] * CHANNELS
+    words = random_words(0, "synthetic images", torch.tensor(positions), elements)
     noise, brightness = words & 127, words[:, :1] >> 8 & 127
     images = (noise + brightness).to(torch.uint8)
-    return images.view(-1, resolution, resolution, CHANNELS)
+    return images.view(-1, *size, CHANNELS)
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

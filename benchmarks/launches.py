@@ -38,8 +38,8 @@ from ganscale.training import cycle, steps
 
 OBJECTIVES = tuple(sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
 NETWORKS = ("dcgan32", "resnet32")
-# That a paper made for its objective, or its penalty of the generator. A cycle with a lazy penalty may
-# or may not have one, so StyleGAN2's are with one in every step, and without.
+# That a paper made for its objective or its penalty of the generator. A cycle with a lazy penalty
+# may or may not have one, so StyleGAN2's are with one in every step, and without.
 OWN_NETWORKS = {
     "r3gan": ("r3gan32",),
     "r1": ("styles32", "stylegan2-32"),
