@@ -49,7 +49,7 @@ class MeanLengths:
 
     def metrics(self) -> dict[str, float]:
         """What a row shows of it. Waits for the device."""
-        return {f"penalty/{name}_mean": mean.item() for name, mean in self._means.items()}
+        return {f"penalty/{name}_average": mean.item() for name, mean in self._means.items()}
 
     def audited(self) -> dict[str, Tensor]:
         """What has to be the same bits on all ranks."""

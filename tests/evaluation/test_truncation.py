@@ -84,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     ]
     assert main(["train", *runs.settings("run", *settings)]) == 0
     rows = runs.rows("run")
-    assert 0 < rows[0]["penalty/path_length_mean"] == rows[1]["penalty/path_length_mean"]
+    assert 0 < rows[0]["penalty/path_length_average"] == rows[1]["penalty/path_length_average"]
     return runs.folder / "run"
 
 

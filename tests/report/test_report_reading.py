@@ -152,6 +152,7 @@ def test_related_metrics_share_a_chart_unless_runs_are_overlaid() -> None:
     names = [
         "panel/critic/wgan", "panel/generator/wgan", "loss/critic", "loss/generator",
         "loss/critic_real", "loss/critic_fake", "loss/penalty_r1", "logits/real_mean",
+        "loss/generator_penalty_path_length", "penalty/path_length", "penalty/path_length_average",
         "logits/fake_mean", "logits/wasserstein", "penalty/r1_gradient_norm",
         "penalty/r1_gradient_norm_std", "penalty/r1_gradient_norm_max", "perf/cycle_ms",
         "perf/penalty_ms", "perf/rank_images_per_second_min", "perf/rank_images_per_second_mean",
@@ -165,12 +166,14 @@ def test_related_metrics_share_a_chart_unless_runs_are_overlaid() -> None:
     assert shown == {
         "wgan": ["critic", "generator"],
         "critic, with its terms": ["sum", "real", "fake", "penalty r1"],
-        "generator, with its terms": ["sum"],
+        "generator, with its terms": ["sum", "penalty path length"],
         "mean": ["real", "fake"],
         "wasserstein": [""],
         "distribution: 5, 50, 95 %": [
             "real p50", "fake p50", "real p05", "fake p05", "real p95", "fake p95"
         ],
+        "path length": [""],
+        "path length average": [""],
         "r1 gradient norm": ["mean", "max", "std"],
         "time of a cycle": ["cycle", "penalty"],
         "rank images per second": ["min", "mean", "max"],

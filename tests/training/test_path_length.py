@@ -124,7 +124,7 @@ def test_five_steps_are_those_of_the_equation(runtime, accumulate, weight):
     close(row["loss/generator_adversarial"], mean(parts, "adversarial"))
     close(row["penalty/path_length"], mean(due, "penalty"))
     close(row["penalty/path_length_gradient_norm"], mean(due, "lengths"))
-    close(row["penalty/path_length_mean"], by_hand.average)
+    close(row["penalty/path_length_average"], by_hand.average)
     terms = row["loss/generator_adversarial"] + row["loss/generator_penalty_path_length"]
     assert terms == pytest.approx(row["loss/generator"], rel=1e-14)
     if isinstance(weight, Schedule):
