@@ -262,7 +262,7 @@ def test_misuse_gets_one_sentence():
 
 def test_an_unfinished_forward_leaves_nothing_behind():
     with pytest.raises(UserError, match="twice"), drawing(*SITE, SLOTS):
-        [three_layers(4) for _ in range(2)]
+        _ = three_layers(4), three_layers(4)
     with pytest.raises(UserError, match="outside of a forward"):
         normal_like(torch.zeros(4, 3), "noise")
     drawn(normal_like, "noise")

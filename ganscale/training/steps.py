@@ -69,6 +69,7 @@ class CriticStep(nn.Module):
         self.loss_terms = objective.loss.critic
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_critic = fast_forward(critic, compiles)
+        self._run_plain_critic = partial(run_network, critic)
         self._forwards = CriticForwards(CRITIC_STEP, seed, pipeline)
         self._objective = objective
         self._precision = precision
@@ -127,17 +128,12 @@ class CriticStep(nn.Module):
                     if gradient is None:
                         # Points between images, or around them, have draws of their own.
                         kind = next((k for k, each in both.items() if each is images), None)
-                        drawn_as = (kind or f"penalty {name}",)
                         forward = self._forwards.of(
-                            (kind or "real",), augmentation, slots, drawn_as
+                            (kind or "real",), augmentation, slots, (kind or f"penalty {name}",)
                         )
-                        gradient = input_gradients(
-                            partial(forward, partial(run_network, self.critic)),
-                            images,
-                            labels,
-                            self._penalty_precision,
-                            penalty.patch_score,
-                        )
+                        critic = partial(forward, self._run_plain_critic)
+                        score = self._penalty_precision, penalty.patch_score
+                        gradient = input_gradients(critic, images, labels, *score)
                     value, lengths = penalty.penalty.value_and_norms(gradient)
                 weighted = with_penalty(loss, value, penalty, (weights or {}).get(name))
                 loss, meters[f"loss/penalty_{name}"] = weighted
@@ -196,8 +192,7 @@ class CriticStep(nn.Module):
                 return at_least_float32(forward(self._run_critic, images, labels)), {}
             images = images.detach().requires_grad_()
             with FastDerivatives(order=2):
-                critic = partial(run_network, self.critic)
-                logits = at_least_float32(forward(critic, images, labels))
+                logits = at_least_float32(forward(self._run_plain_critic, images, labels))
             with section("penalty"):
                 return logits, {s: gradients_of_scores(logits, images, s) for s in patch_scores}
 
