@@ -43,12 +43,12 @@ def normal_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
     Raises UserError outside of a forward, for a name that the forward has drawn before, and for an
     x that is not as long as the batch.
     """
-    return _draw(x, name, True)
+    return _draw(x, name, True).to(x.dtype)
 
 
 def uniform_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
     """Numbers in [0, 1), 24 random bits each or as many as x's dtype has; else as `normal_like`."""
-    numbers = _draw(x, name, False)
+    numbers = _draw(x, name, False).to(x.dtype)
     largest = 1 - torch.finfo(x.dtype).eps / 2
     return numbers.clamp_max(largest) if x.itemsize < 4 else numbers  # those may be rounded to 1
 
@@ -57,8 +57,7 @@ def bernoulli_like(
     x: Tensor, name: str, probability: float | Tensor
 ) -> Float[Tensor, "batch *shape"]:
     """1 with this probability, else 0; else as `normal_like`."""
-    wide = x if x.itemsize >= 4 else x.float()
-    return (_draw(wide, name, False) < probability).to(x.dtype)
+    return (_draw(x, name, False) < probability).to(x.dtype)
 
 
 @contextmanager
@@ -152,7 +151,11 @@ class _Forward:
         """For the next forward of these purposes. It is a hint that changes no number."""
         if len(_expected) >= _EXPECTATIONS:
             _expected.clear()
-        few = [r for r in self._drawn.values() if self.rows * r.columns <= _FEW]
+        few, left = [], _FEW // max(1, self.rows)
+        for request in self._drawn.values():
+            if request.columns <= left:
+                few.append(request)
+                left -= request.columns
         _expected[self._site] = tuple(few)
 
     def close(self) -> None:
@@ -166,6 +169,7 @@ _recent: deque[_Forward] = deque(maxlen=_RECENT_FORWARDS)
 
 
 def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
+    """Of x's shape and device, in float32 or float64."""
     forward, is_repeated = _current.get(), False
     graph_task = torch._C._current_graph_task_id()
     if graph_task != -1 and (forward is None or forward.graph_task != graph_task):
@@ -190,7 +194,9 @@ def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
             numbers = forward.make([request], x.device)[request]
         else:
             numbers = forward.draw(request, x.device)
-        return numbers.view(x.shape).to(x.dtype)
+        # `data`, since views share the count of changes in place: one of them would invalidate
+        # all numbers that were made together.
+        return numbers.view(x.shape).data
 
 
 _draw: Callable[[Tensor, str, bool], Tensor] = _drawn_like

@@ -242,6 +242,15 @@ def test_a_recomputation_in_another_thread_draws_the_same():
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-12, atol=1e-12)
 
 
+def test_numbers_that_are_made_together_may_be_changed_in_place_each():
+    weight = torch.ones(4, 3, requires_grad=True)
+    for _ in range(3):
+        with drawing(1, ("in place",), SLOTS):
+            first = weight * normal_like(weight, "first")
+            second = normal_like(weight, "second").mul_(2) * weight
+        (first + second).sum().backward()
+
+
 def test_misuse_gets_one_sentence():
     x = torch.zeros(4, 3)
     with pytest.raises(UserError, match="'noise' is drawn outside of a forward"):
