@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.objective import Objective
 from ganscale.plan.networks import trainable
@@ -111,8 +112,9 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
     dtype = weights_dtype(config.training.precision)
     try:
         with torch.no_grad():
-            images = torch.empty(2, *sample_shape(config), dtype=dtype, device=device)
-            with drawing(0, ("plan",), torch.arange(2, device=device)):
+            batch = 2 * batch_group_size(critic)
+            images = torch.empty(batch, *sample_shape(config), dtype=dtype, device=device)
+            with drawing(0, ("plan",), torch.arange(batch, device=device)):
                 logits = critic(images)
         return logits[0].numel() * logits.itemsize
     except Exception:  # a user's network, or one that needs labels
