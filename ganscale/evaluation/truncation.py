@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import sampling_draws
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.styles import check_has_styles, run_styles, run_synthesis
 from ganscale.randomness import normal
 
@@ -64,7 +65,9 @@ def truncated(
     weights = next(generator.parameters())
     latents = normal(seed, "truncation", torch.arange(_LATENTS), latent_dim).to(weights)
     classes = None if labels is None else labels.to(weights.device).unique()
-    _check_forward(generator, latents[:2], None if classes is None else classes[:1].expand(2))
+    batch = 2 * batch_group_size(generator)
+    labels = None if classes is None else classes[:1].expand(batch)
+    _check_forward(generator, latents[:batch], labels)
     each_class = [None] if classes is None else classes
     means = torch.stack([_mean_styles(generator, latents, label) for label in each_class])
     return TruncatedGenerator(generator, truncation, means, classes).eval()

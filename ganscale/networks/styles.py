@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ganscale.errors import GanscaleError, UserCodeError, UserError
 from ganscale.importing import describe
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
 from ganscale.runtime import is_of_machine
 
@@ -34,7 +35,13 @@ def check_has_styles(generator: nn.Module, what: str) -> None:
 
 
 def check_has_own_gradients(generator: nn.Module, what: str) -> None:
-    """Raises UserError for batch norms, through which `what` would differentiate other images."""
+    """Raises UserError for batch norms and groups, through which `what` would differentiate other
+    images."""
+    if (size := batch_group_size(generator)) > 1:
+        raise UserError(
+            f"{what} needs the derivative of each image by its own styles, but the generator looks "
+            f"at groups of {size} images (its `batch_group_size`)"
+        )
     for name, module in generator.named_modules():
         if isinstance(module, _BATCH_NORMS):
             raise UserError(

@@ -111,9 +111,9 @@ def _logit_bytes(config: Config, critic: nn.Module) -> int:
     dtype = weights_dtype(config.training.precision)
     try:
         with torch.no_grad():
-            count = batch_group_size(critic)
-            images = torch.empty(count, *config.data.sample_shape, dtype=dtype, device=device)
-            with drawing(0, ("plan",), torch.arange(count, device=device)):
+            batch = 2 * batch_group_size(critic)
+            images = torch.empty(batch, *config.data.sample_shape, dtype=dtype, device=device)
+            with drawing(0, ("plan",), torch.arange(batch, device=device)):
                 logits = critic(images)
         return logits[0].numel() * logits.itemsize
     except Exception:  # a user's network, or one that needs labels

@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from benchmarks.invariance import Combination, config_of, record
 from benchmarks.rivals.formulas import LOSSES
+from benchmarks.tiny_networks import TinyStyleGenerator
 from ganscale.cli.main import main
 from ganscale.errors import OutOfMemoryError, UserError
 from ganscale.evaluation.images import GeneratedImages
 from ganscale.evaluation.sampling import generate_images, sample_latents
+from ganscale.evaluation.truncation import truncated
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.networks.batch_groups import MinibatchStdDev, every_nth_group
 from ganscale.networks.fingerprint import fingerprint
+from ganscale.networks.styles import check_has_own_gradients
 from ganscale.objectives.objective import build_objective
+from ganscale.plan.communication import _logit_bytes
 from ganscale.plan.device_memory import MemoryPlanner
+from ganscale.plan.networks import planned_networks
 from ganscale.runtime import Runtime
 from ganscale.schema import (
     Config,
@@ -299,6 +304,31 @@ def test_planned_batches_are_multiples_of_micro_batches_of_whole_groups() -> Non
     section = planner.section(None)
     assert all(images % 8 == 0 for images in section.images_per_rank_on.values())
     assert list(section.peak_bytes_with_accumulate) == [4, 8]
+
+
+def test_a_plan_knows_the_map_of_logits_of_a_critic_of_groups() -> None:
+    config = config_of(Combination("relativistic_average", "none"), 1, "float32")
+    config.critic.options = {"group_size": 4, "patches": True}
+    _, critic = planned_networks(config, 0)
+    assert _logit_bytes(config, critic) == 4 * 2 * 2
+
+
+class StylesOfGroups(TinyStyleGenerator):
+    """Whose synthesis takes whole groups of four."""
+
+    batch_group_size = 4
+
+    def synthesis(self, styles: Tensor) -> Tensor:
+        return MinibatchStdDev(4)(super().synthesis(styles))[:, :-1]
+
+
+def test_a_generator_of_groups_is_truncated_but_has_no_path_length_of_each_image() -> None:
+    generator = StylesOfGroups(6, (2, 8, 8))
+    network = truncated(generator, 0.5, 0, 6, None)
+    (images,) = generate_images(network, sample_latents(0, 0, 8, 6))
+    assert images.shape == (8, 2, 8, 8)
+    with pytest.raises(UserError, match="the generator looks at groups of 4 images"):
+        check_has_own_gradients(generator, "path length")
 
 
 def test_out_of_memory_is_advised_against_with_micro_batches_of_whole_groups(
