@@ -147,5 +147,9 @@ def test_a_plan_counts_their_bytes(runs: Runs, tmp_path: Path) -> None:
         return json.loads((tmp_path / "plan.json").read_text())
 
     wide, square = planned("[16, 32]"), planned("32")
-    print(wide)
-    assert wide != square
+    of_wide, of_square = wide["host_memory"], square["host_memory"]
+    numbers = 16 * of_wide["batches"]  # labels and slots of 8 bytes
+    assert of_wide["batches_bytes"] == numbers * (HEIGHT * WIDTH * 3 + 16)
+    assert of_square["batches_bytes"] == numbers * (32 * 32 * 3 + 16)
+    ratio = square["device_memory"]["bytes_per_image"] / wide["device_memory"]["bytes_per_image"]
+    assert 1.8 < ratio < 2.1

@@ -82,6 +82,19 @@ def test_efficientnet_lite0_is_the_packages_network_in_float64(
     assert network.checksum == sha256(path)
 
 
+def test_images_that_are_not_square_are_squeezed_which_is_part_of_the_identity() -> None:
+    square, wide = build(LITE0, (3, 64, 64)), build(LITE0, (3, 32, 64))
+    assert square.resize == "bilinear, antialiased, to 64 x 64"
+    assert wide.resize == f"{square.resize}, squeezed from 32 x 64"
+    batch = images(3, 3, 32, 64)
+    by_hand = F.interpolate(batch.float(), (64, 64), mode="bilinear", antialias=True)
+    network, _ = package_network(64)
+    with torch.no_grad():
+        maps = network.extract_features((by_hand.double() - 127) / 128)
+    expected = F.adaptive_avg_pool2d(maps, 1).flatten(1)
+    assert torch.linalg.norm(wide(batch).features - expected) < 1e-5 * torch.linalg.norm(expected)
+
+
 def test_a_resolution_can_be_set_and_is_part_of_the_identity() -> None:
     assert "96 x 96" in build(LITE0, resolution=96).resize
     for wrong in (16, 2048, "64", 64.0, True):
