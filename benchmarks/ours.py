@@ -43,6 +43,8 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
         networks += [f"{role}.target=stylegan2" for role in ROLES]
         networks += [f"{role}.options.widths=[128,64,32,16]" for role in ROLES]
         networks += ["training.total_images=1M"]
+        if objective == "stylegan2":
+            networks += ["objective.generator_penalties.path_length={weight: 2, interval: 4}"]
     else:
         width = {"dcgan": 64, "resnet": 32, "styles": 64}[kind]
         networks = ["resnet32.yaml", "generator.latent_dim=64"]

@@ -15,7 +15,7 @@ from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
 from ganscale.objectives.losses import LOSSES
 from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import TINY, with_r3gan
+from tests.helpers.runs import TINY, with_networks
 
 
 def train(folder: Path, data: Path, *settings: str) -> int:
@@ -107,14 +107,14 @@ def test_interpolation_walks_from_one_image_to_another(trained: Path, tmp_path: 
     assert (steps.max(axis=1) < whole).all()
 
 
-@pytest.mark.parametrize("network", ["resnet", "r3gan"])
+@pytest.mark.parametrize("network", ["resnet", "r3gan", "stylegan2"])
 def test_a_class_conditional_network_trains_and_samples_the_class_asked_for(
     tmp_path: Path, digits: Path, network: str
 ) -> None:
     where = [f"run.folder={tmp_path}", "run.name=run", f"data.path={digits}"]
     settings = [*TINY, *where, "training.total_images=64", "training.conditional=true"]
-    if network == "r3gan":
-        settings = with_r3gan(settings)
+    if network != "resnet":
+        settings = with_networks(network, settings)
     else:
         settings += [
             "generator={target: resnet, latent_dim: 8, options: {width: 4}}",

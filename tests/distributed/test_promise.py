@@ -13,7 +13,7 @@ from ganscale.config import resolve
 from ganscale.runtime import Runtime
 from ganscale.training.trainer import Trainer
 from tests.helpers.processes import REPOSITORY
-from tests.helpers.runs import SCHEDULES, Runs, with_r3gan
+from tests.helpers.runs import SCHEDULES, Runs, with_networks
 
 # What tells about this machine and this moment, not about the curve; a stop is audited, too.
 _OF_THE_MACHINE = ("perf/", "audit/")
@@ -110,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[int,
             name: of_ranks.settings(name, *_LENGTH, *case) for name, (case, _) in CASES.items()
         }
         name = "conditional_r3gan_on_fresh_images"
-        cases[name] = with_r3gan(cases[name])
+        cases[name] = with_networks("r3gan", cases[name])
         (of_ranks.folder / "cases.json").write_text(json.dumps([*cases.values()]))
         run_ranks("tests.distributed.test_promise:train", of_ranks.folder, ranks, seconds=600)
     return runs

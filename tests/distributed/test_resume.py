@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.distributed.test_promise import curve
-from tests.helpers.processes import HANG_SECONDS, Process, end_tree, wait_until
+from tests.helpers.processes import HANG_SECONDS, REPOSITORY, Process, end_tree, wait_until
 from tests.helpers.runs import SCHEDULES, Runs, checkpoint_bits
 
 _SETTINGS = (
@@ -45,13 +45,24 @@ _PATHS = (
 )
 
 
+_STYLEGAN2 = (
+    str(REPOSITORY / "configs" / "objective" / "non_saturating.yaml"),
+    "objective.penalties.r1={weight: 1, interval: 4}",
+    "objective.generator_penalties.path_length={weight: 2, interval: 4}",
+    "augmentation={pipeline: ada, adaptive: {target: 0.1, every_images: 32, full_images: 1k}}",
+)
+
+
 @pytest.mark.parametrize(
-    ("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH), (2, _DRAWS), (2, _PATHS)]
+    ("ranks", "more"), [(1, ()), (2, ()), (2, _FRESH), (2, _DRAWS), (2, _PATHS), (2, _STYLEGAN2)]
 )
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     runs: Runs, ranks: int, more: tuple[str, ...]
 ) -> None:
     settings = (*_SETTINGS, *more)
+    if more == _STYLEGAN2:
+        runs.networks = "stylegan2"
+        settings = (*_SETTINGS[:3], *more)  # without the schedule of another penalty
     runs.finish("whole", *settings, ranks=ranks)
     for checkpoints_before_the_kill in (2, 5):
         process = runs.start("killed", *settings, "data.workers=2", ranks=ranks)

@@ -22,7 +22,9 @@ def small_generator(target: str, num_classes: int = 0) -> nn.Module:
     return build_network(
         "generator",
         target,
-        {"widths": 8, "group_width": 8} if target == "r3gan" else {"width": 8},
+        {"r3gan": {"widths": 8, "group_width": 8}, "stylegan2": {"widths": 8}}.get(
+            target, {"width": 8}
+        ),
         latent_dim=8,
         sample_shape=(3, 16, 16),
         num_classes=num_classes,
@@ -43,7 +45,7 @@ def images(generator: nn.Module, first: int, count: int, num_classes: int = 0) -
 
 @pytest.mark.parametrize(
     ("target", "num_classes"),
-    [("mlp", 0), ("dcgan", 0), ("resnet", 0), ("resnet", 3), ("r3gan", 3)],
+    [("mlp", 0), ("dcgan", 0), ("resnet", 0), ("resnet", 3), ("r3gan", 3), ("stylegan2", 3)],
 )
 def test_the_same_positions_give_the_same_bytes_in_any_request(target, num_classes):
     generator = small_generator(target, num_classes)

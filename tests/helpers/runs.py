@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,18 @@ SCHEDULES = (
 )
 
 
-def with_r3gan(settings: list[str]) -> list[str]:
-    """The same run with small R3GAN networks, partly in bfloat16 unless it is in float64."""
+_OPTIONS = {
+    "r3gan": "{widths: 8, group_width: 4, bfloat16_stages: 2}",
+    "stylegan2": "{widths: 4, mapping_layers: 2, bfloat16_stages: 2}",
+}
+
+
+def with_networks(target: str, settings: Sequence[str]) -> list[str]:
+    """The same run with small networks, partly in bfloat16 unless it is in float64."""
     others = [setting for setting in settings if not setting.endswith(".options.width=4")]
-    options = "{widths: 8, group_width: 4, bfloat16_stages: 2}"
-    networks = [f"{role}.target=r3gan" for role in ("generator", "critic")]
-    return [*others, *networks, f"generator.options={options}", f"critic.options={options}"]
+    networks = [f"{role}.target={target}" for role in ("generator", "critic")]
+    networks += [f"{role}.options={_OPTIONS[target]}" for role in ("generator", "critic")]
+    return [*others, *networks]
 
 
 # The least that a config must say.
@@ -69,11 +75,13 @@ class Runs:
 
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
+        self.networks = ""  # a target of `with_networks`
         self._data = data
 
     def settings(self, name: str, *settings: str) -> list[str]:
         where = [f"run.folder={self.folder}", f"run.name={name}", f"data.path={self._data}"]
-        return [*TINY, *where, *settings]
+        every = [*TINY, *where, *settings]
+        return with_networks(self.networks, every) if self.networks else every
 
     def command(self, name: str, *settings: str, ranks: int = 1) -> list[str]:
         program = [sys.executable, "-m", "ganscale", "train"]

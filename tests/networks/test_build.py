@@ -10,6 +10,7 @@ from ganscale.networks.build import build_network, parameter_count
 from ganscale.networks.resnet import ResNetCritic
 from ganscale.plan.meta_device import META, meta_device
 from ganscale.plan.networks import planned_networks
+from ganscale.random import drawing
 from ganscale.ready import ready_configs
 
 OWN_NETWORKS = """
@@ -94,10 +95,11 @@ def test_the_networks_of_every_ready_config_fit_its_images(name):
     classes = 10 if config.training.conditional else 0
     with meta_device(1), torch.device(META):
         made, critic = planned_networks(config, classes)
-        labels = torch.zeros(2, dtype=torch.int64) if classes else None
-        images = made(torch.empty(2, config.generator.latent_dim), labels)
-        assert images.shape == (2, *config.data.sample_shape)
-        assert critic(images, labels).shape == (2,)
+        labels = torch.zeros(4, dtype=torch.int64) if classes else None
+        with drawing(0, ("images",), torch.arange(4)):
+            images = made(torch.empty(4, config.generator.latent_dim), labels)
+        assert images.shape == (4, *config.data.sample_shape)
+        assert critic(images, labels).shape == (4,)
 
 
 def test_a_users_network_gets_only_the_arguments_that_it_accepts(own_networks):

@@ -14,6 +14,7 @@ CRITICS = {
     "dcgan with instance norm": ("dcgan", {"width": 2, "norm": "instance"}),
     "resnet": ("resnet", {"width": 4}),
     "r3gan": ("r3gan", {"widths": [8, 4, 4], "group_width": 4}),
+    "stylegan2": ("stylegan2", {"widths": [8, 4, 4], "group_size": 1}),
     "resnet with spectral norm": ("resnet", {"width": 4, "spectral_norm": True}),
 }
 
