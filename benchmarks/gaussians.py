@@ -38,10 +38,11 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
+from ganscale.training.critic_step import CriticStep
 from ganscale.training.ema import ema_copy, ema_decay, update_ema
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.network_setup import seeded
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.steps import CriticStep, GeneratorStep
 
 BATCH = 128
 LATENT_DIM = 2

@@ -34,7 +34,7 @@ from benchmarks.timing import speedup, step_clock
 from ganscale import randomness
 from ganscale.objectives import double_backward, fast_convolutions, fast_derivatives
 from ganscale.runtime import Runtime
-from ganscale.training import cycle, steps
+from ganscale.training import cycle, step_forwards
 
 OBJECTIVES = tuple(sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")))
 NETWORKS = ("dcgan32", "resnet32")
@@ -86,7 +86,7 @@ def gpu_path() -> Iterator[None]:
             (fast_derivatives, "has_cheap_launches"),
             (double_backward, "has_cheap_launches"),
             (cycle, "has_cheap_launches"),
-            (steps, "has_cheap_launches"),
+            (step_forwards, "has_cheap_launches"),
         ):
             patches.enter_context(patch.object(module, name, lambda *_: False))
         yield

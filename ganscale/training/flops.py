@@ -17,8 +17,9 @@ from ganscale.objectives.losses import wgan
 from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
+from ganscale.training.critic_step import CriticStep
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
-from ganscale.training.steps import CriticStep, GeneratorStep
 
 _GROUPS = 2  # of images; without groups, these are single ones
 _COLLECTIVES = ("c10d", "_c10d_functional", "c10d_functional")

@@ -21,7 +21,9 @@ from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
 from ganscale.runtime import autocast, is_of_machine, weights_dtype
 from ganscale.schema import Config
+from ganscale.training.critic_step import CriticStep
 from ganscale.training.fast_forward import fast_forward
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.hidden_state import HiddenState, seeded
 from ganscale.training.network_function import (
     GROUPS,
@@ -32,7 +34,7 @@ from ganscale.training.network_function import (
     refuse_change,
 )
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
-from ganscale.training.steps import CriticStep, GeneratorStep, StepOutput
+from ganscale.training.step_terms import StepOutput
 from ganscale.training.style_trial import (
     check_forward_is_synthesis,
     check_second_derivatives_by_styles,

@@ -20,8 +20,10 @@ from ganscale.objectives.penalties import constant, twice_differentiable_attenti
 from ganscale.runtime import Runtime
 from ganscale.schedules import Schedule, value_at
 from ganscale.schema import OptimizerConfig, TrainingConfig
+from ganscale.training.critic_step import CriticStep
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.optimizers import Rate, build_optimizer
-from ganscale.training.steps import CriticStep, GeneratorStep, Meters, StepOutput
+from ganscale.training.step_terms import Meters, StepOutput
 
 
 class NonFiniteGuard:

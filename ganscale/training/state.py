@@ -21,12 +21,13 @@ from ganscale.runtime import Runtime, is_out_of_memory, weights_dtype
 from ganscale.schedules import Schedule
 from ganscale.schema import Config, TrainingConfig
 from ganscale.training.augmentation import Augmentation
+from ganscale.training.critic_step import CriticStep
 from ganscale.training.ema import ema_copy
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.invariance_checks import check_groups
 from ganscale.training.mean_lengths import MeanLengths
 from ganscale.training.network_setup import build_networks
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.steps import CriticStep, GeneratorStep
 
 Files = dict[str, dict[str, torch.Tensor]]
 

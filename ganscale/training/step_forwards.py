@@ -9,12 +9,15 @@ from torch import Tensor
 
 from ganscale.augmentation.transformations import Drawn, Pipeline
 from ganscale.random import drawing
+from ganscale.runtime import has_cheap_launches
 
 Critic = Callable[[Tensor, Tensor | None], Tensor]
 Forward = Callable[[Critic, Tensor, Tensor | None], Tensor]
 """Of a critic, images and labels."""
 
 CRITIC_STEP, GENERATOR_STEP = "critic step", "generator step"
+
+_FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
 
 
 def generator_draws(seed: int, step: str, slots: Tensor | None) -> AbstractContextManager[None]:
@@ -59,3 +62,19 @@ class CriticForwards:
                 return critic(images, labels)
 
         return forward
+
+
+def can_share_forward(precision: str, penalty_precision: str, compiles: bool) -> bool:
+    """Whether a penalty may use the loss's forward: compiled code has no second derivatives."""
+    return (precision == "bfloat16") == (penalty_precision == "bfloat16") and not compiles
+
+
+def saves_launches(images: Tensor) -> bool:
+    """Whether the device would wait longer for the launches of another forward than for computing
+    as much as that of these images."""
+    is_small = images.shape[0] * images.shape[2:].numel() <= _FEW_PIXELS
+    return is_small and not has_cheap_launches(images.device)
+
+
+def twice(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else torch.cat([labels, labels])

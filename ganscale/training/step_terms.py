@@ -1,6 +1,7 @@
-"""The terms of a step's loss, and the meters that show them."""
+"""What a step returns: its loss, the terms of it, and the meters that show them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from ganscale.runtime import get_world_size
 from ganscale.schedules import Schedule
 
 Meters = dict[str, Meter]
+
+
+class StepOutput(NamedTuple):
+    """What the forward of a step returns; all but the loss is detached."""
+
+    loss: Tensor  # the scalar to differentiate
+    meters: Meters  # means over this rank's images
+    norms: dict[str, Tensor]  # of each of this rank's images
+    logits: Logits
 
 
 def with_penalty(

@@ -33,13 +33,13 @@ from ganscale.schema import (
     TrainingConfig,
 )
 from ganscale.supervision.progress import Progress
-from ganscale.training import steps
+from ganscale.training import step_forwards
+from ganscale.training.critic_step import CriticStep
 from ganscale.training.flops import count_cycle_flops
 from ganscale.training.invariance_checks import check_batch_divides, check_groups
 from ganscale.training.memory_shortage import memory_shortage_explained
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
 from ganscale.training.state import TrainingState
-from ganscale.training.steps import CriticStep
 from tests.helpers.networks import draw
 from tests.helpers.runs import Runs
 from tests.helpers.users_networks import Generator
@@ -97,7 +97,7 @@ WEIGHTS = {"r1": {"r1": 3.0}, "wgan_gp": {"wgan_gp": 10.0}, "both": {"r1": 2.0, 
 def test_a_critic_of_groups_has_the_update_of_the_whole_batch_in_plain_autograd(
     runtime, monkeypatch, loss, penalties, accumulate, saves_launches
 ):
-    monkeypatch.setattr(steps, "has_cheap_launches", lambda device: not saves_launches)
+    monkeypatch.setattr(step_forwards, "has_cheap_launches", lambda device: not saves_launches)
     weights = WEIGHTS[penalties]
     config = {name: PenaltyConfig(weight) for name, weight in weights.items()}
     built = build_objective(ObjectiveConfig(LossConfig(loss), config))

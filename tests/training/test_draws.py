@@ -9,8 +9,9 @@ from benchmarks.tiny_networks import TinyCritic, TinyGenerator
 from ganscale.networks.random_layers import name_random_layers
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
+from ganscale.training.critic_step import CriticStep
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.network_function import Subject
-from ganscale.training.steps import CriticStep, GeneratorStep
 
 SHAPE = (CHANNELS, RESOLUTION, RESOLUTION)
 SLOTS = torch.tensor([4, 1, 9])

@@ -23,11 +23,11 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
+from ganscale.training.critic_step import CriticStep
 from ganscale.training.cycle import Cycle
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard, Update
 from ganscale.training.optimizers import build_optimizer
 from ganscale.training.state import TrainingState
-from ganscale.training.steps import CriticStep
 
 LSGAN = build_objective(ObjectiveConfig(LossConfig("lsgan")))
 OPTIMIZERS = {

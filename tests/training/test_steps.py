@@ -19,9 +19,10 @@ from ganscale.schema import (
     PenaltyConfig,
     TrainingConfig,
 )
-from ganscale.training import steps
+from ganscale.training import step_forwards
+from ganscale.training.critic_step import CriticStep
+from ganscale.training.generator_step import GeneratorStep
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
-from ganscale.training.steps import CriticStep, GeneratorStep
 from tests.helpers.networks import SmoothCritic, draw
 
 BATCH, WEIGHT = 4, 10.0
@@ -245,7 +246,7 @@ def test_penalties_at_the_critics_own_images_use_the_forwards_of_the_loss(
     runtime, monkeypatch, name, penalties, forwards, saves_launches, accumulate
 ):
     """With the gradients of separate forwards, on a device that waits for launches, too."""
-    monkeypatch.setattr(steps, "has_cheap_launches", lambda device: not saves_launches)
+    monkeypatch.setattr(step_forwards, "has_cheap_launches", lambda device: not saves_launches)
     built, critic, by_hand = objective(name, **penalties), ForwardsSeen(), ForwardsSeen()
     inputs = critic_inputs(built)
     update = updater(CriticStep(critic, built, "float64"), critic, runtime, accumulate)
@@ -281,7 +282,9 @@ def test_where_launches_cost_more_than_a_small_batch_the_generators_loss_takes_o
 ):
     results = []
     for saves_launches in (False, True):
-        monkeypatch.setattr(steps, "has_cheap_launches", lambda _, saves=saves_launches: not saves)
+        monkeypatch.setattr(
+            step_forwards, "has_cheap_launches", lambda _, saves=saves_launches: not saves
+        )
         generator, critic = SmallGenerator(), ForwardsSeen()
         step = GeneratorStep(generator, critic, objective("relativistic"), "float64")
         loss, *_, logits = step(**generator_inputs())

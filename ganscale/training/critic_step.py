@@ -1,13 +1,12 @@
-"""One critic step and one generator step: everything that is differentiated, in one forward each.
+"""The critic's step: everything that is differentiated, in one forward.
 
-DDP wraps these two modules. It averages gradients correctly only when a loss is computed in one
-forward of the wrapped module and differentiated in one backward: a penalty beside the wrapper, or
-one backward per term, would silently leave gradients unsynchronized.
+DDP wraps this module, and `GeneratorStep`. It averages gradients correctly only when a loss is
+computed in one forward of the wrapped module and differentiated in one backward: a penalty beside
+the wrapper, or one backward per term, would silently leave gradients unsynchronized.
 """
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,32 +17,27 @@ from ganscale.metrics.profiling import section, stopwatch
 from ganscale.networks.forward import run_network
 from ganscale.networks.resampling import merged_kernels
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from ganscale.objectives.generator_penalties import images_and_path_lengths
 from ganscale.objectives.global_batch_loss import LogitGradients
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import gradients_of_scores, input_gradients
-from ganscale.runtime import at_least_float32, autocast, has_cheap_launches
+from ganscale.runtime import at_least_float32, autocast
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.step_forwards import (
     CRITIC_STEP,
-    GENERATOR_STEP,
     CriticForwards,
     Forward,
-    generator_draws,
+    can_share_forward,
+    saves_launches,
+    twice,
 )
-from ganscale.training.step_terms import Meters, term_meters, terms_and_loss, with_penalty
-
-_FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
-
-
-class StepOutput(NamedTuple):
-    """What the forward of a step returns; all but the loss is detached."""
-
-    loss: Tensor  # the scalar to differentiate
-    meters: Meters  # means over this rank's images
-    norms: dict[str, Tensor]  # of each of this rank's images
-    logits: Logits
+from ganscale.training.step_terms import (
+    Meters,
+    StepOutput,
+    term_meters,
+    terms_and_loss,
+    with_penalty,
+)
 
 
 class CriticStep(nn.Module):
@@ -74,7 +68,7 @@ class CriticStep(nn.Module):
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
-        self._can_share_forward = _can_share_forward(precision, penalty_precision, compiles)
+        self._can_share_forward = can_share_forward(precision, penalty_precision, compiles)
         self._joins_forwards = joins_forwards
 
     def forward(
@@ -165,12 +159,12 @@ class CriticStep(nn.Module):
         """
         scores = {name: self._objective.penalties[name].patch_score for name in own}
         logits, found = {}, {}
-        is_few = self._joins_forwards and _saves_launches(images["real"])
+        is_few = self._joins_forwards and saves_launches(images["real"])
         if is_few or len(set(own.values())) == len(images):
             both = torch.cat([*images.values()])
             forward = self._forwards.of((*images,), augmentation, slots)
             score_names = {*scores.values()}
-            joint, gradients = self._differentiated(both, _twice(labels), score_names, forward)
+            joint, gradients = self._differentiated(both, twice(labels), score_names, forward)
             logits = dict(zip(images, joint.chunk(2), strict=True))
             for score, gradient in gradients.items():
                 halves = zip(images, gradient.chunk(2), strict=True)
@@ -209,145 +203,6 @@ class CriticStep(nn.Module):
         with autocast(real_images.device, self._precision):
             both = torch.cat([real_images, fake_images])
             forward = self._forwards.of(("real", "fake"), augmentation, slots)
-            logits = forward(self._run_critic, both, _twice(labels))
+            logits = forward(self._run_critic, both, twice(labels))
         real, fake = at_least_float32(logits).chunk(2)
         return {"real": real, "fake": fake}
-
-
-class GeneratorStep(nn.Module):
-    """The generator's objective, through a critic whose weights get no gradient."""
-
-    def __init__(
-        self,
-        generator: nn.Module,
-        critic: nn.Module,
-        objective: Objective,
-        precision: str,
-        compiles: bool = False,
-        joins_forwards: bool = True,
-        pipeline: Pipeline | None = None,
-        seed: int = 0,
-        penalty_precision: str = "float32",
-    ) -> None:
-        """joins_forwards, pipeline, seed: as of `CriticStep`"""
-        super().__init__()
-        self.generator = generator
-        self._forwards = CriticForwards(GENERATOR_STEP, seed, pipeline)
-        self._penalties = objective.generator_penalties
-        self._penalty_precision = penalty_precision
-        self._can_share_forward = _can_share_forward(precision, penalty_precision, compiles)
-        self.loss_terms = objective.loss.generator_terms
-        self.needs_global_batch = objective.loss.needs_global_batch
-        self._run_generator = fast_forward(generator, compiles)
-        # The critic is not a submodule, so that DDP does not synchronize it here.
-        self._run_critic = fast_forward(critic, compiles, is_frozen=True)
-        self._needs_real = objective.loss.generator_needs_real
-        self._precision = precision
-        self._joins_forwards = joins_forwards
-
-    def forward(
-        self,
-        latents: Float[Tensor, "batch latent"] | None,
-        real_images: Float[Tensor, "batch *sample"],
-        labels: Int64[Tensor, " batch"] | None,
-        fake_images: Float[Tensor, "batch *sample"] | None = None,
-        with_real_logits: bool = False,
-        augmentation: dict[str, Drawn] | None = None,
-        gradients: LogitGradients | None = None,
-        micro_batches: int = 1,
-        slots: Int64[Tensor, " batch"] | None = None,
-        path_noise: Float[Tensor, "batch *sample"] | None = None,
-        mean_lengths: Mapping[str, Tensor] | None = None,
-        weights: Mapping[str, float | Tensor] | None = None,
-    ) -> StepOutput:
-        """To be differentiated with respect to the generator's parameters only.
-
-        fake_images: with the generator's graph, in place of latents
-        with_real_logits: also where the loss does not need them (the panel does)
-        slots: for what networks draw; None for those that do not
-        path_noise, mean_lengths: if penalties are due, y, and for each of them the moving average
-            of the lengths
-        weights: as of `CriticStep`
-
-        Penalties use the loss's own forward if they may, as all its images have a path length.
-        """
-        lengths = None
-        if mean_lengths:
-            assert latents is not None
-            assert path_noise is not None
-            precision = self._precision if self._can_share_forward else self._penalty_precision
-            inputs = latents, labels, path_noise, precision
-            with generator_draws(self._forwards.seed, GENERATOR_STEP, slots):
-                images, lengths = images_and_path_lengths(self.generator, *inputs)
-            fake_images = images if self._can_share_forward else None
-        logits = self.logits(
-            latents, real_images, labels, fake_images, with_real_logits, augmentation, slots
-        )
-        terms, loss = terms_and_loss(
-            self.loss_terms, self.needs_global_batch, logits, gradients, micro_batches
-        )
-        meters: Meters = term_meters("generator", terms)
-        norms: dict[str, Tensor] = {}
-        if self._penalties:
-            meters["loss/generator_adversarial"] = loss.detach()
-        for name, penalty in self._penalties.items():
-            term = f"loss/generator_penalty_{name}"
-            if lengths is None or mean_lengths is None or name not in mean_lengths:
-                meters[term] = 0.0  # as in the critic's step
-                continue
-            value = penalty.penalty.value(lengths, mean_lengths[name])
-            loss, meters[term] = with_penalty(loss, value, penalty, (weights or {}).get(name))
-            meters[f"penalty/{name}"] = value.detach()
-            norms[f"penalty/{name}_gradient_norm"] = lengths.detach()
-        meters["loss/generator"] = loss.detach()
-        detached = {kind: each.detach() for kind, each in logits.items()}
-        return StepOutput(loss, meters, norms, detached)
-
-    def logits(
-        self,
-        latents: Tensor | None,
-        real_images: Tensor,
-        labels: Tensor | None,
-        fake_images: Tensor | None = None,
-        with_real_logits: bool = False,
-        augmentation: dict[str, Drawn] | None = None,
-        slots: Tensor | None = None,
-        **_: object,
-    ) -> Logits:
-        """Of fake images, and of real ones where they are needed, in float32 or better."""
-        with autocast(real_images.device, self._precision):
-            if fake_images is None:
-                with generator_draws(self._forwards.seed, GENERATOR_STEP, slots):
-                    fake_images = self._run_generator(latents, labels)
-            # With or without the panel, a step computes the same bits.
-            if self._needs_real and self._joins_forwards and _saves_launches(real_images):
-                both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
-                forward = self._forwards.of(("fake", "real"), augmentation, slots)
-                logits = forward(self._run_critic, both, _twice(labels))
-                fake, real = at_least_float32(logits).chunk(2)
-                return {"fake": fake, "real": real.detach()}
-            forward = self._forwards.of(("fake",), augmentation, slots)
-            fake = forward(self._run_critic, fake_images, labels)
-            logits = {"fake": at_least_float32(fake)}
-            if with_real_logits or self._needs_real:
-                with torch.no_grad():
-                    forward = self._forwards.of(("real",), augmentation, slots)
-                    real = forward(self._run_critic, real_images, labels)
-                    logits["real"] = at_least_float32(real)
-        return logits
-
-
-def _can_share_forward(precision: str, penalty_precision: str, compiles: bool) -> bool:
-    """Whether a penalty may use the loss's forward: compiled code has no second derivatives."""
-    return (precision == "bfloat16") == (penalty_precision == "bfloat16") and not compiles
-
-
-def _saves_launches(images: Tensor) -> bool:
-    """Whether the device would wait longer for the launches of another forward than for computing
-    as much as that of these images."""
-    is_small = images.shape[0] * images.shape[2:].numel() <= _FEW_PIXELS
-    return is_small and not has_cheap_launches(images.device)
-
-
-def _twice(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else torch.cat([labels, labels])
