@@ -52,8 +52,8 @@ def natural_int(text: str) -> int:
 
 
 def resolution(text: str) -> Resolution:
-    """The size in `text`: 64, or 64x128, the height first. Raises ArgumentTypeError if
-    a side is below 1."""
+    """The size in `text`: 64, or 64x128, the height first. Raises ArgumentTypeError if a side is
+    below 1 or there are more than two."""
     sides = [positive_int(side) for side in text.split("x")]
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"'{text}' is not a size, such as 64 or 64x128")
