@@ -11,7 +11,7 @@ from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, decode, image
 from ganscale.data.images.orientation import orientation, turned_upright
 from ganscale.data.images.sixteen_bits import has_few_bits
 from ganscale.errors import UserError
-from ganscale.resolution import Resolution
+from ganscale.resolution import Resolution, as_resolution, height_and_width
 from ganscale.shards.shard_index import is_image
 from ganscale.shards.sources import Source
 
@@ -75,6 +75,8 @@ class Encoding:
             )
         if channels is None:
             channels = 1 if (source.kind, source.path) == ("bundled", "mnist") else 3
+        if resolution is not None:  # as a journal has it, too
+            resolution = as_resolution(*height_and_width(resolution))
         return cls(resolution, channels, image_format, quality)
 
     def encode(self, data: bytes) -> Encoded:

@@ -11,7 +11,7 @@ Common files are decoded on fast paths, all others by Pillow:
 - Plain PNGs by imagecodecs if it is installed (in two thirds of Pillow's time). Else Pillow gets
   only the compressed pixels: for an image of 32 pixels, its own parsing of the file costs more.
 - Resizing is torch's, in 8 bits: a Lanczos filter like Pillow's (no value differs by more than
-  one), in a fifth of the time. Older torch has no such filter: there, it is Pillow's.
+  two), in a fifth of the time. Older torch has no such filter: there, it is Pillow's.
 """
 
 import io
