@@ -5,6 +5,7 @@ in ganscale.
 """
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,8 @@ class PlainLoop:
         self.generator, self.critic = task.generator, task.critic
         self.optimizers: tuple[Any, Any] = task.optimizers()
         self._penalty_in_float32 = penalty_in_float32
-        self._critic_steps = 0
+        self._critic_steps = self._generator_steps = 0
+        self._mean_length = torch.zeros((), device=task.images.device)
         self._clipped = [
             parameter
             for parameter in task.critic.parameters()
@@ -148,10 +150,28 @@ class PlainLoop:
     def update_generator(self, fake: Tensor | None) -> None:
         """fake: with their graph; None to make new ones"""
         self.optimizers[1].zero_grad()
+        path_length = self.objective.generator_penalties.get("path_length")
         with self.autocast():
-            loss = self.generator_loss(self.fakes() if fake is None else fake)
+            if path_length is not None and self._generator_steps % path_length.interval == 0:
+                styles = self.generator.styles(self.task.latents())  # type: ignore[operator]
+                images = self.generator.synthesis(styles)  # type: ignore[operator]
+                value = self.path_length(images, styles, path_length.decay)
+                factor = value_at(path_length.weight, 0) * path_length.interval
+                loss = self.generator_loss(images) + factor * value
+            else:
+                loss = self.generator_loss(self.fakes() if fake is None else fake)
         self.backward_generator(loss)
         self.optimizers[1].step()
+        self._generator_steps += 1
+
+    def path_length(self, fake: Tensor, styles: Tensor, decay: float) -> Tensor:
+        """Karras et al. 2020 (arXiv:1912.04958), equation 4, on the step's own images."""
+        noise = torch.randn_like(fake) / math.sqrt(fake[0, 0].numel())
+        (gradients,) = torch.autograd.grad((fake * noise).sum(), styles, create_graph=True)
+        lengths = gradients.square().sum(2).mean(1).sqrt()
+        penalty = (lengths - self._mean_length).square().mean()
+        self._mean_length = self._mean_length.lerp(lengths.detach().mean(), decay)
+        return penalty
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         real_logits = None
