@@ -1,6 +1,7 @@
 """ganscale's own cycle on one batch in memory, which rivals are compared with."""
 
 import copy
+import math
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -30,8 +31,8 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
     dcgan32, resnet256 or stylegan2-32) and `settings`.
 
     DCGAN has its usual width of 64; ResNet has 32, with which a cycle takes as long; R3GAN and
-    StyleGAN2 those of their presets for 32 pixels. `styles` is a small generator with a path length
-    in each step, and DCGAN's critic.
+    StyleGAN2 those of their presets for 32 pixels. StyleGAN2's R1 is lazy, and then it has path
+    length, too.
     """
     kind, resolution = kind_of(network)
     if kind == "r3gan":
@@ -43,16 +44,13 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
         networks += [f"{role}.target=stylegan2" for role in ROLES]
         networks += [f"{role}.options.widths=[128,64,32,16]" for role in ROLES]
         networks += ["training.total_images=1M"]
-        if objective == "stylegan2":
+        if objective == "r1":  # as published
+            networks += ["objective.penalties.r1.interval=16"]
             networks += ["objective.generator_penalties.path_length={weight: 2, interval: 4}"]
     else:
-        width = {"dcgan": 64, "resnet": 32, "styles": 64}[kind]
+        width = {"dcgan": 64, "resnet": 32}[kind]
         networks = ["resnet32.yaml", "generator.latent_dim=64"]
-        if kind == "styles":
-            networks.append("generator.target=benchmarks.tiny_networks:TinyStyleGenerator")
-            networks += ["critic.target=dcgan", "objective.generator_penalties.path_length=2"]
-        else:
-            networks += [f"{role}.target={kind}" for role in ROLES]
+        networks += [f"{role}.target={kind}" for role in ROLES]
         networks += [f"{role}.options.width={width}" for role in ROLES]
     base, *options = networks
     return resolve(
@@ -65,6 +63,13 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
             *settings,
         ]
     ).config
+
+
+def lazy_cycles(config: Config) -> int:
+    """After how many cycles all lazy penalties have been taken equally often."""
+    objective = config.objective
+    penalties = [*objective.penalties.values(), *objective.generator_penalties.values()]
+    return math.lcm(*(penalty.interval for penalty in penalties))
 
 
 def kind_of(network: str) -> tuple[str, str]:

@@ -39,21 +39,17 @@ from typing import Protocol
 
 import torch
 
-from benchmarks.ours import CONFIGS, Ours, config_of, random_images
+from benchmarks.ours import CONFIGS, Ours, config_of, lazy_cycles, random_images
 from benchmarks.report import Row, report
 from benchmarks.rivals.libraries import Mimicry, NotMeasured, TorchGAN
 from benchmarks.rivals.lightning import LightningLoop
 from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task, UsualLoop
 from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime
-from ganscale.schema import PenaltyConfig
 
 NETWORKS = ("dcgan32", "resnet32", "dcgan64", "resnet64")
-# Networks with the objective that a paper made them for; StyleGAN2's also with R1 in every step
-# instead of in every 16th, and without it.
-STYLEGAN2 = "stylegan2-32"
-OWN_NETWORKS = [("r3gan", "r3gan32")]
-OWN_NETWORKS += [(objective, STYLEGAN2) for objective in ("stylegan2", "r1", "non_saturating")]
+# With the objective that a paper made them for; StyleGAN2's also without its lazy penalties.
+OWN_NETWORKS = [("r3gan", "r3gan32"), ("r1", "stylegan2-32"), ("non_saturating", "stylegan2-32")]
 BFLOAT16 = "training.precision=bfloat16"
 BFLOAT16_THROUGHOUT = (BFLOAT16, "training.penalty_precision=autocast")
 AGAINST_ALL = ("wgan_gp", "non_saturating")
@@ -102,17 +98,13 @@ class Case:
 
     @property
     def cycles(self) -> int:
-        """In a turn, so that each lazy penalty is taken in one of them."""
-        return math.lcm(*(p.interval for p in penalties_of(self.objective, self.network)))
-
-
-def penalties_of(objective: str, network: str = "dcgan32") -> list[PenaltyConfig]:
-    return list(config_of(objective, network, 16).objective.penalties.values())
+        """In a turn."""
+        return lazy_cycles(config_of(self.objective, self.network, 16))
 
 
 def variants_of(objective: str) -> list[Variant]:
     """The precisions, and for the two main objectives also changes of the algorithm."""
-    has_penalty = bool(penalties_of(objective))
+    has_penalty = bool(config_of(objective, "dcgan32", 16).objective.penalties)
     variants = [Variant("f32", ())]
     if not has_penalty:
         variants.append(Variant("bf16", (BFLOAT16,)))

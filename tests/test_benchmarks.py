@@ -201,7 +201,7 @@ def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
     [
         *itertools.product(["wgan_gp", "r1", "r3gan", "dragan"], launches.NETWORKS),
         ("r3gan", "r3gan32"),
-        ("r1", "styles32"),
+        ("r1", "stylegan2-32"),
     ],
 )
 def test_a_cycle_launches_fewer_operators_than_a_plain_loop(objective: str, network: str) -> None:

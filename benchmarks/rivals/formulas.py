@@ -104,12 +104,12 @@ def penalty_of(name: str, logits: Tensor, images: Tensor) -> Tensor:
     return (relu(deviation) if name == "wgan_lp" else deviation).square().mean()
 
 
-def path_length(images: Tensor, styles: Tensor, average: Tensor) -> Tensor:
+def path_length(images: Tensor, styles: Tensor, average: Tensor, decay: float) -> Tensor:
     """Karras et al. 2020 (arXiv:1912.04958), equation 4, as in their code; moves `average`."""
     noise = torch.randn_like(images) / (images.shape[2] * images.shape[3]) ** 0.5
     (gradient,) = torch.autograd.grad((images * noise).sum(), styles, create_graph=True)
     lengths = gradient.square().sum(2).mean(1).sqrt()
-    average.lerp_(lengths.detach().mean(), 0.01)
+    average.lerp_(lengths.detach().mean(), decay)
     return (lengths - average).square().mean()
 
 

@@ -78,8 +78,8 @@ class PlainLoop:
         self.generator, self.critic = task.generator, task.critic
         self.optimizers: tuple[Any, Any] = task.optimizers()
         self._penalty_in_float32 = penalty_in_float32
+        self._critic_steps = self._generator_steps = 0
         self._mean_length = torch.zeros((), device=task.images.device)
-        self._critic_steps = 0
         self._clipped = [
             parameter
             for parameter in task.critic.parameters()
@@ -149,18 +149,19 @@ class PlainLoop:
     def update_generator(self, fake: Tensor | None) -> None:
         """fake: with their graph; None to make new ones"""
         self.optimizers[1].zero_grad()
-        settings, penalties = self.objective.generator_penalties.get("path_length"), []
+        due = self.objective.generator_penalties.get("path_length")
         with self.autocast():
-            if settings is not None:
-                generator: Any = self.generator
-                styles = generator.styles(self.task.latents())
-                fake = images = generator.synthesis(styles)
-                value = path_length(images, styles, self._mean_length)
-                penalties.append(value_at(settings.weight, 0) * value)
-            loss = self.generator_loss(self.fakes() if fake is None else fake)
-            loss = sum(penalties, loss)
+            if due is not None and self._generator_steps % due.interval == 0:
+                styles = self.generator.styles(self.task.latents())  # type: ignore[operator]
+                images = self.generator.synthesis(styles)  # type: ignore[operator]
+                value = path_length(images, styles, self._mean_length, due.decay)
+                factor = value_at(due.weight, 0) * due.interval
+                loss = self.generator_loss(images) + factor * value
+            else:
+                loss = self.generator_loss(self.fakes() if fake is None else fake)
         self.backward_generator(loss)
         self.optimizers[1].step()
+        self._generator_steps += 1
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         real_logits = None

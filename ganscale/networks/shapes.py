@@ -91,8 +91,8 @@ def require_unconditional(num_classes: int, network: str) -> None:
     """Raises UserError if a network that ignores labels is asked to use them."""
     if num_classes > 0:
         raise UserError(
-            f"{network} cannot use the labels of {num_classes} classes: use resnet or r3gan, or "
-            "train without labels"
+            f"{network} cannot use the labels of {num_classes} classes: use resnet, r3gan or "
+            "stylegan2, or train without labels"
         )
 
 

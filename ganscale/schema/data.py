@@ -74,7 +74,8 @@ class GeneratorConfig:
     """The generator network."""
 
     target: str = setting(
-        "Network: mlp, dcgan, resnet, r3gan, or your own as package.module:Class.", is_main=True
+        "Network: mlp, dcgan, resnet, r3gan, stylegan2, or your own as package.module:Class.",
+        is_main=True,
     )
     latent_dim: int = setting("Dimensions of a latent vector.", 128, at_least=1)
     options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
@@ -85,6 +86,7 @@ class CriticConfig:
     """The critic network."""
 
     target: str = setting(
-        "Network: mlp, dcgan, resnet, r3gan, or your own as package.module:Class.", is_main=True
+        "Network: mlp, dcgan, resnet, r3gan, stylegan2, or your own as package.module:Class.",
+        is_main=True,
     )
     options: dict[str, Any] = setting("Keyword arguments of the network, such as width.", dict)
