@@ -40,6 +40,8 @@ class Fingerprint:
         if not math.isfinite(self.scale) or not math.isfinite(other.scale):
             return math.isfinite(self.scale) == math.isfinite(other.scale)
         tolerance = max(_TOLERANCES[self.dtype], _TOLERANCES[other.dtype])
+        if len(self.sums) != len(other.sums):
+            return False
         allowed = tolerance * max(self.scale, other.scale)
         pairs = [*zip(self.sums, other.sums, strict=True), (self.scale, other.scale)]
         return all(abs(first - second) <= allowed for first, second in pairs)
@@ -55,7 +57,7 @@ class Fingerprint:
             found = cls(stored["dtype"], float(stored["scale"]), sums)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{stored!r} is not a network's fingerprint") from error
-        if found.dtype not in _TOLERANCES or len(sums) != _SAMPLES * _WAVES:
+        if found.dtype not in _TOLERANCES or len(sums) % _WAVES or len(sums) < _SAMPLES * _WAVES:
             raise ValueError(f"{stored!r} is not a network's fingerprint")
         return found
 
@@ -75,7 +77,8 @@ def fingerprint(
     """Of a network with inputs of (batch, *input_shape), which is left as it was: a generator in
     evaluation, as it makes samples, a critic in training, as it is always used."""
     first = next(network.parameters())
-    slots = torch.arange(_SAMPLES * batch_group_size(network))
+    group_size = batch_group_size(network)
+    slots = torch.arange(-(-_SAMPLES // group_size) * group_size)
     inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
     inputs = (inputs.tanh() if len(input_shape) > 1 else inputs).to(first.device)  # images, latents
     # Classes from all over their range.
@@ -91,7 +94,7 @@ def fingerprint(
             with drawing(0, ("fingerprint",), slots):
                 outputs = run_network(network, inputs.to(first.dtype), *labels)
     dtype = str(lowest.dtype).removeprefix("torch.")
-    flat = outputs.double().reshape(_SAMPLES, -1)
+    flat = outputs.double().reshape(len(slots), -1)
     positions = torch.arange(flat.shape[1], dtype=torch.float64, device=flat.device)
     # Irrational frequencies, so that no shift or permutation of an image looks the same.
     waves = [torch.cos(positions * math.sqrt(k * k + 1)) for k in range(_WAVES)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ganscale.errors import UserCodeError, UserError
+from ganscale.networks.stylegan2.critic import StyleGAN2Critic
 from ganscale.objectives.objective import build_objective
 from ganscale.schema import (
     Config,
@@ -150,3 +151,26 @@ def test_an_exception_of_the_users_is_kept_as_the_cause():
     with pytest.raises(UserCodeError) as caught:
         built("exception")
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("batch", [4, 8])
+def test_the_trial_of_our_own_networks_computes_no_more_than_a_step(batch, monkeypatch):
+    seen = []
+    forward = StyleGAN2Critic.forward
+
+    def noted(self, images, labels=None):
+        seen.append((len(images), images.dtype))
+        return forward(self, images, labels)
+
+    monkeypatch.setattr(StyleGAN2Critic, "forward", noted)
+    config = Config(
+        data=DataConfig(path="unused", resolution=16),
+        generator=GeneratorConfig("stylegan2", 6, {"widths": 8, "style_dim": 8}),
+        critic=CriticConfig("stylegan2", {"widths": 8, "group_size": 4}),
+        objective=ObjectiveConfig(LossConfig("non_saturating"), {"r1": PenaltyConfig(1.0)}),
+        optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
+        training=TrainingConfig(total_images=100, global_batch_size=batch),
+    )
+    build_networks(config, build_objective(config.objective), 0, torch.device("cpu"))
+    assert {dtype for _, dtype in seen} == {torch.float32}
+    assert max(size for size, _ in seen) == batch  # real and fake images each
