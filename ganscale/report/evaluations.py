@@ -10,7 +10,7 @@ from ganscale.report.run_reader import Run
 from ganscale.secrets import without_secrets
 
 _SHOWN = 200  # characters of one value
-_PARTS = [field.name for field in fields(Identity)]
+_PARTS = [field.name for field in fields(Identity) if field.name != "truncation"]  # runs have none
 
 
 def dependences(runs: Sequence[Run]) -> list[str]:
@@ -86,10 +86,11 @@ def _differences(one: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _text(row: dict[str, Any]) -> str:
-    network, checksum, resize, reference, count, samples = (_value(row, part) for part in _PARTS)
+    part = {name: _value(row, name) for name in _PARTS}
     return (
-        f"Network {network} (sha256 {checksum[:16]}), {resize}; reference {reference}, {count} "
-        f"images; {samples} samples; identity {without_secrets(str(row.get(IDENTITY)))[:_SHOWN]}"
+        f"Network {part['network']} (sha256 {part['checksum'][:16]}), {part['resize']}; "
+        f"reference {part['reference']}, {part['reference_images']} images; {part['samples']} "
+        f"samples; identity {without_secrets(str(row.get(IDENTITY)))[:_SHOWN]}"
     )
 
 
