@@ -133,18 +133,6 @@ def uniform_noise(
     return squares(counter, squares_key(f"{seed}:{purpose}"))
 
 
-def normal_noise(
-    seed: int, purpose: str, positions: Int64[Tensor, " batch"], columns: int
-) -> Float[Tensor, "batch columns"]:
-    """Standard normal float32 by the Box-Muller transform of `uniform_noise`, for many columns;
-    other numbers than `normal`'s."""
-    pairs = -(-columns // 2)
-    first, second = uniform_noise(seed, purpose, positions, 2 * pairs).chunk(2, dim=1)
-    radius = torch.sqrt(-2.0 * torch.log(first + 2**-25))
-    angle = second * (2 * math.pi)
-    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :columns]
-
-
 def squares(
     counter: Int64[Tensor, "*#shape"],
     key: int | Int64[Tensor, "*#shape"],

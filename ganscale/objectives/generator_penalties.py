@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from ganscale.networks.styles import run_styles, run_synthesis
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from ganscale.randomness import normal_noise
+from ganscale.random import drawing, normal_like
 from ganscale.runtime import at_least_float32, autocast
-
-_NOISE = "path length noise"
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,8 @@ def path_noise(
 ) -> Tensor:
     """y for the images of these slots, as `like` in shape and dtype: standard normal numbers over
     sqrt(height width), with which the lengths hardly depend on the resolution."""
-    drawn = normal_noise(seed, _NOISE, slots, like[0].numel())
-    return (drawn * like[0, 0].numel() ** -0.5).to(like.dtype).view(like.shape)
+    with drawing(seed, ("path length",), slots):
+        return normal_like(like, "noise") * like[0, 0].numel() ** -0.5
 
 
 def images_and_path_lengths(

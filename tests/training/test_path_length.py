@@ -23,7 +23,8 @@ from ganscale.config import resolve
 from ganscale.errors import UserError
 from ganscale.objectives.generator_penalties import GeneratorPenalty, images_and_path_lengths
 from ganscale.objectives.objective import build_objective
-from ganscale.randomness import normal, normal_noise
+from ganscale.random import drawing, normal_like
+from ganscale.randomness import normal
 from ganscale.runtime import Runtime
 from ganscale.schedules import Schedule
 from ganscale.schema import Config, GeneratorConfig, GeneratorPenaltyConfig
@@ -77,8 +78,8 @@ class WrittenOut:
         adversarial = formulas.LOSSES["non_saturating"].generator(scores, None)
         loss, parts = adversarial, {"adversarial": adversarial.item()}
         if step % INTERVAL == 0:
-            noise = normal_noise(seed, "path length noise", batch.slots, 2 * 8 * 8).double()
-            noise = noise.view(-1, 2, 8, 8) / (8 * 8) ** 0.5
+            with drawing(seed, ("path length",), batch.slots):
+                noise = normal_like(torch.zeros(8, 2, 8, 8).double(), "noise") / 8
             lengths = torch.stack(
                 [self.length(generator, *one) for one in zip(latents, labels, noise, strict=True)]
             )
