@@ -102,9 +102,21 @@ def concatenated_batches(count: int) -> Iterator[None]:
 def can_concatenate_batches(network: nn.Module) -> bool:
     """Whether `concatenated_batches` is correct for the network: its class promises by
     `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms only, draws
-    no random numbers and changes no other buffers."""
+    nothing but through `ganscale.random` and changes no other buffers."""
     # Not inherited: a base class cannot promise this for what a subclass adds.
     return vars(type(network)).get("mixes_images_in_batch_norm_only", False)
+
+
+@contextmanager
+def batch_norms_in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Within, they use their running statistics, and do not change them."""
+    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.eval()
+    yield
+    for norm, mode in zip(norms, modes, strict=True):
+        norm.train(mode)
 
 
 class _BatchNormFunction(torch.autograd.Function):
@@ -233,3 +245,7 @@ class ConditionalBatchNorm2d(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         gain, bias = (table(labels)[:, :, None, None] for table in (self.gain, self.bias))
         return torch.addcmul(bias, self.normalize(images), gain).to(images.dtype)
+
+
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBatchNorm2d
+"""All layers that tie the images of a batch together."""

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from ganscale.errors import GanscaleError, UserCodeError, UserError
 from ganscale.importing import describe
 from ganscale.networks.batch_groups import batch_group_size
-from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
+from ganscale.networks.normalization import BATCH_NORMS
 from ganscale.runtime import is_of_machine
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBatchNorm2d)
 
 
 def check_has_styles(generator: nn.Module, what: str) -> None:
@@ -43,7 +41,7 @@ def check_has_own_gradients(generator: nn.Module, what: str) -> None:
             f"at groups of {size} images (its `batch_group_size`)"
         )
     for name, module in generator.named_modules():
-        if isinstance(module, _BATCH_NORMS):
+        if isinstance(module, BATCH_NORMS):
             raise UserError(
                 f"{what} needs the derivative of each image by its own styles, but the generator's "
                 f"layer `{name}` is a batch norm, which ties the images of a batch together: use "

@@ -9,10 +9,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ganscale.errors import UserError
 from ganscale.evaluation.sample_grids import INTERPOLATION_STEPS
 from ganscale.networks.batch_groups import batch_group_size, check_whole_groups
-from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
+from ganscale.networks.normalization import BATCH_NORMS
 from ganscale.schema import Config, TrainingConfig
-
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, GlobalBatchNorm, ConditionalBatchNorm2d)
 
 
 def check_batch_divides(
@@ -106,7 +104,7 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
                     f"the {network}'s layer `{name}` has a max_norm, with which a forward changes "
                     "the weights that its batch needs: set it to None"
                 )
-            if network == "critic" and isinstance(module, _BATCH_NORMS):
+            if network == "critic" and isinstance(module, BATCH_NORMS):
                 raise UserError(
                     f"the critic's layer `{name}` is a batch norm, which ties the samples of a "
                     "batch together and differs between ranks: use layer, group or instance norm, "

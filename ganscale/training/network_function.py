@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from ganscale.errors import UserError
 from ganscale.networks.batch_groups import MinibatchStdDev, batch_group_size
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
-from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import twice_differentiable_attention
 from ganscale.random import drawing
@@ -327,17 +326,6 @@ def refuse_change(subject: Subject, change: str | None) -> None:
 def is_close(subject: Subject, first: Tensor, second: Tensor, scale: float | None = None) -> bool:
     scale = float(second.abs().max()) if scale is None else scale
     return bool((first - second).abs().max() <= _TOLERANCES[subject.lowest] * scale)
-
-
-@contextmanager
-def batch_norms_in_evaluation(network: nn.Module) -> Iterator[None]:
-    norms = [module for module in network.modules() if isinstance(module, GlobalBatchNorm)]
-    modes = [norm.training for norm in norms]
-    for norm in norms:
-        norm.eval()
-    yield
-    for norm, mode in zip(norms, modes, strict=True):
-        norm.train(mode)
 
 
 @contextmanager

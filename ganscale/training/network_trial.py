@@ -18,6 +18,7 @@ from ganscale.importing import describe, users_line
 from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.build import NETWORKS
 from ganscale.networks.forward import default_dtype, update_spectral_norms
+from ganscale.networks.normalization import batch_norms_in_evaluation
 from ganscale.objectives.generator_penalties import path_noise
 from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
@@ -30,7 +31,6 @@ from ganscale.training.hidden_state import HiddenState, seeded
 from ganscale.training.network_function import (
     GROUPS,
     Subject,
-    batch_norms_in_evaluation,
     check_function,
     check_second_derivatives,
     refuse_change,
