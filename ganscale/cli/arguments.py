@@ -1,6 +1,7 @@
 """How the command line is read, for all commands."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,14 @@ def natural_int(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def finite_float(text: str) -> float:
+    """The number in `text`. Raises ArgumentTypeError for NaN and infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{value} is not finite")
     return value
 
 

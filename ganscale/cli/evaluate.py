@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ganscale.cli.arguments import ALLOW_CHANGED_CODE, TRUNCATION, natural_int, positive_int
+from ganscale.cli.arguments import (
+    ALLOW_CHANGED_CODE,
+    TRUNCATION,
+    finite_float,
+    natural_int,
+    positive_int,
+)
 from ganscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add("--batch-size", metavar="N", type=positive_int, help="images per forward")
     add("--seed", type=int, help="of the latents (default: the run's)")
-    add("--truncation", type=float, default=1.0, metavar="PSI", help=TRUNCATION)
+    add("--truncation", type=finite_float, default=1.0, metavar="PSI", help=TRUNCATION)
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
     add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)
     add("--json", action="store_true", help="print JSON in place of a table")

@@ -5,7 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
-from ganscale.cli.arguments import ALLOW_CHANGED_CODE, TRUNCATION, positive_int
+from ganscale.cli.arguments import ALLOW_CHANGED_CODE, TRUNCATION, finite_float, positive_int
 from ganscale.cli.checkpoint import select_checkpoint
 from ganscale.errors import OutOfMemoryError, UserError, is_out_of_memory
 from ganscale.run_folder import RunFolder
@@ -28,7 +28,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add("--checkpoint", metavar="NAME", help="such as images-000200000 (default: the newest)")
     add("--columns", type=positive_int, help="columns of the grid (default: as many as rows)")
     add("--class", dest="label", type=int, metavar="N", help="class (default: all in turn)")
-    add("--truncation", type=float, default=1.0, metavar="PSI", help=TRUNCATION)
+    add("--truncation", type=finite_float, default=1.0, metavar="PSI", help=TRUNCATION)
     add("--interpolate", action="store_true", help="interpolate two latents in each row")
     add("--weights", choices=("ema", "generator"), default="ema", help="ema (default) or non-EMA")
     add("--allow-changed-code", action="store_true", help=ALLOW_CHANGED_CODE)

@@ -156,6 +156,16 @@ def test_a_truncation_that_is_not_a_finite_number_ends_with_a_sentence(
     assert not (tmp_path / "x.png").exists()
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "half"])
+def test_such_a_truncation_is_refused_before_an_evaluation_reads_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(tmp_path / "nowhere"), "--truncation", value])
+    assert ended.value.code == 2
+    assert "argument --truncation: " in capsys.readouterr().err
+
+
 def test_the_digits_of_figures_without_truncation_are_as_they_were():
     fields = "inception", "ab", "none", "data", 9, 50_000
     expected = hashlib.sha256(repr(fields).encode()).hexdigest()[:8]
