@@ -12,17 +12,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ganscale.errors import UserError
+from ganscale.errors import UserCodeError, UserError
+from ganscale.importing import describe
 from ganscale.runtime import at_least_float32
 
 
 def batch_group_size(*networks: nn.Module) -> int:
     """The least common multiple of the group sizes that modules of these networks declare, 1 where
-    none does. Raises UserError for a size that is not a positive int."""
+    none does. Raises UserError for a size that is not a positive int, or that fails to be read."""
     sizes = [1]
     for network in networks:
         for module in network.modules():
-            size = getattr(module, "batch_group_size", 1)
+            try:
+                size = getattr(module, "batch_group_size", 1)
+            except Exception as error:
+                message = f"`batch_group_size` of {type(module).__name__} fails: {describe(error)}"
+                raise UserCodeError(message) from error
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 kind, shown = type(module).__name__, f"{size!r:.60}"
                 raise UserError(f"`batch_group_size` of {kind} must be a positive int, not {shown}")

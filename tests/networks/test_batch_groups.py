@@ -30,6 +30,16 @@ def test_a_declared_size_that_is_not_a_positive_int_is_refused(size):
         batch_group_size(declaring(4, size))
 
 
+def test_a_declaration_that_fails_is_the_users_error_and_says_where():
+    class Failing(nn.Module):
+        @property
+        def batch_group_size(self) -> int:
+            return [1, 2][2]
+
+    with pytest.raises(UserError, match=r"`batch_group_size` of Failing fails: IndexError.*\.py:"):
+        batch_group_size(nn.Sequential(Failing()))
+
+
 def deviations(images: Tensor, group_size: int, features: int) -> Tensor:
     """Equation by equation: (batch, features)"""
     batch, channels, height, width = images.shape
