@@ -56,7 +56,10 @@ def uniform_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
 def bernoulli_like(
     x: Tensor, name: str, probability: float | Tensor
 ) -> Float[Tensor, "batch *shape"]:
-    """1 with this probability, else 0; else as `normal_like`."""
+    """1 with this probability, else 0; else as `normal_like`. Raises UserError for a number that is
+    not a probability, too."""
+    if not isinstance(probability, Tensor) and not 0 <= probability <= 1:
+        raise UserError(f"{name!r} is drawn with a probability of {probability}: it must be 0 to 1")
     return (_draw(x, name, False) < probability).to(x.dtype)
 
 
@@ -116,7 +119,7 @@ class _Forward:
         if request.name in self._drawn:
             raise UserError(
                 f"a forward draws {request.name!r} twice, which would be the same numbers: give "
-                f"each draw a name of its own, such as {request.name + '/2'!r}"
+                f"each draw a name of its own, such as {f'{request.name}/2'!r}"
             )
         if request not in self._made:
             together = [request]

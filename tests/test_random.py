@@ -267,6 +267,11 @@ def test_misuse_gets_one_sentence():
             normal_like(x.sum(), "one")
         with pytest.raises(UserError, match=r"'whole' is drawn like a tensor of torch.int64"):
             uniform_like(x.long(), "whole")
+        for probability in (-0.1, 1.5, float("nan")):
+            with pytest.raises(
+                UserError, match=f"'kept' is drawn with .* {probability}: .* 0 to 1"
+            ):
+                bernoulli_like(x, "kept", probability)
 
 
 def test_an_unfinished_forward_leaves_nothing_behind():
