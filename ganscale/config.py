@@ -297,7 +297,8 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.accumulate", f"must divide the global batch of {batch}, not {micro_batches}"
     if config.training.reuse_fakes and micro_batches > 1:
         yield "training.reuse_fakes", "must be false with training.accumulate above 1"
-    if config.training.reuse_fakes and config.objective.generator_penalties:
+    penalties = config.objective.generator_penalties.values()
+    if config.training.reuse_fakes and any(max(ends(each.weight)) > 0 for each in penalties):
         yield "training.reuse_fakes", "must be false with objective.generator_penalties"
     if config.training.reuse_fakes and config.training.generator_real == "fresh":
         yield "training.reuse_fakes", "must be false with training.generator_real=fresh"

@@ -312,6 +312,11 @@ def test_a_penalty_of_weight_zero_needs_nothing(kind):
     build(kind, {"path_length": GeneratorPenaltyConfig(0.0)})
 
 
+def test_fakes_may_be_reused_beside_a_penalty_of_weight_zero():
+    settings = ["objective.generator_penalties.path_length=0", "training.reuse_fakes=true"]
+    resolve([*TINY, "data.path=x", *settings])
+
+
 def constant_length() -> GeneratorPenalty:
     return GeneratorPenalty(lambda lengths, _: (lengths - 1).square().mean())
 
