@@ -120,14 +120,9 @@ class CriticStep(nn.Module):
                 with section("penalty"):
                     gradient = found.get(name)
                     if gradient is None:
-                        # Points between images, or around them, have draws of their own.
                         kind = next((k for k, each in both.items() if each is images), None)
-                        forward = self._forwards.of(
-                            (kind or "real",), augmentation, slots, (kind or f"penalty {name}",)
-                        )
-                        critic = partial(forward, self._run_plain_critic)
-                        score = self._penalty_precision, penalty.patch_score
-                        gradient = input_gradients(critic, images, labels, *score)
+                        inputs = images, labels, augmentation, slots
+                        gradient = self._gradient_by_itself(name, kind, *inputs)
                     value, lengths = penalty.penalty.value_and_norms(gradient)
                 weighted = with_penalty(loss, value, penalty, (weights or {}).get(name))
                 loss, meters[f"loss/penalty_{name}"] = weighted
@@ -135,6 +130,26 @@ class CriticStep(nn.Module):
                 gradient_norms[f"penalty/{name}_gradient_norm"] = lengths
         meters["loss/critic"] = loss.detach()
         return StepOutput(loss, meters, gradient_norms, detached)
+
+    def _gradient_by_itself(
+        self,
+        name: str,
+        kind: str | None,
+        images: Tensor,
+        labels: Tensor | None,
+        augmentation: dict[str, Drawn] | None,
+        slots: Tensor | None,
+    ) -> Tensor:
+        """Of the penalty `name`, from a forward of its own.
+
+        kind: of the images; None for points between images, or around them, which have draws of
+            their own
+        """
+        drawn_as = (kind or f"penalty {name}",)
+        forward = self._forwards.of((kind or "real",), augmentation, slots, drawn_as)
+        critic = partial(forward, self._run_plain_critic)
+        score = self._penalty_precision, self._objective.penalties[name].patch_score
+        return input_gradients(critic, images, labels, *score)
 
     def _penalties_at(self, images: dict[str, Tensor], points: dict[str, Tensor]) -> dict[str, str]:
         """For each penalty that is due at these images themselves, which of them: as a penalty in
