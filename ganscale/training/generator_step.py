@@ -39,13 +39,13 @@ class GeneratorStep(nn.Module):
         critic: nn.Module,
         objective: Objective,
         precision: str,
+        penalty_precision: str = "float32",
         compiles: bool = False,
         joins_forwards: bool = True,
         pipeline: Pipeline | None = None,
         seed: int = 0,
-        penalty_precision: str = "float32",
     ) -> None:
-        """joins_forwards, pipeline, seed: as of `CriticStep`"""
+        """From `precision` on as of `CriticStep`."""
         super().__init__()
         self.generator = generator
         self._forwards = CriticForwards(GENERATOR_STEP, seed, pipeline)

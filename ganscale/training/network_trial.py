@@ -35,7 +35,7 @@ from ganscale.training.network_function import (
     check_second_derivatives,
     refuse_change,
 )
-from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
+from ganscale.training.step_forwards import CRITIC_STEP, generator_draws, precisions
 from ganscale.training.step_terms import StepOutput
 from ganscale.training.style_trial import (
     check_forward_is_synthesis,
@@ -153,16 +153,9 @@ def _check_outputs(generator: Subject, critic: Subject, shape: tuple[int, int, i
 def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Objective) -> None:
     """A critic step with all penalties and a generator step, forwards and backwards."""
     training, labels, images = config.training, critic.labels, critic.inputs
-    is_autocast = training.penalty_precision == "autocast"
-    penalty_precision = training.precision if is_autocast else "float32"
-    critic_step = CriticStep(critic.network, objective, training.precision, penalty_precision)
-    generator_step = GeneratorStep(
-        generator.network,
-        critic.network,
-        objective,
-        training.precision,
-        penalty_precision=penalty_precision,
-    )
+    of_both = objective, *precisions(training)
+    critic_step = CriticStep(critic.network, *of_both)
+    generator_step = GeneratorStep(generator.network, critic.network, *of_both)
     slots = critic.slots
     penalties, zero = objective.generator_penalties, torch.zeros((), device=images.device)
     of_penalties = {

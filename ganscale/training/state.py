@@ -28,6 +28,7 @@ from ganscale.training.invariance_checks import check_groups
 from ganscale.training.mean_lengths import MeanLengths
 from ganscale.training.network_setup import build_networks
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
+from ganscale.training.step_forwards import precisions
 
 Files = dict[str, dict[str, torch.Tensor]]
 
@@ -84,34 +85,18 @@ class TrainingState:
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.non_finite_guard = NonFiniteGuard(runtime.device)
         self.augmentation = Augmentation(config, objective, runtime)
-        pipeline = self.augmentation.pipeline
-        precision, compiles = config.training.precision, config.training.compile
-        is_autocast = config.training.penalty_precision == "autocast"
-        penalty_precision = precision if is_autocast else "float32"
         self.group_size = batch_group_size(self.generator, self.critic)
         shared = config.training, runtime, self.non_finite_guard, self.group_size
-        forwards: dict[str, Any] = {"pipeline": pipeline, "seed": config.seed}
+        of_steps = objective, *precisions(config.training), config.training.compile
+        draws: dict[str, Any] = {"pipeline": self.augmentation.pipeline, "seed": config.seed}
+        critic_step = CriticStep(self.critic, *of_steps, **draws)
+        generator_step = GeneratorStep(self.generator, self.critic, *of_steps, **draws)
+        optimizers = config.optimizer
         self.critic_updater = NetworkUpdater(
-            "critic",
-            CriticStep(self.critic, objective, precision, penalty_precision, compiles, **forwards),
-            self.critic,
-            config.optimizer.critic,
-            *shared,
+            "critic", critic_step, self.critic, optimizers.critic, *shared
         )
         self.generator_updater = NetworkUpdater(
-            "generator",
-            GeneratorStep(
-                self.generator,
-                self.critic,
-                objective,
-                precision,
-                compiles,
-                penalty_precision=penalty_precision,
-                **forwards,
-            ),
-            self.generator,
-            config.optimizer.generator,
-            *shared,
+            "generator", generator_step, self.generator, optimizers.generator, *shared
         )
         self.updaters = self.critic_updater, self.generator_updater
         self.mean_lengths = MeanLengths(

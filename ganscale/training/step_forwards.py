@@ -10,6 +10,7 @@ from torch import Tensor
 from ganscale.augmentation.transformations import Drawn, Pipeline
 from ganscale.random import drawing
 from ganscale.runtime import has_cheap_launches
+from ganscale.schema import TrainingConfig
 
 Critic = Callable[[Tensor, Tensor | None], Tensor]
 Forward = Callable[[Critic, Tensor, Tensor | None], Tensor]
@@ -62,6 +63,12 @@ class CriticForwards:
                 return critic(images, labels)
 
         return forward
+
+
+def precisions(training: TrainingConfig) -> tuple[str, str]:
+    """(of the steps, of their penalties)"""
+    is_autocast = training.penalty_precision == "autocast"
+    return training.precision, training.precision if is_autocast else "float32"
 
 
 def can_share_forward(precision: str, penalty_precision: str, compiles: bool) -> bool:
