@@ -104,7 +104,8 @@ class _LinearMap(Function):
         ctx.set_materialize_grads(False)
         is_slow = maps.dtype == torch.bfloat16 and has_cheap_launches(maps.device)
         if is_transposed and filter.stride == 2 and is_slow:
-            return _interleaved(maps, filter)
+            # `data`, since autograd forbids changes in place of a view that a Function returns.
+            return _interleaved(maps, filter).data
         return _depthwise(maps, filter, is_transposed)
 
     @staticmethod

@@ -91,6 +91,18 @@ def test_gradients_in_bfloat16_are_those_in_float64(case, layout) -> None:
     torch.testing.assert_close(*found, rtol=0.03, atol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_layer_returns_may_be_changed_in_place(case, dtype, layout) -> None:
+    """As the residual generator of StyleGAN2 does."""
+    layer = case[0]
+    maps = torch.randn(2, 3, 4, 6).contiguous(memory_format=layout).to(dtype).requires_grad_()
+    loss = layer(maps).add_(1).sum()
+    (gradient,) = torch.autograd.grad(loss, maps)
+    (expected,) = torch.autograd.grad(layer(maps).sum(), maps)
+    assert torch.equal(gradient, expected)
+
+
 COMPILED = """
 import torch
 from ganscale.networks.fir_resampling import Blur, FIRDownsample, FIRUpsample
