@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ganscale.errors import UserError
 from ganscale.random import bernoulli_like, drawing, normal_like
 
+EVALUATION_NOISES = "random", "fixed", "off"
+
 
 class RandomLayer(nn.Module):
     """name: of what it draws, which no other layer of the network may have; None: its path"""
@@ -64,6 +66,19 @@ class Dropout(RandomLayer):
         return x * (kept * (1 / (1 - self.p)))
 
 
+def noise_like(
+    maps: Float[Tensor, "batch channels *size"], name: str, is_training: bool, evaluation: str
+) -> Float[Tensor, "images 1 *size"] | None:
+    """A map of normal noise for each image; in evaluation, this ("random"), one for all images
+    ("fixed") or None ("off")."""
+    if is_training or evaluation == "random":
+        return normal_like(maps[:, :1], name)
+    if evaluation == "off":
+        return None
+    with drawing(0, ("fixed noise",), torch.zeros(1, dtype=torch.int64)):
+        return normal_like(maps[:1, :1], name)
+
+
 class NoiseInjection(RandomLayer):
     """Adds one map of normal noise, times a learned strength that starts at zero.
 
@@ -86,19 +101,15 @@ class NoiseInjection(RandomLayer):
         """
         super().__init__(name)
         self.strength = nn.Parameter(torch.zeros(channels))
-        if evaluation not in ("random", "fixed", "off"):
+        if evaluation not in EVALUATION_NOISES:
             raise UserError(f"noise in evaluation is random, fixed or off, not {evaluation!r}")
         self.evaluation = evaluation
 
     def forward(
         self, maps: Float[Tensor, "batch channels *size"]
     ) -> Float[Tensor, "batch channels *size"]:
-        if not self.training and self.evaluation == "off":
+        noise = noise_like(maps, self.name_of_draw(), self.training, self.evaluation)
+        if noise is None:
             return maps
-        if not self.training and self.evaluation == "fixed":
-            with drawing(0, ("fixed noise",), torch.zeros(1, dtype=torch.int64)):
-                noise = normal_like(maps[:1, :1], self.name_of_draw())
-        else:
-            noise = normal_like(maps[:, :1], self.name_of_draw())
         strength = self.strength.view(-1, *[1] * (maps.ndim - 2))
         return torch.addcmul(maps, noise, strength.to(maps.dtype))

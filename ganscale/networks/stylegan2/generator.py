@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.networks.fir_resampling import FIRUpsample
+from ganscale.networks.random_layers import EVALUATION_NOISES
 from ganscale.networks.shapes import require_positive
 from ganscale.networks.stylegan2.equalized import ACTIVATION_GAIN, EqualizedConv2d
 from ganscale.networks.stylegan2.mapping import Mapping
 from ganscale.networks.stylegan2.modulation import (
-    EVALUATION_NOISES,
     LayerSettings,
     Scales,
     StyledConv2d,

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ganscale.networks.fir_resampling import Blur
+from ganscale.networks.random_layers import noise_like
 from ganscale.networks.stylegan2.equalized import EqualizedLinear, activate
-from ganscale.random import normal_like
-from ganscale.randomness import normal
 
-EVALUATION_NOISES = "random", "fixed", "off"
 _EPSILON = 1e-8
 
 
@@ -27,7 +25,7 @@ class LayerSettings(NamedTuple):
     """Of the convolutions at one resolution.
 
     size: of their outputs, (height, width)
-    evaluation_noise: one of `EVALUATION_NOISES`
+    evaluation_noise: one of `random_layers.EVALUATION_NOISES`
     """
 
     style_dim: int
@@ -70,12 +68,6 @@ class StyledConv2d(nn.Module):
         self._gain, self._evaluation_noise = gain, layers.evaluation_noise
         height, width = layers.size
         self._noise_name = f"noise/{height}x{width}{'/up' if is_upsampling else ''}"
-        self.fixed_noise: Tensor
-        if layers.evaluation_noise == "fixed":
-            position = torch.zeros(1, dtype=torch.int64, device="cpu")
-            noise = normal(0, self._noise_name, position, height * width)
-            noise = noise.view(1, 1, height, width).to(self.bias.device)
-            self.register_buffer("fixed_noise", noise, persistent=False)
 
     def scales(self, style: Float[Tensor, "batch style_dim"]) -> Scales:
         of_inputs = self.affine(style)
@@ -94,14 +86,10 @@ class StyledConv2d(nn.Module):
             maps = self.blur(F.conv_transpose2d(maps, self.weight, stride=2))
         bias = _per_channel(self.bias, maps)
         maps = torch.addcmul(bias, maps, _per_channel(scales.of_outputs, maps))
-        if (noise := self._noise(maps[:, :1])) is not None:
+        noise = noise_like(maps, self._noise_name, self.training, self._evaluation_noise)
+        if noise is not None:
             maps.add_(noise * self.noise_strength)
         return activate(maps)
-
-    def _noise(self, maps: Float[Tensor, "batch 1 height width"]) -> Tensor | None:
-        if self.training or self._evaluation_noise == "random":
-            return normal_like(maps, self._noise_name)
-        return self.fixed_noise.to(maps.dtype) if self._evaluation_noise == "fixed" else None
 
 
 class ToRGB(nn.Module):
