@@ -264,19 +264,19 @@ def test_a_generators_chunk_holds_whole_groups_of_a_size_that_16_does_not_divide
     assert seen == [18, 18]
 
 
-def test_a_fingerprint_is_of_four_groups_and_sees_a_change_of_what_they_do() -> None:
+def test_a_fingerprint_is_of_whole_groups_and_sees_a_change_of_what_they_do() -> None:
     seen: list[int] = []
 
     def of(critic: nn.Module, classes: int = 0) -> Any:
         critic.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
         return fingerprint(critic, (3, 4, 4), classes, is_critic=True)
 
-    alone, pairs, same, fours = (of(critic_of_groups(size)) for size in (1, 2, 2, 4))
-    assert seen == [4, 8, 8, 16]
-    assert len({len(each.sums) for each in (alone, pairs, fours)}) == 1
+    alone, pairs, same, fours, threes = (of(critic_of_groups(n)) for n in (1, 2, 2, 4, 3))
+    assert seen == [4, 4, 4, 4, 6]
     assert pairs.is_close(same)
     assert not pairs.is_close(alone)
     assert not pairs.is_close(fours)
+    assert not pairs.is_close(threes)
 
 
 def state_of_groups(config: Config, runtime: Runtime) -> TrainingState:
