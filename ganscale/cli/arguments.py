@@ -40,7 +40,7 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, []
 
 
-TRUNCATION = "pull styles towards their mean, which is 0; 1, the default, leaves them as they are"
+TRUNCATION = "truncation psi of StyleGAN: 1 (default) changes nothing, 0 gives the mean image"
 ALLOW_CHANGED_CODE = "use the weights although the network's code has changed since"
 
 

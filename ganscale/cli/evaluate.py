@@ -39,7 +39,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="such as images-000200000, or `all` (default: the newest)",
     )
     add("--metrics", metavar="NAME,...", help="such as fd,kid,precision,recall")
-    add("--network", metavar="NAME", help="inception, dinov2, efficientnet_lite0 or package:Class")
+    add(
+        "--network",
+        metavar="NAME",
+        help="inception, dinov2, efficientnet_lite0 or package.module:Class",
+    )
     add("--option", metavar="KEY=VALUE", action="append", help="of the network, such as path=FILE")
     add("--samples", metavar="N", type=positive_int, help="generated images, or files, to judge")
     add("--reference", metavar="DATA|NPZ", help="a data set, or a file of mu and sigma")

@@ -30,7 +30,10 @@ class DataConfig:
         "Folder for copies of remote shards, shared by all runs of a machine.", "~/.cache/ganscale"
     )
     cache_gib: float = setting(
-        "Its size. If full, the least recently used shards are deleted.", 100.0, unit="GiB", above=0
+        "Size of this folder. If full, the least recently used shards are deleted.",
+        100.0,
+        unit="GiB",
+        above=0,
     )
     retry_seconds: float = setting(
         "How long to retry failing I/O, then exit with code 75.", 300.0, unit="seconds", at_least=0

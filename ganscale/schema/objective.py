@@ -36,8 +36,8 @@ class PenaltyConfig:
 
 @dataclass
 class GeneratorPenaltyConfig:
-    """A penalty of the generator, on how its images follow its styles; NAME is path_length, or your
-    own as package.module:function."""
+    """A penalty of the generator on how its images change with its styles; NAME is path_length
+    (path length regularization) or your own as package.module:function."""
 
     weight: FloatOrSchedule = setting(
         "Factor of the penalty in the generator's loss; 2 in StyleGAN2.", at_least=0, is_main=True
@@ -46,7 +46,7 @@ class GeneratorPenaltyConfig:
         "Apply it every n generator steps, at n times its weight; 4 in StyleGAN2.", 1, at_least=1
     )
     decay: float = setting(
-        "Share of a step in the moving average of the lengths.", 0.01, above=0, at_most=1
+        "Weight of a new mean in the moving average of the lengths.", 0.01, above=0, at_most=1
     )
 
 
