@@ -51,7 +51,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--reference-images",
         metavar="N",
         type=natural_int,
-        help="use so many images of it (0: all)",
+        help="images of the reference to use (0: all)",
     )
     add("--batch-size", metavar="N", type=positive_int, help="images per forward")
     add("--seed", type=int, help="of the latents (default: the run's)")

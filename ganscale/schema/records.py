@@ -80,7 +80,7 @@ class EvaluationConfig:
         "",
     )
     reference_images: int = setting(
-        "Use so many images of it, chosen at random; 0: all.", 0, unit="images", at_least=0
+        "Images of the reference to use, chosen at random; 0: all.", 0, unit="images", at_least=0
     )
     batch_size: int = setting(
         "Images per forward of the generator and the network, on every number of ranks.",
