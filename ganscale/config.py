@@ -248,7 +248,7 @@ def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]
     for key, mistake in read_numbers(config):
         raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     for key, mistake in chain(
-        _not_finite(plain(config), ""), _mistakes(config, ""), _combination_mistakes(config)
+        _not_finite(plain(config), ""), _mistakes(config, ""), _combination_mistakes(config, origin)
     ):
         raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     return config
@@ -285,7 +285,7 @@ def _mistakes(section: Any, prefix: str) -> Iterator[tuple[str, str]]:
             yield from _mistakes(value, key + ".")
 
 
-def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
+def _combination_mistakes(config: Config, origin: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """(key, what is wrong) for values that are valid alone but not together."""
     for network in ("critic", "generator"):
         betas = getattr(config.optimizer, network).betas
@@ -309,7 +309,8 @@ def _combination_mistakes(config: Config) -> Iterator[tuple[str, str]]:
     is_given = max(ends(probability)) > 0 or is_adaptive
     if augmentation.pipeline != "none" and not is_given:
         yield "augmentation.probability", "must be above 0 unless `augmentation.adaptive` is given"
-    if augmentation.pipeline == "none" and (is_given or augmentation.strengths):
+    is_unnamed = augmentation.pipeline == "none" and "augmentation.pipeline" not in origin
+    if is_unnamed and (is_given or augmentation.strengths):
         yield "augmentation.pipeline", "must be ada or diffaugment with other settings beside it"
 
 

@@ -23,6 +23,7 @@ from ganscale.objectives.penalties import PENALTIES
 from ganscale.schema import Config, PenaltyConfig
 from ganscale.setting import settings_of, types_of
 from ganscale.settings_reference import annotated_yaml, reference
+from ganscale.training.augmentation import run_pipeline
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -603,6 +604,15 @@ def test_an_included_file_that_is_missing_is_named_with_the_file_that_includes_i
     assert folder.mistake("include: [parts/none.yaml]") == (
         f"{folder.path}/mine.yaml includes {folder.path}/parts/none.yaml: no such config file"
     )
+
+
+def test_a_pipeline_that_is_named_none_turns_off_the_augmentation_of_a_file_before_it(folder):
+    ada = str(REPOSITORY / "configs" / "augmentation" / "ada.yaml")
+    demo = str(REPOSITORY / "configs" / "demo.yaml")
+    resolved = resolve([demo, ada, "augmentation.pipeline=none"]).config
+    assert (resolved.augmentation.pipeline, run_pipeline(resolved)) == ("none", None)
+    with pytest.raises(UserError, match="`augmentation.pipeline` must be ada or diffaugment"):
+        resolve([demo, "augmentation.probability=0.5"])
 
 
 def test_a_ready_config_is_found_by_name_where_no_file_has_it(folder, monkeypatch):

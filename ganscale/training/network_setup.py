@@ -19,17 +19,17 @@ from ganscale.run_folder import RunFolder
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.training.hidden_state import seeded
-from ganscale.training.invariance_checks import check_layers
+from ganscale.training.invariance_checks import check_groups, check_layers
 from ganscale.training.network_trial import try_networks
 from ganscale.training.style_trial import check_penalized_layers
 
 
 def build_networks(
-    config: Config, objective: Objective, num_classes: int, device: torch.device
+    config: Config, objective: Objective, num_classes: int, device: torch.device, ranks: int = 1
 ) -> tuple[nn.Module, nn.Module]:
     """(generator, critic), with the same weights on every rank; on the CPU, in float32.
 
-    device: where they will be trained, and are tried
+    device: where they will be trained, and are tried; ranks: on how many
 
     Raises UserError for networks that cannot be built, do not fit the data or each other, or with
     which a run would depend on its cluster.
@@ -43,7 +43,8 @@ def build_networks(
                 f"{getattr(config, role).target} must draw from the default generators of torch, "
                 "Python's random or numpy.random only, and keep nothing between two calls"
             )
-    try_networks(*others, config, objective, num_classes, device)
+    check_groups(config, *networks, ranks)
+    try_networks(*others, config, objective, num_classes, device, ranks)
     return networks
 
 

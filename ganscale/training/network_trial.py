@@ -22,8 +22,8 @@ from ganscale.networks.normalization import batch_norms_in_evaluation
 from ganscale.objectives.generator_penalties import path_noise
 from ganscale.objectives.objective import Objective, scheduled_weights
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
-from ganscale.runtime import autocast, get_world_size, is_of_machine, weights_dtype
-from ganscale.schema import Config, TrainingConfig
+from ganscale.runtime import autocast, is_of_machine, weights_dtype
+from ganscale.schema import Config
 from ganscale.training.critic_step import CriticStep
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.generator_step import GeneratorStep
@@ -59,6 +59,7 @@ def try_networks(
     objective: Objective,
     num_classes: int,
     device: torch.device,
+    ranks: int,
 ) -> None:
     """Raises UserError for networks that do not fit the data, each other or the objective, that
     fail, or that would depend on the cluster.
@@ -90,7 +91,9 @@ def try_networks(
             ),
         )
         # No more images than in training, so that it needs no more memory.
-        groups = min(GROUPS, _micro_batch_size(config.training) // group_size)
+        training = config.training
+        micro_batch_size = training.global_batch_size // (ranks * training.accumulate)
+        groups = min(GROUPS, micro_batch_size // group_size)
         count = max(1, groups) * group_size
         first, second = (each.rows(range(count // each.group_size)) for each in subjects)
         with batch_norms_in_evaluation(generator):
@@ -110,10 +113,6 @@ def try_networks(
                     if subject.order == 1 and objective.generator_penalties:
                         check_forward_is_synthesis(subject)
                         check_second_derivatives_by_styles(subject)
-
-
-def _micro_batch_size(training: TrainingConfig) -> int:
-    return training.global_batch_size // (get_world_size() * training.accumulate)
 
 
 def _different_images(batch: int, group_size: int, *shape: int) -> Tensor:

@@ -17,7 +17,7 @@ from ganscale.secrets import without_secrets
 from ganscale.training.augmentation import check_augmentation
 from ganscale.training.data_flow import check_data_flow
 from ganscale.training.evaluations import check_evaluations
-from ganscale.training.invariance_checks import check_batch_divides, check_groups
+from ganscale.training.invariance_checks import check_batch_divides
 from ganscale.training.network_setup import build_networks, class_count
 from ganscale.training.resume import check_settings
 
@@ -72,8 +72,7 @@ def try_start(resolved: Resolved) -> list[str]:
     data = open_data(config.data)
     data.check(1.0)
     num_classes = class_count(config, data)
-    networks = build_networks(config, objective, num_classes, torch.device("cpu"))
-    check_groups(config, *networks, ranks)
+    networks = build_networks(config, objective, num_classes, torch.device("cpu"), ranks)
     check_evaluations(config, data)
     folder = RunFolder(Path(config.run.folder) / config.run.name)
     check_settings(folder, config, data.fingerprint)

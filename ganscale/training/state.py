@@ -24,7 +24,6 @@ from ganscale.training.augmentation import Augmentation
 from ganscale.training.critic_step import CriticStep
 from ganscale.training.ema import ema_copy
 from ganscale.training.generator_step import GeneratorStep
-from ganscale.training.invariance_checks import check_groups
 from ganscale.training.mean_lengths import MeanLengths
 from ganscale.training.network_setup import build_networks
 from ganscale.training.network_updater import NetworkUpdater, NonFiniteGuard
@@ -71,12 +70,11 @@ class TrainingState:
     ) -> None:
         """networks: (generator, critic), by default those of the config, tried once
 
-        Raises UserError as `build_networks` and `check_groups` do.
+        Raises UserError as `build_networks` does.
         """
         self.generator, self.critic = networks or build_networks(
-            config, objective, num_classes, runtime.device
+            config, objective, num_classes, runtime.device, runtime.world_size
         )
-        check_groups(config, self.generator, self.critic, runtime.world_size)
         self.dtype = weights_dtype(config.training.precision)
         for network in (self.generator, self.critic):
             network.to(self.dtype)
