@@ -611,7 +611,7 @@ def test_a_pipeline_that_is_named_none_turns_off_the_augmentation_of_a_file_befo
     demo = str(REPOSITORY / "configs" / "demo.yaml")
     resolved = resolve([demo, ada, "augmentation.pipeline=none"]).config
     assert (resolved.augmentation.pipeline, run_pipeline(resolved)) == ("none", None)
-    with pytest.raises(UserError, match="`augmentation.pipeline` must be ada or diffaugment"):
+    with pytest.raises(UserError, match=r"`augmentation.pipeline` must be ada or diffaugment"):
         resolve([demo, "augmentation.probability=0.5"])
 
 
