@@ -8,7 +8,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ganscale.data.images.preprocessing import to_bytes
-from ganscale.networks.batch_groups import batch_group_size, check_whole_groups
+from ganscale.networks.batch_groups import check_whole_groups, up_to_whole_groups
 from ganscale.random import drawing
 from ganscale.randomness import normal
 
@@ -78,8 +78,7 @@ def generate_images(
     images in groups, if `latents` are not a whole number of them.
     """
     check_whole_groups(generator, "the number of samples", len(latents))
-    group_size = batch_group_size(generator)
-    size = -(-CHUNK_SIZE // group_size) * group_size
+    size = up_to_whole_groups(CHUNK_SIZE, generator)
     weights = next(generator.parameters())
     positions = torch.arange(len(latents)) if positions is None else positions
     was_training = generator.training

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import sampling_draws
-from ganscale.networks.batch_groups import batch_group_size
+from ganscale.networks.batch_groups import batch_group_size, up_to_whole_groups
 from ganscale.networks.styles import check_has_styles, run_styles, run_synthesis
 from ganscale.randomness import normal
 
-_LATENTS, _CHUNK_SIZE = 10_000, 500  # whose styles are averaged; at a time, always
+# Of the latents whose styles are averaged. With groups, a chunk is made of whole ones.
+_CHUNKS, _CHUNK_SIZE = 20, 500
 
 
 class TruncatedGenerator(nn.Module):
@@ -63,7 +64,8 @@ def truncated(
     check_has_styles(generator, "truncation")
     generator.eval()
     weights = next(generator.parameters())
-    latents = normal(seed, "truncation", torch.arange(_LATENTS), latent_dim).to(weights)
+    count = _CHUNKS * up_to_whole_groups(_CHUNK_SIZE, generator)
+    latents = normal(seed, "truncation", torch.arange(count), latent_dim).to(weights)
     classes = None if labels is None else labels.to(weights.device).unique()
     batch = 2 * batch_group_size(generator)
     labels = None if classes is None else classes[:1].expand(batch)
@@ -78,7 +80,7 @@ def _mean_styles(
 ) -> Float[Tensor, "layers dim"]:
     """Summed in float64."""
     total = torch.zeros((), dtype=torch.float64, device=latents.device)
-    for chunk in latents.split(_CHUNK_SIZE):
+    for chunk in latents.chunk(_CHUNKS):
         labels = None if label is None else label.expand(len(chunk))
         with sampling_draws(0, torch.arange(len(chunk), device=chunk.device)):
             styles = run_styles(generator, chunk, labels)

@@ -35,6 +35,12 @@ def batch_group_size(*networks: nn.Module) -> int:
     return math.lcm(*sizes)
 
 
+def up_to_whole_groups(images: int, network: nn.Module) -> int:
+    """`images`, or the next larger whole number of the network's groups."""
+    size = batch_group_size(network)
+    return -(-images // size) * size
+
+
 def check_whole_groups(network: nn.Module, name: str, images: int) -> None:
     """Raises UserError if `images`, what the setting or number `name` is, are not a whole number
     of the network's groups."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ganscale.errors import UserError
-from ganscale.networks.batch_groups import batch_group_size
+from ganscale.networks.batch_groups import up_to_whole_groups
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
 from ganscale.random import drawing
 from ganscale.randomness import normal
@@ -77,8 +77,7 @@ def fingerprint(
     """Of a network with inputs of (batch, *input_shape), which is left as it was: a generator in
     evaluation, as it makes samples, a critic in training, as it is always used."""
     first = next(network.parameters())
-    group_size = batch_group_size(network)
-    slots = torch.arange(-(-_SAMPLES // group_size) * group_size)
+    slots = torch.arange(up_to_whole_groups(_SAMPLES, network))
     inputs = normal(0, "fingerprint", slots, math.prod(input_shape)).view(-1, *input_shape)
     inputs = (inputs.tanh() if len(input_shape) > 1 else inputs).to(first.device)  # images, latents
     # Classes from all over their range.

@@ -14,7 +14,7 @@ from ganscale.cli.main import main
 from ganscale.errors import OutOfMemoryError, UserError
 from ganscale.evaluation.images import GeneratedImages
 from ganscale.evaluation.sampling import generate_images, sample_latents
-from ganscale.evaluation.truncation import truncated
+from ganscale.evaluation.truncation import TruncatedGenerator, truncated
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.networks.batch_groups import MinibatchStdDev, every_nth_group
 from ganscale.networks.fingerprint import fingerprint
@@ -329,6 +329,22 @@ def test_a_generator_of_groups_is_truncated_but_has_no_path_length_of_each_image
     assert images.shape == (8, 2, 8, 8)
     with pytest.raises(UserError, match="the generator looks at groups of 4 images"):
         check_has_own_gradients(generator, "path length")
+
+
+class StylesOfThree(TinyStyleGenerator):
+    """Whose styles take whole groups of three."""
+
+    batch_group_size = 3
+
+    def styles(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+        groups = super().styles(latents, labels).unflatten(0, (-1, 3))
+        return (groups - groups.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def test_mean_styles_are_those_of_whole_groups() -> None:
+    network = truncated(StylesOfThree(6, (2, 8, 8)), 0.5, 0, 6, None)
+    assert isinstance(network, TruncatedGenerator)
+    assert network.means.abs().max() < 1e-6
 
 
 def test_out_of_memory_is_advised_against_with_micro_batches_of_whole_groups(
