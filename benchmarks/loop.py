@@ -40,7 +40,8 @@ from ganscale.cli.main import main as ganscale
 from ganscale.config import resolve
 from ganscale.data.batch import Batch
 from ganscale.runtime import Runtime
-from ganscale.training.cycle import Cycle, DeviceBatch
+from ganscale.training.cycle import Cycle
+from ganscale.training.device_batch import DeviceBatch
 from ganscale.training.trainer import Trainer
 
 

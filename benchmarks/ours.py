@@ -18,8 +18,9 @@ from ganscale.objectives.objective import build_objective
 from ganscale.randomness import draw_together, split_draws
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, DeviceBatch, draws_ahead
+from ganscale.training.cycle import Cycle
 from ganscale.training.data_flow import batches_per_cycle, data_position
+from ganscale.training.device_batch import DeviceBatch, draws_ahead
 from ganscale.training.state import TrainingState
 
 CONFIGS = Path(__file__).parent.parent / "configs"

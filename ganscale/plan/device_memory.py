@@ -22,8 +22,9 @@ from ganscale.plan.meta_device import META, MetaRuntime, meta_device
 from ganscale.plan.networks import planned_networks
 from ganscale.plan.sections import DeviceMemory, readable_bytes
 from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, draws_ahead, makes_fakes_together
+from ganscale.training.cycle import Cycle, makes_fakes_together
 from ganscale.training.data_flow import batches_per_cycle, has_own_real_batch
+from ganscale.training.device_batch import draws_ahead
 from ganscale.training.state import TrainingState
 
 USUAL_GPUS = (16, 24, 40, 80, 141)  # GB

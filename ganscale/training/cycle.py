@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ganscale.augmentation.transformations import Drawn
@@ -28,13 +26,19 @@ from ganscale.objectives.generator_penalties import path_noise
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.objective import Objective, due, panel_meters, scheduled_weights
 from ganscale.objectives.penalties import Draws
-from ganscale.randomness import Draw, normal, split_draws
+from ganscale.randomness import normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
 from ganscale.schedules import value_at
 from ganscale.schema import Config
-from ganscale.training.augmentation import CRITIC, GENERATOR, Purposes, augmentation_draws
+from ganscale.training.augmentation import CRITIC, GENERATOR, Purposes
 from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.data_flow import has_own_real_batch
+from ganscale.training.device_batch import (
+    CRITIC_LATENTS,
+    GENERATOR_LATENTS,
+    DeviceBatch,
+    draws_ahead,
+)
 from ganscale.training.ema import ema_decay, update_ema
 from ganscale.training.fast_forward import fast_forward
 from ganscale.training.network_updater import Update
@@ -42,32 +46,6 @@ from ganscale.training.state import TrainingState, is_channels_last
 from ganscale.training.step_forwards import CRITIC_STEP, generator_draws
 
 _MOST_PIXELS_TOGETHER = 1 << 21  # 5 batches of 64 images of 64 pixels are 1.3 million
-CRITIC_LATENTS, GENERATOR_LATENTS = "latents/critic", "latents/generator"
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """This rank's share of a global batch, ready for the networks."""
-
-    images: Float[Tensor, "batch channels height width"]  # in [-1, 1]
-    labels: Int64[Tensor, " batch"] | None  # None in unconditional training
-    slots: Int64[Tensor, " batch"]
-    draws: Mapping[str, Float[Tensor, "batch columns"]] = field(default_factory=dict[str, Tensor])
-    """Random numbers that were made ahead, by purpose; others are made when they are needed."""
-
-
-def draws_ahead(config: Config, objective: Objective) -> tuple[Draw, ...]:
-    """The random numbers of a batch that a loader makes while the device trains: there, a single
-    draw takes a hundred launches. Noise per element is not among them: a device makes it faster."""
-    latent_dim = config.generator.latent_dim
-    draws = [Draw(CRITIC_LATENTS, latent_dim, is_normal=True)]
-    if not config.training.reuse_fakes:
-        draws.append(Draw(GENERATOR_LATENTS, latent_dim, is_normal=True))
-    if config.data.flip:
-        draws.append(FLIP)
-    purposes = [p for each in objective.penalties.values() for p in each.penalty.draws]
-    of_penalties = map(Draw, dict.fromkeys(purposes))
-    return (*draws, *of_penalties, *augmentation_draws(config, objective))
 
 
 def makes_fakes_together(

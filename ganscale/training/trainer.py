@@ -36,8 +36,9 @@ from ganscale.tracking.console import setup_logging
 from ganscale.tracking.record import Record
 from ganscale.tracking.uploader_messages import CHECKPOINT_SECONDS
 from ganscale.training.augmentation import check_augmentation
-from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.cycle import Cycle
 from ganscale.training.data_flow import batches_per_cycle, check_data_flow, data_position
+from ganscale.training.device_batch import draws_ahead
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.evaluations import EVALUATED, Evaluation, Evaluations
 from ganscale.training.invariance_checks import check_batch_divides

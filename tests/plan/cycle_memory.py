@@ -28,8 +28,9 @@ from ganscale.plan.live_bytes import LiveBytes
 from ganscale.randomness import draw_together
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.cycle import Cycle
 from ganscale.training.data_flow import batches_per_cycle
+from ganscale.training.device_batch import draws_ahead
 from ganscale.training.network_setup import build_unchecked_networks
 from ganscale.training.state import TrainingState
 

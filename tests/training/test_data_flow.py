@@ -13,8 +13,8 @@ from ganscale.data.dataset import open_data
 from ganscale.data.images.preprocessing import to_network_range
 from ganscale.randomness import normal
 from ganscale.runtime import Runtime
-from ganscale.training.cycle import CRITIC_LATENTS, GENERATOR_LATENTS
 from ganscale.training.data_flow import batches_per_cycle, data_position
+from ganscale.training.device_batch import CRITIC_LATENTS, GENERATOR_LATENTS
 from ganscale.training.trainer import Trainer
 from tests.helpers.runs import Runs
 

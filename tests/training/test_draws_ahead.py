@@ -14,7 +14,8 @@ from ganscale.objectives.penalties import PENALTIES
 from ganscale.randomness import draw_together
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
-from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.cycle import Cycle
+from ganscale.training.device_batch import draws_ahead
 from ganscale.training.state import TrainingState
 from tests.helpers.processes import REPOSITORY
 

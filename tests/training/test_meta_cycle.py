@@ -12,8 +12,9 @@ from ganscale.objectives.objective import build_objective
 from ganscale.plan.meta_device import META, MetaRuntime, meta_device
 from ganscale.plan.networks import planned_networks
 from ganscale.schema import OptimizerConfig
-from ganscale.training.cycle import Cycle, draws_ahead
+from ganscale.training.cycle import Cycle
 from ganscale.training.data_flow import batches_per_cycle
+from ganscale.training.device_batch import draws_ahead
 from ganscale.training.state import TrainingState
 
 OPTIMIZERS = {
