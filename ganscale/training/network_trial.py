@@ -83,12 +83,10 @@ def try_networks(
         labels = torch.arange(batch, device=device) % num_classes if num_classes else None
         slots = torch.arange(batch, device=device)
         shared = labels, config.training.precision
-        name = f"generator {config.generator.target}"
+        names = f"generator {config.generator.target}", f"critic {config.critic.target}"
         subjects = (
-            Subject(name, generator, latents, *shared, order=1, slots=slots),
-            Subject(
-                f"critic {config.critic.target}", critic, images, *shared, order=2, slots=slots
-            ),
+            Subject(names[0], generator, latents, *shared, order=1, slots=slots),
+            Subject(names[1], critic, images, *shared, order=2, slots=slots),
         )
         # No more images than in training, so that it needs no more memory.
         training = config.training
