@@ -46,7 +46,7 @@ def built(
         critic=CriticConfig(f"{MODULE}:Critic", {"features": critic}),
         objective=ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}),
         optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
-        training=TrainingConfig(total_images=100, **training),
+        training=TrainingConfig(total_images=100, global_batch_size=48, **training),
     )
     objective = build_objective(config.objective)
     return build_networks(config, objective, 0, torch.device("cpu"))
