@@ -109,7 +109,7 @@ def path_length(images: Tensor, styles: Tensor, average: Tensor, decay: float) -
     noise = torch.randn_like(images) / (images.shape[2] * images.shape[3]) ** 0.5
     (gradient,) = torch.autograd.grad((images * noise).sum(), styles, create_graph=True)
     lengths = gradient.square().sum(2).mean(1).sqrt()
-    average.lerp_(lengths.detach().mean(), decay)
+    average.lerp_(lengths.detach().mean().to(average.dtype), decay)
     return (lengths - average).square().mean()
 
 
