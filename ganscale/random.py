@@ -190,8 +190,14 @@ def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
         )
     if not x.is_floating_point():
         raise UserError(f"{name!r} is drawn like a tensor of {x.dtype}: it needs real numbers")
+    columns = math.prod(x.shape[1:])
+    if columns > _SECOND_WORDS:
+        raise UserError(
+            f"{name!r} is drawn for {columns:,} elements of an image, but at most "
+            f"{_SECOND_WORDS:,} are possible: draw for one channel, normal_like(maps[:, :1], ...)"
+        )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    request = _Request(name, is_normal, math.prod(x.shape[1:]), dtype)
+    request = _Request(name, is_normal, columns, dtype)
     with torch.no_grad():
         if is_repeated:  # any part of the forward, any number of times
             numbers = forward.make([request], x.device)[request]
@@ -216,6 +222,8 @@ def _keep_out_of_graphs() -> None:
 def _forward_of(node: Any) -> _Forward | None:
     """The forward that made this node of autograd's graph, whose backward asks for what activation
     checkpointing has not kept. The newest first: it may be inside of another."""
+    if node is None:
+        return None
     number = node._sequence_nr()
     return next((each for each in reversed(_recent) if each.has_made(number)), None)
 

@@ -267,6 +267,10 @@ def test_misuse_gets_one_sentence():
             normal_like(x.sum(), "one")
         with pytest.raises(UserError, match=r"'whole' is drawn like a tensor of torch.int64"):
             uniform_like(x.long(), "whole")
+        with pytest.raises(
+            UserError, match=r"'many' is drawn for 536,870,913 elements of an image"
+        ):
+            normal_like(torch.empty(len(x), 2**29 + 1, device="meta"), "many")
         for probability in (-0.1, 1.5, float("nan")):
             with pytest.raises(
                 UserError, match=f"'kept' is drawn with .* {probability}: .* 0 to 1"

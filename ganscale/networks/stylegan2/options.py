@@ -50,7 +50,7 @@ class Stages:
 
 
 def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises UserError for an option that is none of the choices."""
+    """Raises UserError for a value that is not one of the choices."""
     if value not in choices:
         *first, last = (f'"{choice}"' for choice in choices)
         listed = f"{', '.join(first)} or {last}"
