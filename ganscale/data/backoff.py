@@ -26,6 +26,9 @@ class Backoff:
         self._seconds = seconds
         self._stopped = stopped or threading.Event()
         self._failures, self._first_failure = 0, 0.0
+        # Its own, since it draws in threads: a network that draws from the default one is refused.
+        # It decides when something is read, never what.
+        self._random = random.Random()
 
     def wait(self, error: BaseException, problem: str) -> None:
         """Waits before the next try; at the end, raises UnavailableError "`problem`: `error`"."""
@@ -41,8 +44,7 @@ class Backoff:
             logger.warning("%s; trying again for up to %.0f s", message, left)
         ceiling = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2.0**self._failures)
         self._failures = min(self._failures + 1, 32)
-        # This draw decides when something is read, never what.
-        self._stopped.wait(min(left, random.uniform(0, ceiling)))
+        self._stopped.wait(min(left, self._random.uniform(0, ceiling)))
 
     def reset(self) -> None:
         """After a success: the next failure counts as the first."""
