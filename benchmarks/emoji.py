@@ -50,6 +50,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
         "augmentation.strengths={blit: 1, geom: 1, color: 1}",
         "augmentation.probability={from: 0, to: 0.3}",
     ),
+    "stylegan2+augmentation": ("stylegan2_emoji32",),
     "dcgan, wgan_gp": _wgan_gp("dcgan", 5e-4),
     "resnet, wgan_gp": _wgan_gp("resnet", 3e-4),
 }
