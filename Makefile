@@ -19,7 +19,7 @@ demo: install
 	trap : INT; $(BIN)/ganscale train configs/demo.yaml || test $$? -eq 75
 
 # Two halves that take about as long, for two cores; the tests on a real SLURM mostly wait.
-FIRST_HALF := tests/distributed tests/plan $(wildcard tests/test_*.py)
+FIRST_HALF := tests/config tests/distributed tests/plan $(wildcard tests/test_*.py)
 # They hide GPUs: what runs there is in tests/cuda, for `make gpu`.
 PYTEST = CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -o cache_dir=.pytest_cache/$@
 

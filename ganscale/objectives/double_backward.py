@@ -16,7 +16,8 @@ A penalty's convolutions cost, in units of one forward of the critic:
 
 Autograd also computes the fourth line as a convolution with a whole image for a kernel, which is
 slow. Because <v, A^T g> = <A v, g>, it is just the weight gradient of the layer A for the input v
-and the output gradient g.
+and the output gradient g. A loss at the same images can have its own weight gradients from the same
+operations (`joint_backward`).
 
 On a CPU, in float32 and channels last, a penalty takes 0.6 of autograd's time with DCGAN's critic
 and 0.4 with ResNet's. With a norm layer after each convolution, whose second path is not zero, it
@@ -98,38 +99,63 @@ class _Unpool(Function):
         return None if grad is None else F.avg_pool2d(grad, ctx.window), None
 
 
+class LossFactors:
+    """The derivative of the loss with respect to the logit of each of `batch` images, (batch,), for
+    the convolutions of a forward; None before a joint backward."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.values: Tensor | None = None
+        self.is_traced = False  # whether layers of the forward could not take part
+
+
 class FastConvolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: ConvolutionSettings
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: ConvolutionSettings,
+        factors: LossFactors | None = None,
     ) -> Tensor:
-        ctx.bias_shape = None if bias is None else list(bias.shape)
-        ctx.settings = settings
-        ctx.save_for_backward(x, weight)
+        ctx.has_bias, ctx.settings, ctx.factors = bias is not None, settings, factors
+        ctx.save_for_backward(x, weight, *([] if bias is None else [bias]))
         ctx.set_materialize_grads(False)
         return convolve(x, weight, bias, settings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        no_grads = None, None
         if grad is None:
-            return None, None, None, None
-        x, weight = ctx.saved_tensors
+            return None, None, None, *no_grads
+        x, weight, *biases = ctx.saved_tensors
+        bias = biases[0] if biases else None
         mask = _output_mask(ctx)
         mask += [False] * (3 - len(mask))
         if mask == [True, False, False]:
-            return _InputGradient.apply(grad, weight, x.detach(), ctx.settings), None, None, None
-        return *convolution_gradients(grad, x, weight, ctx.bias_shape, ctx.settings, mask), None
+            inputs = grad, weight, bias if ctx.factors else None, x.detach()
+            return InputGradient.apply(*inputs, ctx.settings, ctx.factors), None, None, *no_grads
+        bias_shape = None if bias is None else list(bias.shape)
+        return *convolution_gradients(grad, x, weight, bias_shape, ctx.settings, mask), *no_grads
 
 
-class _InputGradient(Function):
-    """A convolution's gradient with respect to its input `x`, of which only the shape matters."""
+class InputGradient(Function):
+    """A convolution's gradient with respect to its input `x`, of which only the shape matters but
+    in a joint backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, grad: Tensor, weight: Tensor, x: Tensor, settings: ConvolutionSettings
+        ctx: Any,
+        grad: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x: Tensor,
+        settings: ConvolutionSettings,
+        factors: LossFactors | None,
     ) -> Tensor:
-        ctx.settings = settings
-        ctx.save_for_backward(grad, weight)
+        ctx.has_bias, ctx.settings, ctx.factors = bias is not None, settings, factors
+        ctx.save_for_backward(grad, weight, *([] if factors is None else [x]))
         ctx.set_materialize_grads(False)
         mask = [True, False, False]
         input_grad = convolution_gradients(grad, x, weight, None, settings, mask)[0]
@@ -139,16 +165,22 @@ class _InputGradient(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """v: of the shape of x, as in the module's docstring"""
-        grad_grad = weight_grad = None
-        if v is not None:
-            (grad, weight), settings = ctx.saved_tensors, ctx.settings
-            needs_grad, needs_weight, *_ = _output_mask(ctx)
-            if needs_grad:
-                grad_grad = convolve(v, weight, None, settings)
+        grad_grad = weight_grad = bias_grad = None
+        grad, weight, *inputs = ctx.saved_tensors
+        needs_grad, needs_weight, *needs_bias = _output_mask(ctx)
+        if v is not None and needs_grad:
+            grad_grad = convolve(v, weight, None, ctx.settings)
+        if ctx.factors is not None and ctx.factors.values is not None:
+            (x,), factors = inputs, ctx.factors.values.to(grad.dtype)
+            per_image = factors.view(-1, *[1] * (x.ndim - 1))
             if needs_weight:
-                mask = [False, True, False]
-                weight_grad = convolution_gradients(grad, v, weight, None, settings, mask)[1]
-        return grad_grad, weight_grad, None, None
+                v = x * per_image if v is None else torch.addcmul(v, x, per_image)
+            if ctx.has_bias and needs_bias[0]:
+                bias_grad = factors @ grad.flatten(2).sum(2)
+        if v is not None and needs_weight:
+            mask = [False, True, False]
+            weight_grad = convolution_gradients(grad, v, weight, None, ctx.settings, mask)[1]
+        return grad_grad, weight_grad, bias_grad, None, None, None
 
 
 def _output_mask(node: Any) -> list[bool]:

@@ -23,7 +23,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ganscale.networks.resampling import is_traced, merged_kernels
-from ganscale.objectives.double_backward import FastAvgPool2d, FastConvolution, FastLeakyReLU
+from ganscale.objectives.double_backward import (
+    FastAvgPool2d,
+    FastConvolution,
+    FastLeakyReLU,
+    LossFactors,
+)
 from ganscale.objectives.fast_convolutions import (
     ConvolutionSettings,
     as_matrix_product,
@@ -46,10 +51,12 @@ def first_derivatives(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class FastDerivatives(TorchFunctionMode):
-    def __init__(self, order: int = 1) -> None:
-        """order: how many times the forward will be differentiated, 1 or 2"""
+    def __init__(self, order: int = 1, factors: LossFactors | None = None) -> None:
+        """order: how many times the forward will be differentiated, 1 or 2
+        factors: for a joint backward, those of the loss (`joint_backward`)
+        """
         super().__init__()
-        self._order = order
+        self.order, self.factors = order, factors
 
     def __enter__(self) -> "FastDerivatives":
         self._merged = merged_kernels()
@@ -72,23 +79,25 @@ class FastDerivatives(TorchFunctionMode):
             return norm(func, *args, **kwargs)
         output, replacement = None, _REPLACEMENTS.get(func)
         if replacement is not None and not is_traced():
-            output = replacement(*args, **kwargs, order=self._order)
+            output = replacement(*args, **kwargs, mode=self)
+        elif replacement is not None and self.factors is not None:
+            self.factors.is_traced = True
         return func(*args, **kwargs) if output is None else output
 
 
-# Each of these has the parameters of the function that it replaces, plus `order`.
+# Each of these has the parameters of the function that it replaces, plus the mode.
 
 
 def _leaky_relu(
-    input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, order: int
+    input: Tensor, negative_slope: float = 0.01, inplace: bool = False, *, mode: FastDerivatives
 ) -> Tensor | None:
-    if order < 2 or negative_slope < 0 or not _is_differentiated(input):
+    if mode.order < 2 or negative_slope < 0 or not _is_differentiated(input):
         return None
     return FastLeakyReLU.apply(input, negative_slope, inplace)
 
 
-def _relu(input: Tensor, inplace: bool = False, *, order: int) -> Tensor | None:
-    if order < 2 or not _is_differentiated(input):
+def _relu(input: Tensor, inplace: bool = False, *, mode: FastDerivatives) -> Tensor | None:
+    if mode.order < 2 or not _is_differentiated(input):
         return None
     return FastLeakyReLU.apply(input, 0.0, inplace, True)
 
@@ -102,7 +111,7 @@ def _avg_pool2d(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
     *,
-    order: int,
+    mode: FastDerivatives,
 ) -> Tensor | None:
     if not _is_differentiated(input):
         return None
@@ -121,7 +130,7 @@ def _convolution(
     *,
     is_transposed: bool = False,
     output_padding: Sizes = 0,
-    order: int,
+    mode: FastDerivatives,
 ) -> Tensor | None:
     tensors = (input, weight) if bias is None else (input, weight, bias)
     if not _are_plain(*tensors) or isinstance(padding, str) or input.ndim != weight.ndim:
@@ -143,12 +152,16 @@ def _convolution(
     product = as_matrix_product(input, weight, bias, settings)
     if product is not None:
         return product
-    has_gain = _is_differentiated(input) if order > 1 else _is_faster_once(input, weight, settings)
-    if not has_gain:
+    is_twice = mode.order > 1
+    if not (_is_differentiated(input) if is_twice else _is_faster_once(input, weight, settings)):
         return None
     input, weight, *biases = [tensor.to(compute_dtype(tensor)) for tensor in tensors]
-    function = FastConvolution.apply if torch.is_grad_enabled() else convolve
-    return function(input, weight, biases[0] if biases else None, settings)
+    inputs = input, weight, biases[0] if biases else None, settings
+    if not torch.is_grad_enabled():
+        return convolve(*inputs)
+    # Not where a network has put together its batch anew.
+    takes_part = mode.factors is not None and len(input) == mode.factors.batch
+    return FastConvolution.apply(*inputs, mode.factors if takes_part else None)
 
 
 def _transposed_convolution(
@@ -161,11 +174,11 @@ def _transposed_convolution(
     groups: int = 1,
     dilation: Sizes = 1,
     *,
-    order: int,
+    mode: FastDerivatives,
 ) -> Tensor | None:
     return _convolution(
         input, weight, bias, stride, padding, dilation, groups,
-        is_transposed=True, output_padding=output_padding, order=order,
+        is_transposed=True, output_padding=output_padding, mode=mode,
     )  # fmt: skip
 
 

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from ganscale.augmentation.transformations import Drawn, Pipeline
 from ganscale.metrics.profiling import section, stopwatch
+from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import run_network
 from ganscale.networks.resampling import merged_kernels
+from ganscale.objectives.double_backward import LossFactors
 from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.global_batch_loss import LogitGradients
+from ganscale.objectives.joint_backward import join_backward
 from ganscale.objectives.losses import Logits
 from ganscale.objectives.objective import Objective
 from ganscale.objectives.penalties import gradients_of_scores, input_gradients
@@ -70,6 +73,7 @@ class CriticStep(nn.Module):
         self._penalty_precision = penalty_precision
         self._can_share_forward = can_share_forward(precision, penalty_precision, compiles)
         self._joins_forwards = joins_forwards
+        self._scores_single_images = batch_group_size(critic) == 1
 
     def forward(
         self,
@@ -200,10 +204,16 @@ class CriticStep(nn.Module):
             if not patch_scores:
                 return at_least_float32(forward(self._run_critic, images, labels)), {}
             images = images.detach().requires_grad_()
-            with FastDerivatives(order=2):
+            is_joint = self._scores_single_images and len(patch_scores) == 1
+            factors = LossFactors(len(images)) if is_joint else None
+            with FastDerivatives(2, factors):
                 logits = at_least_float32(forward(self._run_plain_critic, images, labels))
             with section("penalty"):
-                return logits, {s: gradients_of_scores(logits, images, s) for s in patch_scores}
+                gradients = {s: gradients_of_scores(logits, images, s) for s in patch_scores}
+            if factors is not None:
+                (name,) = gradients
+                logits, gradients[name] = join_backward(logits, gradients[name], images, factors)
+            return logits, gradients
 
     def logits(
         self,

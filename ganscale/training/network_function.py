@@ -9,7 +9,8 @@ values, which may hide a layer behind a zero:
 - An image's output and derivatives are the same with other images around it, at another place in
   the batch, in a larger batch, and alone.
 - The gradient of the weights for a batch is the sum of those for its parts.
-- The gradient of a penalty is the one that finite differences give.
+- The gradient of a penalty is the one that finite differences give, and goes together with that of
+  a loss.
 
 A network may declare that it looks at groups of consecutive images (`networks.batch_groups`). Then
 all of this is asked of groups in place of images, with as many groups and as many backwards.
@@ -28,8 +29,10 @@ from torch import Tensor, nn
 from ganscale.errors import UserError
 from ganscale.networks.batch_groups import MinibatchStdDev, batch_group_size
 from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
+from ganscale.objectives.double_backward import LossFactors
 from ganscale.objectives.fast_derivatives import FastDerivatives
-from ganscale.objectives.penalties import twice_differentiable_attention
+from ganscale.objectives.joint_backward import join_backward
+from ganscale.objectives.penalties import gradients_of_scores, twice_differentiable_attention
 from ganscale.random import drawing
 from ganscale.runtime import autocast
 from ganscale.training.hidden_state import HiddenState, seeded
@@ -231,6 +234,37 @@ def check_second_derivatives(subject: Subject) -> None:
                 "its forward has no second derivative, but does not say so (a torch.autograd."
                 "Function whose backward is once_differentiable, uses NumPy or has no graph)"
             )
+
+
+def check_joint_backward(subject: Subject) -> None:
+    """Refuses a critic that would have another gradient for a loss and a penalty that share their
+    backward (`objectives.joint_backward`) than for the two by themselves."""
+    if subject.group_size > 1:
+        return
+    parameters = [p for p in subject.network.parameters() if p.requires_grad]
+    found = []
+    for is_joint in (True, False):
+        images = subject.inputs.detach().clone().requires_grad_()
+        factors = LossFactors(len(images))
+        with twice_differentiable_attention(True), FastDerivatives(2, factors):
+            own = replace(subject, inputs=images).run()
+        logits, gradients = own, gradients_of_scores(own, images, "sum")
+        if is_joint:
+            logits, gradients = join_backward(logits, gradients, images, factors)
+            if logits is own:
+                return
+        total = _scores(logits.reshape(1, -1)).sum() + gradients.square().sum()
+        found.append(
+            torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+        )
+    scale = max(float(gradient.abs().max()) for gradient in found[1])
+    scale *= _DERIVATIVES.get(subject.lowest, 10.0)
+    if not all(is_close(subject, *pair, scale) for pair in zip(*found, strict=True)):
+        raise UserError(
+            f"a loss and a penalty at the same images would give {subject.name} other gradients "
+            "than the two by themselves: look for hooks that change gradients, and for layers that "
+            "change the order of the images of a batch"
+        )
 
 
 def _is_as_by_differences(subject: Subject, exact: Sequence[Tensor], step: float) -> bool:

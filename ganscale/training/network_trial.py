@@ -32,6 +32,7 @@ from ganscale.training.network_function import (
     GROUPS,
     Subject,
     check_function,
+    check_joint_backward,
     check_second_derivatives,
     refuse_change,
 )
@@ -108,6 +109,7 @@ def try_networks(
                     check_function(subject)
                     if subject.order > 1 and objective.penalties:
                         check_second_derivatives(subject)
+                        check_joint_backward(subject)
                     if subject.order == 1 and objective.generator_penalties:
                         check_forward_is_synthesis(subject)
                         check_second_derivatives_by_styles(subject)

@@ -610,3 +610,15 @@ def not_a_number(_, maps):
 @refused("the derivative of .* is NaN or infinite", FAILING_CRITICS)
 def root_of_zero(_, maps):
     return maps + (maps - maps).abs().sqrt()
+
+
+class ConvolutionalCritic(Critic):
+    """Convolutions and a linear layer, which share a penalty's backward with the loss."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        is_reordered = self.features == "reordered"
+        maps = self.first(images.flip(0) if is_reordered else images)
+        if self.features == "clamped" and maps.requires_grad:
+            maps.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        logits = self.last(self.second(F.leaky_relu(maps, 0.2)).flatten(1)).squeeze(1)
+        return logits.flip(0) if is_reordered else logits

@@ -37,13 +37,14 @@ def built(
     *,
     seed: int = 0,
     target: str = f"{MODULE}:Generator",
+    critic_target: str = f"{MODULE}:Critic",
     **training,
 ) -> tuple[Any, Any]:
     config = Config(
         seed=seed,
         data=DataConfig(path="unused", resolution=8),
         generator=GeneratorConfig(target, 6, {"features": generator}),
-        critic=CriticConfig(f"{MODULE}:Critic", {"features": critic}),
+        critic=CriticConfig(critic_target, {"features": critic}),
         objective=ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}),
         optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
         training=TrainingConfig(total_images=100, global_batch_size=48, **training),
@@ -135,6 +136,15 @@ def test_the_trial_does_not_move_weights_that_all_networks_share():
 def test_a_hook_on_the_gradient_of_a_weight_is_refused():
     with pytest.raises(UserError, match="the critic's `matrix` has a gradient hook"):
         built("gradient_hook")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("critic", ["reordered", "clamped"])
+def test_a_critic_whose_loss_and_penalty_cannot_share_a_backward_is_refused(critic, precision):
+    target = f"{MODULE}:ConvolutionalCritic"
+    built("plain", critic_target=target, precision=precision)
+    with pytest.raises(UserError, match="hooks that change gradients, and for layers that change"):
+        built(critic, critic_target=target, precision=precision)
 
 
 def test_a_module_may_draw_when_it_is_imported(tmp_path, monkeypatch):
