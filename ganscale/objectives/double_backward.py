@@ -176,7 +176,7 @@ class InputGradient(Function):
             if needs_weight:
                 v = x * per_image if v is None else torch.addcmul(v, x, per_image)
             if ctx.has_bias and needs_bias[0]:
-                bias_grad = factors @ grad.flatten(2).sum(2)
+                bias_grad = torch.mv(grad.flatten(2).sum(2).t(), factors)
         if v is not None and needs_weight:
             mask = [False, True, False]
             weight_grad = convolution_gradients(grad, v, weight, None, ctx.settings, mask)[1]

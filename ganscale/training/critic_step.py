@@ -30,7 +30,6 @@ from ganscale.training.step_forwards import (
     CRITIC_STEP,
     CriticForwards,
     Forward,
-    can_share_forward,
     saves_launches,
     twice,
 )
@@ -71,7 +70,7 @@ class CriticStep(nn.Module):
         self._objective = objective
         self._precision = precision
         self._penalty_precision = penalty_precision
-        self._can_share_forward = can_share_forward(precision, penalty_precision, compiles)
+        self._can_share_forward = not compiles  # compiled code has no second derivatives
         self._joins_forwards = joins_forwards
         self._scores_single_images = batch_group_size(critic) == 1
 
@@ -156,8 +155,8 @@ class CriticStep(nn.Module):
         return input_gradients(critic, images, labels, *score)
 
     def _penalties_at(self, images: dict[str, Tensor], points: dict[str, Tensor]) -> dict[str, str]:
-        """For each penalty that is due at these images themselves, which of them: as a penalty in
-        the training's precision, it can use their forward."""
+        """For each penalty that is due at these images themselves, which of them: it can use their
+        forward."""
         if not self._can_share_forward:
             return {}
         kinds = {id(each): kind for kind, each in images.items()}
@@ -199,10 +198,15 @@ class CriticStep(nn.Module):
     def _differentiated(
         self, images: Tensor, labels: Tensor | None, patch_scores: set[str], forward: Forward
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The logits of these images, and their gradient for each way to score a patch map."""
-        with autocast(images.device, self._precision):
-            if not patch_scores:
+        """The logits of these images, and their gradient for each way to score a patch map.
+
+        With a gradient, both are in the penalty's precision: a second forward in bfloat16 would
+        take longer than what the loss adds to a joint backward in float32.
+        """
+        if not patch_scores:
+            with autocast(images.device, self._precision):
                 return at_least_float32(forward(self._run_critic, images, labels)), {}
+        with autocast(images.device, self._penalty_precision):
             images = images.detach().requires_grad_()
             is_joint = self._scores_single_images and len(patch_scores) == 1
             factors = LossFactors(len(images)) if is_joint else None

@@ -414,3 +414,18 @@ def test_in_a_bfloat16_run_the_loss_and_the_penalty_are_float32():
     assert rounded.meters["penalty/wgan_gp"].dtype == torch.float32
     assert rounded.meters["penalty/wgan_gp"] != exact
     assert rounded.meters["penalty/wgan_gp"].item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_in_a_bfloat16_run_r1_and_r2_in_float32_make_the_critics_step_one_in_float32():
+    """A forward in bfloat16 for the loss would only add to it."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4, 1))
+    built = objective("relativistic", r1=PenaltyConfig(0.5), r2=PenaltyConfig(0.5))
+    inputs = critic_inputs(built)
+    inputs |= {name: inputs[name].float() for name in ("real_images", "fake_images")}
+    inputs["points"] = {"r1": inputs["real_images"], "r2": inputs["fake_images"]}
+    losses = {}
+    for precisions in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")):
+        losses[precisions] = CriticStep(critic, built, *precisions)(**inputs).loss
+    assert losses["bfloat16", "float32"] == losses["float32", "float32"]
+    assert losses["bfloat16", "bfloat16"] != losses["float32", "float32"]
