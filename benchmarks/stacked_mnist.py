@@ -147,7 +147,7 @@ def rows_of(results: Sequence[Result], accuracy: float) -> list[Row]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--objective", choices=OBJECTIVES, action="append", help="only these")
-    parser.add_argument("--minutes", type=float, default=18.0, help="of training, each (18)")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training, each (12)")
     options = parser.parse_args()
     size = QUICK if options.quick else Size(64_000, SAMPLES, 60 * options.minutes)
     objectives = options.objective or (QUICK_OBJECTIVES if options.quick else [*OBJECTIVES])
