@@ -257,9 +257,10 @@ def check_joint_backward(subject: Subject) -> None:
         found.append(
             torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
         )
-    scale = max(float(gradient.abs().max()) for gradient in found[1])
+    joint, separate = found
+    scale = max(float(gradient.abs().max()) for gradient in separate)
     scale *= _DERIVATIVES.get(subject.lowest, 10.0)
-    if not all(is_close(subject, *pair, scale) for pair in zip(*found, strict=True)):
+    if not all(is_close(subject, a, b, scale) for a, b in zip(joint, separate, strict=True)):
         raise UserError(
             f"a loss and a penalty at the same images would give {subject.name} other gradients "
             "than the two by themselves: look for hooks that change gradients, and for layers that "

@@ -4,6 +4,7 @@ float64, by fewer operations; and the step as it was where that cannot be."""
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def made(make: Callable[[], nn.Module]) -> nn.Module:
+def made(make: Callable[[], nn.Module]) -> Any:
     torch.manual_seed(0)
     critic = make().double()
     update_spectral_norms(critic)
@@ -279,7 +280,7 @@ def test_a_backward_that_cuts_the_penaltys_graph_is_not_joined(joined):
             return 2 * maps
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad):  # type: ignore[override]
             return 2 * grad.detach()
 
     class CutCritic(Small):
@@ -356,7 +357,7 @@ def test_a_step_leaves_nothing_behind(runs_backward, monkeypatch):
     nodes: list[weakref.ref] = []
 
     def join(logits: Tensor, *more) -> tuple[Tensor, Tensor]:
-        node = logits.grad_fn
+        node: Any = logits.grad_fn
         while type(node).__name__ != "FastConvolutionBackward":
             node = node.next_functions[0][0]
         nodes.append(weakref.ref(node))
@@ -376,3 +377,24 @@ def test_a_step_leaves_nothing_behind(runs_backward, monkeypatch):
         assert nodes[0]() is None
     finally:
         gc.enable()
+
+
+def test_in_bfloat16_a_joint_backward_errs_no_more_than_separate_ones(monkeypatch):
+    critic = made(lambda: DCGANCritic(SHAPE, width=8))
+    real, fake, _ = batch_of(critic)
+    penalties = "r1", "r2"
+    exact = own_gradients(critic, "relativistic", penalties)[1:]
+    critic.float()
+    errors = {}
+    for is_joint in (True, False):
+        if not is_joint:
+            monkeypatch.setattr(critic_step, "join_backward", lambda *given: given[:2])
+        chosen = {name: PenaltyConfig(WEIGHTS[name]) for name in penalties}
+        objective = build_objective(ObjectiveConfig(LossConfig("relativistic"), chosen))
+        step = CriticStep(critic, objective, "bfloat16", "bfloat16")
+        images = real.float(), fake.float()
+        loss = step(*images, None, dict(zip(penalties, images, strict=True))).loss
+        pairs = [*zip(gradients(loss, critic), exact, strict=True)]
+        square = sum((found - right).square().sum() for found, right in pairs)
+        errors[is_joint] = float(square / sum(right.square().sum() for _, right in pairs)) ** 0.5
+    assert 1e-3 < errors[True] < 1.2 * errors[False] < 0.2
