@@ -241,23 +241,9 @@ def check_joint_backward(subject: Subject) -> None:
     backward (`objectives.joint_backward`) than for the two by themselves."""
     if subject.group_size > 1:
         return
-    parameters = [p for p in subject.network.parameters() if p.requires_grad]
-    found = []
-    for is_joint in (True, False):
-        images = subject.inputs.detach().clone().requires_grad_()
-        factors = LossFactors(len(images))
-        with twice_differentiable_attention(True), FastDerivatives(2, factors):
-            own = replace(subject, inputs=images).run()
-        logits, gradients = own, gradients_of_scores(own, images, "sum")
-        if is_joint:
-            logits, gradients = join_backward(logits, gradients, images, factors)
-            if logits is own:
-                return
-        total = _scores(logits.reshape(1, -1)).sum() + gradients.square().sum()
-        found.append(
-            torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
-        )
-    joint, separate = found
+    with twice_differentiable_attention(True):
+        joint = _gradients_of_loss_and_penalty(subject, is_joint=True)
+        separate = _gradients_of_loss_and_penalty(subject, is_joint=False)
     scale = max(float(gradient.abs().max()) for gradient in separate)
     scale *= _DERIVATIVES.get(subject.lowest, 10.0)
     if not all(is_close(subject, a, b, scale) for a, b in zip(joint, separate, strict=True)):
@@ -266,6 +252,20 @@ def check_joint_backward(subject: Subject) -> None:
             "than the two by themselves: look for hooks that change gradients, and for layers that "
             "change the order of the images of a batch"
         )
+
+
+def _gradients_of_loss_and_penalty(subject: Subject, *, is_joint: bool) -> Sequence[Tensor]:
+    """For the critic's weights; is_joint: in a joint backward, where there can be one."""
+    images = subject.inputs.detach().clone().requires_grad_()
+    factors = LossFactors(len(images))
+    with FastDerivatives(2, factors):
+        logits = replace(subject, inputs=images).run()
+    slopes = gradients_of_scores(logits, images, "sum")
+    if is_joint:
+        logits, slopes = join_backward(logits, slopes, images, factors)
+    total = _scores(logits.reshape(1, -1)).sum() + slopes.square().sum()
+    parameters = [p for p in subject.network.parameters() if p.requires_grad]
+    return torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
 
 
 def _is_as_by_differences(subject: Subject, exact: Sequence[Tensor], step: float) -> bool:
