@@ -66,12 +66,6 @@ OBJECTIVES = {
     "non_saturating": ("non_saturating", *_adam(2e-4)),
     "non_saturating+r1": ("r1", "objective.penalties.r1.weight=1", *_adam(1e-3)),
     "wgan_gp": ("wgan_gp", "objective.n_critic=2", *_adam(5e-4)),
-    "hinge+r1": (
-        "hinge",
-        "objective.n_critic=1",
-        "objective.penalties.r1.weight=1",
-        *_adam(1e-3),
-    ),
     "relativistic+r1+r2": ("r3gan", *_adam(1e-3)),
 }
 """A file of configs/objective, and what is changed in it."""

@@ -95,24 +95,24 @@ def _other_weights(
         return getattr(node, "_forward_cls", None) is function and node.factors is factors
 
     top = [*_walk([logits.grad_fn], lambda node: [] if is_joint(node) else _next(node))]
-    topmost = filter(is_joint, top)
-    # A convolution's first input is its images.
-    rest = [*_walk(topmost, lambda node: _next(node)[:1] if is_joint(node) else _next(node))]
-    convolutions = [*filter(is_joint, rest)]
-    weights = {id(leaf) for leaf in _leaves(_walk(_weights_of(convolutions), _next))}
     others = [leaf for leaf in _leaves(top) if leaf is not images]
-    if any(leaf is not images for leaf in _leaves(rest)) or any(
-        id(leaf) in weights for leaf in others
-    ):
-        return (
-            None  # the loss needs a backward through convolutions, or two ways to the same weight
-        )
+    # The first input of a convolution is its images.
+    below = [
+        *_walk(filter(is_joint, top), lambda node: _next(node)[: 1 if is_joint(node) else None])
+    ]
+    if any(leaf is not images for leaf in _leaves(below)):
+        return None  # for weights of other layers there, the loss passes through the convolutions
+    convolutions = [*filter(is_joint, below)]
+    weights = _walk((node for each in convolutions for node in _next(each)[1:]), _next)
+    own = {id(leaf) for leaf in _leaves(weights)}
+    if any(id(leaf) in own for leaf in others):
+        return None  # a weight that is used in both ways would count twice
     second = [*_walk([gradients.grad_fn], _next)]
     if any(map(is_joint, second)):
-        return None  # so do second derivatives
-    # All of them must be on the penalty's way.
-    count = sum(is_joint(node, InputGradient) for node in second)
-    return others if 0 < count == len(convolutions) else None
+        return None  # second derivatives pass through the convolutions, too
+    if sum(is_joint(node, InputGradient) for node in second) < len(convolutions):
+        return None  # the penalty's backward does not come to all of them
+    return others if convolutions else None
 
 
 def _walk(
@@ -130,10 +130,6 @@ def _walk(
 
 def _next(node: _Node) -> list[_Node]:
     return [each for each, _ in node.next_functions if each is not None]
-
-
-def _weights_of(convolutions: Iterable[_Node]) -> Iterator[_Node]:
-    return (node for convolution in convolutions for node in _next(convolution)[1:])
 
 
 def _leaves(nodes: Iterable[_Node]) -> Iterator[Tensor]:
