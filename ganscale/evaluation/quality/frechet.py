@@ -16,6 +16,7 @@ from ganscale.evaluation.work_share import WorkShare
 
 MAIN_COMPONENTS = 64
 
+_PANEL_COLUMNS = 160
 _BLOCK_ROWS = 512
 """Small batches are gathered to this many rows: each sum of products reads and writes a matrix of
 dim x dim, which takes longer than the products of a batch of 16."""
@@ -86,7 +87,10 @@ class Moments:
             self._shift = rows.mean(dim=0)
         rows -= self._shift
         self._sum += rows.sum(dim=0)
-        self._products.addmm_(rows.T, rows)
+        # They are symmetric: the panels on and above the diagonal take little more than half.
+        for first in range(0, rows.shape[1], _PANEL_COLUMNS):
+            panel = slice(first, first + _PANEL_COLUMNS)
+            self._products[panel, first:].addmm_(rows[:, panel].T, rows[:, first:])
         self._count += len(rows)
         self._waiting, self._waiting_rows = [], 0
 
@@ -105,7 +109,8 @@ class Moments:
         # The ranks' shifts differ: each moves its sums to the common mean before they are added.
         step = mean - self._shift
         cross = torch.outer(self._sum, step)
-        own_products = self._products - cross - cross.T + own_count * torch.outer(step, step)
+        symmetric = self._products.triu() + self._products.triu(1).T
+        own_products = symmetric - cross - cross.T + own_count * torch.outer(step, step)
         products = share.sum(own_products)
         if not (mean.isfinite().all() and products.isfinite().all()):
             raise UserError(f"features of the {count:,} samples are NaN or infinite")
