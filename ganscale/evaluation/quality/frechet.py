@@ -87,7 +87,7 @@ class Moments:
             self._shift = rows.mean(dim=0)
         rows -= self._shift
         self._sum += rows.sum(dim=0)
-        # They are symmetric: the panels on and above the diagonal take little more than half.
+        # The matrix is symmetric: its panels on and right of the diagonal take half the work.
         for first in range(0, rows.shape[1], _PANEL_COLUMNS):
             panel = slice(first, first + _PANEL_COLUMNS)
             self._products[panel, first:].addmm_(rows[:, panel].T, rows[:, first:])
