@@ -57,7 +57,7 @@ def collect(
     rounds.enter(stage, len(images), batch_size)
     for rows in share.rounds(len(images), batch_size):
         with rounds.attempt(), torch.no_grad():
-            if not rows:
+            if not rows or rounds.has_failed:
                 continue
             chunk = images.chunk(rows)
             found = network(chunk.images.to(device))

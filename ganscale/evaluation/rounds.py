@@ -1,5 +1,6 @@
 """How ranks agree to go on, to stop or to fail while they share the work of an evaluation."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -7,7 +8,9 @@ from ganscale.errors import OutOfMemoryError, UnavailableError, UserError
 from ganscale.evaluation.work_share import WorkShare
 from ganscale.runtime import Runtime, is_out_of_memory
 
-_CONTINUE, _STOP, _FAILED = range(3)
+_STOP, _FAILED = 1 << 40, 1 << 41
+"""Votes; a rank that goes on votes for less, its microseconds per round."""
+_VOTE_SECONDS = 1.0
 OnRound = Callable[[str, int, int], None]
 """Gets the stage, how many of its rounds have begun, and how many there are; 0 if unknown."""
 
@@ -19,25 +22,35 @@ class Interrupted(Exception):
 
 
 class Rounds:
-    """Votes before each round; a failure on one rank is raised on all of them."""
+    """Votes of all ranks between rounds, about one in a second: a vote costs the ranks a
+    millisecond of processor time, and the wait for the slowest. A failure on one rank is raised on
+    all of them."""
 
     def __init__(self, runtime: Runtime, is_stopped: Callable[[], bool], on_round: OnRound) -> None:
         self._runtime, self._is_stopped, self._on_round = runtime, is_stopped, on_round
         self._failure: Exception | None = None
         self._stage, self._begun, self._total = "", 0, 0
+        self._interval, self._since_vote = 1, 0
+        self._voted_at = time.monotonic()
 
     def enter(self, stage: str, images: int = 0, batch_size: int = 1) -> None:
         """Begins a stage, of this many images in all if that is known."""
         self._stage, self._begun = stage, 0
         self._total = -(-images // (batch_size * self._runtime.world_size))
+        self._interval, self._since_vote = 1, 0
 
     def share(self) -> WorkShare:
         runtime = self._runtime
-        return WorkShare(runtime.rank, runtime.world_size, runtime.all_reduce_sum, self.check)
+        return WorkShare(runtime.rank, runtime.world_size, runtime.all_reduce_sum, self.begin_round)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank has nothing to do until the next vote, which all ranks will fail."""
+        return self._failure is not None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Remembers a failure of this rank until the next round."""
+        """Remembers a failure of this rank until the next vote."""
         try:
             yield
         except _FAILURES as error:
@@ -51,11 +64,23 @@ class Rounds:
                 "out of memory in an evaluation: a lower evaluation.batch_size needs less"
             )
 
-    def check(self) -> None:
-        """Collective. Raises the failure of any rank, or Interrupted if any was asked to stop."""
+    def begin_round(self) -> None:
+        """Every rank calls this equally often; it votes when a vote is due."""
         self._on_round(self._stage, self._begun, self._total)
         self._begun += 1
-        vote = _STOP if self._is_stopped() else _CONTINUE
+        if self._since_vote >= self._interval or self._begun == 1:
+            self._vote()
+        self._since_vote += 1
+
+    def check(self) -> None:
+        """Votes now. Collective."""
+        self._on_round(self._stage, self._begun, self._total)
+        self._vote()
+
+    def _vote(self) -> None:
+        """Raises the failure of any rank, or Interrupted if any was asked to stop."""
+        seconds = (time.monotonic() - self._voted_at) / max(1, self._since_vote)
+        vote = _STOP if self._is_stopped() else min(1 + int(1e6 * seconds), _STOP - 1)
         worst = self._runtime.start_max(_FAILED if self._failure else vote)()
         if worst == _FAILED:
             mine = self._failure and (type(self._failure), str(self._failure))
@@ -64,3 +89,7 @@ class Rounds:
             raise found[0](found[1])
         if worst == _STOP:
             raise Interrupted
+        # By the slowest rank's pace; a first round is often no measure, so not at once.
+        due = int(1e6 * _VOTE_SECONDS / worst)
+        self._interval = max(1, min(due, 2 * self._since_vote))
+        self._since_vote, self._voted_at = 0, time.monotonic()

