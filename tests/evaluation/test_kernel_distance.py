@@ -7,10 +7,12 @@ from torchmetrics.image.kid import poly_mmd
 
 from ganscale.errors import UserError
 from ganscale.evaluation.quality.kernel_distance import (
+    SUBSET_SIZE,
     kernel_distance,
     kernel_distance_of_subsets,
     mean_kernel,
 )
+from ganscale.randomness import permutation
 
 
 def random_features(count, dim, seed, scale=1.0):
@@ -62,6 +64,29 @@ def test_subsets_scatter_around_the_full_estimate_as_their_deviation_says():
     again = kernel_distance_of_subsets(real, fake, seed=0, subsets=40, size=200)
     assert again == (mean, deviation)
     assert kernel_distance_of_subsets(real, fake, seed=1, subsets=40, size=200)[0] != mean
+
+
+# The last ones have fewer than the thousand samples of a subset: all of them are taken, and so
+# many of the other set.
+@pytest.mark.parametrize("counts", [(2500, 2500), (1000, 2500), (400, 2500), (2500, 300)])
+def test_distance_of_subsets_is_the_formula_on_each_of_them(counts):
+    real, fake = random_features(counts[0], 24, 1), random_features(counts[1], 24, 2, scale=1.1)
+    size = min(SUBSET_SIZE, *counts)
+    distances, seen = [], set()
+    for number in range(4):
+        rows = {
+            name: permutation(7, f"kernel distance: {name}", (number, 0, 0), len(features))[:size]
+            for name, features in (("real", real), ("fake", fake))
+        }
+        seen |= {frozenset(chosen.tolist()) for chosen in rows.values()}
+        distances.append(distance_by_numpy(real[rows["real"]], fake[rows["fake"]]))
+    # Sets of their own in each subset; of all samples there is one.
+    assert {len(each) for each in seen} == {size}
+    assert len(seen) == sum(4 if count > size else 1 for count in counts)
+    mean, deviation = kernel_distance_of_subsets(real, fake, seed=7, subsets=4)
+    assert mean == pytest.approx(np.mean(distances), rel=1e-9)
+    assert deviation == pytest.approx(np.std(distances), rel=1e-9)
+    assert np.std(distances) > 1e-6
 
 
 def test_estimate_has_no_bias():
