@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ganscale.errors import UnavailableError, UserError, is_out_of_memory
+from ganscale.errors import GanscaleError, UserError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -167,8 +167,12 @@ class Runtime:
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of a small detached tensor over all ranks."""
+        return tensor if self.world_size == 1 else self.all_reduce_sum_(tensor.clone())
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sums a detached tensor over all ranks in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor := tensor.clone())
+            dist.all_reduce(tensor)
         return tensor
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
@@ -202,15 +206,14 @@ class Runtime:
         return result
 
     def run_on_main(self, make: Callable[[], T]) -> T:
-        """Calls `make` on rank 0; returns its result, or raises its UserError or UnavailableError,
-        on every rank."""
+        """Returns the result of `make` on rank 0, or raises its GanscaleError, on every rank."""
         if self.world_size == 1:
             return make()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
-            except (UserError, UnavailableError) as error:
+            except GanscaleError as error:
                 outcome[1] = type(error), str(error)
         dist.broadcast_object_list(outcome, src=0, group=self._control_group)
         if outcome[1] is not None:

@@ -116,8 +116,14 @@ class Evaluator:
         UnavailableError or OutOfMemoryError.
         """
         started = time.monotonic()
+        rounds = Rounds(self._runtime, is_stopped, on_round)
+        with rounds.failing_together():
+            values, identity = self._evaluate(images, rounds)
+            rounds.check()
+        return Figures(values, identity, time.monotonic() - started)
+
+    def _evaluate(self, images: Images, rounds: Rounds) -> tuple[dict[str, float], Identity]:
         config, runtime = self._config, self._runtime
-        rounds = Rounds(runtime, is_stopped, on_round)
         network = None
         with rounds.attempt():
             network = self._load_network()
@@ -146,7 +152,7 @@ class Evaluator:
             reference_images=self._reference.images,
             samples=found.statistics.count or 0,
         )
-        return Figures(values, identity, time.monotonic() - started)
+        return values, identity
 
     def save_reference(self, path: Path) -> None:
         """Writes the mean and covariance of the reference of the evaluations so far. Raises
@@ -159,7 +165,7 @@ class Evaluator:
 
     def _values(self, found: Collected, reference: Reference, rounds: Rounds) -> dict[str, float]:
         """The figures by their names in a row, equal on every rank."""
-        runtime, share = self._runtime, rounds.share()
+        share = rounds.share()
         values: dict[str, float] = {}
 
         def frechet_distances() -> dict[str, float]:
@@ -172,7 +178,7 @@ class Evaluator:
 
         rounds.enter("Fréchet distance")
         rounds.check()
-        values |= runtime.run_on_main(frechet_distances)
+        values |= rounds.run_on_main(frechet_distances)
         if reference.features is not None and found.features is not None:
             rounds.enter("neighbours and kernels")
             values |= self._pairwise(reference.features, found.features, share)

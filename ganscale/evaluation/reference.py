@@ -92,7 +92,7 @@ class DataSetReference:
         folder = Path(self._config.cache).expanduser() / "references"
         cached = folder / f"{digest}.safetensors"
         with _locked(cached, runtime, rounds):
-            if (reference := _read_on_all(cached, network, runtime)) is not None:
+            if (reference := _read_on_all(cached, network, runtime, rounds)) is not None:
                 return reference
             if runtime.is_main:
                 count = f"{len(self._chosen):,}"
@@ -167,7 +167,9 @@ def _acquire(lock: FileLock) -> bool:
         return True
 
 
-def _read_on_all(path: Path, network: FeatureNetwork, runtime: Runtime) -> Reference | None:
+def _read_on_all(
+    path: Path, network: FeatureNetwork, runtime: Runtime, rounds: Rounds
+) -> Reference | None:
     """From the cache on rank 0's machine, on every rank. Collective."""
     mine = (_read(path, network) if runtime.is_main else None) or {}
     described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()}
@@ -175,7 +177,7 @@ def _read_on_all(path: Path, network: FeatureNetwork, runtime: Runtime) -> Refer
     if not known:
         return None
     zeros = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in known.items()}
-    added = {k: runtime.all_reduce_sum(t.to(runtime.device)) for k, t in (mine or zeros).items()}
+    added = {k: rounds.sum(t.to(runtime.device)) for k, t in (mine or zeros).items()}
     found = {name: tensor.cpu() for name, tensor in added.items() if name != "features"}
     count = int(found["count"])
     statistics = GaussianStatistics(found["mean"], found["covariance"], count)

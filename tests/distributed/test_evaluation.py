@@ -13,6 +13,7 @@ from tests.helpers.runs import Runs, checkpoint_bits, read_rows
 
 OURS = "tests.helpers.feature_networks:"
 FD = "eval/fd_Projection"
+MEMORY = "out of memory in an evaluation: a lower evaluation.batch_size"
 
 
 @pytest.fixture
@@ -138,3 +139,24 @@ def test_an_evaluation_that_fails_is_counted_and_the_run_goes_on(
     assert "the evaluation at 160 images failed" in printed
     assert "not to my taste" in printed
     assert [row["eval/failed"] for row in figures(runs, "failing")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("function", "rank", "sentence"),
+    [
+        ("frechet_distance", 0, "the features' covariance has no eigenvalues"),
+        ("kernel_distance", 0, MEMORY),
+        ("precision_and_recall", 1, MEMORY),
+        ("collect", 1, MEMORY),
+    ],
+)
+def test_a_failure_on_one_rank_anywhere_in_an_evaluation_is_counted_on_both(
+    runs: Runs, settings: tuple[str, ...], function: str, rank: int, sentence: str
+) -> None:
+    network = f"evaluation.network={OURS}Breaking"
+    options = f"evaluation.options={{function: {function}, rank: {rank}}}"
+    short = "training.total_images=320", "evaluation.every_images=320"
+    printed = runs.finish("breaking", *settings, *short, network, options, ranks=2)
+    assert f"the evaluation at 320 images failed: {sentence}" in printed
+    (row,) = figures(runs, "breaking")
+    assert row["eval/failed"] == 1

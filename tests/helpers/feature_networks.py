@@ -1,7 +1,12 @@
 """Feature networks for tests: in float64, so that sums over any batches and ranks agree."""
 
+import os
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
+
+from ganscale.evaluation import evaluator
 
 
 class Projection(nn.Module):
@@ -28,3 +33,21 @@ class Stubborn(Projection):
         if (images[:, 0, 0, 0] != 0).float().mean() > 0.9:
             raise ValueError("these images are not to my taste")
         return super().features(images)
+
+
+class Breaking(Projection):
+    """Makes a function of the evaluator fail on one rank, as a full GPU or a singular matrix do."""
+
+    def __init__(self, sample_shape: tuple[int, int, int], function: str, rank: int) -> None:
+        super().__init__(sample_shape)
+        failing = _out_of_memory if function != "frechet_distance" else _no_eigenvalues
+        if rank == int(os.environ.get("RANK", "0")):
+            setattr(evaluator, function, failing)
+
+
+def _out_of_memory(*_: Any, **__: Any) -> NoReturn:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def _no_eigenvalues(*_: Any) -> NoReturn:
+    raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
