@@ -49,6 +49,12 @@ def scheduled_weights(penalties: WeightedPenalties, images_seen: int) -> dict[st
     }
 
 
+def scheduled_factors(penalties: WeightedPenalties, images_seen: int) -> dict[str, float]:
+    """What these weights come to in the loss: a lazy penalty stands for a whole interval."""
+    weights = scheduled_weights(penalties, images_seen)
+    return {name: weight * penalties[name].interval for name, weight in weights.items()}
+
+
 @dataclass(frozen=True)
 class Objective:
     """loss: the trained one; panel: losses by name that are evaluated but not trained."""

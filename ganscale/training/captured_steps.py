@@ -38,6 +38,8 @@ def captures_steps(config: Config, device: torch.device, world_size: int) -> boo
         obstacle = "several ranks exchange gradients by DDP, outside of a graph"
     elif training.compile:
         obstacle = "`training.compile` starts kernels in its own way"
+    elif training.precision == "float64":
+        obstacle = "torch's fused optimizers read rates on the device in float32"
     elif any(isinstance(beta, Schedule) for beta in betas):
         obstacle = "torch's fused Adam cannot read betas that have a schedule from the device"
     if obstacle and training.cuda_graphs == "true":

@@ -83,7 +83,7 @@ class CriticStep(nn.Module):
         augmentation: dict[str, Drawn] | None = None,
         gradients: LogitGradients | None = None,
         micro_batches: int = 1,
-        weights: Mapping[str, float | Tensor] | None = None,
+        factors: Mapping[str, float | Tensor] | None = None,
         slots: Int64[Tensor, " batch"] | None = None,
     ) -> StepOutput:
         """points: for each penalty that is due, the images at which its gradient is taken, which
@@ -91,7 +91,7 @@ class CriticStep(nn.Module):
         augmentation: what was drawn for the "real" and the "fake" images; points between them, or
             around real ones, are augmented as the real image of their slot
         gradients: for a loss of the global batch, in one of several micro-batches
-        weights: of penalties whose weight has a schedule, in this step
+        factors: weight times interval, in this step, of penalties whose weight has a schedule
         slots: for what the critic draws; None for one that does not
 
         A penalty at the critic's own images takes its gradient from their forward; others have a
@@ -127,7 +127,7 @@ class CriticStep(nn.Module):
                         inputs = images, labels, augmentation, slots
                         gradient = self._gradient_by_itself(name, kind, *inputs)
                     value, lengths = penalty.penalty.value_and_norms(gradient)
-                weighted = with_penalty(loss, value, penalty, (weights or {}).get(name))
+                weighted = with_penalty(loss, value, penalty, (factors or {}).get(name))
                 loss, meters[f"loss/penalty_{name}"] = weighted
                 meters[f"penalty/{name}"] = value.detach()
                 gradient_norms[f"penalty/{name}_gradient_norm"] = lengths

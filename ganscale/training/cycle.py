@@ -24,7 +24,7 @@ from ganscale.networks.normalization import (
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 from ganscale.objectives.generator_penalties import path_noise
 from ganscale.objectives.losses import Logits
-from ganscale.objectives.objective import Objective, due, panel_meters, scheduled_weights
+from ganscale.objectives.objective import Objective, due, panel_meters, scheduled_factors
 from ganscale.objectives.penalties import Draws
 from ganscale.randomness import normal, split_draws
 from ganscale.runtime import Runtime, autocast, has_cheap_launches
@@ -206,7 +206,7 @@ class Cycle:
         seen = state.images_seen
         numbers = {
             "rate": state.critic_updater.learning_rate(seen),
-            **scheduled_weights(self.objective.penalties, seen),
+            **scheduled_factors(self.objective.penalties, seen),
         }
         probability = state.augmentation.probability(seen)
         inputs = {"batch": vars(batch), "fake_images": fake_images, "probability": probability}
@@ -227,13 +227,13 @@ class Cycle:
         batch, fake_images = DeviceBatch(**inputs["batch"]), inputs["fake_images"]
         update_spectral_norms(self.state.critic)
         draws = Draws(self.config.seed, batch.slots, self._offset(batch), batch.draws)
-        weights = {name: numbers[name] for name in self.objective.penalties if name in numbers}
+        factors = {name: numbers[name] for name in self.objective.penalties if name in numbers}
         step_inputs = {
             "real_images": batch.images,
             "fake_images": fake_images,
             "labels": batch.labels,
             "points": self.objective.penalty_points(batch.images, fake_images, draws, number),
-            "weights": weights,
+            "factors": factors,
             "augmentation": self._augmentation(CRITIC, batch, inputs["probability"]),
             "slots": batch.slots,
         }
@@ -253,7 +253,7 @@ class Cycle:
         state, penalties = self.state, self.objective.generator_penalties
         numbers = {
             "rate": state.generator_updater.learning_rate(state.images_seen),
-            **scheduled_weights(penalties, state.images_seen),
+            **scheduled_factors(penalties, state.images_seen),
         }
         names = due(penalties, state.steps)
         probability = state.augmentation.probability(state.images_seen)
@@ -294,7 +294,7 @@ class Cycle:
             step_inputs |= {
                 "path_noise": path_noise(self.config.seed, batch.slots, batch.images),
                 "mean_lengths": self.state.mean_lengths.of(due_penalties),
-                "weights": {name: numbers[name] for name in due_penalties if name in numbers},
+                "factors": {name: numbers[name] for name in due_penalties if name in numbers},
             }
         seen = self.state.images_seen
         update = self.state.generator_updater.update(step_inputs, seen, numbers["rate"])

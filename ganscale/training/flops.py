@@ -14,7 +14,7 @@ from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.forward import run_network
 from ganscale.networks.normalization import GlobalBatchNorm
 from ganscale.objectives.losses import wgan
-from ganscale.objectives.objective import Objective, scheduled_weights
+from ganscale.objectives.objective import Objective, scheduled_factors
 from ganscale.objectives.penalties import Draws, Penalty
 from ganscale.schema import Config
 from ganscale.training.critic_step import CriticStep
@@ -71,13 +71,13 @@ def _count_step_flops(
     # The loss is only a few operations per image, and may need the other ranks.
     plain = dataclasses.replace(objective, loss=wgan())
     critic_step = CriticStep(critic, plain, "float32", joins_forwards=False)
-    weights = scheduled_weights(objective.penalties, images_seen=0)
+    factors = scheduled_factors(objective.penalties, images_seen=0)
 
     trained = [p for p in critic.parameters() if p.requires_grad]
 
     def critic_flops(points: dict[str, Tensor]) -> int:
         with _FlopCounter() as counter:
-            loss = critic_step(real, fake, labels, points, weights=weights, slots=slots).loss
+            loss = critic_step(real, fake, labels, points, factors=factors, slots=slots).loss
             loss.backward(inputs=trained)
         return counter.flops
 
@@ -91,10 +91,10 @@ def _count_step_flops(
         run_network(generator, latents, labels)
     step = GeneratorStep(generator, critic, plain, "float32", joins_forwards=False)
     needs_real, penalties = objective.loss.generator_needs_real, objective.generator_penalties
-    weights = scheduled_weights(penalties, images_seen=0)
+    factors = scheduled_factors(penalties, images_seen=0)
 
     def generator_flops(mean_lengths: dict[str, Tensor]) -> int:
-        more = {"path_noise": fake, "mean_lengths": mean_lengths, "weights": weights}
+        more = {"path_noise": fake, "mean_lengths": mean_lengths, "factors": factors}
         more |= {"with_real_logits": needs_real, "slots": slots}
         with _FlopCounter() as counter:
             loss = step(latents, real, labels, **more).loss

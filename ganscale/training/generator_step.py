@@ -74,7 +74,7 @@ class GeneratorStep(nn.Module):
         slots: Int64[Tensor, " batch"] | None = None,
         path_noise: Float[Tensor, "batch *sample"] | None = None,
         mean_lengths: Mapping[str, Tensor] | None = None,
-        weights: Mapping[str, float | Tensor] | None = None,
+        factors: Mapping[str, float | Tensor] | None = None,
     ) -> StepOutput:
         """To be differentiated with respect to the generator's parameters only.
 
@@ -83,7 +83,7 @@ class GeneratorStep(nn.Module):
         slots: for what networks draw; None for those that do not
         path_noise, mean_lengths: if penalties are due, y, and for each of them the moving average
             of the lengths
-        weights: as of `CriticStep`
+        factors: as of `CriticStep`
 
         Penalties use the loss's own forward if they may, as all its images have a path length.
         """
@@ -112,7 +112,7 @@ class GeneratorStep(nn.Module):
                 meters[term] = 0.0  # as in the critic's step
                 continue
             value = penalty.penalty.value(lengths, mean_lengths[name])
-            loss, meters[term] = with_penalty(loss, value, penalty, (weights or {}).get(name))
+            loss, meters[term] = with_penalty(loss, value, penalty, (factors or {}).get(name))
             meters[f"penalty/{name}"] = value.detach()
             norms[f"penalty/{name}_gradient_norm"] = lengths.detach()
         meters["loss/generator"] = loss.detach()

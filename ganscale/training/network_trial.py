@@ -20,7 +20,7 @@ from ganscale.networks.build import NETWORKS
 from ganscale.networks.forward import default_dtype, update_spectral_norms
 from ganscale.networks.normalization import batch_norms_in_evaluation
 from ganscale.objectives.generator_penalties import path_noise
-from ganscale.objectives.objective import Objective, scheduled_weights
+from ganscale.objectives.objective import Objective, scheduled_factors
 from ganscale.objectives.penalties import Draws, twice_differentiable_attention
 from ganscale.runtime import autocast, is_of_machine, weights_dtype
 from ganscale.schema import Config
@@ -160,7 +160,7 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
     of_penalties = {
         "path_noise": path_noise(config.seed, slots, images) if penalties else None,
         "mean_lengths": dict.fromkeys(penalties, zero),
-        "weights": scheduled_weights(penalties, images_seen=0),
+        "factors": scheduled_factors(penalties, images_seen=0),
     }
 
     def take_critic_step() -> StepOutput:
@@ -169,8 +169,8 @@ def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Ob
             fakes = fast_forward(generator.network, False)(generator.inputs, labels)
         fakes = fakes.to(images.dtype)
         points = objective.penalty_points(images, fakes, Draws(config.seed, slots), update=0)
-        weights = scheduled_weights(objective.penalties, images_seen=0)
-        return critic_step(images, fakes, labels, points, weights=weights, slots=slots)
+        factors = scheduled_factors(objective.penalties, images_seen=0)
+        return critic_step(images, fakes, labels, points, factors=factors, slots=slots)
 
     def take_generator_step() -> StepOutput:
         return generator_step(generator.inputs, images, labels, slots=slots, **of_penalties)

@@ -1,5 +1,6 @@
 """Optimizers by name."""
 
+import ctypes
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -47,9 +48,13 @@ class Optimizer(ABC):
     def step(self, learning_rate: Rate, images_seen: int = 0) -> None:
         """Every parameter must have a gradient, which may be changed.
 
+        learning_rate: rounded to float32 for float32 parameters, as one on the device is, so that
+            CUDA graphs change no bits
         images_seen: for numbers that have a schedule, beside the learning rate
         """
         torch._foreach_add_(self._counts, self._increments)
+        if isinstance(learning_rate, float) and self.parameters[0].dtype == torch.float32:
+            learning_rate = ctypes.c_float(learning_rate).value
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self._update(gradients, learning_rate, images_seen)
 

@@ -29,18 +29,17 @@ def with_penalty(
     loss: Tensor,
     value: Tensor,
     penalty: WeightedPenalty | WeightedGeneratorPenalty,
-    weight: float | Tensor | None,
+    factor: float | Tensor | None,
 ) -> tuple[Tensor, Meter]:
     """(the loss with the weighted penalty, the meter of that term).
 
-    weight: in this step, if it has a schedule. The meter is a tensor then, since meters of
-        different factors are not reduced together
+    factor: of the penalty in this step, if its weight has a schedule. The meter is a tensor then,
+        since meters of different factors are not reduced together
     """
     if not isinstance(penalty.weight, Schedule):
         factor = penalty.weight * penalty.interval
         return torch.add(loss, value, alpha=factor), Scaled(value.detach(), factor)
-    assert weight is not None
-    factor = weight * penalty.interval
+    assert factor is not None
     if isinstance(factor, Tensor):  # in a captured step
         return torch.addcmul(loss, value, factor.to(value.dtype)), value.detach() * factor
     return torch.add(loss, value, alpha=factor), value.detach() * factor

@@ -327,7 +327,7 @@ def test_a_penalty_that_is_scheduled_to_be_zero_leaves_the_loss():
     objective = ObjectiveConfig(loss=LossConfig("non_saturating"), penalties=penalties)
     step = CriticStep(critic, build_objective(objective), "float64")
     real, fake, _ = batch_of(critic)
-    loss = step(real, fake, None, {"r1": real}, weights={"r1": 0.0}).loss
+    loss = step(real, fake, None, {"r1": real}, factors={"r1": 0.0}).loss
     assert_equal([*gradients(loss, critic)], own_gradients(critic, "non_saturating", ())[1:])
 
 
