@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task,
 from ganscale.randomness import uniform, uniform_noise
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
+from tests.helpers.processes import REPOSITORY
 
 BATCH = 4
 OBJECTIVES = sorted(path.stem for path in (ours.CONFIGS / "objective").glob("*.yaml"))
@@ -196,18 +198,58 @@ def test_cases_have_the_names_that_quick_runs_ask_for() -> None:
     assert {name.partition("/")[0] for name in names} == set(OBJECTIVES)
 
 
+# The rows of the table in docs/performance.md.
+LAUNCHES = {
+    "dragan": "DRAGAN",
+    "hinge": "hinge",
+    "lsgan": "LSGAN",
+    "minimax": "minimax",
+    "non_saturating": "non-saturating",
+    "r1": "R1",
+    "r3gan": "R3GAN",
+    "relativistic_average": "relativistic average",
+    "wgan": "WGAN with clipped weights",
+    "wgan_gp": "WGAN-GP",
+    "wgan_lp": "WGAN-LP",
+}
+OF_OWN_NETWORKS = {
+    "r3gan32": "R3GAN with its own networks",
+    "stylegan2-32": "StyleGAN2 with its own networks",
+}
+
+
+def documented_launches(objective: str, network: str) -> float:
+    """Ours over the plain loop's, as the page has it: "409 of 718 (0.57)" in a cell."""
+    row = OF_OWN_NETWORKS.get(network, LAUNCHES[objective])
+    column = 2 if network == "resnet32" else 1
+    page = (REPOSITORY / "docs" / "performance.md").read_text()
+    table = page.partition("\n## How many operators a GPU would have to launch\n")[2]
+    (line,) = re.findall(rf"^\| {re.escape(row)} \|.*$", table.partition("\n## ")[0], re.M)
+    ours, rivals, ratio = re.fullmatch(
+        r" ([\d,]+) of ([\d,]+) \((.*)\) ", line.split("|")[column + 1]
+    ).groups()  # type: ignore[union-attr]
+    exact = int(ours.replace(",", "")) / int(rivals.replace(",", ""))
+    assert float(ratio) == pytest.approx(exact, abs=0.0051)
+    return exact
+
+
 @pytest.mark.parametrize(
     ("objective", "network"),
     [
-        *itertools.product(["wgan_gp", "r1", "r3gan", "dragan"], launches.NETWORKS),
+        *itertools.product(OBJECTIVES, ["dcgan32"]),
+        *itertools.product(["wgan_gp", "r1", "r3gan", "dragan"], ["resnet32"]),
         ("r3gan", "r3gan32"),
         ("r1", "stylegan2-32"),
     ],
 )
-def test_a_cycle_launches_fewer_operators_than_a_plain_loop(objective: str, network: str) -> None:
-    """On a GPU's path, where each takes the host's time."""
+def test_a_cycle_launches_no_more_operators_than_the_page_about_performance_says(
+    objective: str, network: str
+) -> None:
+    """On a GPU's path, where each takes the host's time. The plain loop launches more of them."""
+    most = documented_launches(objective, network) + 0.02
+    assert most < 1
     with launches.gpu_path():
-        assert launches.launches(objective, network).ratio < 1
+        assert launches.launches(objective, network).ratio <= most
 
 
 def test_quick_launches_are_rows_of_the_long_run() -> None:
