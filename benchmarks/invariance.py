@@ -16,9 +16,12 @@ gradients of rounding would become whole steps.
 A batch norm connects the images of a micro-batch, so runs with two micro-batches are compared with
 one process that has two.
 
+A row of the adaptive controller fails, too, if its probability stays where it starts, or at 0.
+
 The exit code is 1 if a row exceeds its tolerance.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -26,7 +29,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES
 from ganscale.randomness import random_words
 from ganscale.runtime import Runtime
+from ganscale.schedules import Schedule, value_at
 from ganscale.schema import (
     AdaptiveConfig,
     AugmentationConfig,
@@ -93,10 +97,13 @@ class Variant:
     resolution: int = RESOLUTION
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     batch: int = GLOBAL_BATCH
+    channels: int = CHANNELS
+    seed: int = 0
+    is_scheduled: bool = False  # learning rates, betas, weights of penalties, half-life of the EMA
 
 
 _ALL_OF_ADA = dict.fromkeys(["blit", "geom", "color", "filter", "noise", "cutout"], 1.0)
-_CONTROLLER = AdaptiveConfig(target=0.1, every_images=8, full_images=40)
+_OF_R3GAN = {"blit": 1.0, "geom": 1.0, "color": 0.5, "cutout": 1.0}
 VARIANTS = {
     "plain": Variant(),
     "layer_norm": Variant(critic={"norm": "layer"}),
@@ -126,12 +133,33 @@ VARIANTS = {
         generator={"widths": 4, "style_dim": 6, "mapping_layers": 2},
         critic={"widths": 4, "mapping_layers": 2},
         generator_penalties={"path_length": GeneratorPenaltyConfig(2.0, interval=2)},
-        augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER),
+        augmentation=AugmentationConfig(
+            "ada", probability=0.5, adaptive=AdaptiveConfig(0.3, every_images=8, full_images=160)
+        ),
         is_conditional=True,
         batch=4 * GLOBAL_BATCH,
     ),
+    # Everything of R3GAN at once, and each of its numbers on its way to another.
+    "r3gan": Variant(
+        network="r3gan",
+        resolution=16,
+        channels=3,
+        generator={"widths": [8, 8, 4], "group_width": 4},
+        critic={"widths": [8, 8, 4], "group_width": 4},
+        generator_real="fresh",
+        augmentation=AugmentationConfig("ada", _OF_R3GAN, Schedule(0.3, 0.9, 3 * GLOBAL_BATCH)),
+        is_scheduled=True,
+        is_conditional=True,
+        flip=True,
+    ),
     "fresh_real": Variant(generator_real="fresh", is_conditional=True, flip=True),
-    "adaptive": Variant(augmentation=AugmentationConfig("ada", adaptive=_CONTROLLER)),
+    # Real logits of both signs, so that the probability goes down and up again.
+    "adaptive": Variant(
+        augmentation=AugmentationConfig(
+            "ada", probability=0.9, adaptive=AdaptiveConfig(0.1, every_images=8, full_images=40)
+        ),
+        seed=2,
+    ),
     # A batch that four ranks of two micro-batches divide into whole groups. The deviation of a pair
     # has nearly a kink where its images agree, at which float32 loses digits.
     "groups": Variant(critic={"group_size": 4}, is_conditional=True, batch=4 * GLOBAL_BATCH),
@@ -184,7 +212,7 @@ THREE = [("wgan", "wgan_gp"), ("hinge", "dragan"), ("relativistic_average", "r1+
 FREE = [
     name
     for name, variant in VARIANTS.items()
-    if name not in ("plain", "fresh_real", "adaptive", "stylegan2") and not variant.clip
+    if name not in ("plain", "fresh_real", "adaptive", "stylegan2", "r3gan") and not variant.clip
 ]
 CLIPPED = [
     Combination("wgan", "none", "clip_weights"),
@@ -201,31 +229,48 @@ ADAPTIVE = [
 FRESH = [
     Combination("relativistic", "r1+r2", "fresh_real"),
     Combination("relativistic_average", "wgan_gp_pixel", "fresh_real"),
+    Combination("relativistic", "r1+r2", "r3gan"),
 ]
 
 
 def config_of(combination: Combination, accumulate: int, precision: str) -> Config:
     """A run of a few cycles."""
     variant = VARIANTS[combination.variant]
-    optimizer = OptimizerConfig(variant.optimizer, 5e-3, betas=[0.5, 0.9], eps=1e-2)
+
+    def moving(start: float, end: float) -> float | Schedule:
+        """The start, or in a variant with schedules the way to the end."""
+        return Schedule(start, end, 3 * GLOBAL_BATCH) if variant.is_scheduled else start
+
+    half_life = Schedule(0, 50, 3 * GLOBAL_BATCH) if variant.is_scheduled else 50
+    betas = [moving(0.5, 0.0), moving(0.9, 0.99)]
+    optimizer = OptimizerConfig(variant.optimizer, moving(5e-3, 1e-3), betas=betas, eps=1e-2)
     generator = "TinyStyleGenerator" if variant.generator_penalties else "TinyGenerator"
     generator, critic = (
         variant.network or f"benchmarks.tiny_networks:{name}" for name in (generator, "TinyCritic")
     )
+    penalties = {
+        name: replace(each, weight=moving(value_at(each.weight, 0), 0.1))
+        for name, each in PENALTY_SETS[combination.penalties].items()
+    }
     return Config(
+        seed=variant.seed,
         data=DataConfig(
-            "", resolution=variant.resolution, channels=CHANNELS, flip=variant.flip, lanes=LANES
+            "",
+            resolution=variant.resolution,
+            channels=variant.channels,
+            flip=variant.flip,
+            lanes=LANES,
         ),
         generator=GeneratorConfig(generator, 6, variant.generator),
         critic=CriticConfig(critic, variant.critic),
         objective=ObjectiveConfig(
             LossConfig(combination.loss),
-            PENALTY_SETS[combination.penalties],
+            penalties,
             variant.generator_penalties,
             clip=variant.clip,
             n_critic=N_CRITIC,
         ),
-        augmentation=variant.augmentation,
+        augmentation=copy.deepcopy(variant.augmentation),
         optimizer=OptimizersConfig(optimizer, optimizer),
         training=TrainingConfig(
             total_images=CYCLES * N_CRITIC * variant.batch,
@@ -236,7 +281,7 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
             gradient_clip=variant.gradient_clip,
             generator_real=variant.generator_real,
         ),
-        ema=EMAConfig(half_life_images=50),
+        ema=EMAConfig(half_life, ramp_up=1.0),
     )
 
 
@@ -306,18 +351,21 @@ def synthetic_batch(config: Config, runtime: Runtime, position: int) -> Batch:
     )
     labels = torch.from_numpy(positions % CLASSES)
     return Batch(
-        _synthetic_images(tuple(positions), config.data.size), labels, torch.from_numpy(slots)
+        _synthetic_images(tuple(positions), config.data.sample_shape),
+        labels,
+        torch.from_numpy(slots),
     )
 
 
 @lru_cache(maxsize=1000)
-def _synthetic_images(positions: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+def _synthetic_images(positions: tuple[int, ...], shape: tuple[int, int, int]) -> Tensor:
     """Noise around a random brightness per image, so that whole images differ too."""
-    elements = size[0] * size[1] * CHANNELS
+    channels, height, width = shape
+    elements = channels * height * width
     words = random_words(0, "synthetic images", torch.tensor(positions), elements)
     noise, brightness = words & 127, words[:, :1] >> 8 & 127
     images = (noise + brightness).to(torch.uint8)
-    return images.view(-1, *size, CHANNELS)
+    return images.view(-1, height, width, channels)
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
@@ -346,6 +394,16 @@ def largest_error(found: Record, expected: Record, floor: float = 0.0) -> tuple[
     return worst
 
 
+def controller_is_idle(config: Config, found: Record) -> bool:
+    """Whether the adaptive controller, if there is one, left the probability where it starts, or
+    at 0 throughout: then nothing of it was tried."""
+    if config.augmentation.adaptive is None:
+        return False
+    meters = (tensors for kind, tensors in found.items() if kind.startswith("meters"))
+    found_values = {tensors["augment/probability"].item() for tensors in meters}
+    return found_values <= {0.0} or found_values <= {value_at(config.augmentation.probability, 0)}
+
+
 def reference_of(combination: Combination, accumulate: int) -> int:
     """The number of micro-batches of the one process that this is compared with."""
     has_batch_norm = VARIANTS[combination.variant].generator.get("norm") == "batch"
@@ -368,7 +426,8 @@ def run_rank(folder: Path) -> None:
         combination = Combination(*names)
         for precision in task["precisions"]:
             for accumulate in ACCUMULATE:
-                found = record(config_of(combination, accumulate, precision), runtime)
+                config = config_of(combination, accumulate, precision)
+                found = record(config, runtime)
                 by = reference_of(combination, accumulate)
                 reference = case_name(combination, by, 1, precision)
                 if ranks == 1 and accumulate == by:
@@ -377,6 +436,8 @@ def run_rank(folder: Path) -> None:
                 error, where = largest_error(found, references[reference])
                 if len(set(runtime.all_gather_object(_digest(found)))) > 1:
                     error, where = math.inf, "ranks end with different bits"
+                if controller_is_idle(config, found):
+                    error, where = math.inf, "the controller of the augmentation does nothing"
                 name = case_name(combination, accumulate, ranks, precision)
                 rows.append({"name": name, "error": error, "where": where})
     if ranks == 1:

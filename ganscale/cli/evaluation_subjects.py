@@ -21,6 +21,8 @@ from ganscale.evaluation.images import (
     FileImages,
     GeneratedImages,
     Images,
+    are_gray,
+    are_gray_files,
     chosen_samples,
     labels_for,
 )
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from ganscale.runtime import Runtime
 
 _ALL = "all"
-_CHANNELS = 3  # of images from elsewhere; gray ones are repeated, as feature networks need them
 
 
 class Subject(NamedTuple):
@@ -79,7 +80,8 @@ def _of_run(
 ) -> Iterator[Subject]:
     config = _with_options(load_stored(folder.config), arguments)
     manifest = None
-    if not config.evaluation.reference or config.training.conditional:
+    is_needed = not config.evaluation.reference or config.training.conditional
+    if is_needed or Path(config.data.path).exists():
         manifest = open_data(config.data).manifest
     truncation = arguments.truncation
     evaluator = Evaluator(config.evaluation, config.data, manifest, runtime, truncation)
@@ -130,7 +132,9 @@ def _of_data_set(arguments: argparse.Namespace, path: Path, runtime: "Runtime") 
     manifest = Manifest.load(path)
     if manifest.resolution is None:
         raise UserError(f"the images in {path} have different sizes, or sizes that are not known")
-    config = _for_images(arguments, path, *manifest.resolution, len(manifest.samples))
+    channels = 1 if are_gray(manifest, DataConfig(path=str(path))) else 3
+    shape = channels, *manifest.resolution
+    config = _for_images(arguments, path, shape, len(manifest.samples))
     evaluator = Evaluator(config.evaluation, config.data, None, runtime)
 
     def images() -> Images:
@@ -144,22 +148,24 @@ def _of_files(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> 
     source = list_images(str(path))
     file = source.images[0]
     try:
-        first = decode(image_reader(source.kind, source.path)(file), None, _CHANNELS)
+        first = decode(image_reader(source.kind, source.path)(file), None, 3)
     except BadSampleError as error:
         raise UserError(f"{file.name} in {path} cannot be read: {error}") from error
     height, width, _ = first.shape
-    config = _for_images(arguments, path, height, width, len(source.images))
+    shape = 1 if are_gray_files(source) else 3, height, width
+    config = _for_images(arguments, path, shape, len(source.images))
     evaluator = Evaluator(config.evaluation, config.data, None, runtime)
-    shape, limit = (_CHANNELS, height, width), arguments.samples or 0
+    limit = arguments.samples or 0
     return Subject(str(path), evaluator, lambda: FileImages(source, shape, limit))
 
 
 def _for_images(
-    arguments: argparse.Namespace, path: Path, height: int, width: int, count: int
+    arguments: argparse.Namespace, path: Path, shape: tuple[int, int, int], count: int
 ) -> Config:
-    """Settings for images from elsewhere; the reference is read in their size."""
+    """Settings for `count` images of this (channels, height, width) from elsewhere."""
+    channels, height, width = shape
     resolution = as_resolution(height, width)
-    data = DataConfig(path=arguments.reference, resolution=resolution, channels=_CHANNELS)
+    data = DataConfig(path=arguments.reference, resolution=resolution, channels=channels)
     config = _with_options(Config(data=data, evaluation=EvaluationConfig(samples=count)), arguments)
     if config.evaluation.samples > count:
         raise UserError(f"{path} has {count:,} images, not {config.evaluation.samples:,}")

@@ -86,6 +86,9 @@ class Evaluator:
         network = self._load_network()
         self._network = network.name, network.checksum, network.resize
         self._source = _open_reference(config, data, manifest, network)
+        if isinstance(self._source, DataSetReference) and config.reference:
+            source = self._source
+            runtime.run_on_main(lambda: source.check_colors(data, manifest))
         self._reference: Reference | None = None
         self._of_reference: dict[str, Any] = {}
         for metric in self._metrics:
@@ -235,7 +238,9 @@ def check_evaluation(
     metrics = check_metrics(config.metrics, config.network, config.reference)
     check_feature_network(config.network, config.options, **_place(data))
     if not config.reference.endswith(STATISTICS_SUFFIX):
-        _open_data_set(config, data, manifest)
+        reference = _open_data_set(config, data, manifest)
+        if config.reference:
+            reference.check_colors(data, manifest)
     elif not Path(config.reference).is_file():
         raise UserError(f"evaluation.reference: there is no file {config.reference}")
     return [figure_name(metric, config.network) for metric in metrics]
@@ -267,13 +272,30 @@ def _open_data_set(
     if path := config.reference:
         data = replace(data, path=path, shards="")
         cache, retry_seconds = data.cache, data.retry_seconds
-        manifest = Manifest.load(path, shards="", cache=cache, retry_seconds=retry_seconds)
+        reference = Manifest.load(path, shards="", cache=cache, retry_seconds=retry_seconds)
+        _check_resolution(reference, data, manifest)
+        manifest = reference
     if manifest is None:
         raise UserError(
             "the data are streamed without a manifest, so they cannot be the reference of an "
             "evaluation: index them with `ganscale shards index`, or set evaluation.reference"
         )
     return DataSetReference(manifest, data, config.reference_images)
+
+
+def _check_resolution(reference: Manifest, config: DataConfig, own: Manifest | None) -> None:
+    """Refuses a reference of another resolution than the images have, unless the run's own data
+    have it, too: then both are resized in the same way."""
+    stored = reference.resolution
+    if stored is None or stored == config.size or (own is not None and own.resolution == stored):
+        return
+    (height, width), (own_height, own_width) = stored, config.size
+    size = own_height if own_height == own_width else f"{own_height}x{own_width}"
+    raise UserError(
+        f"the images of the reference {config.path} have {height} x {width} pixels, those that are "
+        f"evaluated {own_height} x {own_width}: write the reference in that size, with `ganscale "
+        f"shards write ... --resolution {size}`"
+    )
 
 
 def _named(metric: str, mean_and_std: tuple[float, float]) -> dict[str, float]:

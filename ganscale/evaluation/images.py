@@ -1,5 +1,7 @@
 """Images to judge, by their positions: made by a generator, or read from a data set or files."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,7 +10,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor, nn
 
 from ganscale.data.bad_samples import BadSampleError
-from ganscale.data.images.decoding import DecodeError, decode, decode_into
+from ganscale.data.images.decoding import DecodeError, decode, decode_into, is_gray
 from ganscale.data.images.preprocessing import to_bytes
 from ganscale.data.manifest import Manifest
 from ganscale.data.order import Order
@@ -21,6 +23,7 @@ from ganscale.schema import DataConfig
 from ganscale.shards.sources import Source, image_reader
 
 _CLOSE_SECONDS = 5.0
+_LOOKED_AT = 8  # images of a set
 
 
 class ImageChunk(NamedTuple):
@@ -130,6 +133,30 @@ def chosen_samples(manifest: Manifest, limit: int = 0) -> np.ndarray:
     if limit == 0 or limit >= total:
         return np.arange(total)
     return np.sort(_order(manifest).samples(np.arange(limit)))
+
+
+def are_gray(manifest: Manifest, config: DataConfig) -> bool:
+    """Whether the images of a data set are stored without colors, by the headers of a few."""
+    reader = ShardReader(manifest, config)
+    try:
+        places = reader.locations(chosen_samples(manifest, _LOOKED_AT))
+        return all(_is_gray(partial(reader.read_location, place)) for place in places)
+    finally:
+        reader.close()
+
+
+def are_gray_files(source: Source) -> bool:
+    """The same of image files."""
+    step = -(-len(source.images) // _LOOKED_AT)
+    read = image_reader(source.kind, source.path)
+    return all(_is_gray(partial(read, file)) for file in source.images[::step])
+
+
+def _is_gray(read: Callable[[], bytes]) -> bool:
+    try:
+        return is_gray(read())
+    except BadSampleError:
+        return True  # others decide
 
 
 def labels_for(

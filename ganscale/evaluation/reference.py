@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.data.manifest import Manifest
+from ganscale.errors import UserError
 from ganscale.evaluation.collection import Collected, collect
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
-from ganscale.evaluation.images import DataSetImages, chosen_samples
+from ganscale.evaluation.images import DataSetImages, are_gray, chosen_samples
 from ganscale.evaluation.quality.frechet import GaussianStatistics
 from ganscale.evaluation.quality.statistics_files import load_statistics
 from ganscale.evaluation.rounds import Rounds
@@ -75,6 +76,22 @@ class DataSetReference:
         height, width = config.size
         size = f"{height} x {width} x {config.channels}"
         self.description = f"data {manifest.fingerprint[:16]} at {size}"
+
+    def check_colors(self, own_config: DataConfig, own: Manifest | None) -> None:
+        """Raises UserError for a reference without colors if the images that are evaluated have
+        them, or the other way round: neither should be converted unnoticed.
+
+        own: the run's own data, which may be stored with colors that it does not use; None if they
+            are not known
+        """
+        gray = are_gray(self._manifest, self._config)
+        own_gray = own_config.channels == 1 if own is None else are_gray(own, own_config)
+        if gray != own_gray:
+            kinds = {True: "gray", False: "in color"}
+            raise UserError(
+                f"the images of the reference {self._config.path} are {kinds[gray]}, those that "
+                f"are evaluated {kinds[own_gray]}"
+            )
 
     def load(
         self,

@@ -15,6 +15,7 @@ from benchmarks.invariance import (
     Combination,
     combinations,
     config_of,
+    controller_is_idle,
     failures,
     few_combinations,
     largest_error,
@@ -61,6 +62,26 @@ def test_a_difference_in_one_element_and_a_missing_tensor_are_errors() -> None:
     small[1] = torch.nan
     assert largest_error(found, expected)[0] == torch.inf
     assert largest_error({"weights": {}}, expected)[0] == torch.inf
+
+
+def test_the_rows_of_the_adaptive_controller_move_the_probability_down_and_up() -> None:
+    found = record(config_of(Combination("hinge", "r1", "adaptive"), 1, "float64"), Runtime.start())
+    meters = [found[f"meters at {images} images"] for images in (16, 32)]
+    assert [each["augment/probability"].item() for each in meters] == [0.5, 0.5]  # from 0.9
+    # After 8 images each: 36 of 40 down to 28, to 20, to 12, and up to 20.
+    assert [each["augment/sign_rate"].item() for each in meters] == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize(("target", "start"), [(0.1, 0.1), (0.1, 0.0), (-0.9, 1.0)])
+def test_a_probability_that_stays_where_it_is_or_at_0_fails_its_row(
+    target: float, start: float
+) -> None:
+    config = config_of(Combination("hinge", "r1", "adaptive"), 1, "float64")
+    assert config.augmentation.adaptive is not None
+    assert not controller_is_idle(config, record(config, Runtime.start()))
+    config.augmentation.adaptive.target, config.augmentation.probability = target, start
+    config.seed = 0 if target > 0 else config.seed  # with which all real logits are negative
+    assert controller_is_idle(config, record(config, Runtime.start()))
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,41 @@ def test_what_cannot_be_judged_is_refused_in_one_sentence(
     (images / "000.png").write_bytes(b"not an image")
     assert "000.png in " in mistake(capsys, images, *reference, *NETWORK)
     (images / "000.png").write_bytes(encoded(np.zeros((8, 9), np.uint8)))
-    assert "32 x 32 pixels, not 8 x 9" in mistake(capsys, images, *reference, *NETWORK)
-    (images / "000.png").write_bytes(encoded(np.zeros((8, 8), np.uint8)))
-    assert "32 x 32 pixels, not 8 x 8" in mistake(capsys, images, *reference, *NETWORK)
+    complaint = "have 32 x 32 pixels, those that are evaluated 8 x 9: write the reference in that"
+    assert complaint in mistake(capsys, images, *reference, *NETWORK)
+    (images / "000.png").write_bytes(encoded(np.zeros((32, 32), np.uint8)))
+    (images / "001.png").write_bytes(encoded(np.zeros((8, 9), np.uint8)))
+    assert "8 x 9 pixels, not 32 x 32" in mistake(capsys, images, *reference, *NETWORK)
+
+
+def test_a_reference_of_another_size_or_without_the_colors_is_refused(
+    images: Path, digits: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the run's own data are stored like it, and so converted in the same way."""
+    small, colored = tmp_path / "small", tmp_path / "colored"
+    assert main(["shards", "write", str(images), str(small), "--resolution", "16"]) == 0
+    (tmp_path / "red").mkdir()
+    for number in range(COUNT):
+        red = encoded(np.full((32, 32, 3), (200, number, 0), np.uint8))
+        (tmp_path / "red" / f"{number:03d}.png").write_bytes(red)
+    assert main(["shards", "write", str(tmp_path / "red"), str(colored)]) == 0
+    runs.finish("run", "training.total_images=160", "checkpoint.every_images=160")
+    run, samples = runs.folder / "run", ("--samples", "20")
+    for reference, problem in (
+        (small, "have 16 x 16 pixels, those that are evaluated 32 x 32"),
+        (colored, "are in color, those that are evaluated gray"),
+    ):
+        for source in (run, images):
+            options = "--reference", reference, *samples, *NETWORK
+            assert problem in mistake(capsys, source, *options)
+        evaluation = f"evaluation.reference={reference}", "evaluation.every_images=160"
+        network = f"evaluation.network={NETWORK[1]}", "evaluation.samples=20"
+        assert problem in runs.finish("other", *evaluation, *network, exit_code=2)
+    assert main(["evaluate", str(images), "--reference", str(digits), *samples, *NETWORK]) == 0
+    data = f"data.path={small}", "training.total_images=160", "checkpoint.every_images=160"
+    runs.finish("enlarged", *data)
+    reference = "--reference", str(small), *samples, *NETWORK
+    assert main(["evaluate", str(runs.folder / "enlarged"), *reference]) == 0
 
 
 def test_statistics_of_another_network_are_refused(

@@ -47,6 +47,7 @@ _JPEG, _PNG, _NPY = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _PNG_CHUNK = struct.Struct(">I4s")  # bytes of its body, kind
 _PNG_HEADER = struct.Struct(">IIBBBBB")  # width, height, depth, colour, two constants, interlaced
 _PNG_MODES = {0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}  # a letter per channel
+_GRAY_MODES = frozenset(("1", "L", "LA", "I", "I;16", "F"))
 _PNG_PLAIN_CHUNKS = frozenset(
     b"IHDR IDAT IEND bKGD cHRM gAMA iCCP pHYs sBIT sRGB tEXt tIME".split()
 )
@@ -136,6 +137,19 @@ def image_size(data: bytes) -> tuple[int, int]:
         width, height = image.size
         is_turned = _may_have_exif(data) and orientation(image) >= 5
         return (width, height) if is_turned else (height, width)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise _decode_error("has no readable header", error) from error
+
+
+def is_gray(data: bytes) -> bool:
+    """Whether an image is stored without colors, from the header alone. Raises DecodeError without
+    a readable one."""
+    try:
+        if data.startswith(_NPY):
+            return _array_header(data)[0][2:] in ((), (1,))
+        return _open(data).mode in _GRAY_MODES
     except DecodeError:
         raise
     except Exception as error:
