@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ganscale.config import resolve
 from ganscale.errors import UserError
 from ganscale.networks.build import build_network, parameter_count
 from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator, ResidualBlock
@@ -14,14 +15,23 @@ from ganscale.objectives.fast_derivatives import FastDerivatives
 from ganscale.objectives.penalties import input_gradients
 from ganscale.runtime import autocast
 from tests.helpers.networks import draw, without_zeros
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.r3gan_by_hand import (
+    block_by_hand,
+    downsample,
+    head_by_hand,
+    images_by_hand,
+    logits_by_hand,
+    upsample,
+)
 
 # Widths from 4x4 pixels up, classes, and group width of the paper's networks.
-FFHQ_256 = ([768, 768, 768, 768, 384, 192, 96], 0, 16)
 PAPERS = {
     "cifar10": ([768] * 4, 10, 16),
     "ffhq64": ([768, 768, 768, 768, 384], 0, 16),
-    "ffhq256": FFHQ_256,
+    "ffhq256": ([768, 768, 768, 768, 384, 192, 96], 0, 16),
     "imagenet32": ([1536] * 4, 1000, 32),
+    "imagenet64": ([1536] * 5, 1000, 32),
 }
 
 
@@ -62,16 +72,16 @@ def test_a_stage_for_each_resolution_has_its_width_whichever_way_it_is_passed() 
 def test_the_pair_for_ffhq_256_has_as_many_parameters_as_the_paper_says() -> None:
     """Huang et al. 2024, section 4, the table of the roadmap: Config E has 23.058 million
     parameters in the generator and 23.010 million in the discriminator."""
-    widths, *_ = FFHQ_256
+    config = resolve([str(REPOSITORY / "configs" / "r3gan_ffhq256.yaml")]).config
     with torch.device("meta"):
-        generator = R3GANGenerator(64, (3, 256, 256), widths=widths)
-        critic = R3GANCritic((3, 256, 256), widths=widths)
+        generator = R3GANGenerator(64, (3, 256, 256), **config.generator.options)
+        critic = R3GANCritic((3, 256, 256), **config.critic.options)
     assert round(parameter_count(generator) / 1e6, 3) == 23.058
     assert round(parameter_count(critic) / 1e6, 3) == 23.010
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_parameter_counts_follow_from_the_papers_layers(name: str) -> None:
+def test_parameter_counts_of_the_presets_follow_from_the_papers_layers(name: str) -> None:
     widths, classes, group_width = PAPERS[name]
     shape = (3, 2 ** (len(widths) + 1), 2 ** (len(widths) + 1))
     blocks = 0
@@ -82,39 +92,14 @@ def test_parameter_counts_follow_from_the_papers_layers(name: str) -> None:
     changes = sum(a * b for a, b in pairwise(widths) if a != b)
     basis, image = 4 * 4 * widths[0], 3 * widths[-1]
     shared = blocks + changes + basis + image + 64 * classes
-    options = {"widths": widths, "group_width": group_width}
+    config = resolve([str(REPOSITORY / "configs" / f"r3gan_{name}.yaml")]).config
+    assert config.data.sample_shape == shape
+    latent_dim = config.generator.latent_dim
     with torch.device("meta"):
-        generator = R3GANGenerator(64, shape, classes, **options)
-        critic = R3GANCritic(shape, classes, **options)
+        generator = R3GANGenerator(latent_dim, shape, classes, **config.generator.options)
+        critic = R3GANCritic(shape, classes, **config.critic.options)
     assert parameter_count(generator) == shared + (128 if classes else 64) * widths[0]
     assert parameter_count(critic) == shared + (64 if classes else 1) * widths[0]
-
-
-def plain_block(block: ResidualBlock, maps: Tensor) -> Tensor:
-    """Written out, the grouped convolution as one convolution for each group."""
-    inner = F.leaky_relu(F.conv2d(maps, block.conv1.weight, block.conv1.bias), 0.2)
-    groups = zip(
-        inner.split(block.conv2.weight.shape[1], 1),
-        block.conv2.weight.split(block.conv2.weight.shape[1], 0),
-        strict=True,
-    )
-    inner = torch.cat([F.conv2d(part, weight, padding=1) for part, weight in groups], 1)
-    assert block.conv2.bias is not None
-    inner = F.leaky_relu(inner + block.conv2.bias.view(-1, 1, 1), 0.2)
-    return maps + F.conv2d(inner, block.conv3.weight)
-
-
-KERNEL = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])).double()
-
-
-def upsample(maps: Tensor) -> Tensor:
-    weight, groups = (KERNEL / 4).expand(maps.shape[1], 1, 3, 3), maps.shape[1]
-    return F.conv_transpose2d(maps, weight, None, 2, 1, output_padding=1, groups=groups)
-
-
-def downsample(maps: Tensor) -> Tensor:
-    weight, groups = (KERNEL / 16).expand(maps.shape[1], 1, 3, 3), maps.shape[1]
-    return F.conv2d(maps, weight, None, 2, 1, groups=groups)
 
 
 def layers_of(stages: nn.ModuleList) -> list[list[Any]]:
@@ -136,23 +121,22 @@ def test_both_networks_are_the_papers_formulas_written_out() -> None:
     scales = torch.einsum("oi,bi->bo", generator.modulation.weight, inputs)
     maps = torch.einsum("bc,chw->bchw", scales, generator.basis)
     first, second, third = layers_of(generator.stages)
-    maps = plain_block(first[0], maps)
+    maps = block_by_hand(first[0], maps)
     maps = upsample(F.conv2d(maps, second[0].weight))
-    maps = plain_block(second[2], maps)
-    maps = plain_block(third[1], upsample(maps))
+    maps = block_by_hand(second[2], maps)
+    maps = block_by_hand(third[1], upsample(maps))
     expected = F.conv2d(maps, third[2].weight)
     images = generator(latents, labels)
     torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(images_by_hand(generator, latents, labels), expected)
 
     first, second, third = layers_of(critic.stages)
-    maps = plain_block(first[1], F.conv2d(images, first[0].weight))
-    maps = plain_block(second[0], downsample(maps))
+    maps = block_by_hand(first[1], F.conv2d(images, first[0].weight))
+    maps = block_by_hand(second[0], downsample(maps))
     maps = F.conv2d(downsample(maps), second[2].weight)
-    maps = plain_block(third[0], maps)
-    features = F.conv2d(maps, critic.basis[:, None], groups=12).flatten(1)  # depthwise 4x4
-    assert critic.embedding is not None
-    projected = torch.einsum("ec,bc->be", critic.output.weight, features)
-    expected = torch.einsum("be,be->b", projected, critic.embedding.weight[labels])
+    maps = block_by_hand(third[0], maps)
+    expected = head_by_hand(critic, maps, labels)
+    assert torch.equal(logits_by_hand(critic, images, labels), expected)
     torch.testing.assert_close(critic(images, labels), expected, rtol=1e-12, atol=1e-12)
 
 
