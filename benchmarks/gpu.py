@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--results FOLDER] [--steps NAME ...] [--seconds N]
 
-Runs the tests of tests/cuda, then the benchmarks `launches`, `limit`, `loop` and `step_on_gpu`,
-each in a process of its own. `FOLDER/gpu-NAME.json`, with the card's name, has versions, tests and
-all rows; it is written after every step, so a step that fails loses nothing of the others. The
-exit code is 1 if one did. Tables for docs/performance.md are printed.
+Runs the tests of tests/cuda, then the benchmarks `launches`, `limit`, `loop`, `forms` and
+`step_on_gpu`, each in a process of its own. `FOLDER/gpu-NAME.json`, with the card's name, has
+versions, tests and all rows; it is written after every step, so a step that fails loses nothing of
+the others. The exit code is 1 if one did. Tables for docs/performance.md are printed.
 
 With the environment variable GANSCALE_DEVICE=cpu, all of it runs on the CPU, to see that it works.
 Nothing is downloaded or installed.
@@ -59,6 +59,7 @@ STEPS = (
     Step("launches", ("-m", "benchmarks.launches", "--quick", "--json", "FILE"), 0.08),
     Step("limit", ("-m", "benchmarks.limit", "--quick", "--json", "FILE"), 0.1),
     Step("loop", ("-m", "benchmarks.loop", "--quick", "--json", "FILE"), 0.17),
+    Step("forms", ("-m", "benchmarks.forms", "--seconds", "SECONDS", "--json", "FILE"), 0.085),
     Step("step", ("-m", "benchmarks.step_on_gpu", "--seconds", "SECONDS", "--json", "FILE")),
 )
 
@@ -110,16 +111,21 @@ def _read_rows(path: Path) -> dict[str, Any]:
 
 
 def _read_tests(path: Path) -> dict[str, Any]:
-    """How many passed, the names of those that failed, and how many were skipped by reason."""
-    passed, failed, skipped = 0, [], Counter[str]()
+    """How many passed, the names of those that failed, how many were skipped by reason, and what
+    tests have recorded as properties, by their names and the test's parameters."""
+    passed, failed, skipped, recorded = 0, [], Counter[str](), {}
     for case in ElementTree.parse(path).iter("testcase"):
+        parameters = case.get("name", "").partition("[")[2].removesuffix("]")
+        for each in case.iter("property"):
+            recorded[f"{each.get('name')}/{parameters}"] = each.get("value")
         if (skip := case.find("skipped")) is not None:
             skipped[skip.get("message", "")] += 1
         elif case.find("failure") is None and case.find("error") is None:
             passed += 1
         else:
             failed.append(f"{case.get('classname')}.{case.get('name')}")
-    return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
+    found = {"passed": passed, "failed": failed, "skipped": dict(skipped)}
+    return found | {"recorded": recorded}
 
 
 def measure(
@@ -152,6 +158,9 @@ def tables(content: dict[str, Any]) -> str:
     lines = [f"{', '.join(versions)}; float32 without TF32."]
     if "passed" in (tests := steps.get("tests", {})):
         lines[0] += f" Tests: {tests['passed']} passed, {len(tests['failed'])} failed."
+    if recorded := tests.get("recorded"):
+        lines += ["", _line("recorded by tests", ""), _rule(2)]
+        lines += [_line(f"`{name}`", value) for name, value in recorded.items()]
     rows = []
     for name, step in steps.items():
         for row in step.get("rows", []):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.rivals.loops import Task
 from benchmarks.rivals.stylegan2 import plain_network
-from benchmarks.timing import interleaved, wall_clock
+from benchmarks.timing import interleaved, step_clock, wall_clock
 from ganscale.config import resolve
 from ganscale.objectives.objective import build_objective
 from ganscale.randomness import draw_together, split_draws
@@ -143,6 +143,23 @@ def next_cycle(contestant: Callable[[], object]) -> Callable[[], object]:
     if isinstance(contestant, Ours):
         return partial(contestant.run, contestant.batches())
     return contestant
+
+
+def next_cycles(contestant: Callable[[], object], count: int) -> Callable[[], None]:
+    """`next_cycle`, several times. A loader prepares all of them for the same place in the data."""
+    runs = [next_cycle(contestant) for _ in range(count)]
+
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return run
+
+
+def cycles_per_turn(contestant: Callable[[], object], seconds: float = 0.05) -> int:
+    """How many cycles take about that long, 20 at most."""
+    times = interleaved({"": contestant}, 3, clock=step_clock, prepare=next_cycle)[""]
+    return min(20, max(1, round(seconds / statistics.median(times))))
 
 
 def cycles_within(seconds: float, config: Config, runtime: Runtime) -> int:

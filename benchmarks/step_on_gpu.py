@@ -12,6 +12,8 @@ have contiguous memory format, as their users have. A row is an objective, netwo
 - `bf16_penalty_f32`: penalties in float32, as by default; the same for the plain loop
 - `..._reuse_fakes`: the generator's step takes the fakes of the critic's, as PyTorch-GAN and
   Lightning do with one critic step; these two are compared in these rows only
+- `..._cuda_graphs`: our steps are replayed as CUDA graphs; at 32 and 64 pixels, where launches take
+  the time
 
 The ratio is the time of the fastest rival over ours, the median of interleaved rounds; low and high
 are its quartiles. The share of the peak is that of the cycle's useful operations at the speed of a
@@ -19,7 +21,7 @@ large matrix product in the same precision (see `benchmarks.limit`). A turn is a
 take 50 ms. Rows are written after every case. A case for which no time is left, that fails or that
 needs more memory than there is, is "not measured"; if one failed, the exit code is 1.
 
-On a CPU, the same runs with tiny networks, to see that it works.
+On a CPU, the same runs with tiny networks, to see that it works; but not with CUDA graphs.
 """
 
 import gc
@@ -29,13 +31,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import nan
 
 import torch
+from torch import Tensor
 
 from benchmarks.limit import matrix_product, useful_operations
-from benchmarks.ours import Ours, config_of, next_cycle, random_images
+from benchmarks.ours import Ours, config_of, cycles_per_turn, kind_of, next_cycles, random_images
 from benchmarks.report import Row, argument_parser, table, write
 from benchmarks.rivals.libraries import Mimicry
 from benchmarks.rivals.lightning import LightningLoop
@@ -44,13 +46,15 @@ from benchmarks.step import AGAINST_ALL, BFLOAT16, BFLOAT16_THROUGHOUT, Contesta
 from benchmarks.timing import interleaved, speedup, step_clock
 from ganscale.runtime import Runtime, is_out_of_memory
 from ganscale.schema import Config
+from ganscale.training.captured_steps import WARM_UP
 
 OBJECTIVES = ("wgan_gp", "non_saturating", "r1", "r3gan")
 RESOLUTIONS = {"cuda": (32, 64, 128, 256), "cpu": (32,)}
 _BATCH = {"cuda": 64, "cpu": 4}
 _CPU_SETTINGS = ("generator.options.width=4", "critic.options.width=4")
-_TURN_SECONDS, _CASE_SECONDS, _ROUNDS = 0.05, 8.0, 15
+_CASE_SECONDS, _ROUNDS = 8.0, 15
 _REUSE = "training.reuse_fakes=true"
+_GRAPHS, _GRAPHS_UP_TO = "training.cuda_graphs=true", 64  # pixels
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class Variant:
     @property
     def reuses_fakes(self) -> bool:
         return _REUSE in self.settings
+
+    @property
+    def has_graphs(self) -> bool:
+        return _GRAPHS in self.settings
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,11 @@ class Case:
         if objective.n_critic == 1:  # with more, rivals reuse none or few of them
             found += [
                 replace(each, name=f"{each.name}_reuse_fakes", settings=(*each.settings, _REUSE))
+                for each in (plain, autocast)
+            ]
+        if int(kind_of(self.network)[1]) <= _GRAPHS_UP_TO:
+            found += [
+                replace(each, name=f"{each.name}_cuda_graphs", settings=(*each.settings, _GRAPHS))
                 for each in (plain, autocast)
             ]
         return found
@@ -155,25 +168,50 @@ class Rivals:
             contestant.close()
 
 
+class OwnVariants:
+    """Ours of a case by variant; `missing` says why others are not there, and `failures` counts
+    those that should be."""
+
+    def __init__(self, case: Case, runtime: Runtime, images: Tensor) -> None:
+        self.found: dict[str, Ours] = {}
+        self.missing: dict[str, str] = {}
+        self.failures = 0
+        for variant in case.variants():
+            if variant.has_graphs and runtime.device.type != "cuda":
+                self.missing[variant.name] = f"not measured: no CUDA graphs on {runtime.device}"
+                continue
+            try:
+                own = Ours(case.config(*variant.settings), runtime, images)
+                for _ in range(WARM_UP + 1 if variant.has_graphs else 0):
+                    own()
+            except Exception as error:
+                if not variant.has_graphs:
+                    raise
+                self.missing[variant.name] = _reason(error)
+                self.failures += not is_out_of_memory(error)
+            else:
+                self.found[variant.name] = own
+
+
 def measure(
     case: Case, runtime: Runtime, peaks: dict[torch.dtype, float], limit_seconds: float
-) -> list[Row]:
-    """A row for each variant; `peaks` are in operations per second."""
+) -> tuple[list[Row], int]:
+    """A row for each variant, and how many of those with CUDA graphs failed; `peaks` are in
+    operations per second."""
     torch.manual_seed(0)
     images = random_images(case.config(), runtime.device)
-    ours = {v.name: Ours(case.config(*v.settings), runtime, images) for v in case.variants()}
-    task = ours["f32"].task()
-    rivals = Rivals(case, ours["f32"])
-    contestants: dict[str, Callable[[], object]] = {**ours, **rivals.contestants()}
+    ours = OwnVariants(case, runtime, images)
+    task = ours.found["f32"].task()
+    rivals = Rivals(case, ours.found["f32"])
+    contestants: dict[str, Callable[[], object]] = {**ours.found, **rivals.contestants()}
     try:
-        cycles = _cycles_per_turn(contestants[f"f32 {PlainLoop.name}"])
-
-        def turn(contestant: Callable[[], object]) -> Callable[[], None]:
-            runs = [next_cycle(contestant) for _ in range(cycles)]
-            return partial(_run_all, runs)
-
+        cycles = cycles_per_turn(contestants[f"f32 {PlainLoop.name}"])
         seconds = interleaved(
-            contestants, _ROUNDS, clock=step_clock, prepare=turn, limit_seconds=limit_seconds
+            contestants,
+            _ROUNDS,
+            clock=step_clock,
+            prepare=lambda contestant: next_cycles(contestant, cycles),
+            limit_seconds=limit_seconds,
         )
     finally:
         rivals.close()
@@ -181,6 +219,10 @@ def measure(
     missing = [f"{name} not measured: {why}" for name, why in rivals.missing.items()]
     rows: list[Row] = []
     for variant in case.variants():
+        row_name = f"step/{case.name}/{variant.name}"
+        if variant.name in ours.missing:
+            rows.append(Row(row_name, "", nan, note=ours.missing[variant.name]))
+            continue
         own = [each / cycles for each in seconds[variant.name]]
         ratios: dict[str, tuple[float, float, float]] = {}
         for name in rivals.comparable(variant):
@@ -193,7 +235,7 @@ def measure(
         shown = f"ours {1000 * median:.2f} ms per cycle of batch {len(images)}"
         rows.append(
             StepRow(
-                f"step/{case.name}/{variant.name}",
+                row_name,
                 fastest,
                 *ratios[fastest],
                 "x faster",
@@ -203,17 +245,13 @@ def measure(
                 rivals={name: ratio for name, (ratio, _, _) in ratios.items()},
             )
         )
-    return rows
+    return rows, ours.failures
 
 
-def _run_all(runs: list[Callable[[], object]]) -> None:
-    for run in runs:
-        run()
-
-
-def _cycles_per_turn(contestant: Callable[[], object]) -> int:
-    times = interleaved({"": contestant}, 3, clock=step_clock)[""]
-    return min(20, max(1, round(_TURN_SECONDS / statistics.median(times))))
+def _reason(error: Exception) -> str:
+    """Why there is no measurement, after printing the rest."""
+    traceback.print_exception(error)
+    return f"not measured: {'out of memory' if is_out_of_memory(error) else repr(error)}"
 
 
 def _product_peaks(device: torch.device) -> dict[torch.dtype, float]:
@@ -243,14 +281,16 @@ def main() -> int:
     for done, case in enumerate(chosen):
         left = (deadline - time.monotonic()) / (len(chosen) - done)
         reason = "not measured: no time was left" if left <= 0 else ""
-        try:
-            # Building the contestants and warming them up takes about as long as measuring.
-            rows += [] if reason else measure(case, runtime, peaks, min(_CASE_SECONDS, left) / 2)
-        except Exception as error:  # the other cases are worth their time
-            traceback.print_exc()
-            is_short = is_out_of_memory(error)
-            reason = f"not measured: {'out of memory' if is_short else error!r}"
-            failures += not is_short
+        if not reason:
+            try:
+                # Building the contestants and warming them up takes about as long as measuring.
+                found, failed = measure(case, runtime, peaks, min(_CASE_SECONDS, left) / 2)
+            except Exception as error:  # the other cases are worth their time
+                reason = _reason(error)
+                failures += not is_out_of_memory(error)
+            else:
+                rows += found
+                failures += failed
         if reason:
             rows.append(Row(f"step/{case.name}/*", "", nan, note=reason))
         gc.collect()

@@ -32,6 +32,7 @@ def test_results_are_written_with_versions_tests_rows_and_a_table(
 ) -> None:
     steps = [
         small("tests", "-k", "(every_critic and mlp) or never_waits and wgan_lp"),
+        small("forms", "--only", "dcgan32/f32"),
         small("step", "--only", "wgan_gp/dcgan32"),
     ]
     measure(steps, tmp_path, 600, ON_CPU)
@@ -41,8 +42,11 @@ def test_results_are_written_with_versions_tests_rows_and_a_table(
     tests, cycles = content["steps"]["tests"], content["steps"]["step"]
     assert [tests["failure"], cycles["failure"]] == ["", ""]
     assert (tests["passed"], tests["failed"]) == (2, [])
-    assert tests["skipped"] == {"a CPU has neither streams nor NCCL": 1}
-    *peaks, plain, autocast, mixed = cycles["rows"]
+    assert tests["skipped"] == {"a CPU has no streams, graphs, NCCL or memory of its own": 1}
+    forms = content["steps"]["forms"]
+    assert forms["failure"] == ""
+    assert {"dcgan32/f32/subpixel", "dcgan32/f32/all"} <= {row["name"] for row in forms["rows"]}
+    *peaks, plain, autocast, mixed, graphs, graphs_too = cycles["rows"]
     assert all(peak["ratio"] > 0 and "TFLOP/s" in peak["unit"] for peak in peaks)
     names = [row["name"].rpartition("/")[2] for row in (plain, autocast, mixed)]
     assert names == ["f32", "bf16", "bf16_penalty_f32"]
@@ -51,6 +55,9 @@ def test_results_are_written_with_versions_tests_rows_and_a_table(
         assert row["images_per_second"] > 0
         assert 0 < row["percent_of_peak"] < 100
     assert {"plain loop", "PyTorch-GAN", "PyTorch Lightning"} <= plain["rivals"].keys()
+    for row in (graphs, graphs_too):
+        assert row["name"].endswith("_cuda_graphs")
+        assert (row["ratio"], row["note"]) == (None, "not measured: no CUDA graphs on cpu")
     printed = capsys.readouterr().out
     assert "| cycle | images/s | plain loop |" in printed
     assert "| `wgan_gp/dcgan32/bf16` |" in printed
@@ -70,6 +77,21 @@ def test_a_step_that_fails_or_hangs_loses_nothing(
     assert found["hangs"]["failure"].startswith("not done after 6 s")
     assert "its file cannot be read" in found["hangs"]["failure"]
     assert "| `dies/cycle` |  | 2 | x |" in capsys.readouterr().out
+
+
+def test_what_tests_record_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_ratio.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('network', ['dcgan', 'resnet'])\n"
+        "def test_ratio(network, record_property):\n"
+        "    record_property('planned / real', '0.97')\n"
+        "    assert network == 'resnet'\n"
+    )
+    arguments = ("-m", "pytest", "-p", "no:cacheprovider", "--junit-xml", "FILE", str(tmp_path))
+    tests = measure([Step("tests", arguments)], tmp_path, 600, ON_CPU)["steps"]["tests"]
+    assert (tests["passed"], len(tests["failed"])) == (1, 1)
+    assert tests["recorded"] == {"planned / real/dcgan": "0.97", "planned / real/resnet": "0.97"}
+    assert "| `planned / real/resnet` | 0.97 |" in capsys.readouterr().out
 
 
 def test_the_exit_code_says_whether_a_step_failed(

@@ -32,7 +32,7 @@ def device(any_device: torch.device) -> torch.device:
 def gpu(device: torch.device) -> torch.device:
     """For what a CPU does not have."""
     if device.type != "cuda":
-        pytest.skip("a CPU has neither streams nor NCCL")
+        pytest.skip("a CPU has no streams, graphs, NCCL or memory of its own")
     return device
 
 
