@@ -82,10 +82,10 @@ def test_penalties_through_a_layer_launch_no_more_operators_than_with_autograd(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OF_OURS)
-def test_every_derivative_of_ours_launches_fewer_operators_than_autograds(
+def test_a_layer_with_derivatives_of_ours_adds_fewer_operators_than_with_autograd(
     name: str, layout: torch.memory_format
 ) -> None:
-    """What the layer adds to the network around it, which saves operators, too."""
+    """To those of the network around it, which has such layers, too."""
     images = draw(BATCH, 3, 11, 11)
     with_layer = ours_and_autograds(around(LAYERS[name]()), images, layout)
     without = ours_and_autograds(around(nn.Identity()), images, layout)
