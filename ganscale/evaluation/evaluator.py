@@ -16,6 +16,7 @@ from ganscale.evaluation.collection import Collected, collect
 from ganscale.evaluation.feature_networks.build import (
     build_feature_network,
     check_feature_network,
+    network_name,
 )
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.figures import (
@@ -82,7 +83,8 @@ class Evaluator:
         """
         self._config, self._data, self._runtime = config, data, runtime
         self._truncation = truncation
-        self._metrics = check_metrics(config.metrics, config.network, config.reference)
+        name = network_name(config.network, config.options)
+        self._metrics = check_metrics(config.metrics, name, config.reference)
         network = self._load_network()
         self._network = network.name, network.checksum, network.resize
         self._source = _open_reference(config, data, manifest, network)
@@ -235,7 +237,8 @@ def check_evaluation(
 ) -> list[str]:
     """The names of the figures in a row. Raises UserError for what an Evaluator would refuse, as
     far as that can be seen without loading the network."""
-    metrics = check_metrics(config.metrics, config.network, config.reference)
+    name = network_name(config.network, config.options)
+    metrics = check_metrics(config.metrics, name, config.reference)
     check_feature_network(config.network, config.options, **_place(data))
     if not config.reference.endswith(STATISTICS_SUFFIX):
         reference = _open_data_set(config, data, manifest)
@@ -243,7 +246,7 @@ def check_evaluation(
             reference.check_colors(data, manifest)
     elif not Path(config.reference).is_file():
         raise UserError(f"evaluation.reference: there is no file {config.reference}")
-    return [figure_name(metric, config.network) for metric in metrics]
+    return [figure_name(metric, name) for metric in metrics]
 
 
 def _place(data: DataConfig) -> _Place:

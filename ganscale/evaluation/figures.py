@@ -93,8 +93,8 @@ class Figures:
 
 
 def figure_name(metric: str, network: str) -> str:
-    """A figure's name in a row. Only Inception's have the published names, `eval/fid` and so on,
-    since a distance from another network is another metric."""
+    """A figure's name in a row. Only those of the FID paper's Inception have the published names,
+    `eval/fid` and so on, since a distance from another network is another metric."""
     if network == INCEPTION:
         return "eval/" + metric.replace("fd", "fid")
     return f"eval/{metric}_{network.rpartition(':')[2]}"
@@ -139,8 +139,8 @@ def check_metrics(metrics: Sequence[str], network: str, reference: str) -> list[
     for metric in metrics:
         if metric == "fid" and network != INCEPTION:
             raise UserError(
-                f"`fid` is the Fréchet distance of Inception features: with the network {network}, "
-                "ask for `fd`"
+                f"`fid` is the Fréchet distance of the published Inception's features: with the "
+                f"network {network}, ask for `fd`"
             )
     keys = ["fd" if metric == "fid" else metric for metric in metrics]
     for key in keys:

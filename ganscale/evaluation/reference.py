@@ -115,7 +115,7 @@ class DataSetReference:
                 count = f"{len(self._chosen):,}"
                 logger.info("evaluation: features of the reference's %s images", count)
             reference = self._compute(network, runtime, rounds, batch_size, needs_features)
-            runtime.run_on_main(lambda: _write(cached, reference))
+            rounds.run_on_main(lambda: _write(cached, reference))
         return reference
 
     def _compute(
@@ -235,4 +235,5 @@ def _write(path: Path, reference: Reference) -> None:
         unfinished.replace(path)
     except OSError as error:
         logger.warning("the reference's features cannot be cached in %s: %s", path.parent, error)
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()

@@ -74,8 +74,14 @@ class UpsampledConv2d(_SameConv2d):
         weight, padding = self.weight, self.kernel_size[0] // 2
         if (kernel := _merged_kernel(upsampled_kernel, weight, input)) is not None:
             return F.conv_transpose2d(input, kernel, self.bias, 2, padding)
-        larger = F.interpolate(input, scale_factor=2.0, mode="nearest")
-        return F.conv2d(larger, weight, self.bias, padding=padding)
+        return F.conv2d(upsampled(input), weight, self.bias, padding=padding)
+
+
+def upsampled(images: Tensor) -> Tensor:
+    """Each pixel repeated 2x2 times, in the images' precision: on a GPU, autocast would make them
+    float32, and so would be what they are added to."""
+    with torch.autocast(images.device.type, enabled=False):
+        return F.interpolate(images, scale_factor=2.0, mode="nearest")
 
 
 def _merged_kernel(

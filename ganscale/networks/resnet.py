@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm as normalize_spectrall
 
 from ganscale.errors import UserError
 from ganscale.networks.normalization import ConditionalBatchNorm2d, GlobalBatchNorm
-from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d
+from ganscale.networks.resampling import PooledConv2d, UpsampledConv2d, upsampled
 from ganscale.networks.shapes import doubling_widths, image_shape
 
 Conv = TypeVar("Conv", bound=nn.Conv2d)
@@ -100,8 +100,7 @@ class UpBlock(nn.Module):
     ) -> Float[Tensor, "batch outputs 2*height 2*width"]:
         residual = self.conv1(F.relu(_normalize(self.norm1, images, labels)))
         residual = self.conv2(F.relu(_normalize(self.norm2, residual, labels)))
-        shortcut = F.interpolate(self.shortcut(images), scale_factor=2.0, mode="nearest")
-        return shortcut + residual
+        return upsampled(self.shortcut(images)) + residual
 
 
 class ResNetCritic(nn.Module):

@@ -119,7 +119,12 @@ def _as_tensors(inputs: Any, numbers: Mapping[str, float]) -> dict[str, Tensor]:
 def _packed(tensors: list[Tensor]) -> list[Tensor]:
     """One tensor for each dtype, so that copying many small results takes a launch."""
     dtypes = list(dict.fromkeys(each.dtype for each in tensors))
-    return [torch.cat([t.flatten() for t in tensors if t.dtype == dtype]) for dtype in dtypes]
+    return [torch.cat([_in_memory(t) for t in tensors if t.dtype == dtype]) for dtype in dtypes]
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Its numbers in the order of its memory, which may be channels last."""
+    return (tensor.permute(0, 2, 3, 1) if _is_channels_last(tensor) else tensor).flatten()
 
 
 def _unpacked(packed: list[Tensor], results: list[Any]) -> list[Tensor]:
@@ -129,7 +134,19 @@ def _unpacked(packed: list[Tensor], results: list[Any]) -> list[Tensor]:
         each.dtype: iter(each.split([t.numel() for t in tensors if t.dtype == each.dtype]))
         for each in packed
     }
-    return [next(parts[each.dtype]).view(each.shape) for each in tensors]
+    return [_in_shape(next(parts[each.dtype]), each) for each in tensors]
+
+
+def _in_shape(numbers: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_in_memory(like)`."""
+    if _is_channels_last(like):
+        return numbers.view(like.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return numbers.view(like.shape)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    is_channels_last = tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.ndim == 4 and is_channels_last and not tensor.is_contiguous()
 
 
 def _beside_the_default_stream(run: Callable[[], Any]) -> Any:

@@ -90,10 +90,7 @@ def _read_only_disk(folder: Path) -> Iterator[None]:
     [
         _full_disk,
         _read_only_disk,
-        pytest.param(
-            _file_in_place_of,
-            marks=pytest.mark.xfail(strict=True, reason="removing the unfinished file raises, too"),
-        ),
+        _file_in_place_of,
     ],
 )
 def test_a_reference_that_cannot_be_cached_costs_a_warning_but_no_figure(

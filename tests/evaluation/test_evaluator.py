@@ -159,7 +159,7 @@ def test_files_of_another_size_are_refused(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metrics": ["fid"]}, "`fid` is the Fréchet distance of Inception features"),
+        ({"metrics": ["fid"]}, "`fid` is the Fréchet distance of the published Inception"),
         ({"metrics": ["fdd"]}, "there is no `fdd`"),
         ({"metrics": []}, "evaluation.metrics is empty"),
         ({"metrics": ["kid"], "reference": "x.npz"}, "`kid` needs the images of the reference"),

@@ -18,9 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ganscale.errors import UnavailableError, UserError
-from ganscale.evaluation.feature_networks.build import build_feature_network, check_feature_network
+from ganscale.evaluation.feature_networks.build import (
+    build_feature_network,
+    check_feature_network,
+    network_name,
+)
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.feature_networks.inception import SHA256
+from ganscale.evaluation.figures import figure_name
 from tests.helpers.disks import small_disk
 from tests.helpers.fault_server import Fault, FaultServer
 from tests.helpers.processes import HANG_SECONDS, end_tree, wait_until
@@ -294,3 +299,11 @@ def test_a_wrong_option_is_one_sentence(options: dict, problem: str, tmp_path: P
             "inception", options, sample_shape=SHAPE, cache=tmp_path, retry_seconds=0.0
         )
     assert "\n" not in str(failure.value)
+
+
+def test_only_the_published_file_gives_fid() -> None:
+    """Its distances are FID wherever it lies; those of another file are another metric."""
+    ours = network_name("inception", {"path": "/elsewhere/inception.pt"})
+    other = network_name("inception", {"sha256": "0a1b2c3d" + 56 * "0"})
+    assert figure_name("fd", ours) == "eval/fid"
+    assert figure_name("fd", other) == "eval/fd_inception-0a1b2c3d"

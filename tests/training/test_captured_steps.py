@@ -202,6 +202,17 @@ def test_steps_with_betas_that_change_are_not_captured():
         captures_steps(config, device, 1)
 
 
+def test_results_stay_in_channels_last():
+    steps, images = CapturedSteps(Graphs().capture), torch.rand(2, 3, 4, 5)
+    images = images.contiguous(memory_format=torch.channels_last)
+    for _ in range(6):
+        found = steps.run("double", lambda x, _: [x * 2, x.mean(), x.flatten(1) * 2], images)
+        assert found[0].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found[0], images * 2)
+        assert torch.equal(found[1], images.mean())
+        assert torch.equal(found[2], images.flatten(1) * 2)
+
+
 def test_inputs_of_another_shape_are_refused():
     steps = CapturedSteps(Graphs().capture)
     for _ in range(4):

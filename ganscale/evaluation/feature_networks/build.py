@@ -20,6 +20,12 @@ FEATURE_NETWORKS: dict[str, Callable[..., Recipe]] = {
 }
 
 
+def network_name(name: str, options: Mapping[str, Any]) -> str:
+    """After which its figures are named. Raises UserError for a name or options that do not
+    exist."""
+    return _recipe(name, options).name
+
+
 def check_feature_network(
     name: str,
     options: Mapping[str, Any],

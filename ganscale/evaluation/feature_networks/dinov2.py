@@ -52,6 +52,10 @@ class DINOv2:
                 f"path={self.path} of feature network {NAME} must be a folder or a name on the hub"
             )
 
+    @property
+    def name(self) -> str:
+        return NAME
+
     def check(self, place: Place) -> None:
         check_channels(NAME, place.sample_shape)
         if find_spec("transformers") is None:

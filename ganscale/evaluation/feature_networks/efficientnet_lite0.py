@@ -53,6 +53,10 @@ class EfficientNetLite0:
                 "1024, or 0 to follow the images"
             )
 
+    @property
+    def name(self) -> str:
+        return NAME
+
     def check(self, place: Place) -> None:
         check_channels(NAME, place.sample_shape)
         missing = [package for package in _PACKAGES if find_spec(package) is None]

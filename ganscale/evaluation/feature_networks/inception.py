@@ -50,6 +50,11 @@ class Inception:
                 "lower case"
             )
 
+    @property
+    def name(self) -> str:
+        """Of another file: another network, whose Frechet distance is not FID."""
+        return NAME if self.sha256 == SHA256 else f"{NAME}-{self.sha256[:8]}"
+
     def check(self, place: Place) -> None:
         self._read(place)
 
@@ -64,7 +69,7 @@ class Inception:
             return Features(features, logits.softmax(1))
 
         return checked(
-            NAME,
+            self.name,
             self.sha256,
             f"bilinear to {squeezed(_SIZE, place.sample_shape)} within the network's file",
             extract,

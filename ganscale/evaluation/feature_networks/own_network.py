@@ -39,6 +39,10 @@ class OwnNetwork:
     target: str
     options: Mapping[str, Any]
 
+    @property
+    def name(self) -> str:
+        return self.target
+
     def check(self, place: Place) -> None:
         importing.check_options(
             self._find(), self.options, self._what, self._run_options(place, torch.device("cpu"))

@@ -27,6 +27,11 @@ class Place:
 class Recipe(Protocol):
     """Constructed with the network's options."""
 
+    @property
+    def name(self) -> str:
+        """After which its figures are named."""
+        ...
+
     def check(self, place: Place) -> None:
         """Raises UserError if a package or file is missing; fetches what is not on this machine."""
         ...
