@@ -241,7 +241,7 @@ def config_of(combination: Combination, accumulate: int, precision: str) -> Conf
         """The start, or in a variant with schedules the way to the end."""
         return Schedule(start, end, 3 * GLOBAL_BATCH) if variant.is_scheduled else start
 
-    half_life = Schedule(0, 50, 3 * GLOBAL_BATCH) if variant.is_scheduled else 50
+    half_life = Schedule(0, 10, 3 * GLOBAL_BATCH) if variant.is_scheduled else 50
     betas = [moving(0.5, 0.0), moving(0.9, 0.99)]
     optimizer = OptimizerConfig(variant.optimizer, moving(5e-3, 1e-3), betas=betas, eps=1e-2)
     generator = "TinyStyleGenerator" if variant.generator_penalties else "TinyGenerator"
