@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed.test_promise import curve
 from tests.helpers.processes import HANG_SECONDS, REPOSITORY, Process, end_tree, wait_until
-from tests.helpers.runs import SCHEDULES, Runs, checkpoint_bits
+from tests.helpers.runs import SCHEDULED, SCHEDULES, Runs, checkpoint_bits
 
 _SETTINGS = (
     "training.total_images=3200",
@@ -41,14 +41,15 @@ _DRAWS = tuple(
 _PATHS = (
     "generator.target=benchmarks.tiny_networks:TinyStyleGenerator",
     "generator.options={width: 4}",
-    "objective.generator_penalties.path_length={weight: 2, interval: 4}",
+    "objective.generator_penalties.path_length={weight: {from: 4, to: 1}, interval: 4}",
 )
 
 
 _STYLEGAN2 = (
     str(REPOSITORY / "configs" / "objective" / "non_saturating.yaml"),
-    "objective.penalties.r1={weight: 1, interval: 4}",
-    "objective.generator_penalties.path_length={weight: 2, interval: 4}",
+    "objective.penalties.r1={weight: {from: 1, to: 0.1}, interval: 4}",
+    "objective.generator_penalties.path_length={weight: {from: 4, to: 1}, interval: 4}",
+    "optimizer.generator.betas=[{from: 0.5, to: 0, over_images: 1k}, 0.99]",
     "augmentation={pipeline: ada, adaptive: {target: 0.1, every_images: 32, full_images: 1k}}",
 )
 
@@ -59,10 +60,13 @@ _STYLEGAN2 = (
 def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     runs: Runs, ranks: int, more: tuple[str, ...]
 ) -> None:
-    settings = (*_SETTINGS, *more)
+    settings, scheduled = (*_SETTINGS, *more), SCHEDULED
     if more == _STYLEGAN2:
         runs.networks = "stylegan2"
         settings = (*_SETTINGS[:3], *more)  # without the schedule of another penalty
+        scheduled = {"penalty/r1_weight", "optim/generator_beta1", "augment/probability"}
+    if more in (_PATHS, _STYLEGAN2):
+        scheduled = {*scheduled, "penalty/path_length_weight"}
     runs.finish("whole", *settings, ranks=ranks)
     for checkpoints_before_the_kill in (2, 5):
         process = runs.start("killed", *settings, "data.workers=2", ranks=ranks)
@@ -83,6 +87,8 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert [row["progress/images_seen"] for row in killed] == [
         row["progress/images_seen"] for row in whole
     ]
+    moving = {name for name in whole[0] if len({row[name] for row in whole}) > 3}
+    assert moving >= scheduled
     for row_of_whole, row_of_killed in zip(whole, killed, strict=True):
         assert row_of_killed == pytest.approx(row_of_whole, rel=1e-12)
 

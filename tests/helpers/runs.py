@@ -29,14 +29,27 @@ TINY = [
     "checkpoint.best=''",
 ]
 
-# Everything that can have one, with its end within a short run.
+# Everything that can have one in a run with WGAN-GP, with its end within a short run.
 SCHEDULES = (
     "optimizer.critic.learning_rate={from: 1e-3, to: 2e-4, over_images: 1k}",
     "optimizer.generator.learning_rate={from: 1e-3, to: 0, warmup_images: 200}",
     "optimizer.critic.betas=[0, {from: 0.9, to: 0.99, over_images: 1k}]",
+    "optimizer.generator.betas=[{from: 0.5, to: 0, over_images: 1k}, 0.9]",
     "objective.penalties.wgan_gp.weight={from: 10, to: 1, shape: linear}",
+    "augmentation={pipeline: ada, probability: {from: 0, to: 0.8, over_images: 1k}}",
     "ema={half_life_images: {from: 0, to: 500, over_images: 1k}, ramp_up: 1}",
 )
+
+# The metrics that show them.
+SCHEDULED = {
+    "optim/critic_learning_rate",
+    "optim/generator_learning_rate",
+    "optim/critic_beta2",
+    "optim/generator_beta1",
+    "penalty/wgan_gp_weight",
+    "augment/probability",
+    "optim/ema_half_life_images",
+}
 
 
 _OPTIONS = {
