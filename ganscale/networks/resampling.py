@@ -7,7 +7,7 @@ multiplications of a 3x3 kernel. The two layers here are defined by two operatio
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -80,7 +80,8 @@ class UpsampledConv2d(_SameConv2d):
 def upsampled(images: Tensor) -> Tensor:
     """Each pixel repeated 2x2 times, in the images' precision: on a GPU, autocast would make them
     float32, and so would be what they are added to."""
-    with torch.autocast(images.device.type, enabled=False):
+    is_cast = images.dtype == torch.bfloat16
+    with torch.autocast(images.device.type, enabled=False) if is_cast else nullcontext():
         return F.interpolate(images, scale_factor=2.0, mode="nearest")
 
 
