@@ -60,7 +60,7 @@ class R3GANGenerator(nn.Module):
         shape = image_shape(sample_shape, "r3gan")
         widths = stage_widths("r3gan", widths, shape)
         layout = _Layout(widths, blocks, group_width, expansion, bfloat16_stages)
-        self.embedding = nn.Embedding(num_classes, embedding_dim) if num_classes > 0 else None
+        self.embedding = _embedding(num_classes, embedding_dim)
         inputs = latent_dim + (embedding_dim if num_classes > 0 else 0)
         self.modulation = _initialize(nn.Linear(inputs, widths[0], bias=False))
         self.basis = nn.Parameter(torch.randn(widths[0], *shape.grid))
@@ -120,9 +120,7 @@ class R3GANCritic(nn.Module):
         self.output = _initialize(
             nn.Linear(widths[0], embedding_dim if num_classes > 0 else 1, bias=False)
         )
-        self.embedding = nn.Embedding(num_classes, embedding_dim) if num_classes > 0 else None
-        if self.embedding is not None:
-            nn.init.normal_(self.embedding.weight, std=embedding_dim**-0.5)
+        self.embedding = _embedding(num_classes, embedding_dim, gain=embedding_dim**-0.5)
 
     def forward(
         self,
@@ -226,6 +224,15 @@ def _change_of_width(inputs: int, outputs: int) -> Sequence[nn.Module]:
 
 def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
     return _initialize(nn.Conv2d(inputs, outputs, 1, bias=False))
+
+
+def _embedding(num_classes: int, dim: int, gain: float = 1.0) -> nn.Embedding | None:
+    """As a linear layer of one-hot classes, which is what the authors' code has."""
+    if not num_classes:
+        return None
+    embedding = nn.Embedding(num_classes, dim)
+    nn.init.normal_(embedding.weight, std=gain * num_classes**-0.5)
+    return embedding
 
 
 def _initialize(layer: Layer, gain: float = 1.0) -> Layer:

@@ -91,15 +91,28 @@ def test_parameter_counts_of_the_presets_follow_from_the_papers_layers(name: str
         blocks += 2 * block
     changes = sum(a * b for a, b in pairwise(widths) if a != b)
     basis, image = 4 * 4 * widths[0], 3 * widths[-1]
-    shared = blocks + changes + basis + image + 64 * classes
+    shared = blocks + changes + basis + image
     config = resolve([str(REPOSITORY / "configs" / f"r3gan_{name}.yaml")]).config
     assert config.data.sample_shape == shape
     latent_dim = config.generator.latent_dim
     with torch.device("meta"):
         generator = R3GANGenerator(latent_dim, shape, classes, **config.generator.options)
         critic = R3GANCritic(shape, classes, **config.critic.options)
-    assert parameter_count(generator) == shared + (128 if classes else 64) * widths[0]
-    assert parameter_count(critic) == shared + (64 if classes else 1) * widths[0]
+    embedded = 64 if classes else 0
+    assert parameter_count(generator) == shared + (64 + embedded) * widths[0] + classes * embedded
+    embedded = widths[-1] if classes else 0  # as wide as the highest resolution's stage
+    assert parameter_count(critic) == shared + (embedded or 1) * widths[0] + classes * embedded
+
+
+def test_classes_start_as_a_linear_layer_of_one_hot_vectors() -> None:
+    """Of deviation C^(-1/2) for C classes, in the critic over the root of the dimensions, too."""
+    shape, options = (3, 16, 16), {"widths": 2, "group_width": 2, "embedding_dim": 200}
+    for network, deviation in (
+        (R3GANGenerator(4, shape, 100, **options), 0.1),
+        (R3GANCritic(shape, 100, **options), 0.1 * 200**-0.5),
+    ):
+        assert network.embedding is not None
+        assert network.embedding.weight.std().item() == pytest.approx(deviation, rel=0.03)
 
 
 def layers_of(stages: nn.ModuleList) -> list[list[Any]]:
