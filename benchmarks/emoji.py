@@ -38,8 +38,9 @@ def _wgan_gp(network: str, rate: float) -> tuple[str, ...]:
     options = [f"{role}.target={network}" for role in ("generator", "critic")]
     options += [f"{role}.options.width=32" for role in ("generator", "critic")]
     options += [f"optimizer.{role}.learning_rate={rate}" for role in ("generator", "critic")]
-    batch = "training.global_batch_size=32", "training.precision=bfloat16"
-    return "resnet32", *options, *batch, "generator.latent_dim=64", "objective.n_critic=2"
+    batch = "training.global_batch_size=32", "generator.latent_dim=64", "objective.n_critic=2"
+    precision = "training.precision=bfloat16", "training.penalty_precision=autocast"
+    return "resnet32", *options, *batch, *precision
 
 
 RECIPES: dict[str, tuple[str, ...]] = {
