@@ -181,3 +181,16 @@ class TinyCritic(nn.Module):
 
     def _middle(self, features: Tensor) -> Tensor:
         return self.dropout(self.activation(self.middle(self.deviation(features))))
+
+
+class TinyFeatures(nn.Module):
+    """A feature network: eight projections of the pixels, in float64, so that sums in any order
+    agree."""
+
+    def __init__(self, sample_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        pixels = sample_shape[0] * sample_shape[1] * sample_shape[2]
+        self.weight = nn.Buffer(torch.randn(pixels, 8, dtype=torch.float64))
+
+    def features(self, images: Tensor) -> Float[Tensor, "batch 8"]:
+        return (images.flatten(1).double() / 255 @ self.weight).tanh()

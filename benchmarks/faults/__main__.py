@@ -21,7 +21,7 @@ with the name of the lost rank, if one was lost.
 - `faults`, `survived`: their numbers
 - `images_lost`: trained again, because no checkpoint had them (up to the last row)
 - `rows_lost`, `checkpoints_lost`, `sample_grids_lost`: missing, duplicate, or different from the
-  undisturbed run's
+  undisturbed run's; rows of evaluations, too
 - `largest_weight_difference`: to the undisturbed run, relative to a tensor's largest element
 """
 

@@ -15,7 +15,7 @@ from benchmarks.faults.plan import CHECKPOINT, KEEP_LAST, KEPT
 from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
 
 # These depend on the machine and the moment; every stop also makes an audit.
-_VARYING = ("perf/", "audit/passed")
+_VARYING = ("perf/", "audit/passed", "eval/seconds")
 
 
 @dataclass
@@ -117,14 +117,19 @@ def tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def rows_by_time(run: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    """The rows by (images seen, "samples" or "figures"); invalid lines are at -1 images."""
+    """The rows by (images seen, "samples", "evaluation" or "figures"); invalid lines are at -1
+    images."""
     rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for line in (run / "metrics.jsonl").read_bytes().splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             row = {"progress/images_seen": -1}
-        kind = "samples" if any(name.startswith("samples/") for name in row) else "figures"
+        kind = "figures"
+        if any(name.startswith("samples/") for name in row):
+            kind = "samples"
+        elif "eval/failed" in row:
+            kind = "evaluation"
         rows.setdefault((row["progress/images_seen"], kind), []).append(row)
     return rows
 
