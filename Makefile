@@ -69,6 +69,7 @@ image-check:
 bench: install
 	$(BIN)/python -m benchmarks.invariance --quick
 	$(BIN)/python -m benchmarks.step --quick
+	$(BIN)/python -m benchmarks.penalty --quick
 	$(BIN)/python -m benchmarks.launches --quick
 	$(BIN)/python -m benchmarks.loop --quick
 	$(BIN)/python -m benchmarks.checkpoint --quick

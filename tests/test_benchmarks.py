@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import launches, limit, ours, scaling, step
+from benchmarks import penalty as penalty_alone
 from benchmarks.rivals.formulas import penalty
 from benchmarks.rivals.libraries import Mimicry, NotMeasured, TorchGAN
 from benchmarks.rivals.lightning import LightningLoop
 from benchmarks.rivals.loops import AccelerateLoop, PlainLoop, PyTorchGAN, Task, UsualLoop
+from benchmarks.rivals.stylegan2 import plain_network
 from ganscale.randomness import uniform, uniform_noise
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
@@ -263,3 +265,19 @@ def test_one_and_two_ranks_take_turns() -> None:
     assert [row.name.split("/")[-1] for row in rows] == ["efficiency", "communication"]
     assert 0 < rows[0].ratio < 1000
     assert rows[1].ratio < 100
+
+
+@pytest.mark.parametrize("network", penalty_alone.CRITICS)
+def test_contestants_of_the_penalty_have_the_same_gradients(network: str) -> None:
+    critic, images = penalty_alone.critic_and_images(network, batch=4)
+    rival = plain_network(copy.deepcopy(critic))
+    penalty_alone.ours(critic, images)
+    penalty_alone.plain(rival, images)
+    found = [parameter.grad for parameter in critic.parameters()]
+    expected = [parameter.grad for parameter in rival.parameters()]
+    largest = max(float(each.abs().max()) for each in expected if each is not None)
+    for ours_, theirs in zip(found, expected, strict=True):
+        zeros = torch.zeros(()) if theirs is None else theirs
+        torch.testing.assert_close(
+            zeros if ours_ is None else ours_, zeros, rtol=1e-3, atol=1e-4 * largest
+        )
