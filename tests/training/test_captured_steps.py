@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from ganscale.training.captured_steps import CapturedSteps, captures_steps
 from ganscale.training.cycle import Cycle
 from ganscale.training.metrics_row import metrics_row
 from ganscale.training.state import TrainingState
+from tests.checkpoints.helpers import save_checkpoint
 
 CYCLES = 7  # the first three are warm-up
 
@@ -78,18 +80,43 @@ class Graphs:
         return outputs, replay
 
 
-def trained(config: Config, graphs: Graphs | None, log_every: int = 100) -> dict[str, Tensor]:
-    """Everything in the state, and all meters, after a few cycles."""
-    runtime, objective = Runtime.start(), build_objective(config.objective)
+def started(config: Config, runtime: Runtime, graphs: Graphs | None) -> tuple[TrainingState, Cycle]:
+    objective = build_objective(config.objective)
     classes = CLASSES if config.training.conditional else 0
     networks = untried_networks(config, classes, runtime)
     state = TrainingState(config, objective, runtime, classes, networks)
     cycle = Cycle(config, objective, runtime, state)
     if graphs is not None:
         cycle.captured_steps = CapturedSteps(graphs.capture)
+    return state, cycle
+
+
+def trained(
+    config: Config,
+    graphs: Graphs | None,
+    log_every: int = 100,
+    cycles: int = CYCLES,
+    checkpoints: tuple[Path, int] | None = None,
+    poisoned_after: int | None = None,
+) -> dict[str, Tensor]:
+    """Everything in the state, and all meters, after a few cycles.
+
+    checkpoints: a folder for one, and the cycle after which the run continues from it
+    poisoned_after: the cycle after which the generator makes NaN
+    """
+    runtime = Runtime.start()
+    state, cycle = started(config, runtime, graphs)
     n_critic, size = config.objective.n_critic, config.training.global_batch_size
     found: dict[str, Tensor] = {}
-    for number in range(CYCLES):
+    for number in range(cycles):
+        if checkpoints is not None and number == checkpoints[1]:
+            saved = save_checkpoint(
+                checkpoints[0], state.images_seen, state.files(), state.numbers()
+            )
+            state, cycle = started(config, runtime, graphs)
+            state.load(saved)
+        if number == poisoned_after:
+            next(state.generator.parameters()).data.fill_(torch.nan)
         seen = state.images_seen
         batches = [synthetic_batch(config, runtime, seen + size * k) for k in range(n_critic)]
         is_logged = number % log_every == log_every - 1
@@ -99,7 +126,15 @@ def trained(config: Config, graphs: Graphs | None, log_every: int = 100) -> dict
             figures = {k: torch.tensor(v) for k, v in row.items() if isinstance(v, float)}
             found |= {f"{number} {k}": v for k, v in figures.items()}
     found |= {f"meter {k}": torch.tensor(v) for k, v in state.meters.read().items()}
+    found["tripped"] = state.non_finite_guard.tripped
     return found | {k: v.clone() for k, v in state.audited().items()}
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In every bit."""
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=0, atol=0, equal_nan=True, msg=key)
 
 
 def config_with(combination: Combination, **training: Any) -> Config:
@@ -147,17 +182,38 @@ def test_replayed_steps_are_the_same_bits(name):
     graphs = Graphs()
     eager, replayed = trained(CASES[name], None), trained(CASES[name], graphs)
     assert graphs.replays > 5
-    assert eager.keys() == replayed.keys()
-    for key, tensor in eager.items():
-        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+    assert_equal(replayed, eager)
 
 
 def test_logged_cycles_between_replays_change_nothing():
     graphs, config = Graphs(), CASES["wgan/lazy_r1"]
     eager, replayed = trained(config, None, log_every=2), trained(config, graphs, log_every=2)
     assert graphs.replays > 1
-    for key, tensor in eager.items():
-        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+    assert_equal(replayed, eager)
+
+
+def test_a_run_that_continues_from_a_checkpoint_captures_anew_with_the_same_bits(tmp_path):
+    config = CASES["adaptive"]
+    config = replace(config, training=replace(config.training, total_images=10**6))
+    graphs = Graphs()
+    eager = trained(config, None, cycles=12)
+    replayed = trained(config, graphs, cycles=12, checkpoints=(tmp_path, 6))
+    assert graphs.replays > 10
+    assert_equal(replayed, eager)
+
+
+def test_replayed_steps_skip_all_updates_from_the_first_nan_on():
+    config, graphs = CASES["wgan/wgan_gp"], Graphs()
+    eager, replayed = (
+        trained(config, None, poisoned_after=5),
+        trained(config, graphs, poisoned_after=5),
+    )
+    assert graphs.replays > 5
+    assert eager["tripped"] == replayed["tripped"] == 1
+    before = trained(config, None, cycles=5)
+    for key in (name for name in before if name.startswith("critic.")):
+        assert torch.equal(replayed[key], before[key])
+    assert_equal(replayed, eager)
 
 
 def test_rates_that_change_reach_a_replayed_step():
@@ -168,8 +224,7 @@ def test_rates_that_change_reach_a_replayed_step():
     graphs = Graphs()
     eager, replayed = trained(config, None), trained(config, graphs)
     assert graphs.replays > 5
-    for key, tensor in eager.items():
-        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+    assert_equal(replayed, eager)
     constant = trained(config_with(Combination("wgan", "wgan_gp")), None)
     key = "critic.input.weight"
     assert not torch.allclose(constant[key], eager[key], rtol=1e-3)
@@ -185,8 +240,7 @@ def test_weights_that_change_reach_a_replayed_step():
     graphs = Graphs()
     eager, replayed = trained(config, None), trained(config, graphs)
     assert graphs.replays > 5
-    for key, tensor in eager.items():
-        torch.testing.assert_close(replayed[key], tensor, rtol=0, atol=0, msg=key)
+    assert_equal(replayed, eager)
     key = "critic.input.weight"
     assert not torch.allclose(constant[key], eager[key], rtol=1e-3)
 
