@@ -13,6 +13,7 @@ slots. The bits come from `randomness.squares`, with a key for each seed, purpos
 
 import math
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ganscale.errors import UserError
+from ganscale.importing import users_line
 from ganscale.randomness import squares, squares_key
 
 _ELEMENT_BITS = 30  # of a counter; the others are the slot's
@@ -59,7 +61,7 @@ def bernoulli_like(
     """1 with this probability, else 0; else as `normal_like`. Raises UserError for a number that is
     not a probability, too."""
     if not isinstance(probability, Tensor) and not 0 <= probability <= 1:
-        raise UserError(f"{name!r} is drawn with a probability of {probability}: it must be 0 to 1")
+        raise _mistake(f"{name!r} is drawn with a probability of {probability}: it must be 0 to 1")
     return (_draw(x, name, False) < probability).to(x.dtype)
 
 
@@ -117,7 +119,7 @@ class _Forward:
 
     def draw(self, request: _Request, device: torch.device) -> Tensor:
         if request.name in self._drawn:
-            raise UserError(
+            raise _mistake(
                 f"a forward draws {request.name!r} twice, which would be the same numbers: give "
                 f"each draw a name of its own, such as {f'{request.name}/2'!r}"
             )
@@ -171,6 +173,12 @@ _expected: dict[tuple[int, tuple[str, ...]], tuple[_Request, ...]] = {}
 _recent: deque[_Forward] = deque(maxlen=_RECENT_FORWARDS)
 
 
+def _mistake(message: str) -> UserError:
+    """With the line of the user's code that draws."""
+    place = users_line(traceback.extract_stack())
+    return UserError(message if place is None else f"{message} ({place})")
+
+
 def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
     """Of x's shape and device, in float32 or float64."""
     forward, is_repeated = _current.get(), False
@@ -178,21 +186,21 @@ def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
     if graph_task != -1 and (forward is None or forward.graph_task != graph_task):
         forward, is_repeated = _forward_of(torch._C._current_autograd_node()), True
     if forward is None:
-        raise UserError(
+        raise _mistake(
             f"{name!r} is drawn outside of a forward of training or sampling: wrap the forward in "
             "`ganscale.random.drawing(seed, purposes, slots)`"
         )
     if x.ndim == 0 or len(x) != forward.rows:
         size = f"{len(x)} rows" if x.ndim else "no batch dimension"
-        raise UserError(
+        raise _mistake(
             f"{name!r} is drawn for a tensor of {size} in a forward of {forward.rows} images: "
             "numbers are drawn for images, along the first dimension"
         )
     if not x.is_floating_point():
-        raise UserError(f"{name!r} is drawn like a tensor of {x.dtype}: it needs real numbers")
+        raise _mistake(f"{name!r} is drawn like a tensor of {x.dtype}: it needs real numbers")
     columns = math.prod(x.shape[1:])
     if columns > _SECOND_WORDS:
-        raise UserError(
+        raise _mistake(
             f"{name!r} is drawn for {columns:,} elements of an image, but at most "
             f"{_SECOND_WORDS:,} are possible: draw for one channel, normal_like(maps[:, :1], ...)"
         )

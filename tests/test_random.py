@@ -259,7 +259,8 @@ def test_misuse_gets_one_sentence():
         normal_like(x, "noise")
     with drawing(*SITE, SLOTS):
         normal_like(x, "noise")
-        with pytest.raises(UserError, match=r"draws 'noise' twice.*such as 'noise/2'"):
+        place = r"\(.*test_random.py:\d+\)$"
+        with pytest.raises(UserError, match=r"draws 'noise' twice.*such as 'noise/2' " + place):
             normal_like(x, "noise")
         with pytest.raises(UserError, match=r"'weights' is drawn for a tensor of 3 rows.*4 images"):
             normal_like(x.T, "weights")
