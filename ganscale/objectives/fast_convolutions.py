@@ -82,8 +82,8 @@ def convolution_gradients(
 
 
 def is_subpixel_faster(weight: Tensor, settings: ConvolutionSettings) -> bool:
-    """Whether the transposed convolution with `weight` is strided and leads to a few channels.
-    GPUs have good kernels for that."""
+    """Whether the transposed convolution with `weight` is strided and leads to a few channels. Only
+    on CPUs: no GPU has tried it (benchmarks.forms does)."""
     return (
         weight.device.type == "cpu"
         and weight.ndim == 4
@@ -134,7 +134,8 @@ def _subpixel_convolution(
 def is_im2col_faster(
     weight: Tensor, compute_dtype: torch.dtype, settings: ConvolutionSettings
 ) -> bool:
-    """Whether im2col is the faster way to the weight gradient, provided that the map is small."""
+    """Whether im2col is the faster way to the weight gradient, provided that the map is small. Only
+    on CPUs: no GPU has tried it (benchmarks.forms does)."""
     return (
         compute_dtype == torch.bfloat16
         and weight.device.type == "cpu"

@@ -44,8 +44,8 @@ Sizes = int | Sequence[int]
 def first_derivatives(device: torch.device) -> AbstractContextManager[Any]:
     """A context for forwards that are differentiated once or never.
 
-    Merged kernels save work on every device. The other forms of order 1 were found on CPUs, and
-    calls from Python would outlast the kernels of a GPU.
+    Merged kernels save work on every device. The other forms of order 1 were found on CPUs; they
+    cost calls from Python, and no GPU has tried them (benchmarks.forms does).
     """
     return FastDerivatives() if has_cheap_launches(device) else merged_kernels()
 
