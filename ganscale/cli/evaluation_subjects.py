@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.dataset import open_data
 from ganscale.data.images.decoding import decode
 from ganscale.data.manifest import JSON_NAME, Manifest
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.evaluation.evaluator import Evaluator
 from ganscale.evaluation.exported_generator import DESCRIPTION, load_generator
 from ganscale.evaluation.images import (
@@ -80,9 +81,11 @@ def _of_run(
 ) -> Iterator[Subject]:
     config = _with_options(load_stored(folder.config), arguments)
     manifest = None
-    is_needed = not config.evaluation.reference or config.training.conditional
-    if is_needed or Path(config.data.path).exists():
+    if not config.evaluation.reference or config.training.conditional:
         manifest = open_data(config.data).manifest
+    elif Path(config.data.path).exists():  # not needed, but it shows how the run's data are stored
+        with suppress(UserError, UnavailableError):
+            manifest = open_data(config.data).manifest
     truncation = arguments.truncation
     evaluator = Evaluator(config.evaluation, config.data, manifest, runtime, truncation)
     if arguments.checkpoint == _ALL:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.data.manifest import Manifest
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.evaluation.collection import Collected, collect
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.images import DataSetImages, are_gray, chosen_samples
@@ -85,7 +85,10 @@ class DataSetReference:
             are not known
         """
         gray = are_gray(self._manifest, self._config)
-        own_gray = own_config.channels == 1 if own is None else are_gray(own, own_config)
+        own_gray = own_config.channels == 1
+        if own is not None:
+            with contextlib.suppress(UserError, UnavailableError):  # they may be gone by now
+                own_gray = are_gray(own, own_config)
         if gray != own_gray:
             kinds = {True: "gray", False: "in color"}
             raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -134,6 +135,22 @@ def test_a_reference_of_another_size_or_without_the_colors_is_refused(
     runs.finish("enlarged", *data)
     reference = "--reference", str(small), *samples, *NETWORK
     assert main(["evaluate", str(runs.folder / "enlarged"), *reference]) == 0
+
+
+def test_a_run_is_evaluated_against_other_data_when_its_own_are_gone(
+    digits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits, tmp_path / "own")
+    runs = Runs(tmp_path / "runs", tmp_path / "own")
+    runs.finish("run", "training.total_images=160", "checkpoint.every_images=160")
+    reference = "--reference", str(digits), "--samples", "20", *NETWORK
+    for shard in (tmp_path / "own").glob("*.tar"):
+        shard.unlink()
+    assert main(["evaluate", str(runs.folder / "run"), *reference]) == 0
+    (tmp_path / "own" / "manifest.json").write_text("{")
+    assert main(["evaluate", str(runs.folder / "run"), *reference]) == 0
+    shutil.rmtree(tmp_path / "own")
+    assert main(["evaluate", str(runs.folder / "run"), *reference]) == 0
 
 
 def test_statistics_of_another_network_are_refused(
