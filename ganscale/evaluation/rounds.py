@@ -27,9 +27,12 @@ class Interrupted(Exception):
 
 
 class Rounds:
-    """Votes of all ranks between rounds, about one in a second: a vote costs the ranks a
-    millisecond of processor time, and the wait for the slowest. A failure on one rank is raised on
-    all of them: at its next vote, whatever a rank does, the others vote, too."""
+    """Votes of all ranks between rounds, about once a second: a vote costs the ranks a millisecond
+    of processor time, and they wait for the slowest.
+
+    A failure on one rank is raised on all of them: the failed rank votes, and the next collective
+    operation of the others is a vote, too, since `sum` begins with one.
+    """
 
     def __init__(self, runtime: Runtime, is_stopped: Callable[[], bool], on_round: OnRound) -> None:
         self._runtime, self._is_stopped, self._on_round = runtime, is_stopped, on_round

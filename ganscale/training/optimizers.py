@@ -48,8 +48,8 @@ class Optimizer(ABC):
     def step(self, learning_rate: Rate, images_seen: int = 0) -> None:
         """Every parameter must have a gradient, which may be changed.
 
-        learning_rate: rounded to float32 for float32 parameters, as one on the device is, so that
-            CUDA graphs change no bits
+        learning_rate: rounded to float32 for float32 parameters, as a CUDA graph reads it, so that
+            graphs do not change a bit
         images_seen: for numbers that have a schedule, beside the learning rate
         """
         torch._foreach_add_(self._counts, self._increments)
