@@ -28,7 +28,6 @@ from ganscale.runtime import autocast, compute_dtype
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 NEGATIVE_SLOPE = 0.2
-KERNEL = 1, 2, 1  # of resampling
 
 
 class R3GANGenerator(nn.Module):
@@ -211,11 +210,11 @@ class ResidualBlock(nn.Module):
 
 def _upsampling(inputs: int, outputs: int) -> list[nn.Module]:
     """With a change of width at the lower resolution, where it is the same function."""
-    return [*_change_of_width(inputs, outputs), FIRUpsample(KERNEL)]
+    return [*_change_of_width(inputs, outputs), FIRUpsample()]
 
 
 def _downsampling(inputs: int, outputs: int) -> list[nn.Module]:
-    return [FIRDownsample(KERNEL), *_change_of_width(inputs, outputs)]
+    return [FIRDownsample(), *_change_of_width(inputs, outputs)]
 
 
 def _change_of_width(inputs: int, outputs: int) -> Sequence[nn.Module]:

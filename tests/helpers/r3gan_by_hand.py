@@ -8,7 +8,9 @@ from torch.nn import functional as F
 from ganscale.networks.fir_resampling import FIRDownsample, FIRUpsample
 from ganscale.networks.r3gan import R3GANCritic, R3GANGenerator, ResidualBlock
 
-KERNEL = torch.outer(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])).double()
+# The authors' code convolves the [1, 2, 1] that it is given with [1, 1].
+LINE = torch.tensor([1.0, 3.0, 3.0, 1.0]).double()
+KERNEL = torch.outer(LINE, LINE) / LINE.sum() ** 2
 
 
 def images_by_hand(generator: R3GANGenerator, latents: Tensor, labels: Tensor) -> Tensor:
@@ -68,10 +70,10 @@ def block_by_hand(block: ResidualBlock, maps: Tensor) -> Tensor:
 
 
 def upsample(maps: Tensor) -> Tensor:
-    weight, groups = (KERNEL / 4).expand(maps.shape[1], 1, 3, 3), maps.shape[1]
-    return F.conv_transpose2d(maps, weight, None, 2, 1, output_padding=1, groups=groups)
+    weight, groups = (4 * KERNEL).expand(maps.shape[1], 1, 4, 4), maps.shape[1]
+    return F.conv_transpose2d(maps, weight, None, 2, 1, groups=groups)
 
 
 def downsample(maps: Tensor) -> Tensor:
-    weight, groups = (KERNEL / 16).expand(maps.shape[1], 1, 3, 3), maps.shape[1]
+    weight, groups = KERNEL.expand(maps.shape[1], 1, 4, 4), maps.shape[1]
     return F.conv2d(maps, weight, None, 2, 1, groups=groups)

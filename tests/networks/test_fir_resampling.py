@@ -12,10 +12,8 @@ from tests.helpers.processes import run_python
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 # (layer, kernel, up, down, padding before and after, gain), as upfirdn takes them
 CASES = {
-    "up 1331": (FIRUpsample(), (1, 3, 3, 1), 2, 1, (2, 1), 4),
-    "up 121": (FIRUpsample((1, 2, 1)), (1, 2, 1), 2, 1, (1, 1), 4),
-    "down 1331": (FIRDownsample(), (1, 3, 3, 1), 1, 2, (1, 1), 1),
-    "down 121": (FIRDownsample((1, 2, 1)), (1, 2, 1), 1, 2, (1, 1), 1),
+    "doubling": (FIRUpsample(), (1, 3, 3, 1), 2, 1, (2, 1), 4),
+    "halving": (FIRDownsample(), (1, 3, 3, 1), 1, 2, (1, 1), 1),
     "blur of a larger map": (Blur(1, gain=4.0), (1, 3, 3, 1), 1, 1, (1, 1), 4),
     "blur to a larger map": (Blur(2), (1, 3, 3, 1), 1, 1, (2, 2), 1),
 }
@@ -106,7 +104,7 @@ def test_what_a_layer_returns_may_be_changed_in_place(case, dtype, layout) -> No
 COMPILED = """
 import torch
 from ganscale.networks.fir_resampling import Blur, FIRDownsample, FIRUpsample
-layers = torch.nn.Sequential(FIRDownsample(), torch.nn.ReLU(), Blur(1), FIRUpsample((1, 2, 1)))
+layers = torch.nn.Sequential(FIRDownsample(), torch.nn.ReLU(), Blur(1), FIRUpsample())
 maps = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
 compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
 for network in layers, compiled:
@@ -130,6 +128,26 @@ def test_gradients_by_torch_func_are_the_same(case) -> None:
 
     (expected,) = torch.autograd.grad(loss(maps.requires_grad_()), maps)
     torch.testing.assert_close(torch.func.grad(loss)(maps), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_doubling_is_bilinear_inside_of_the_edges() -> None:
+    maps = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    expected = F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
+    inside = slice(1, -1)
+    torch.testing.assert_close(
+        FIRUpsample()(maps)[..., inside, inside], expected[..., inside, inside]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_resampled_mirror_images_are_mirror_images(case, dtype) -> None:
+    """A kernel with an odd number of taps would move maps by half a pixel."""
+    layer = case[0]
+    maps = torch.randn(2, 3, 4, 6, dtype=torch.float64).to(dtype)
+    slack = 2**-6 if dtype == torch.bfloat16 else 1e-12
+    torch.testing.assert_close(
+        layer(maps.flip(2, 3)), layer(maps).flip(2, 3), rtol=slack, atol=slack
+    )
 
 
 def test_an_odd_map_cannot_be_halved() -> None:

@@ -128,7 +128,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "max pool": lambda: nn.MaxPool2d(2),
     "nearest": lambda: nn.Upsample(scale_factor=2),
     "doubling": FIRUpsample,
-    "halving": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), FIRDownsample((1, 2, 1))),
+    "halving": lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), FIRDownsample()),
     "blur": lambda: Blur(2),
     "convolution without bias": lambda: nn.Conv2d(4, 4, 3, bias=False),
     "strides": lambda: nn.Conv2d(4, 4, (3, 2), stride=(2, 3), padding=(1, 0)),
