@@ -97,6 +97,8 @@ def train(recipe: str, seed: int, folder: Path, options: argparse.Namespace) -> 
     rows = [*read_json_lines(run_folder.record)]
     names = {metric: figure_name(metric, _NETWORK) for metric in METRICS}
     figures = {m: [row[name] for row in rows if name in row] for m, name in names.items()}
+    if any(len(each) != evaluations for each in figures.values()):
+        raise RuntimeError(f"an evaluation of {recipe} failed: see {run_folder.path / 'log.txt'}")
     if options.sheets is not None:
         for name, images_seen, file in run_folder.sample_files():
             if name == "ema":

@@ -41,6 +41,8 @@ from benchmarks.ranks import run_ranks
 from benchmarks.report import Row, arguments, report
 from ganscale.data.batch import Batch
 from ganscale.data.order import batch_positions
+from ganscale.evaluation.sampling import generate_images, sample_labels, sample_latents
+from ganscale.networks.batch_groups import up_to_whole_groups
 from ganscale.objectives.losses import LOSSES
 from ganscale.objectives.objective import build_objective
 from ganscale.objectives.penalties import PENALTIES
@@ -315,12 +317,21 @@ def record(config: Config, runtime: Runtime, *, tries_networks: bool = False) ->
         )
         row = metrics_row(state, runtime, config.training.total_images, logits)
         found[f"meters at {state.images_seen} images"] = _as_tensors(row, config)
+        if runtime.is_main:  # as for a sample grid, which must not change anything
+            _sample(state.generator, config, num_classes)
     for name, tensor in state.audited().items():
         # A network's weights are of one kind, an optimizer's first and second moments of two.
         file, _, key = name.partition(".")
         kind = f"{file} {key.partition('.')[2]}" if file.endswith("_optimizer") else file
         found.setdefault(kind, {})[key] = tensor.detach().clone()
     return found
+
+
+def _sample(generator: nn.Module, config: Config, num_classes: int) -> None:
+    count = up_to_whole_groups(2, generator)
+    latents = sample_latents(0, 0, count, config.generator.latent_dim)
+    for _ in generate_images(generator, latents, sample_labels(0, count, num_classes)):
+        pass
 
 
 def untried_networks(

@@ -25,16 +25,17 @@ from ganscale.errors import UserError
 from ganscale.importing import nearest
 from ganscale.ready import find_config, ready_configs
 from ganscale.schedules import Schedule, ends
-from ganscale.schema import Config
+from ganscale.schema import Config, OptimizerConfig
 from ganscale.secrets import without_secrets
 from ganscale.setting import child_type, settings_of
 
-REPLACED_WHOLE = ("generator", "critic", "objective", "optimizer")
+REPLACED_WHOLE = ("generator", "critic", "objective", "optimizer", "augmentation")
 OPTIONS_OF = {
     "generator.target": "generator.options",
     "critic.target": "critic.options",
     "objective.loss.name": "objective.loss.options",
     "evaluation.network": "evaluation.options",
+    "augmentation.pipeline": "augmentation.strengths",
 }
 """Options belong to a network or loss: those of the one before are dropped with its name."""
 
@@ -82,9 +83,11 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     merged = blank.copy()
     origin: dict[str, str] = {}
     dropped: dict[str, str] = {}
+    sources: dict[str, bool] = {}
     for path in paths:
         of_run = is_stored or path.with_name("run.json").exists()
         layers = list(_read(path, (), of_run))
+        sources |= {source: of_run for source, _ in layers}
         if of_run:
             layers = [
                 (source, _map_text(_without_interpolations, layer)) for source, layer in layers
@@ -104,7 +107,8 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
     if merged.run._get_node("name")._value() in ("", MISSING):
         merged.run.name = paths[0].stem
         origin["run.name"] = f"name of {paths[0]}"
-    return Resolved(_validate(merged, origin, dropped), origin)
+    sources[COMMAND_LINE] = False
+    return Resolved(_validate(merged, origin, dropped, sources), origin)
 
 
 def load_stored(path: Path) -> Config:
@@ -228,8 +232,12 @@ def _type_mistake(error: OmegaConfBaseException, layer: DictConfig) -> str:
     return f"`{key}` must be {wording}, not {without_secrets(value)!r}{hint}"
 
 
-def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]) -> Config:
-    """dropped: keys that a file has replaced with their section, and that file"""
+def _validate(
+    merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str], sources: Mapping[str, bool]
+) -> Config:
+    """dropped: keys that a file has replaced with their section, and that file
+    sources: all in their order, and whether they are of a run, with a value for every setting
+    """
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -248,7 +256,10 @@ def _validate(merged: Any, origin: Mapping[str, str], dropped: Mapping[str, str]
     for key, mistake in read_numbers(config):
         raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     for key, mistake in chain(
-        _not_finite(plain(config), ""), _mistakes(config, ""), _combination_mistakes(config, origin)
+        _not_finite(plain(config), ""),
+        _mistakes(config, ""),
+        _combination_mistakes(config, origin),
+        _meaningless(config, origin, sources),
     ):
         raise UserError(f"{_source(key, origin)}: `{key}` {mistake}")
     return config
@@ -309,9 +320,34 @@ def _combination_mistakes(config: Config, origin: Mapping[str, str]) -> Iterator
     is_given = max(ends(probability)) > 0 or is_adaptive
     if augmentation.pipeline != "none" and not is_given:
         yield "augmentation.probability", "must be above 0 unless `augmentation.adaptive` is given"
+    strengths = augmentation.strengths.values()
+    if strengths and max(strengths) == 0:
+        yield "augmentation.strengths", "must have one above 0, or augmentation.pipeline be none"
     is_unnamed = augmentation.pipeline == "none" and "augmentation.pipeline" not in origin
     if is_unnamed and (is_given or augmentation.strengths):
         yield "augmentation.pipeline", "must be ada or diffaugment with other settings beside it"
+
+
+def _meaningless(
+    config: Config, origin: Mapping[str, str], sources: Mapping[str, bool]
+) -> Iterator[tuple[str, str]]:
+    """Settings of another algorithm than the optimizer's, unless a later source has chosen it.
+    Those of the default's value change nothing."""
+    rank = {source: number for number, source in enumerate(sources)}
+    others = {
+        "adam": ("alpha", "momentum"),
+        "rmsprop": ("betas",),
+        "sgd": ("betas", "alpha", "eps"),
+    }
+    for network in ("critic", "generator"):
+        key, optimizer = f"optimizer.{network}", getattr(config.optimizer, network)
+        usual = OptimizerConfig(learning_rate=0.0)
+        for name in others[optimizer.name]:
+            source, chosen = _source(f"{key}.{name}", origin), origin.get(f"{key}.name", DEFAULT)
+            is_later = rank.get(source, -1) >= rank.get(chosen, -1)
+            is_usual = getattr(optimizer, name) == getattr(usual, name)
+            if source != DEFAULT and not sources.get(source) and is_later and not is_usual:
+                yield f"{key}.{name}", f"means nothing to {optimizer.name}: leave it out"
 
 
 def _map_text(change: Callable[[str], str], value: Any) -> Any:

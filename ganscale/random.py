@@ -28,6 +28,7 @@ from torch import Tensor
 from ganscale.errors import UserError
 from ganscale.importing import users_line
 from ganscale.randomness import squares, squares_key
+from ganscale.tensor_cache import cached_tensors
 
 _ELEMENT_BITS = 30  # of a counter; the others are the slot's
 _SECOND_WORDS = 1 << (_ELEMENT_BITS - 1)  # the element at which those of normal numbers begin
@@ -241,7 +242,7 @@ def _width(request: _Request) -> int:
     return request.columns + request.columns % 2 if request.is_normal else request.columns
 
 
-@lru_cache(maxsize=_EXPECTATIONS)
+@cached_tensors(maxsize=_EXPECTATIONS)
 def _keys(
     seed: int, purposes: tuple[str, ...], names: tuple[str, ...], device: torch.device
 ) -> Int64[Tensor, "purposes 1 names"]:
@@ -264,7 +265,7 @@ def _columns(
     return torch.cat(names), torch.cat(elements), sum(pairs for _, pairs, _ in normals)
 
 
-_cached_columns = lru_cache(maxsize=32)(_columns)
+_cached_columns = cached_tensors(maxsize=32)(_columns)
 
 
 def _box_muller(

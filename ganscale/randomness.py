@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ganscale.tensor_cache import cached_tensors
+
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
@@ -60,7 +62,7 @@ def _philox_on_device(counter: Tensor, key: tuple[int, int]) -> Tensor:
     return torch.stack([even, odd & _WORD], dim=1).flatten(0, 1)
 
 
-@lru_cache(maxsize=16)
+@cached_tensors(maxsize=16)
 def _round_constants(key: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
     """The factors, and the keys of the ten rounds, a pair each; copied to the device once."""
     pairs = [(_MULTIPLIER_0, _MULTIPLIER_1)]

@@ -18,6 +18,7 @@ from ganscale.augmentation.transformations import (
     normal_with,
     uniform_between,
 )
+from ganscale.tensor_cache import cached_tensors
 
 _TURN = uniform_between(-math.pi, math.pi)
 _EIGHTH = uniform_between(-0.125, 0.125)
@@ -110,7 +111,7 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     return matrix, -(whole + (matrix * fraction[:, None, :]).sum(dim=2))
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _constants(
     height: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Float[Tensor, " 2"], ...]:
@@ -136,7 +137,7 @@ def _recolor(images: Tensor, parameters: Parameters) -> Tensor:
     return torch.baddbmm(added, matrices, images.flatten(2)).view(images.shape)
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _color_basis(dtype: torch.dtype, device: torch.device) -> Float[Tensor, "3 9"]:
     """The projections on the gray axis and across it, and the quarter turn about it."""
     axis = np.full(3, 1 / np.sqrt(3))
@@ -163,13 +164,13 @@ def _filter(images: Tensor, parameters: Parameters) -> Tensor:
     return rows @ (images @ columns.mT)
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _expected_power(dtype: torch.dtype, device: torch.device) -> Float[Tensor, " 4"]:
     """Of natural images in the four bands."""
     return torch.tensor([10 / 13, 1 / 13, 1 / 13, 1 / 13], dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _band_filters(
     size: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "4 size_squared"]:
@@ -218,7 +219,7 @@ def _outside_of_cutout(parameters: Parameters, height: int, width: int) -> Tenso
     return 1 - inside * is_cut[:, :, None, None]
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _centered_positions(
     size: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, " size"]:

@@ -5,7 +5,6 @@ own gradient is sampling again: it has all derivatives in every version of torch
 `grid_sample` came late, and the derivatives by the points, which nobody needs, cost nothing.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
+
+from ganscale.tensor_cache import cached_tensors
 
 # Daubechies: "Ten Lectures on Wavelets" (1992), table 6.3: least asymmetric, of 6 vanishing moments
 SYM6 = (
@@ -79,7 +80,7 @@ def _grid(
     return torch.addcmul(along_x, ys, matrix[:, None, None, :, 1])
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(maxsize=32)
 def _points(
     height: int, width: int, is_finer: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _points(
     return positions(width)[None, :, None], positions(height)[:, None, None], units.to(device)
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(maxsize=32)
 def _filters(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Up-sampling (2 size - 1, size) and down-sampling (size, 2 size + 10) as matrices, which are
     faster than convolutions of single channels. Down-sampling undoes up-sampling but for the

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ganscale.randomness import Draw
 from ganscale.runtime import at_least_float32
+from ganscale.tensor_cache import cached_tensors
 
 Probability = float | Float[Tensor, ""]
 Parameters = Mapping[str, Float[Tensor, "batch values"]]
@@ -159,7 +160,7 @@ class _Constants(NamedTuple):
     is_integer: Tensor
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(maxsize=32)
 def _constants(pipeline: Pipeline, dtype: torch.dtype, device: torch.device) -> _Constants:
     """On the device, copied there once."""
     values = pipeline._values

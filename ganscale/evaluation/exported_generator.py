@@ -70,7 +70,8 @@ class ExportedGenerator(nn.Module):
 
     def forward(self, latents: Tensor, labels: Tensor | None = None, *, seed: int = 0) -> Tensor:
         """(batch, latent_dim) standard normal latents, and (batch,) classes if the generator is
-        conditional -> (batch, channels, height, width) in [-1, 1].
+        conditional -> (batch, channels, height, width), where [-1, 1] is black to white.
+        Generators without tanh, such as `r3gan` and `stylegan2`, also go beyond: `clamp(-1, 1)`.
 
         seed: of what the generator draws itself, such as noise; the numbers of an image depend on
             the seed and on its place in the batch
@@ -99,7 +100,7 @@ class ExportedGenerator(nn.Module):
         classes = self._classes(count, labels)
         network = truncated(self.network, truncation, seed, self.latent_dim, classes)
         chunks = generate_images(network, latents, classes, seed=seed)
-        return torch.cat([chunk.float().cpu() for chunk in chunks])
+        return torch.cat([chunk.float().cpu().clamp(-1, 1) for chunk in chunks])
 
     def _classes(self, count: int, labels: int | Sequence[int] | Tensor | None) -> Tensor | None:
         if labels is None:
@@ -195,9 +196,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{DESCRIPTION} has no {kind.__name__} `{name}`")
     if [type(size) for size in description["sample_shape"]] != [int] * 3:
         raise ValueError(f"{DESCRIPTION}: `sample_shape` is not channels, height and width")
-    # Exports by older versions have none.
-    stored = description.get("fingerprint")
-    return description | {
-        "sample_shape": tuple(description["sample_shape"]),
-        "fingerprint": None if stored is None else Fingerprint.from_json(stored),
-    }
+    stored = description.get("fingerprint")  # exports by older versions have none
+    if stored is not None:
+        Fingerprint.from_json(stored)
+    shape = tuple(description["sample_shape"])
+    return description | {"sample_shape": shape, "fingerprint": stored}

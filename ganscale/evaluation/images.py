@@ -19,6 +19,7 @@ from ganscale.data.thread_pool import DaemonThreadPool
 from ganscale.errors import UserError
 from ganscale.evaluation.sampling import sample_labels, sample_latents, sampling_draws
 from ganscale.networks.batch_groups import check_whole_groups
+from ganscale.networks.forward import in_evaluation
 from ganscale.schema import DataConfig
 from ganscale.shards.sources import Source, image_reader
 
@@ -77,13 +78,8 @@ class GeneratedImages:
         if self._labels is not None:
             inputs.append(self._labels[rows.start : rows.stop].to(weights.device))
         positions = torch.arange(rows.start, rows.stop, device=weights.device)
-        was_training = self._generator.training
-        self._generator.eval()
-        try:
-            with sampling_draws(self._seed, positions):
-                images = self._generator(*inputs)
-        finally:
-            self._generator.train(was_training)
+        with in_evaluation(self._generator), sampling_draws(self._seed, positions):
+            images = self._generator(*inputs)
         if not bool(images.isfinite().all()):
             raise UserError("the generator makes images with NaN or infinite pixels")
         usable = torch.ones(len(rows), dtype=torch.bool)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ganscale.data.images.preprocessing import to_bytes
 from ganscale.networks.batch_groups import check_whole_groups, up_to_whole_groups
+from ganscale.networks.forward import in_evaluation
 from ganscale.random import drawing
 from ganscale.randomness import normal
 
@@ -69,7 +70,8 @@ def generate_images(
     seed: int = 0,
     positions: Int64[Tensor, " count"] | None = None,
 ) -> Iterator[Float[Tensor, "chunk channels height width"]]:
-    """Yields images in [-1, 1] on the generator's device, at most CHUNK_SIZE at a time.
+    """Yields images on the generator's device, at most CHUNK_SIZE at a time. [-1, 1] is black to
+    white; generators without tanh also go beyond.
 
     seed, positions: of what the generator draws itself, by default in the order of the latents;
         images of one position have the same noise
@@ -81,9 +83,7 @@ def generate_images(
     size = up_to_whole_groups(CHUNK_SIZE, generator)
     weights = next(generator.parameters())
     positions = torch.arange(len(latents)) if positions is None else positions
-    was_training = generator.training
-    generator.eval()
-    try:
+    with in_evaluation(generator):
         for start in range(0, len(latents), size):
             inputs = [_pad(latents[start : start + size], size).to(weights)]
             if labels is not None:
@@ -93,8 +93,6 @@ def generate_images(
             with torch.no_grad(), sampling_draws(seed, slots):
                 images = generator(*inputs)
             yield images[: len(latents) - start]
-    finally:
-        generator.train(was_training)
 
 
 def generate_uint8(

@@ -1,8 +1,7 @@
 """What a network computes, in a few numbers: to notice when its code changes under a checkpoint."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.func import functional_call
 
 from ganscale.errors import UserError
 from ganscale.networks.batch_groups import up_to_whole_groups
-from ganscale.networks.forward import LowestPrecision, default_dtype, run_network
+from ganscale.networks.forward import LowestPrecision, default_dtype, in_evaluation, run_network
 from ganscale.random import drawing
 from ganscale.randomness import normal
 
@@ -61,9 +60,17 @@ class Fingerprint:
             raise ValueError(f"{stored!r} is not a network's fingerprint")
         return found
 
-    def check(self, stored: "Fingerprint", what: str, how_to_allow: str) -> None:
-        """Raises UserError if `what` computes something else than when `stored` was taken."""
-        if not self.is_close(stored):
+    def check(self, stored: Any, what: str, how_to_allow: str) -> None:
+        """Raises UserError if `what` computes something else than when `stored`, as JSON, was
+        taken, and if that cannot be known."""
+        try:
+            is_same = self.is_close(Fingerprint.from_json(stored))
+        except ValueError as error:
+            raise UserError(
+                f"another version of ganscale has saved {what}, and whether its code has changed "
+                f"since cannot be known: accept this with {how_to_allow}"
+            ) from error
+        if not is_same:
             raise UserError(
                 f"{what} computes something else than when its weights were saved, so its code has "
                 f"changed: restore the code, or accept this with {how_to_allow}"
@@ -85,7 +92,7 @@ def fingerprint(
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     wide = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
     lowest = LowestPrecision()
-    with nullcontext() if is_critic else _in_evaluation(network), lowest:
+    with nullcontext() if is_critic else in_evaluation(network), lowest:
         try:
             with default_dtype(torch.float64), drawing(0, ("fingerprint",), slots):
                 outputs = functional_call(network, wide, (inputs.double(), *labels))
@@ -100,14 +107,3 @@ def fingerprint(
     sums = torch.stack([flat @ wave for wave in waves]) / math.sqrt(flat.shape[1])
     scale = flat.square().mean().sqrt()
     return Fingerprint(dtype, float(scale), sums.flatten().tolist())
-
-
-@contextmanager
-def _in_evaluation(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

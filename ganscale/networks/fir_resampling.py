@@ -14,7 +14,6 @@ every device. The gradient of a depthwise convolution is not: with 32x32 maps in
 it takes 25 times as long.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from ganscale.runtime import has_cheap_launches
+from ganscale.tensor_cache import cached_tensors
 
 KERNEL = 1, 3, 3, 1
 
@@ -114,7 +114,7 @@ def _weight(channels: int, scale: float, dtype: torch.dtype, device: torch.devic
     return (scale * torch.outer(line, line)).expand(channels, 1, 4, 4).contiguous()
 
 
-@lru_cache(maxsize=256)
+@cached_tensors(maxsize=256)
 def _cached_weight(*arguments: Any) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         return _weight(*arguments)

@@ -77,6 +77,22 @@ def buffers_restored(*networks: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Within, all modules are in evaluation mode; afterwards, each is in its mode before.
+
+    `network.train()` would not do: power iterations, and what a user has frozen, stay in evaluation
+    while the rest trains.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def update_spectral_norms(network: nn.Module) -> None:
     """Does one power iteration per spectrally normalized weight; forwards no longer do any.

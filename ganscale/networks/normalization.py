@@ -114,9 +114,11 @@ def batch_norms_in_evaluation(network: nn.Module) -> Iterator[None]:
     modes = [norm.training for norm in norms]
     for norm in norms:
         norm.eval()
-    yield
-    for norm, mode in zip(norms, modes, strict=True):
-        norm.train(mode)
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.train(mode)
 
 
 class _BatchNormFunction(torch.autograd.Function):

@@ -46,7 +46,13 @@ class Loss:
     @cached_property
     def generator_needs_real(self) -> bool:
         """Whether the generator's loss takes the logits of real images, too."""
-        return len(inspect.signature(self.generator).parameters) > 1
+        positional = [
+            each
+            for each in inspect.signature(self.generator).parameters.values()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+            and (each.default is each.empty or each.name == "real_logits")
+        ]
+        return len(positional) > 1
 
     @cached_property
     def needs_global_batch(self) -> bool:

@@ -12,7 +12,6 @@ gradient errs by several per cent, most of all when the norm is near 1.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ganscale.objectives.fast_derivatives import FastDerivatives, first_derivatives
 from ganscale.randomness import uniform, uniform_noise
 from ganscale.runtime import all_reduce_sum_with_grad, at_least_float32, autocast, get_world_size
+from ganscale.tensor_cache import cached_tensors
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def gradients_of_scores(
     return gradients
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(maxsize=64)
 def constant(value: float, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Made once; not to be changed."""
     return torch.full(shape, value, dtype=dtype, device=device)

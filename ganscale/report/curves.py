@@ -45,6 +45,10 @@ _SECTIONS = {
         "Input gradient norm",
         "The norm of the critic's gradient at real images, for runs without a penalty on it.",
     ),
+    "augment": (
+        "Augmentation",
+        "The probability of augmentation, and the sign rate of real logits that it follows.",
+    ),
     "clip": ("Clipping", "Weight clipping."),
     "optim": ("Optimization", "Gradients, weights, learning rates, betas, EMA."),
     "perf": ("Speed", "Throughput, and the time of each part of a cycle."),

@@ -48,7 +48,13 @@ def augmentation_draws(config: Config, objective: Objective) -> tuple[Draw, ...]
 class Augmentation:
     """What is applied to images in front of the critic in a run, if anything."""
 
-    def __init__(self, config: Config, objective: Objective, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        runtime: Runtime,
+        guard_tripped: Float[Tensor, ""],
+    ) -> None:
         """Raises UserError as `check_augmentation` does."""
         check_augmentation(config, objective)
         self._config, self._device = config, runtime.device
@@ -58,7 +64,7 @@ class Augmentation:
         settings = config.augmentation
         if self.pipeline is not None and settings.adaptive is not None:
             start = value_at(settings.probability, 0)
-            self._controller = AdaptiveProbability(settings.adaptive, start, runtime)
+            self._controller = AdaptiveProbability(settings.adaptive, start, runtime, guard_tripped)
 
     def probability(self, images_seen: int) -> Float[Tensor, ""] | None:
         """On the device; None if nothing is applied."""
@@ -123,10 +129,10 @@ class Augmentation:
         """Collective; waits for the device."""
         return None if self._controller is None else self._controller.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any] | None, images_seen: int) -> None:
-        """state: of a run that has seen so many images; None if it had no controller"""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """state: None of a run that had no controller"""
         if self._controller is not None:
-            self._controller.load_state_dict(state, images_seen)
+            self._controller.load_state_dict(state)
 
 
 def check_augmentation(config: Config, objective: Objective) -> None:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ganscale.errors import UserError
 from ganscale.schedules import Schedule
 from ganscale.schema import Config
+from ganscale.tensor_cache import holding_cached_tensors
 
 Number = float | Tensor
 Step = Callable[[Any, Mapping[str, Number]], Any]
@@ -93,7 +94,8 @@ class _CapturedStep:
             tensors = [each for each in results if isinstance(each, Tensor)]
             return _packed(tensors), results, structure_of_results
 
-        (self._packed, self._results, self._structure), self._replay = capture(run)
+        with holding_cached_tensors() as self._held:
+            (self._packed, self._results, self._structure), self._replay = capture(run)
 
     def replay(self, inputs: Any, numbers: Mapping[str, float]) -> Any:
         for own, given in zip(self._inputs, tree_flatten(inputs)[0], strict=True):
@@ -112,8 +114,7 @@ class _CapturedStep:
 def _as_tensors(inputs: Any, numbers: Mapping[str, float]) -> dict[str, Tensor]:
     """On the device of the inputs; fused optimizers read rates in float32."""
     device = next(leaf.device for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor))
-    dtypes = {int: torch.int64, float: torch.float32}
-    return {k: torch.full((), n, dtype=dtypes[type(n)], device=device) for k, n in numbers.items()}
+    return {k: torch.full((), n, dtype=torch.float32, device=device) for k, n in numbers.items()}
 
 
 def _packed(tensors: list[Tensor]) -> list[Tensor]:

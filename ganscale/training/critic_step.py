@@ -162,6 +162,11 @@ class CriticStep(nn.Module):
         kinds = {id(each): kind for kind, each in images.items()}
         return {name: kinds[id(each)] for name, each in points.items() if id(each) in kinds}
 
+    def _joins_images(self, own: dict[str, str], images: dict[str, Tensor]) -> bool:
+        """Whether real and fake images have one forward in a step with these penalties."""
+        is_few = self._joins_forwards and saves_launches(images["real"])
+        return bool(own) and (is_few or len({*own.values()}) == len(images))
+
     def _logits_and_gradients(
         self,
         images: dict[str, Tensor],
@@ -177,8 +182,7 @@ class CriticStep(nn.Module):
         """
         scores = {name: self._objective.penalties[name].patch_score for name in own}
         logits, found = {}, {}
-        is_few = self._joins_forwards and saves_launches(images["real"])
-        if is_few or len(set(own.values())) == len(images):
+        if self._joins_images(own, images):
             both = torch.cat([*images.values()])
             forward = self._forwards.of((*images,), augmentation, slots)
             score_names = {*scores.values()}
@@ -226,12 +230,27 @@ class CriticStep(nn.Module):
         labels: Tensor | None,
         augmentation: dict[str, Drawn] | None = None,
         slots: Tensor | None = None,
+        points: dict[str, Tensor] | None = None,
         **_: object,
     ) -> Logits:
-        """Of real and fake images, in float32 or better."""
-        with autocast(real_images.device, self._precision):
-            both = torch.cat([real_images, fake_images])
-            forward = self._forwards.of(("real", "fake"), augmentation, slots)
-            logits = forward(self._run_critic, both, twice(labels))
-        real, fake = at_least_float32(logits).chunk(2)
-        return {"real": real, "fake": fake}
+        """Of real and fake images, in float32 or better; with `points`, computed in the precision
+        in which a step with these penalties computes them."""
+        images = {"real": real_images, "fake": fake_images}
+        own = self._penalties_at(images, points or {})
+        penalized = {*images} if self._joins_images(own, images) else {*own.values()}
+        precisions = {
+            kind: self._penalty_precision if kind in penalized else self._precision
+            for kind in images
+        }
+        if len({*precisions.values()}) == 1:
+            with autocast(real_images.device, precisions["real"]):
+                both = torch.cat([*images.values()])
+                forward = self._forwards.of((*images,), augmentation, slots)
+                logits = forward(self._run_critic, both, twice(labels))
+            return dict(zip(images, at_least_float32(logits).chunk(2), strict=True))
+        logits = {}
+        for kind, each in images.items():
+            with autocast(real_images.device, precisions[kind]):
+                forward = self._forwards.of((kind,), augmentation, slots)
+                logits[kind] = at_least_float32(forward(self._run_critic, each, labels))
+        return logits

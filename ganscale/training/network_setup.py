@@ -12,7 +12,7 @@ from ganscale.data.dataset import DataSet
 from ganscale.errors import UserCodeError, UserError, is_out_of_memory
 from ganscale.importing import describe
 from ganscale.networks.build import build_network, find_network
-from ganscale.networks.fingerprint import Fingerprint, fingerprint
+from ganscale.networks.fingerprint import fingerprint
 from ganscale.networks.normalization import convert_global_batch_norm
 from ganscale.objectives.objective import Objective
 from ganscale.run_folder import RunFolder
@@ -112,7 +112,7 @@ def load_run_generator(
     generator = _build_generator(config, num_classes)
     generator.load_state_dict(load_tensors(checkpoint, weights))
     if "fingerprints" in state and not allow_changed_code:
-        stored = Fingerprint.from_json(state["fingerprints"][weights])
+        stored = state["fingerprints"].get(weights)
         found = fingerprint(generator, (latent_dim,), num_classes)
         found.check(stored, f"generator {config.generator.target}", "--allow-changed-code")
     return generator.eval(), latent_dim, num_classes

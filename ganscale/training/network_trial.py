@@ -19,9 +19,9 @@ from ganscale.networks.batch_groups import batch_group_size
 from ganscale.networks.build import NETWORKS
 from ganscale.networks.forward import default_dtype, update_spectral_norms
 from ganscale.networks.normalization import batch_norms_in_evaluation
-from ganscale.objectives.generator_penalties import path_noise
+from ganscale.objectives.generator_penalties import GENERATOR_PENALTIES, path_noise
 from ganscale.objectives.objective import Objective, scheduled_factors
-from ganscale.objectives.penalties import Draws, twice_differentiable_attention
+from ganscale.objectives.penalties import PENALTIES, Draws, twice_differentiable_attention
 from ganscale.runtime import autocast, is_of_machine, weights_dtype
 from ganscale.schema import Config
 from ganscale.training.critic_step import CriticStep
@@ -100,6 +100,7 @@ def try_networks(
             if objective.generator_penalties:
                 check_forward_is_synthesis(first)
         _rehearse(first, second, config, objective)
+        _check_penalties(objective, images)
         with batch_norms_in_evaluation(generator):
             for role, subject in zip(("generator", "critic"), subjects, strict=True):
                 if getattr(config, role).target in NETWORKS[role]:
@@ -147,6 +148,29 @@ def _check_outputs(generator: Subject, critic: Subject, shape: tuple[int, int, i
         )
     if not logits.is_floating_point():
         raise UserError(f"{critic.name} returns {logits.dtype}: logits must be real numbers")
+
+
+def _check_penalties(objective: Objective, images: Tensor) -> None:
+    """Refuses users' penalties that are not means over images: micro-batches and ranks, of which
+    each has a part of the images, would change them."""
+    lengths = torch.tensor([0.3, 2.0, 0.7, 1.4]).to(images)
+    noise = torch.randn(len(lengths), *images.shape[1:]).to(images)
+    gradients = lengths.view(-1, 1, 1, 1) * noise / images[0].numel() ** 0.5
+    average, found = lengths.mean(), {}
+    for name, each in objective.penalties.items():
+        if name not in PENALTIES:
+            parts = gradients, *gradients.split(2)
+            found[name] = [each.penalty.value_and_norms(part)[0] for part in parts]
+    for name, each in objective.generator_penalties.items():
+        if name not in GENERATOR_PENALTIES:
+            parts = lengths, *lengths.split(2)
+            found[name] = [each.penalty.value(part, average) for part in parts]
+    for name, (whole, *halves) in found.items():
+        if not torch.isclose(whole, torch.stack(halves).mean(), rtol=1e-4, atol=0):
+            raise UserError(
+                f"penalty {name} is not the mean of a function of each image, so it would depend "
+                "on the number of ranks and micro-batches: take the mean over the batch last"
+            )
 
 
 def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Objective) -> None:

@@ -1,6 +1,7 @@
 """The controller of the probability follows the sign of real logits, in whole numbers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ BATCH = 64
 SETTINGS = AdaptiveConfig(target=0.6, every_images=256, full_images=10_000)
 
 
-def controller(runtime: Runtime, start: float = 0.0) -> AdaptiveProbability:
-    return AdaptiveProbability(SETTINGS, start, runtime)
+def controller(
+    runtime: Runtime, start: float = 0.0, full_images: int = 10_000
+) -> AdaptiveProbability:
+    settings = replace(SETTINGS, full_images=full_images)
+    return AdaptiveProbability(settings, start, runtime, torch.zeros(()))
 
 
 def logits_of(negative: int, batch: int = BATCH) -> torch.Tensor:
@@ -82,7 +86,7 @@ def test_a_stored_controller_continues_with_the_same_bits(runtime: Runtime, step
             each.observe(logits_of(negative=step), step * BATCH)
     stored = json.loads(json.dumps(stopped.state_dict()))
     resumed = controller(runtime)
-    resumed.load_state_dict(stored, steps * BATCH)
+    resumed.load_state_dict(stored)
     for step in range(steps + 1, 20):
         for each in (whole, resumed):
             each.observe(logits_of(negative=step), step * BATCH)
@@ -92,11 +96,33 @@ def test_a_stored_controller_continues_with_the_same_bits(runtime: Runtime, step
 
 def test_a_controller_that_is_added_to_a_run_starts_from_there(runtime: Runtime) -> None:
     held = controller(runtime)
-    held.load_state_dict(None, 4000)
+    held.load_state_dict(None)
     held.observe(logits_of(negative=0), 4064)
     assert held.probability().item() == 0
     held.observe(logits_of(negative=0), 4128)
     assert held.probability().item() == 128 / 10_000
+
+
+def test_other_full_images_keep_the_probability_of_a_resumed_run(runtime: Runtime) -> None:
+    stored = controller(runtime, start=0.5).state_dict()
+    for full_images in (2_000, 500_000):
+        resumed = controller(runtime, full_images=full_images)
+        resumed.load_state_dict(stored)
+        assert resumed.probability().item() == 0.5
+
+
+def test_nothing_is_observed_from_the_first_skipped_update_on(runtime: Runtime) -> None:
+    """As on a GPU, where a NaN is noticed some cycles later: the state is that before it."""
+    tripped = torch.zeros(())
+    held = AdaptiveProbability(SETTINGS, 0.0, runtime, tripped)
+    for step in range(1, 7):
+        held.observe(logits_of(negative=20), step * BATCH)
+    before = held.state_dict()
+    assert before["counts"] == [2 * (BATCH - 40), 2 * BATCH, 2 * BATCH]
+    tripped.fill_(1)
+    for step in range(7, 14):
+        held.observe(torch.full((BATCH,), torch.nan), step * BATCH)
+    assert held.state_dict() == before
 
 
 def test_patches_and_logits_of_zero_count_as_the_paper_s_mean_of_signs(runtime: Runtime) -> None:

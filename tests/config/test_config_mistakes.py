@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ganscale.config import resolve
+from ganscale.config import load_stored, resolve
 from ganscale.errors import UserError
 
 
@@ -109,6 +110,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_file_and_what_is_right(
         ("optimizer.critic.betas=[0.5]", "must be two numbers in [0, 1), not [0.5]"),
         ("optimizer.generator.betas=[0,1]", "must be two numbers in [0, 1), not [0.0, 1.0]"),
         ("training.accumulate=3", "must divide the global batch of 64, not 3"),
+        ("optimizer.critic.momentum=0.9", "means nothing to adam: leave it out"),
     ],
 )
 def test_a_value_out_of_its_range_is_named_with_its_origin(folder, override, complaint):
@@ -141,6 +143,41 @@ def test_an_override_that_cannot_be_read_is_named_without_its_value(folder, over
     said = folder.mistake(None, override)
     assert said.startswith(sentence)
     assert "token" not in said
+
+
+def test_settings_of_another_optimizer_are_refused_where_they_are_written(folder):
+    sentence = folder.mistake(
+        "optimizer: {critic: {name: rmsprop, learning_rate: 1, betas: [0, 0.5]},"
+        " generator: {learning_rate: 1}}"
+    )
+    assert sentence.endswith("`optimizer.critic.betas` means nothing to rmsprop: leave it out")
+    # A later choice of the algorithm goes beyond the file, and defaults change nothing.
+    config = resolve([folder.base, "optimizer.critic.name=sgd", "optimizer.critic.alpha=0.99"])
+    assert config.config.optimizer.critic.name == "sgd"
+    # A run that an older version stored can still be read.
+    stored = resolve([folder.base]).to_yaml().replace("momentum: 0.0", "momentum: 0.5")
+    assert (
+        load_stored(Path(folder.write("run/config.yaml", stored))).optimizer.critic.name == "adam"
+    )
+
+
+def test_strengths_that_are_all_zero_are_refused(folder):
+    sentence = folder.mistake(
+        "augmentation: {pipeline: ada, probability: 0.5, strengths: {blit: 0, geom: 0}}"
+    )
+    assert "`augmentation.strengths` must have one above 0" in sentence
+
+
+def test_another_augmentation_replaces_the_one_before_it(folder):
+    ada = "{pipeline: ada, strengths: {blit: 1}, adaptive: {target: 0.6}}"
+    ours = folder.write("ada.yaml", f"augmentation: {ada}")
+    other = folder.write("other.yaml", "augmentation: {pipeline: diffaugment, probability: 1}")
+    for arguments in (
+        [ours, other],
+        [ours, "augmentation=diffaugment", "augmentation.probability=1"],
+    ):
+        found = resolve([folder.base, *arguments]).config.augmentation
+        assert (found.pipeline, found.strengths) == ("diffaugment", {})
 
 
 def test_what_a_later_file_has_replaced_and_left_out_is_blamed_on_it(folder):

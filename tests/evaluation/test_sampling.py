@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
+from ganscale.evaluation.images import GeneratedImages
 from ganscale.evaluation.sampling import (
     CHUNK_SIZE,
     generate_uint8,
@@ -15,6 +17,7 @@ from ganscale.evaluation.sampling import (
     sample_latents,
 )
 from ganscale.networks.build import build_network
+from ganscale.networks.forward import update_spectral_norms
 
 
 def small_generator(target: str, num_classes: int = 0) -> nn.Module:
@@ -136,6 +139,25 @@ def test_the_generators_mode_is_restored_even_after_an_error(training):
     with pytest.raises(RuntimeError):
         list(generate_uint8(generator, torch.zeros(2, 5)))
     assert generator.training is training
+
+
+@pytest.mark.parametrize("sample", [generate_uint8, "evaluation"])
+def test_sampling_leaves_every_module_in_its_own_mode(sample):
+    """`train()` would turn power iterations on again, which a run does once for all ranks, and
+    norms that a user has frozen."""
+    torch.manual_seed(0)
+    linear = spectral_norm(nn.Linear(8, 3 * 16 * 16))
+    frozen = nn.BatchNorm1d(3 * 16 * 16).eval()
+    generator = nn.Sequential(linear, frozen, nn.Unflatten(1, (3, 16, 16)))
+    update_spectral_norms(generator)
+    modes = [module.training for module in generator.modules()]
+    assert True in modes
+    assert False in modes
+    if sample == "evaluation":
+        GeneratedImages(generator, 0, 4, 8, None).chunk(range(4))
+    else:
+        list(sample(generator, sample_latents(0, 0, 4, 8)))
+    assert [module.training for module in generator.modules()] == modes
 
 
 def test_images_have_no_graph_and_the_generators_precision():

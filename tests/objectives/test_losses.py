@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.rivals import formulas
 from benchmarks.rivals.formulas import cross_entropy, squared_error
 from ganscale.errors import UserError
-from ganscale.objectives.losses import LOSSES, Loss, build_loss, total
+from ganscale.objectives.losses import LOSSES, Loss, Terms, build_loss, total
 
 
 def smoothed(real: Tensor, fake: Tensor) -> list[Tensor]:
@@ -143,6 +143,29 @@ def test_a_loss_takes_real_logits_for_its_generator_only_if_it_compares(name):
     if loss.generator_needs_real:
         with pytest.raises(ValueError, match="needs the logits of real images"):
             generator_loss(loss, fake_logits)
+
+
+def test_options_of_a_generator_loss_are_not_taken_for_real_logits() -> None:
+    logits = torch.tensor([0.25, 1.0])
+
+    def with_margin(fake_logits: Tensor, margin: float = 1.0) -> Terms:
+        return {"fake": (margin - fake_logits).mean()}
+
+    def with_real(fake_logits: Tensor, real_logits: Tensor) -> Terms:
+        return {"pair": (real_logits - fake_logits).mean()}
+
+    def maybe_with_real(fake_logits: Tensor, real_logits: Tensor | None = None) -> Terms:
+        assert real_logits is not None
+        return {"pair": (real_logits - fake_logits).mean()}
+
+    critic = with_real
+    assert not Loss(critic, with_margin).generator_needs_real
+    assert not Loss(critic, partial(with_margin, margin=2.0)).generator_needs_real
+    assert not Loss(critic, lambda fake, *, scale=1.0: {"fake": scale * fake}).generator_needs_real
+    assert Loss(critic, with_real).generator_needs_real
+    assert Loss(critic, maybe_with_real).generator_needs_real
+    terms = Loss(critic, with_margin).generator_terms(logits, torch.full((2,), 7.0))
+    assert terms["fake"].item() == 1 - 0.625
 
 
 def test_a_loss_that_compares_images_with_the_whole_batch_is_found_by_trial():

@@ -1,5 +1,7 @@
 """Replayed steps train as steps that run: here, by a recording of operators in a graph's place."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from benchmarks.invariance import (
 from benchmarks.launches import gpu_path
 from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
+from ganscale.objectives.penalties import constant
 from ganscale.runtime import Runtime
 from ganscale.schedules import Schedule
 from ganscale.schema import Config, GeneratorPenaltyConfig
@@ -265,6 +268,27 @@ def test_results_stay_in_channels_last():
         assert torch.equal(found[0], images * 2)
         assert torch.equal(found[1], images.mean())
         assert torch.equal(found[2], images.flatten(1) * 2)
+
+
+def test_cached_tensors_that_a_captured_step_reads_are_not_forgotten():
+    """A graph would read whatever comes to their addresses."""
+    steps = CapturedSteps(lambda run: (run(), lambda: None))
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    def add(x: torch.Tensor, _) -> torch.Tensor:
+        one = constant(1.0, x.shape, x.dtype, x.device)
+        read.append(weakref.ref(one))
+        return x + one
+
+    for _ in range(4):
+        steps.run("add", add, torch.ones(3))
+    for size in range(4, 200):  # more than the cache keeps
+        constant(1.0, torch.Size([size]), torch.float32, torch.device("cpu"))
+    gc.collect()
+    assert read[-1]() is not None
+    del steps
+    gc.collect()
+    assert read[-1]() is None
 
 
 def test_inputs_of_another_shape_are_refused():

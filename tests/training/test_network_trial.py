@@ -1,5 +1,6 @@
 """Networks that would fail or depend on the cluster are refused before the first step."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def built(
     seed: int = 0,
     target: str = f"{MODULE}:Generator",
     critic_target: str = f"{MODULE}:Critic",
+    penalty: str = "wgan_gp",
     **training,
 ) -> tuple[Any, Any]:
     config = Config(
@@ -45,7 +47,7 @@ def built(
         data=DataConfig(path="unused", resolution=8),
         generator=GeneratorConfig(target, 6, {"features": generator}),
         critic=CriticConfig(critic_target, {"features": critic}),
-        objective=ObjectiveConfig(LossConfig("wgan"), {"wgan_gp": PenaltyConfig(10.0)}),
+        objective=ObjectiveConfig(LossConfig("wgan"), {penalty: PenaltyConfig(10.0)}),
         optimizer=OptimizersConfig(OptimizerConfig(learning_rate=0.1)),
         training=TrainingConfig(total_images=100, global_batch_size=48, **training),
     )
@@ -184,3 +186,33 @@ def test_the_trial_of_our_own_networks_computes_no_more_than_a_step(batch, monke
     build_networks(config, build_objective(config.objective), 0, torch.device("cpu"))
     assert {dtype for _, dtype in seen} == {torch.float32}
     assert max(size for size, _ in seen) == batch  # real and fake images each
+
+
+@pytest.mark.parametrize(
+    ("value", "is_mean"),
+    [
+        ("(g.flatten(1).norm(dim=1) - 1).square().mean()", True),
+        (
+            "((g.flatten(1).norm(dim=1) - 1).square().mean(), g.flatten(1).norm(dim=1).detach())",
+            True,
+        ),
+        ("(g.flatten(1).norm(dim=1).mean() - 1).square()", False),
+        ("g.flatten(1).norm(dim=1).sum()", False),
+        ("g.square().mean().sqrt()", False),
+    ],
+)
+def test_a_penalty_that_is_not_a_mean_over_images_is_refused(tmp_path, monkeypatch, value, is_mean):
+    """Micro-batches and ranks each have a part of the images."""
+    (tmp_path / "tried_penalties.py").write_text(
+        "from ganscale.objectives.penalties import Penalty\n"
+        f"def own(): return Penalty(lambda real, fake, draws: real, lambda g: {value})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tried_penalties", raising=False)
+    if is_mean:
+        built(penalty="tried_penalties:own")
+        return
+    with pytest.raises(
+        UserError, match="tried_penalties:own is not the mean of a function of each"
+    ):
+        built(penalty="tried_penalties:own")

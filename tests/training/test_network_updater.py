@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.invariance import Combination, config_of, synthetic_batch
+from benchmarks.invariance import Combination, config_of, synthetic_batch, untried_networks
 from ganscale.errors import UserError
 from ganscale.metrics.meters import MeterAccumulator
 from ganscale.objectives.objective import build_objective
@@ -355,3 +355,25 @@ def test_micro_batches_have_no_gaps_that_a_view_could_not_cross(runtime):
     updater = NetworkUpdater("updater", step, network, OPTIMIZERS["sgd"], training, runtime, guard)
     inputs = images()
     updater.update({**inputs, "points": {"r1": inputs["real_images"]}}, 0)
+
+
+@pytest.mark.parametrize("loss", ["relativistic", "relativistic_average"])
+def test_micro_batches_of_a_bfloat16_run_have_the_logits_of_its_float32_penalties(runtime, loss):
+    """Logits that share the penalty's forward have its precision, for the whole batch, too."""
+    found = []
+    for accumulate in (1, 2):
+        config = config_of(Combination(loss, "r1+r2"), accumulate, "bfloat16")
+        config.training.penalty_precision = "float32"
+        config.objective.n_critic = 1
+        built = build_objective(config.objective)
+        state = TrainingState(config, built, runtime, 0, untried_networks(config, 0, runtime))
+        cycle = Cycle(config, built, runtime, state)
+        torch.manual_seed(0)
+        for parameter in state.critic.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+        batch = cycle.to_device(synthetic_batch(config, runtime, 0))
+        cycle.critic_step(batch, torch.randn_like(batch.images), False)
+        found.append([p.grad for p in state.critic.parameters()])
+    size = max(gradient.abs().max() for gradient in found[0]).item()
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * size)

@@ -20,7 +20,7 @@ class Mapping(nn.Module):
 
     def __init__(self, latent_dim: int, num_classes: int, width: int, layers: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(num_classes, width) if num_classes > 0 else None
+        self.embedding = _ClassEmbedding(num_classes, width) if num_classes > 0 else None
         inputs = latent_dim + (width if num_classes > 0 else 0)
         self.layers = nn.ModuleList(
             EqualizedLinear(
@@ -40,11 +40,23 @@ class Mapping(nn.Module):
         with autocast(next(self.parameters()).device, "float32"):
             parts = [] if latents is None else [_normalized(latents)]
             if self.embedding is not None:
+                assert labels is not None
                 parts.append(_normalized(self.embedding(labels)))
             features = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
             for layer in self.layers:
                 features = activate(layer(features))
             return features
+
+
+class _ClassEmbedding(nn.Embedding):
+    """A linear layer of one-hot classes with equalized rates, as in the authors' code."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__(num_classes, width)
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Int64[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
+        return torch.add(self.bias, super().forward(input), alpha=self.num_embeddings**-0.5)
 
 
 def _normalized(vectors: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
