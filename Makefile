@@ -82,6 +82,7 @@ bench: install
 	$(BIN)/python -m benchmarks.gaussians --quick
 	$(BIN)/python -m benchmarks.stacked_mnist --quick
 	$(BIN)/python -m benchmarks.emoji --quick
+	$(BIN)/python -m benchmarks.adaptive --quick
 	$(BIN)/python -m benchmarks.faults --quick
 
 # On a machine with a GPU: the tests and benchmarks there, in less than eight minutes, written to

@@ -44,13 +44,8 @@ def _wgan_gp(network: str, rate: float) -> tuple[str, ...]:
 
 
 RECIPES: dict[str, tuple[str, ...]] = {
-    "r3gan": ("r3gan_emoji32",),
-    "r3gan+augmentation": (
-        "r3gan_emoji32",
-        "augmentation.pipeline=ada",
-        "augmentation.strengths={blit: 1, geom: 1, color: 1}",
-        "augmentation.probability={from: 0, to: 0.3}",
-    ),
+    "r3gan": ("r3gan_emoji32", "augmentation.pipeline=none"),
+    "r3gan+augmentation": ("r3gan_emoji32",),
     "stylegan2+augmentation": ("stylegan2_emoji32",),
     "dcgan, wgan_gp": _wgan_gp("dcgan", 5e-4),
     "resnet, wgan_gp": _wgan_gp("resnet", 3e-4),

@@ -134,7 +134,7 @@ VARIANTS = {
         resolution=16,
         generator={"widths": 4, "style_dim": 6, "mapping_layers": 2},
         critic={"widths": 4, "mapping_layers": 2},
-        generator_penalties={"path_length": GeneratorPenaltyConfig(2.0, interval=2)},
+        generator_penalties={"path_length": GeneratorPenaltyConfig(2.0)},
         augmentation=AugmentationConfig(
             "ada", probability=0.5, adaptive=AdaptiveConfig(0.3, every_images=8, full_images=160)
         ),

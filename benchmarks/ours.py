@@ -37,7 +37,8 @@ def config_of(objective: str, network: str, batch: int, *settings: str) -> Confi
     """
     kind, resolution = kind_of(network)
     if kind == "r3gan":
-        networks = ["r3gan_emoji32.yaml", "training.precision=float32"]
+        networks = ["r3gan_emoji32.yaml", "augmentation.pipeline=none"]
+        networks += ["training.precision=float32"]
         networks += ["training.penalty_precision=float32", "training.generator_real=critic"]
     elif kind == "stylegan2":  # its preset augments images
         networks = [f"objective/{objective}.yaml", "data.path=data/emoji"]

@@ -60,7 +60,7 @@ def bernoulli_like(
     x: Tensor, name: str, probability: float | Tensor
 ) -> Float[Tensor, "batch *shape"]:
     """1 with this probability, else 0; else as `normal_like`. Raises UserError for a number that is
-    not a probability, too."""
+    not a probability, too; a tensor is not checked, which would wait for the device."""
     if not isinstance(probability, Tensor) and not 0 <= probability <= 1:
         raise _mistake(f"{name!r} is drawn with a probability of {probability}: it must be 0 to 1")
     return (_draw(x, name, False) < probability).to(x.dtype)
@@ -70,8 +70,8 @@ def bernoulli_like(
 def drawing(
     seed: int, purposes: tuple[str, ...], slots: Int64[Tensor, " images"] | None
 ) -> Iterator[None]:
-    """Within, one forward may draw, of a batch that holds the images of `slots` once for each of
-    `purposes`, one after the other.
+    """Within, one forward may draw. Its batch holds the images of `slots` for the first of
+    `purposes`, then those of the same slots for the next one, and so on.
 
     slots: None for a forward that must not draw
     """

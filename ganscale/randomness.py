@@ -128,7 +128,7 @@ def uniform_noise(
     """float32 in [0, 1), 24 random bits each, for many columns; other numbers than `uniform`'s.
 
     The generator is `squares`. Its counter numbers all elements of all positions; the key is made
-    of seed and purpose. It is the same for 2^64 / columns positions, then it repeats.
+    of seed and purpose. Numbers repeat after 2^64 / columns positions.
     """
     elements = torch.arange(columns, device=positions.device)
     counter = torch.add(elements, positions[:, None], alpha=columns)

@@ -42,8 +42,10 @@ def up_to_whole_groups(images: int, network: nn.Module) -> int:
 
 
 def check_whole_groups(network: nn.Module, name: str, images: int) -> None:
-    """Raises UserError if `images`, what the setting or number `name` is, are not a whole number
-    of the network's groups."""
+    """Raises UserError if `images` is not a whole number of the network's groups.
+
+    name: of the setting or number that `images` is
+    """
     if images % (size := batch_group_size(network)):
         below, above = images // size * size, -(-images // size) * size
         nearest = f"{below} or {above}" if below else f"{above}"

@@ -110,7 +110,11 @@ def stage_widths(network: str, widths: int | list[int], shape: ImageShape) -> li
     stages = shape.doublings + 1
     listed = list(widths) if isinstance(widths, list | tuple) else [widths] * stages
     for width in listed:
-        require_positive(network, widths=width)
+        if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+            raise UserError(
+                f"widths of {network} must be a whole number above 0, or a list of them, not "
+                f"{width!r}"
+            )
     if len(listed) != stages:
         raise UserError(
             f"widths of {network} has {len(listed)} numbers, but {shape} images need {stages}, one "

@@ -6,7 +6,7 @@ map, as in published code. Where a critic looks at groups of images, a sample's 
 the sum of its group's scores, which has its effect on the others in it; so it is in the published
 code of critics with a minibatch deviation (R1 of StyleGAN2, WGAN-GP of Progressive GAN). Everything
 is in float32, also under autocast, unless the config says otherwise: in bfloat16 the penalty's
-gradient errs by several per cent, most of all when the norm is near 1.
+gradient errs by about 2 %, and by more when the norm is near 1.
 """
 
 from collections.abc import Callable, Mapping

@@ -19,8 +19,8 @@ from ganscale.schedules import value_at
 from ganscale.schema import Config
 
 Purposes = Mapping[str, str]
-"""Of the draws for each kind of images: those of a slot are augmented differently in the critic's
-and in the generator's step, and so are real and fake ones."""
+"""The purpose of the draws for each kind of images. Images of one slot are augmented differently in
+the critic's and in the generator's step, and real ones differently from fakes."""
 
 CRITIC: Purposes = {kind: f"augmentation/critic {kind}" for kind in ("real", "fake")}
 GENERATOR: Purposes = {kind: f"augmentation/generator {kind}" for kind in ("real", "fake")}

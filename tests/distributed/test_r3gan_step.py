@@ -46,7 +46,7 @@ def five_steps(accumulate: int) -> Config:
 
 
 def scheduled(start: float, end: float, seen: int) -> float:
-    """Half a cosine over three batches, as in their code."""
+    """Half a cosine over three batches, of the images that the critic has seen by then."""
     progress = min(1, seen / (3 * GLOBAL_BATCH))
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -114,6 +114,32 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
         assert row == pytest.approx(row_of_whole, rel=1e-6)
 
 
+def test_stylegan2_is_killed_and_continues_on_more_ranks_with_other_micro_batches(
+    runs: Runs,
+) -> None:
+    """Noise, style mixing, groups, path length and the adaptive controller among them."""
+    runs.networks = "stylegan2"
+    settings = (*_SETTINGS[1:3], *_STYLEGAN2, "training.precision=float64")
+    settings = ("training.total_images=1600", *settings)
+    runs.finish("whole", *settings)
+    allowed = "resume.allow=[training.accumulate]"
+    for checkpoints, ranks, accumulate in ((1, 1, 1), (3, 2, 2)):
+        changed = f"training.accumulate={accumulate}", allowed
+        process = runs.start("elastic", *settings, *changed, ranks=ranks)
+        try:
+            wait_for_checkpoints(runs, "elastic", checkpoints, process)
+        finally:
+            end_tree(process)
+            process.communicate()
+    runs.finish("elastic", *settings, allowed, ranks=4)
+    sessions = runs.summary("elastic")["sessions"]
+    assert [session["world_size"] for session in sessions] == [1, 2, 4]
+    whole, elastic = curve(runs.rows("whole")), curve(runs.rows("elastic"))
+    for row_of_whole, row in zip(whole, elastic, strict=True):
+        assert row == pytest.approx(row_of_whole, rel=1e-6)
+    assert len({row["augment/probability"] for row in whole}) > 3
+
+
 def test_a_finished_run_does_not_train_again(runs: Runs) -> None:
     runs.finish("done", "training.total_images=64")
     before = checkpoint_bits(runs.checkpoints("done")[-1])

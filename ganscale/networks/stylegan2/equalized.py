@@ -31,7 +31,7 @@ class EqualizedLinear(nn.Module):
         rate_multiplier: float = 1.0,
         bias: float = 0.0,
     ) -> None:
-        """input_gain: that the last layer left to this one"""
+        """input_gain: a gain that the layer before has left out"""
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) / rate_multiplier)
         self.bias = nn.Parameter(torch.full((outputs,), bias))

@@ -96,7 +96,7 @@ class StyleGAN2Generator(nn.Module):
         others = normal_like(latents, "mixing latents")
         twice = None if labels is None else torch.cat([labels, labels])
         own, other = self.mapping(torch.cat([latents, others]), twice)[:, None].chunk(2)
-        # One number decides whether styles are mixed and from which layer on, the second to last.
+        # One number decides whether styles are mixed, and from which layer on: any but the first.
         share = uniform_like(latents[:, :1], "mixing") / self.style_mixing
         layers = torch.arange(self.style_count, device=latents.device)
         is_own = (layers < 1 + (share * (self.style_count - 1)).floor()) | (share >= 1)
