@@ -60,6 +60,14 @@ def finite_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    """The number in `text`. Raises ArgumentTypeError unless it is finite and above 0."""
+    value = finite_float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def resolution(text: str) -> Resolution:
     """The size in `text`: 64, or 64x128, the height first. Raises ArgumentTypeError if a side is
     below 1 or there are more than two."""

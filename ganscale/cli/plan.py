@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ganscale.cli.arguments import positive_int
+from ganscale.cli.arguments import positive_float, positive_int
 from ganscale.errors import UserError
 
 
@@ -11,9 +11,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "plan",
         help="print what a run needs on a cluster of any size, without the cluster",
-        description="Prints a run's batches, epochs, bytes read, cache, memory, traffic and "
-        "checkpoints on a cluster, from its settings and its data's manifest. If the run is not "
-        "possible there, suggests the nearest one that is and exits with code 2.",
+        description="Prints a run's batches, epochs, bytes read, cache, memory, operations, "
+        "traffic and checkpoints on a cluster, from its settings and its data's manifest. If the "
+        "run is not possible there, suggests the nearest one that is and exits with code 2.",
     )
     add = parser.add_argument
     add("settings", nargs="+", metavar="CONFIG|key=value")
@@ -24,6 +24,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         type=positive_int,
         metavar="GB",
         help="memory of a GPU; a run that does not fit is refused (default: some usual ones)",
+    )
+    add(
+        "--gpu-tflops",
+        type=positive_float,
+        metavar="N",
+        help="trillions of operations per second that a GPU reaches (default: 62, a fifth of an "
+        "A100's bfloat16 peak)",
     )
     add("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
     parser.set_defaults(run=run)
@@ -37,7 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     from ganscale.plan.planning import make_plan
 
     config = resolve(arguments.settings).config
-    plan = make_plan(config, arguments.nodes, arguments.gpus_per_node, arguments.gpu_memory)
+    gpu = arguments.gpu_memory, arguments.gpu_tflops
+    plan = make_plan(config, arguments.nodes, arguments.gpus_per_node, *gpu)
     if arguments.json:
         try:
             arguments.json.write_text(json.dumps(asdict(plan), indent=1) + "\n")

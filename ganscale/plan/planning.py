@@ -14,6 +14,7 @@ from ganscale.importing import describe
 from ganscale.networks.build import parameter_count
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.plan.communication import communication
+from ganscale.plan.computation import computation
 from ganscale.plan.data import DataPlan, plan_data
 from ganscale.plan.device_memory import MemoryPlanner
 from ganscale.plan.networks import device_bytes, planned_files, planned_networks, safetensors_bytes
@@ -36,11 +37,16 @@ _LOADER_BYTES = 160 << 20  # measured; Python and torch, without memory-mapped f
 
 
 def make_plan(
-    config: Config, nodes: int, gpus_per_node: int, gpu_gigabytes: int | None = None
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    gpu_gigabytes: int | None = None,
+    gpu_tflops: float | None = None,
 ) -> Plan:
     """What `config` means on `nodes` machines with `gpus_per_node` ranks each.
 
     gpu_gigabytes: the memory of a GPU, which the run has to fit; None describes several usual ones
+    gpu_tflops: that a GPU reaches, for the length of the run; None takes a usual number
 
     Reads the manifest but no shards. Raises UserError, with the nearest valid settings, for a run
     that is not possible there; and as training does for a bad manifest, network or objective.
@@ -82,6 +88,9 @@ def make_plan(
             checkpoints_kept_bytes=_checkpoints_kept(config, saved_at) * checkpoint_bytes,
         ),
         device_memory=memory,
+        computation=computation(
+            config, objective, generator, critic, num_classes, cluster.ranks, gpu_tflops
+        ),
         communication=communication(config, objective, generator, critic, cluster.ranks, tensors),
     )
 

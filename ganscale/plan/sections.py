@@ -97,6 +97,15 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True)
+class Computation:
+    """Of all ranks together."""
+
+    flops_per_image: Annotated[float, "products and convolutions of a cycle, with penalties"]
+    flops: Annotated[float, "of the whole run"]
+    days_if_a_gpu_reaches: Annotated[dict[str, float], "without evaluations; see --gpu-tflops"]
+
+
+@dataclass(frozen=True)
 class Communication:
     """Between n ranks. In a ring, each sends 2 (n - 1) / n of the bytes that are all-reduced."""
 
@@ -130,6 +139,7 @@ class Plan:
     host_memory: HostMemory
     networks: Networks
     device_memory: DeviceMemory | None
+    computation: Computation | None
     communication: Communication | None
     remarks: tuple[str, ...]
 
@@ -157,6 +167,8 @@ def _readable(name: str, value: float | None) -> str:
         return "unknown"
     if "bytes" in name:
         return readable_bytes(value)
+    if "flops" in name:
+        return f"{value:.3g}"
     if isinstance(value, int) or value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"

@@ -205,7 +205,7 @@ def test_a_penalty_that_is_not_a_mean_over_images_is_refused(tmp_path, monkeypat
     """Micro-batches and ranks each have a part of the images."""
     (tmp_path / "tried_penalties.py").write_text(
         "from ganscale.objectives.penalties import Penalty\n"
-        f"def own(): return Penalty(lambda real, fake, draws: real, lambda g: {value})\n"
+        f"def own() -> Penalty: return Penalty(lambda real, fake, draws: real, lambda g: {value})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tried_penalties", raising=False)
