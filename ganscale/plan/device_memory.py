@@ -21,6 +21,7 @@ from ganscale.plan.live_bytes import LiveBytes
 from ganscale.plan.meta_device import META, MetaRuntime, meta_device
 from ganscale.plan.networks import planned_networks
 from ganscale.plan.sections import DeviceMemory, readable_bytes
+from ganscale.schedules import ends
 from ganscale.schema import Config
 from ganscale.training.cycle import Cycle, makes_fakes_together
 from ganscale.training.data_flow import batches_per_cycle, has_own_real_batch
@@ -132,6 +133,10 @@ class MemoryPlanner:
 
 def peak_bytes(config: Config, objective: Objective, num_classes: int, ranks: int) -> int:
     """The peak of a rank in a cycle, not for `training.compile`."""
+    # Augmentation may begin after the first cycle.
+    probability = max(ends(config.augmentation.probability))
+    augmentation = replace(config.augmentation, probability=probability)
+    config = replace(config, augmentation=augmentation)
     runtime, n_critic = MetaRuntime(ranks), config.objective.n_critic
     with LiveBytes() as live, meta_device(ranks):
         generator, critic = (n.to(META) for n in planned_networks(config, num_classes))
