@@ -41,4 +41,4 @@ def holding_cached_tensors() -> Iterator[list[Any]]:
     try:
         yield held
     finally:
-        _holders.remove(held)
+        _holders.pop()

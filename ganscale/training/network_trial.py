@@ -8,7 +8,8 @@ as some eighty forwards in float64, so our own networks are left out: the tests 
 import re
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,18 +160,31 @@ def _check_penalties(objective: Objective, images: Tensor) -> None:
     average, found = lengths.mean(), {}
     for name, each in objective.penalties.items():
         if name not in PENALTIES:
-            parts = gradients, *gradients.split(2)
-            found[name] = [each.penalty.value_and_norms(part)[0] for part in parts]
+            parts = [(part,) for part in (gradients, *gradients.split(2))]
+            found[name] = [v for v, _ in _values(name, each.penalty.value_and_norms, parts)]
     for name, each in objective.generator_penalties.items():
         if name not in GENERATOR_PENALTIES:
-            parts = lengths, *lengths.split(2)
-            found[name] = [each.penalty.value(part, average) for part in parts]
+            parts = [(part, average) for part in (lengths, *lengths.split(2))]
+            found[name] = _values(name, each.penalty.value, parts)
     for name, (whole, *halves) in found.items():
         if not torch.isclose(whole, torch.stack(halves).mean(), rtol=1e-4, atol=0):
             raise UserError(
                 f"penalty {name} is not the mean of a function of each image, so it would depend "
                 "on the number of ranks and micro-batches: take the mean over the batch last"
             )
+
+
+def _values(
+    name: str, value: Callable[..., Any], arguments: Sequence[tuple[Tensor, ...]]
+) -> list[Any]:
+    """Raises UserCodeError for whatever a user's penalty raises."""
+    try:
+        return [value(*each) for each in arguments]
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        message = f"penalty {name} fails on a part of a batch: {describe(error)}"
+        raise UserCodeError(message) from error
 
 
 def _rehearse(generator: Subject, critic: Subject, config: Config, objective: Objective) -> None:

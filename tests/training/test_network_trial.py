@@ -216,3 +216,17 @@ def test_a_penalty_that_is_not_a_mean_over_images_is_refused(tmp_path, monkeypat
         UserError, match="tried_penalties:own is not the mean of a function of each"
     ):
         built(penalty="tried_penalties:own")
+
+
+def test_a_penalty_for_one_size_of_batches_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "sized_penalties.py").write_text(
+        "from ganscale.objectives.penalties import Penalty\n"
+        "def value(g):\n    if len(g) == 2:\n        raise ValueError('too few')\n"
+        "    return g.square().mean()\n"
+        "def own() -> Penalty: return Penalty(lambda real, fake, draws: real, value)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        UserCodeError, match="penalty sized_penalties:own fails on a part of a batch"
+    ):
+        built(penalty="sized_penalties:own")
