@@ -1,7 +1,7 @@
 """How good emoji of 32 pixels a recipe makes after a given time, from 3,786 images.
 
     python -m benchmarks.emoji [--quick] [--json FILE] [--recipe NAME] [--seeds N] [--minutes N]
-        [--sheets FOLDER]
+        [--sheets FOLDER] [--set SETTING=VALUE]
 
 Every recipe trains for the same time, as `ganscale train` does, in one process with torch's default
 number of threads (OMP_NUM_THREADS=1 for one core). At a sixth, two sixths, ... of its images, 3,786
@@ -82,6 +82,7 @@ def train(recipe: str, seed: int, folder: Path, options: argparse.Namespace) -> 
         f"evaluation.metrics=[{','.join(METRICS)}]",
         "checkpoint.best=''",
         "log.wandb=disabled",
+        *options.set,
     ]
     evaluations = EVALUATIONS
     if options.quick:
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training, each (8)")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="copy sample grids there")
+    parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.seeds = 0.1, 1

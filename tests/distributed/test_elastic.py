@@ -112,18 +112,28 @@ def test_killed_ranks_commit_what_one_process_would_have_read(
     deadline = time.monotonic() + HANG_SECONDS
     samples: list[int] = []
     bad_samples: list[str] = []
-    world_sizes = itertools.cycle((1, 2, 4, 3))
+    world_sizes = (1, 2, 4, 3)
     committed_kills = 0
     for session in range(KILLS + 1):
-        world_size, start = next(world_sizes), len(samples)
+        world_size, start = world_sizes[session % len(world_sizes)], len(samples)
         records = [tmp_path / f"session{session}-rank{rank}" for rank in range(world_size)]
         # A session reads a limited number, so that some samples remain for the last one.
         is_last = session == KILLS
         stop = IMAGES if is_last else min(IMAGES, start + 3 * COMMIT_EVERY)
+        watched, batches = (
+            [chance.choice(records)],
+            chance.randrange((stop - start) // GLOBAL_BATCH + 1),
+        )
+        stalled, stall = None, stop
+        if session < len(world_sizes):  # one rank waits for the kill between two commits
+            watched, batches = records, COMMIT_EVERY // GLOBAL_BATCH
+            stalled = chance.randrange(world_size)
+            stall = start + chance.randrange(COMMIT_EVERY, 3 * COMMIT_EVERY, GLOBAL_BATCH)
         processes = [
             ranks.Process(
                 target=consume,
-                args=(data, record, rank, world_size, chance.randrange(4), start, stop),
+                args=(data, record, rank, world_size, chance.randrange(4), start),
+                kwargs={"stop": stall, "stalls": True} if rank == stalled else {"stop": stop},
             )
             for rank, record in enumerate(records)
         ]
@@ -135,9 +145,7 @@ def test_killed_ranks_commit_what_one_process_would_have_read(
                     process.join(deadline - time.monotonic())
                     assert process.exitcode == 0
             else:
-                watched = chance.choice(records)
-                batches = chance.randrange(0, (stop - start) // GLOBAL_BATCH + 1)
-                while len(read_record(watched)) < batches:
+                while any(len(read_record(record)) < batches for record in watched):
                     assert time.monotonic() < deadline
                     assert all(process.exitcode in (None, 0) for process in processes)
                     time.sleep(0.005)
@@ -158,4 +166,4 @@ def test_killed_ranks_commit_what_one_process_would_have_read(
     assert samples == expected_samples
     assert bad_samples == expected_bad
     assert len({*bad_samples}) == len(DAMAGED)
-    assert committed_kills >= 3  # killed in the middle of what they had committed
+    assert committed_kills >= len(world_sizes)
