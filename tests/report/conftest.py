@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import chromium
 import pytest
-from made_rows import MakeRun, row
 from PIL import Image
+
+from tests.report import chromium
+from tests.report.made_rows import MakeRun, row
 
 
 @pytest.fixture(scope="session")

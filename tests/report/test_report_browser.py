@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import Chromium
-from made_rows import MakeRun, row
 from PIL import Image
 
 from ganscale.cli.main import main
 from ganscale.report import read_runs, render
+from tests.report.chromium import Chromium
+from tests.report.made_rows import MakeRun, row
 
 HOSTILE = (
     '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=2">&amp;\u2028'

@@ -4,14 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from chromium import Chromium
-from made_rows import MakeRun
-
 from ganscale.cli.main import main
 from ganscale.evaluation.figures import Figures, Identity
 from ganscale.report.curves import layout_of
 from ganscale.report.evaluations import best_figures, dependences, incomparable
 from ganscale.report.run_reader import read_runs
+from tests.report.chromium import Chromium
+from tests.report.made_rows import MakeRun
 
 IDENTITY = Identity("lite", "ab" * 32, "bilinear to 64", "data 12ab at 32 x 32 x 1", 5000, 300)
 

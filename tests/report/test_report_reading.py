@@ -11,7 +11,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_rows import MakeRun, row
 from PIL import Image
 
 from ganscale.errors import UserError
@@ -28,6 +27,7 @@ from ganscale.report.page import differing_settings, objective_of
 from ganscale.report.run_reader import Curve, flattened, read_metrics, read_runs
 from ganscale.report.samples import read_grids
 from ganscale.run_folder import RunFolder
+from tests.report.made_rows import MakeRun, row
 
 
 def test_curves_are_the_record_bit_for_bit(make_run: MakeRun) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from cluster import Cluster, what_is_missing
-from jobs import Jobs
+
+from tests.slurm.cluster import Cluster, what_is_missing
+from tests.slurm.jobs import Jobs
 
 
 @pytest.fixture(scope="session")

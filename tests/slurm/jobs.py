@@ -5,10 +5,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import Cluster
-
 from tests.helpers.processes import HANG_SECONDS, REPOSITORY
 from tests.helpers.runs import TINY
+from tests.slurm.cluster import Cluster
 
 
 class Jobs:

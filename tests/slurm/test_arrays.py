@@ -4,10 +4,9 @@ import re
 import shutil
 from pathlib import Path
 
-from jobs import Jobs
-
 from ganscale.data.manifest import Manifest
 from tests.helpers.processes import REPOSITORY
+from tests.slurm.jobs import Jobs
 
 OBJECTIVES = "configs/sweeps/objectives.txt"
 

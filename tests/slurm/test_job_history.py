@@ -10,10 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from jobs import Jobs
 
 from tests.helpers.processes import REPOSITORY
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Jobs
 
 # Counts the attempts, like a run that continues from its checkpoint.
 _COUNTED = """\

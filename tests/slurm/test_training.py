@@ -7,8 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import Cluster
-from jobs import Jobs
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import Jobs
 
 NODES = "train_nodes.sbatch"
 TWO_A_NODE = "--ntasks-per-node=2"

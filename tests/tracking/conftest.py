@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sessions
-from wandb_server import WandbServer
+
+from tests.tracking import sessions
+from tests.tracking.wandb_server import WandbServer
 
 
 @pytest.fixture(autouse=True)

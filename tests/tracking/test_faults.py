@@ -7,7 +7,10 @@ from subprocess import Popen
 
 import psutil
 import pytest
-from sessions import (
+
+from tests.helpers.disks import small_disk
+from tests.helpers.processes import seconds_to_import_torch
+from tests.tracking.sessions import (
     DEADLINE_SECONDS,
     RUN_ID,
     end,
@@ -19,10 +22,7 @@ from sessions import (
     wait_until,
     wait_until_paused,
 )
-from wandb_server import WandbServer
-
-from tests.helpers.disks import small_disk
-from tests.helpers.processes import seconds_to_import_torch
+from tests.tracking.wandb_server import WandbServer
 
 LAST_STEP = 30
 FINISH_SECONDS = 5

@@ -6,17 +6,6 @@ import json
 import shutil
 
 import pytest
-from sessions import (
-    RUN_ID,
-    end,
-    kill,
-    recorded_steps,
-    start,
-    steps,
-    synchronize,
-    train,
-    wait_until_paused,
-)
 
 from ganscale.cli.main import main
 from ganscale.config import resolve
@@ -28,6 +17,17 @@ from ganscale.tracking.superseded_rows import note_rewind
 from ganscale.tracking.uploader_messages import WandbIdentity
 from ganscale.tracking.wandb_identity import wandb_identity
 from tests.helpers.runs import TINY
+from tests.tracking.sessions import (
+    RUN_ID,
+    end,
+    kill,
+    recorded_steps,
+    start,
+    steps,
+    synchronize,
+    train,
+    wait_until_paused,
+)
 
 
 def expect_the_record(server, run_folder, run_id: str = RUN_ID) -> None:

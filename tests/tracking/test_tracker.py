@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sessions import (
+from tests.tracking.sessions import (
     API_KEY,
     DEADLINE_SECONDS,
     kill,

@@ -1,7 +1,7 @@
 """A run goes where W&B's own variables and `wandb init` say, unless the settings say otherwise, and
 stays there."""
 
-from sessions import (
+from tests.tracking.sessions import (
     RUN_ID,
     offline_records,
     steps,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from sessions import recorded_steps, steps
-from wandb_server import StoredRun, WandbServer
 
 from ganscale.data.manifest import Manifest
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.runs import TINY, read_rows
+from tests.tracking.sessions import recorded_steps, steps
+from tests.tracking.wandb_server import StoredRun, WandbServer
 
 SETTINGS = [
     *(setting for setting in TINY if not setting.startswith("log.wandb")),
