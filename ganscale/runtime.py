@@ -327,6 +327,16 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def has_slow_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes bfloat16 in software, as x86 CPUs without AVX-512 do."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except AttributeError:  # torch without oneDNN, as on Apple's processors
+        return False
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a layer with this weight computes, under autocast if that is enabled."""
     device = weight.device.type

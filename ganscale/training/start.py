@@ -12,6 +12,7 @@ from ganscale.data.dataset import DataSet, open_data
 from ganscale.networks.build import parameter_count
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
+from ganscale.runtime import has_slow_bfloat16
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
 from ganscale.training.augmentation import check_augmentation
@@ -55,10 +56,22 @@ def describe_start(
         start = f"has {resumed_at:,} images already, and is asked for"
     return [
         f"device:     {ranks:,} rank{'s' * (ranks > 1)} on {device.type}{name}",
+        *_slow_precision(config, device),
         f"data:       {without_secrets(config.data.path)}: {samples}, {classes}, {size} pixels",
         f"networks:   {', '.join(networks)}",
         f"run:        {Path(config.run.folder) / config.run.name} {start} {total}",
     ]
+
+
+def _slow_precision(config: Config, device: torch.device) -> list[str]:
+    networks = config.generator, config.critic
+    uses_bfloat16 = config.training.precision == "bfloat16" or any(
+        network.options.get("bfloat16_stages") for network in networks
+    )
+    if not uses_bfloat16 or not has_slow_bfloat16(device):
+        return []
+    software = f"this {device.type} computes it in software, often much more slowly than float32"
+    return [f"precision:  bfloat16, but {software}"]
 
 
 def try_start(resolved: Resolved) -> list[str]:

@@ -1,10 +1,17 @@
 """What a run starts with: said in a few lines, and tried without training."""
 
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import conv2d
 
 from ganscale.cli.main import main
+from ganscale.config import resolve
+from ganscale.runtime import has_slow_bfloat16
+from ganscale.training import start
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.runs import Runs
 
 LINES = """\
@@ -44,6 +51,49 @@ def test_a_dry_run_says_what_would_start_and_writes_nothing(
     printed = capsys.readouterr()
     assert printed.err == f"{lines}everything fits\n"
     assert "total_images: 64" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("precision", "stages", "is_slow", "says_so"),
+    [
+        ("bfloat16", 0, True, True),
+        ("float32", 1, True, True),
+        ("float32", 0, True, False),
+        ("bfloat16", 0, False, False),
+    ],
+)
+def test_a_run_says_that_its_device_computes_bfloat16_in_software(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    stages: int,
+    is_slow: bool,
+    says_so: bool,
+) -> None:
+    monkeypatch.setattr(start, "has_slow_bfloat16", lambda device: is_slow)
+    settings = [str(REPOSITORY / "configs" / "r3gan_emoji32.yaml")]
+    settings += [f"data.path={digits}", "data.channels=1"]
+    settings += [f"run.folder={tmp_path}", f"generator.options.bfloat16_stages={stages}"]
+    settings += ["augmentation.pipeline=none", f"training.precision={precision}"]
+    lines = start.try_start(resolve(settings))
+    assert any("in software, often much more slowly" in line for line in lines) == says_so
+
+
+def test_bfloat16_in_software_is_recognized_by_its_speed() -> None:
+    images, weight = torch.randn(8, 64, 32, 32), torch.randn(64, 64, 3, 3)
+
+    def seconds(dtype: torch.dtype) -> float:
+        operands = [each.to(dtype, memory_format=torch.channels_last) for each in (images, weight)]
+        times = []
+        for _ in range(5):
+            started = time.perf_counter()
+            conv2d(*operands, padding=1)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    is_slow = seconds(torch.bfloat16) > 3 * seconds(torch.float32)
+    assert has_slow_bfloat16(torch.device("cpu")) == is_slow
 
 
 @pytest.mark.parametrize(
