@@ -20,7 +20,7 @@ class TinyGenerator(nn.Module):
     `checkpoints` computes again in the backward.
     """
 
-    mixes_images_in_batch_norm_only = True
+    can_concatenate_batches = True
 
     def __init__(
         self,

@@ -125,7 +125,7 @@ def is_convertible(value: Any, kind: type) -> bool:
     """Whether OmegaConf would convert it; numbers may be text, of an environment variable, say."""
     try:
         kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # int("inf"), or a float of 400 digits
         return False
     return kind is str or type(value) in (kind, int, str)
 

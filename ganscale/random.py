@@ -41,7 +41,7 @@ def normal_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
     float64 for an x in float64.
 
     x: (batch, ...) of any floating-point type
-    name: of these numbers among those of a forward
+    name: identifies these numbers within a forward
 
     Raises UserError outside of a forward, for a name that the forward has drawn before, and for an
     x that is not as long as the batch.
@@ -50,7 +50,8 @@ def normal_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
 
 
 def uniform_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
-    """Numbers in [0, 1), 24 random bits each or as many as x's dtype has; else as `normal_like`."""
+    """Uniform numbers in [0, 1), of 24 random bits or as many as x's dtype holds; otherwise like
+    `normal_like`."""
     numbers = _draw(x, name, False).to(x.dtype)
     largest = 1 - torch.finfo(x.dtype).eps / 2
     return numbers.clamp_max(largest) if x.itemsize < 4 else numbers  # those may be rounded to 1
@@ -59,8 +60,8 @@ def uniform_like(x: Tensor, name: str) -> Float[Tensor, "batch *shape"]:
 def bernoulli_like(
     x: Tensor, name: str, probability: float | Tensor
 ) -> Float[Tensor, "batch *shape"]:
-    """1 with this probability, else 0; else as `normal_like`. Raises UserError for a number that is
-    not a probability, too; a tensor is not checked, which would wait for the device."""
+    """1 with this probability, otherwise 0; the rest is as in `normal_like`. Also raises UserError
+    for a number outside [0, 1]. A tensor is not checked: that would wait for the device."""
     if not isinstance(probability, Tensor) and not 0 <= probability <= 1:
         raise _mistake(f"{name!r} is drawn with a probability of {probability}: it must be 0 to 1")
     return (_draw(x, name, False) < probability).to(x.dtype)
@@ -99,8 +100,8 @@ class _Request(NamedTuple):
 class _Forward:
     """Draws for one forward, and for its recomputation in a backward.
 
-    What a forward draws at first is made together with all that the previous forward of these
-    purposes drew: a launch for all layers takes as long as one for a small layer.
+    The first draw also makes whatever the previous forward of these purposes drew: a launch for all
+    layers takes as long as one for a small layer.
     """
 
     def __init__(self, seed: int, purposes: tuple[str, ...], slots: Tensor) -> None:
@@ -154,7 +155,8 @@ class _Forward:
         return made
 
     def remember(self) -> None:
-        """For the next forward of these purposes. It is a hint that changes no number."""
+        """Tells the next forward of these purposes what to make together: a hint, which changes no
+        number."""
         if len(_expected) >= _EXPECTATIONS:
             _expected.clear()
         few, left = [], _FEW // max(1, self.rows)
@@ -208,7 +210,7 @@ def _drawn_like(x: Tensor, name: str, is_normal: bool) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     request = _Request(name, is_normal, columns, dtype)
     with torch.no_grad():
-        if is_repeated:  # any part of the forward, any number of times
+        if is_repeated:  # a recomputation may repeat any part, more than once
             numbers = forward.make([request], x.device)[request]
         else:
             numbers = forward.draw(request, x.device)
@@ -222,15 +224,15 @@ _draw: Callable[[Tensor, str, bool], Tensor] = _drawn_like
 
 @lru_cache(maxsize=1)
 def _keep_out_of_graphs() -> None:
-    """torch.compile calls `_draw` as it is. Importing the compiler takes seconds, so only where
-    that has been done."""
+    """Keeps torch.compile from tracing `_draw`. Importing the compiler takes seconds, so only if it
+    is imported already."""
     global _draw
     _draw = torch.compiler.disable(_drawn_like)  # type: ignore[assignment]
 
 
 def _forward_of(node: Any) -> _Forward | None:
     """The forward that made this node of autograd's graph, whose backward asks for what activation
-    checkpointing has not kept. The newest first: it may be inside of another."""
+    checkpointing has not kept. The newest match wins, since a forward may run inside another."""
     if node is None:
         return None
     number = node._sequence_nr()

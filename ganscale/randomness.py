@@ -7,8 +7,8 @@ of the run; each rank draws its own slice.
 The bits come from Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
 1, 2, 3", SC 2011), equal on every device, since it uses integer arithmetic only. The four counter
 words are position (64 bits), column block and purpose; the key is the seed. Numbers that a device
-makes for every pixel (`uniform_noise`) or in a forward (`ganscale.random`) come from Squares, which
-takes a tenth of the launches.
+makes for every pixel (`uniform_noise`, `ganscale.random`) come from Squares, which takes a tenth of
+the launches.
 """
 
 import hashlib
@@ -151,7 +151,7 @@ def squares(
     word = _swapped_halves(torch.addcmul(first, first, first))
     for term in (second, first):
         word = _swapped_halves(torch.addcmul(term, word, word, out=word))
-    bits = _halves(torch.addcmul(second, word, word, out=word))[..., 1] >> 8  # from -2^23 on
+    bits = _halves(torch.addcmul(second, word, word, out=word))[..., 1] >> 8  # in [-2^23, 2^23)
     return bits.to(dtype).mul_(2**-24).add_(0.5)
 
 
@@ -193,7 +193,7 @@ class Draw:
 def draw_together(
     draws: Sequence[Draw], seed: int, positions: Int64[Tensor, " batch"]
 ) -> Float[Tensor, " values"]:
-    """All `draws` as one tensor, which takes one copy to a device; `split_draws` undoes it."""
+    """All `draws` as one tensor, for one copy to a device; `split_draws` undoes it."""
     return torch.cat([torch.zeros(0), *(draw.at(seed, positions).flatten() for draw in draws)])
 
 

@@ -5,7 +5,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -337,13 +337,21 @@ def has_slow_bfloat16(device: torch.device) -> bool:
         return False
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For operators that are called below `torch.nn.functional`: which of them autocast casts
+    differs between CPUs and GPUs."""
+    return torch.autocast(device.type, enabled=False) if _is_autocast(device) else nullcontext()
+
+
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which a layer with this weight computes, under autocast if that is enabled."""
-    device = weight.device.type
-    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not is_autocast or weight.dtype == torch.float64:
+    if not _is_autocast(weight.device) or weight.dtype == torch.float64:
         return weight.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(weight.device.type)
+
+
+def _is_autocast(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def weights_dtype(precision: str) -> torch.dtype:

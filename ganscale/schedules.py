@@ -17,14 +17,14 @@ class Schedule:
     from_: float = setting("The value at the start, after any warm-up.")
     to: float = setting("The value at the end, and from then on.")
     over_images: int | None = setting(
-        "Images from the one value to the other; by default, all of training.total_images after "
-        "the warm-up.",
+        "Images over which it moves from `from` to `to`; by default, all of training.total_images "
+        "after the warm-up.",
         None,
         unit="images",
         at_least=1,
     )
     shape: str = choice(
-        "The way between them.",
+        "The shape of the curve between them.",
         cosine="half a cosine: slow at both ends",
         linear="a straight line",
     )
@@ -47,10 +47,11 @@ class Schedule:
         return self.from_ * remaining + self.to * (1 - remaining)
 
     def milestones(self) -> tuple[int, ...]:
-        """Images at which to look at it: its start, the end of a warm-up, half of the way, end."""
+        """The images seen at which a printed config shows its value: start, end of the warm-up,
+        middle, end."""
         assert self.over_images is not None
-        start, way = self.warmup_images, self.over_images
-        return (*dict.fromkeys((0, start, start + way // 2, start + way)),)
+        start, length = self.warmup_images, self.over_images
+        return (*dict.fromkeys((0, start, start + length // 2, start + length)),)
 
     def __str__(self) -> str:
         """As it is written in a config."""

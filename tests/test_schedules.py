@@ -146,6 +146,8 @@ def test_a_schedule_fills_what_the_warm_up_leaves_of_the_run(base):
         (f"{RATE}={{to: 0, over_images: 0}}", f"`{RATE}.over_images` must be at least 1, not 0"),
         (f"{RATE}={{to: 0, over_images: -5}}", f"`{RATE}.over_images` must be at least 1, not -5"),
         (f"{RATE}={{to: 0, over_images: nan}}", f"`{RATE}.over_images` must be int, not nan"),
+        (f"{RATE}={{to: 0, over_images: inf}}", f"`{RATE}.over_images` must be int, not inf"),
+        ("ema.half_life_images=inf", "`ema.half_life_images` must be int or a schedule, not inf"),
         (f"{RATE}={{to: 0, over_images: 1.5}}", f"`{RATE}.over_images` must be int, not 1.5"),
         (f"{RATE}={{to: 0, warmup_images: -1}}", f"`{RATE}.warmup_images` must be at least 0"),
         (f"{RATE}={{to: nan}}", f"`{RATE}.to` must be finite, not nan"),

@@ -1,1 +1,1 @@
-"""What stands before the critic: augmentation pipelines and the adaptive controller."""
+"""Augmentation of what the critic sees: augmentation pipelines and the adaptive controller."""

@@ -74,7 +74,7 @@ def augment(
 
 
 def _move(images: Tensor, parameters: Parameters, *, is_smooth: bool) -> Tensor:
-    """All geometric transformations at once; without those by fractions of pixels, exactly."""
+    """All geometric transformations in one resampling, exact where pixels move by whole steps."""
     height, width = images.shape[-2:]
     affine = affine_map(parameters, height, width)
     if not is_smooth:
@@ -88,8 +88,8 @@ def affine_map(parameters: Parameters, height: int, width: int) -> Affine:
     """The inverse of the composed transformations: where each pixel comes from.
 
     The paper flips, rotates and then translates by whole pixels; here the translation comes first.
-    That is the same distribution: it is as likely either way along an axis, and an axis that a
-    quarter turn will make the other one is translated by sizes of that.
+    The distribution is the same: either direction is equally likely, and before an odd quarter
+    turn, each axis is translated in sizes of the other.
     """
     p = parameters
     ones, quarter_turns, opposite, mirror, sizes = _constants(
@@ -189,8 +189,8 @@ def band_kernels() -> np.ndarray:
     """(4, 43): symmetric kernels of the bands up to 1/8, 1/4, 1/2 and all of the largest frequency,
     which add up to the identity: products of H(z) H(1/z) / 2 of the wavelet sym2."""
     low = np.convolve(_SYM2, _SYM2[::-1]) / 2
-    high = low * (-1) ** np.arange(len(low))  # at -z; its middle, at an odd place, changes sign
-    high = -high
+    # H(-z) H(-1/z) / 2; its middle, at an odd index, is positive.
+    high = -low * (-1) ** np.arange(len(low))
     passed, bands = np.ones(1), []
     for level in range(3):
         spread = 2**level

@@ -14,10 +14,10 @@ class AdaptiveProbability:
     """Holds the mean sign of real logits, the paper's r_t, at a target: above it, the critic
     overfits, and the probability rises; below, it falls.
 
-    The probability is a whole number of images over `full_images`, in [0, 1], and what it follows
-    from are whole numbers of logits. So it is the same, bit by bit, however the images are split
-    over ranks. It lives on the device, which nobody waits for. Neither the paper nor its code
-    bounds it from above: a probability that went beyond 1 would act like 1 until it came back.
+    The probability is a whole number of images over `full_images`, in [0, 1], and is moved by
+    counts of signs, so that adding up over ranks rounds nothing (a logit within rounding of 0 may
+    still count differently). It stays on the device: no step waits for it. Neither the paper nor
+    its code bounds it from above: a probability beyond 1 would act like 1 until it came back.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from ganscale.augmentation.pipelines import PIPELINES, build_pipeline
 from ganscale.data.images.grid import image_grid
 from ganscale.data.images.preprocessing import to_bytes, to_network_range
 from ganscale.data.manifest import Manifest
-from ganscale.randomness import normal
+from ganscale.random import drawing, normal_like
 from ganscale.shards.sample_sheet import read_samples
 
 _LABEL_PIXELS = 96  # the longest name takes 70
@@ -58,6 +58,6 @@ def _augmented(name: str, strengths: dict[str, float], images: torch.Tensor) -> 
     numbers = pipeline.draw("contact sheet").at(0, slots)
     drawn = {"parameters": pipeline.parameters(numbers, 1.0)}
     if pipeline.adds_noise:
-        pixels = normal(0, "contact sheet noise", slots, real[0].numel())
-        drawn["noise"] = pixels.view(real.shape)
+        with drawing(0, ("contact sheet",), slots):
+            drawn["noise"] = normal_like(real, "noise")
     return to_bytes(pipeline(real, drawn)).numpy()

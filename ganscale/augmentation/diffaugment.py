@@ -78,7 +78,7 @@ def _whole_pixels(share: Tensor, largest: int) -> Tensor:
 
 def _outside_of_cutout(parameters: Parameters, height: int, width: int) -> Tensor:
     """0 within a rectangle of half the image's size, part of which may be outside of the image; its
-    middle is on any pixel, equally likely, or, for even sizes, beyond the last one."""
+    middle is on any pixel, equally likely, or, where its side is even, one beyond the last."""
     is_cut, x, y = parameters["cutout"].split(1, dim=1)
 
     def inside(share: Tensor, size: int) -> Tensor:

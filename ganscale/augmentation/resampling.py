@@ -1,8 +1,8 @@
-"""Images read at other points: by an affine map, nearest or through a wavelet's filters.
+"""Resamples images under affine maps, at the nearest pixels or through a wavelet's filters.
 
-Sampling is linear in the images, and the points are given. So its gradient is its transpose, whose
-own gradient is sampling again: it has all derivatives in every version of torch, where those of
-`grid_sample` came late, and the derivatives by the points, which nobody needs, cost nothing.
+Sampling is linear in the images, so its gradient is its transpose, whose gradient is sampling
+again. All derivatives exist in every supported torch (`grid_sample` got its second late), and none
+are computed for the points.
 """
 
 from typing import Any, NamedTuple
@@ -122,7 +122,7 @@ def reflected(position: int, size: int) -> int:
 
 
 class _Sample(Function):
-    """Sampling at given points, by a gradient that is its transpose."""
+    """Sampling at given points; its gradient is the transpose."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, grid: Tensor, how: _Sampling) -> Tensor:

@@ -19,7 +19,7 @@ from ganscale.runtime import at_least_float32
 
 def batch_group_size(*networks: nn.Module) -> int:
     """The least common multiple of the group sizes that modules of these networks declare, 1 where
-    none does. Raises UserError for a size that is not a positive int, or that fails to be read."""
+    none does. Raises UserError for a size that is not a positive int, or that cannot be read."""
     sizes = [1]
     for network in networks:
         for module in network.modules():
@@ -93,8 +93,8 @@ class MinibatchStdDev(nn.Module):
     def forward(
         self, input: Float[Tensor, "batch channels *pixels"]
     ) -> Float[Tensor, "batch channels_and_features *pixels"]:
-        """Raises UserError for a batch that is not a multiple of the group, or channels that are
-        not one of `features`."""
+        """Raises UserError for a batch that is not a multiple of the group, or for channels
+        that `features` does not divide."""
         size, (batch, channels, *pixels) = self.batch_group_size, input.shape
         if batch % size or channels % self.features:
             raise UserError(

@@ -33,7 +33,7 @@ class DCGANGenerator(nn.Module):
     "none".
     """
 
-    mixes_images_in_batch_norm_only = True
+    can_concatenate_batches = True
 
     def __init__(
         self,

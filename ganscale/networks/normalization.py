@@ -101,10 +101,10 @@ def concatenated_batches(count: int) -> Iterator[None]:
 
 def can_concatenate_batches(network: nn.Module) -> bool:
     """Whether `concatenated_batches` is correct for the network: its class promises by
-    `mixes_images_in_batch_norm_only = True` that a forward mixes images in batch norms only, draws
+    `can_concatenate_batches = True` that a forward mixes images in batch norms only, draws
     nothing but through `ganscale.random` and changes no other buffers."""
     # Not inherited: a base class cannot promise this for what a subclass adds.
-    return vars(type(network)).get("mixes_images_in_batch_norm_only", False)
+    return vars(type(network)).get("can_concatenate_batches", False)
 
 
 @contextmanager

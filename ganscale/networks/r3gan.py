@@ -36,10 +36,11 @@ class R3GANGenerator(nn.Module):
     `widths` is the number of channels of every stage, or a list of them from 4x4 pixels up. A stage
     has `blocks` residual blocks; their 3x3 convolution sees `expansion` times as many channels, in
     groups of `group_width`. The `bfloat16_stages` of the highest resolutions compute in bfloat16 in
-    every forward, unless the weights are in float64. A class has `embedding_dim` numbers.
+    every forward, unless the weights are in float64. A class embedding has `embedding_dim`
+    dimensions.
     """
 
-    mixes_images_in_batch_norm_only = True
+    can_concatenate_batches = True
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class R3GANCritic(nn.Module):
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the stages of a network are made. Raises UserError for options that cannot be."""
+    """How the stages of a network are made. Raises UserError for impossible options."""
 
     widths: list[int]  # from the lowest resolution up
     blocks: int
@@ -180,7 +181,7 @@ class Stage(nn.Sequential):
         self, input: Float[Tensor, "batch inputs _ _"]
     ) -> Float[Tensor, "batch outputs _ _"]:
         with autocast(input.device, "bfloat16") if self.is_bfloat16 else nullcontext():
-            # Autocast itself would add up the blocks in float32.
+            # Autocast casts only what convolutions take: the residual sums would stay in float32.
             return super().forward(input.to(compute_dtype(next(self.parameters()))))
 
 
@@ -226,7 +227,7 @@ def _conv1x1(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def _embedding(num_classes: int, dim: int, gain: float = 1.0) -> nn.Embedding | None:
-    """As a linear layer of one-hot classes, which is what the authors' code has."""
+    """Initialized like the authors' linear layer of one-hot classes."""
     if not num_classes:
         return None
     embedding = nn.Embedding(num_classes, dim)

@@ -13,7 +13,7 @@ EVALUATION_NOISES = "random", "fixed", "off"
 
 
 class RandomLayer(nn.Module):
-    """name: of what it draws, which no other layer of the network may have; None: its path"""
+    """name: what it draws under, unique in the network; None: its path"""
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Dropout(RandomLayer):
 def noise_like(
     maps: Float[Tensor, "batch channels *size"], name: str, is_training: bool, evaluation: str
 ) -> Float[Tensor, "images 1 *size"] | None:
-    """A map of normal noise for each image; in evaluation, this ("random"), one for all images
-    ("fixed") or None ("off")."""
+    """A map of normal noise for each image. In evaluation, "random" is the same, "fixed" is one map
+    for all images, and "off" is None."""
     if is_training or evaluation == "random":
         return normal_like(maps[:, :1], name)
     if evaluation == "off":

@@ -36,7 +36,7 @@ class ResNetGenerator(nn.Module):
     `norm` is "batch", or "none" to save its collectives on several ranks.
     """
 
-    mixes_images_in_batch_norm_only = True
+    can_concatenate_batches = True
 
     def __init__(
         self,

@@ -13,7 +13,8 @@ from ganscale.augmentation.transformations import Drawn, Pipeline
 from ganscale.errors import UserError
 from ganscale.objectives.losses import Loss, total
 from ganscale.objectives.objective import Objective
-from ganscale.randomness import Draw, normal
+from ganscale.random import drawing, normal_like
+from ganscale.randomness import Draw
 from ganscale.runtime import Runtime
 from ganscale.schedules import value_at
 from ganscale.schema import Config
@@ -104,8 +105,8 @@ class Augmentation:
         }
         if self.pipeline.adds_noise:
             for kind, purpose in purposes.items():
-                pixels = normal(seed, f"{purpose} noise", slots, like[0].numel())
-                found[kind]["noise"] = pixels.to(like.dtype).view(like.shape)
+                with drawing(seed, (purpose,), slots):
+                    found[kind]["noise"] = normal_like(like, "noise")
         return found
 
     def observe(self, real_logits: Tensor, images_seen: int) -> None:
@@ -152,7 +153,8 @@ def _check_sign_has_a_meaning(name: str, loss: Loss) -> None:
     far, near, middle = (min(of_equal(x), of_equal(-x)) for x in (3.0, 0.5, 0.0))
     if middle > near + 1e-6 or middle > far - 1e-6:
         raise UserError(
-            "`augmentation.adaptive` follows the sign of real logits, which means nothing for the "
-            f"loss {name}: use minimax, non_saturating, hinge or lsgan with a = -b, or set only "
+            "`augmentation.adaptive` follows the sign of real logits, but among equal logits the "
+            f"loss {name} with these options is not smallest at 0: use minimax, non_saturating "
+            "(with little smoothing), hinge or lsgan with a = -b, or set only "
             "`augmentation.probability`"
         )

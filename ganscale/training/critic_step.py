@@ -30,6 +30,7 @@ from ganscale.training.step_forwards import (
     CRITIC_STEP,
     CriticForwards,
     Forward,
+    has_one_precision,
     saves_launches,
     twice,
 )
@@ -72,6 +73,7 @@ class CriticStep(nn.Module):
         self._penalty_precision = penalty_precision
         self._can_share_forward = not compiles  # compiled code has no second derivatives
         self._joins_forwards = joins_forwards
+        self._has_one_precision = has_one_precision(precision, penalty_precision)
         self._scores_single_images = batch_group_size(critic) == 1
 
     def forward(
@@ -95,7 +97,7 @@ class CriticStep(nn.Module):
         slots: for what the critic draws; None for one that does not
 
         A penalty at the critic's own images takes its gradient from their forward; others have a
-        forward of their own, since a double backward through all images would drag zeros along.
+        forward of their own, since a double backward through all images would compute with zeros.
         """
         both = {"real": real_images, "fake": fake_images}
         with merged_kernels():
@@ -164,7 +166,8 @@ class CriticStep(nn.Module):
 
     def _joins_images(self, own: dict[str, str], images: dict[str, Tensor]) -> bool:
         """Whether real and fake images have one forward in a step with these penalties."""
-        is_few = self._joins_forwards and saves_launches(images["real"])
+        can_join = self._joins_forwards and self._has_one_precision
+        is_few = can_join and saves_launches(images["real"])
         return bool(own) and (is_few or len({*own.values()}) == len(images))
 
     def _logits_and_gradients(

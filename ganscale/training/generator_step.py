@@ -16,8 +16,8 @@ from ganscale.training.fast_forward import fast_forward
 from ganscale.training.step_forwards import (
     GENERATOR_STEP,
     CriticForwards,
-    can_share_forward,
     generator_draws,
+    has_one_precision,
     saves_launches,
     twice,
 )
@@ -45,13 +45,15 @@ class GeneratorStep(nn.Module):
         pipeline: Pipeline | None = None,
         seed: int = 0,
     ) -> None:
-        """From `precision` on as of `CriticStep`."""
+        """Parameters from `precision` on: see `CriticStep`."""
         super().__init__()
         self.generator = generator
         self._forwards = CriticForwards(GENERATOR_STEP, seed, pipeline)
         self._penalties = objective.generator_penalties
         self._penalty_precision = penalty_precision
-        self._can_share_forward = can_share_forward(precision, penalty_precision, compiles)
+        # Compiled code has no second derivatives.
+        one_precision = has_one_precision(precision, penalty_precision)
+        self._can_share_forward = one_precision and not compiles
         self.loss_terms = objective.loss.generator_terms
         self.needs_global_batch = objective.loss.needs_global_batch
         self._run_generator = fast_forward(generator, compiles)
@@ -81,11 +83,11 @@ class GeneratorStep(nn.Module):
         fake_images: with the generator's graph, in place of latents
         with_real_logits: also where the loss does not need them (the panel does)
         slots: for what networks draw; None for those that do not
-        path_noise, mean_lengths: if penalties are due, y, and for each of them the moving average
-            of the lengths
-        factors: as of `CriticStep`
+        path_noise, mean_lengths: for the penalties that are due, their noise y, and for each of
+            them the moving average of lengths
+        factors: as in `CriticStep`
 
-        Penalties use the loss's own forward if they may, as all its images have a path length.
+        Penalties share the loss's forward where precision and compilation allow it.
         """
         lengths = None
         if mean_lengths:
@@ -137,7 +139,7 @@ class GeneratorStep(nn.Module):
                     fake_images = self._run_generator(latents, labels)
             # With or without the panel, a step computes the same bits.
             if self._needs_real and self._joins_forwards and saves_launches(real_images):
-                both = torch.cat([fake_images, real_images.to(fake_images.dtype)])
+                both = torch.cat([fake_images, real_images])  # in the wider dtype of the two
                 forward = self._forwards.of(("fake", "real"), augmentation, slots)
                 logits = forward(self._run_critic, both, twice(labels))
                 fake, real = at_least_float32(logits).chunk(2)

@@ -1,4 +1,4 @@
-"""The moving averages of path lengths that penalties of the generator are taken from."""
+"""The moving averages with which the generator's penalties compare path lengths."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,10 @@ from ganscale.runtime import Runtime
 
 class MeanLengths:
     """For each penalty, a <- (1 - decay) a + decay E[length] after every update in which it is due,
-    with the mean over all images of the global batch; from 0 on, as in StyleGAN2's code.
+    with the mean over all images of the global batch; starting from 0, as in StyleGAN2's code.
 
-    They live on the device, which nobody waits for, and stay at their place there, where a replayed
-    step reads them. An update that the guard skips does not change them.
+    They keep their place in device memory, where captured steps read them; the host waits for them
+    only to log or save. An update that the guard skips does not change them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How steps call networks: the critic on augmented images, and both where they may draw."""
+"""How steps call networks: the critic on augmented images, and both within `drawing`."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -71,14 +71,17 @@ def precisions(training: TrainingConfig) -> tuple[str, str]:
     return training.precision, training.precision if is_autocast else "float32"
 
 
-def can_share_forward(precision: str, penalty_precision: str, compiles: bool) -> bool:
-    """Whether a penalty may use the loss's forward: compiled code has no second derivatives."""
-    return (precision == "bfloat16") == (penalty_precision == "bfloat16") and not compiles
+def has_one_precision(precision: str, penalty_precision: str) -> bool:
+    """Whether losses and penalties are computed in the same precision."""
+    return (precision == "bfloat16") == (penalty_precision == "bfloat16")
 
 
 def saves_launches(images: Tensor) -> bool:
-    """Whether the device would wait longer for the launches of another forward than for computing
-    as much as that of these images."""
+    """Whether launching another forward of this many images would take longer than computing it.
+
+    This depends on the ranks and micro-batches over which a batch is split, so that it must not
+    decide on the precision of anything.
+    """
     is_small = images.shape[0] * images.shape[2:].numel() <= _FEW_PIXELS
     return is_small and not has_cheap_launches(images.device)
 

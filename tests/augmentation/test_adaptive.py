@@ -152,5 +152,5 @@ def test_losses_for_which_the_sign_means_nothing_are_refused(
     if has_meaning:
         _check_sign_has_a_meaning(name, loss)
         return
-    with pytest.raises(UserError, match=f"means nothing for the loss {name}: use minimax"):
+    with pytest.raises(UserError, match=f"the loss {name} with these options is not smallest at 0"):
         _check_sign_has_a_meaning(name, loss)

@@ -174,7 +174,7 @@ def test_settings_of_augmentation_that_make_no_sense_are_refused(
         (["augmentation.strengths.blitt=1"], "augmentation.strengths.blitt: unknown (did you mean"),
         (["augmentation.strengths.hue=1"], "augmentation.strengths.hue needs images of three"),
         (["augmentation.strengths.blit=2"], "augmentation.strengths.blit must be between 0 and 1"),
-        (["augmentation.adaptive=0.6"], "means nothing for the loss wgan"),
+        (["augmentation.adaptive=0.6"], "the loss wgan with these options is not smallest at 0"),
     ],
 )
 def test_mistakes_that_need_the_data_or_the_loss_end_the_run_before_it_starts(

@@ -1,5 +1,8 @@
 """Against the definition of upfirdn: zeros between pixels, padding, a filter, every n-th pixel."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +10,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from ganscale.networks.fir_resampling import Blur, FIRDownsample, FIRUpsample
+from ganscale.networks.stylegan2.generator import StyleGAN2Generator
+from ganscale.random import drawing
+from tests.helpers.networks import draw
 from tests.helpers.processes import run_python
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -128,6 +134,52 @@ def test_gradients_by_torch_func_are_the_same(case) -> None:
 
     (expected,) = torch.autograd.grad(loss(maps.requires_grad_()), maps)
     torch.testing.assert_close(torch.func.grad(loss)(maps), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.fixture
+def autocast_of_gpus() -> Iterator[None]:
+    """On GPUs, autocast casts `aten.convolution`; on CPUs, only the functions that call it."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::convolution", "AutocastCUDA")
+    assert not torch._C._dispatch_has_kernel_for_dispatch_key("aten::convolution", "AutocastCPU")
+    autocast_key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(autocast_key):
+            tensors = [each if each is None else each.bfloat16() for each in (input, weight, bias)]
+            return torch.ops.aten.convolution(*tensors, *settings)
+
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    library.impl("convolution", convolution)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("autocast_of_gpus")
+@pytest.mark.parametrize("layer", [FIRUpsample(), FIRDownsample(), Blur(2)])
+def test_float32_maps_stay_in_float32_under_autocast(layer: nn.Module) -> None:
+    maps = draw(2, 3, 8, 8).float()
+    expected = layer(maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+        assert torch.ops.aten.convolution(maps, maps, None, *settings).dtype == torch.bfloat16
+        found = layer(maps)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("autocast_of_gpus")
+def test_images_of_stylegan2_add_up_in_float32_on_gpus() -> None:
+    torch.manual_seed(0)
+    generator = StyleGAN2Generator(4, (3, 32, 32), widths=8, bfloat16_stages=3)
+    dtypes = []
+    for each in generator.modules():
+        if isinstance(each, FIRUpsample):
+            each.register_forward_hook(
+                lambda _, inputs, output: dtypes.append((inputs[0].dtype, output.dtype))
+            )
+    with drawing(0, ("test",), torch.arange(2)):
+        generator(draw(2, 4).float())
+    assert len(dtypes) == 3
+    assert all(before == after for before, after in dtypes)
 
 
 def test_doubling_is_bilinear_inside_of_the_edges() -> None:

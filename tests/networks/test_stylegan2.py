@@ -369,6 +369,13 @@ def test_a_penalty_takes_the_chosen_stages_in_bfloat16_and_gives_gradients_in_fl
         ("generator", {"architecture": "orig"}, '"skip" or "resnet", not \'orig\''),
         ("generator", {"evaluation_noise": "const"}, '"random", "fixed" or "off", not \'const\''),
         ("generator", {"style_mixing": 2}, "style_mixing of stylegan2 must be a number from 0 to"),
+        ("generator", {"style_mixing": True}, "must be a number from 0 to 1, not True"),
+        (
+            "generator",
+            {"widths": 8, "channel_max": 4},
+            "either widths or channel_base and channel_",
+        ),
+        ("critic", {"widths": 8, "channel_base": 64}, "either widths or channel_base and channel_"),
         ("generator", {"style_dim": 0}, "style_dim of stylegan2 must be a whole number above 0"),
         ("critic", {"group_size": 0}, "group_size of stylegan2 must be a whole number above 0"),
         ("critic", {"mapping_layers": 0}, "mapping_layers of stylegan2 must be a whole number"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rivals.formulas import LOSSES, cross_entropy
+from ganscale.augmentation.pipelines import build_pipeline
 from ganscale.metrics.meters import MeterAccumulator, parts_of
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.objectives.penalties import Draws
@@ -292,6 +293,37 @@ def test_where_launches_cost_more_than_a_small_batch_the_generators_loss_takes_o
         assert critic.seen == (BOTH if saves_launches else APART)
         assert not logits["real"].requires_grad
     close(*results)
+
+
+@pytest.mark.parametrize("penalty", ["r1", "r2"])
+def test_the_size_of_a_micro_batch_does_not_decide_on_precision(monkeypatch, penalty):
+    """Small batches save launches, in other forwards than large ones."""
+    monkeypatch.setattr(step_forwards, "has_cheap_launches", lambda device: False)
+    built = objective("non_saturating", **{penalty: PenaltyConfig(WEIGHT)})
+    real, fake = draw(BATCH, 3, 2, 2, seed=5).float(), draw(BATCH, 3, 2, 2, seed=6).float()
+    points = {penalty: real if penalty == "r1" else fake}
+    inputs: dict[str, Any] = {"real_images": real, "fake_images": fake, "labels": None}
+    step, found = CriticStep(SmoothCritic().float(), built, "bfloat16", "float32"), []
+    for few_pixels in (0, 1 << 18):
+        monkeypatch.setattr(step_forwards, "_FEW_PIXELS", few_pixels)
+        found.append((step(**inputs, points=points).logits, step.logits(**inputs, points=points)))
+    close(*found, rtol=1e-5)
+
+
+def test_the_size_of_a_micro_batch_does_not_round_real_images_of_the_generators_step(monkeypatch):
+    monkeypatch.setattr(step_forwards, "has_cheap_launches", lambda device: False)
+    pipeline = build_pipeline("diffaugment", {}, 3)
+    numbers = pipeline.draw("test").at(0, torch.arange(BATCH))
+    drawn = {"parameters": pipeline.parameters(numbers, 1.0)}
+    inputs: dict[str, Any] = {"augmentation": {"real": drawn, "fake": drawn}, "labels": None}
+    inputs |= {"latents": draw(BATCH, 5).float(), "real_images": draw(BATCH, 3, 2, 2).float()}
+    networks = SmallGenerator().float(), SmoothCritic().float()
+    step = GeneratorStep(*networks, objective("relativistic"), "bfloat16", pipeline=pipeline)
+    found = []
+    for few_pixels in (0, 1 << 18):
+        monkeypatch.setattr(step_forwards, "_FEW_PIXELS", few_pixels)
+        found.append(step(**inputs).logits)
+    close(*found, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -38,8 +38,8 @@ class StyleGAN2Critic(nn.Module):
         num_classes: int = 0,
         *,
         widths: int | list[int] | None = None,
-        channel_base: int = 32768,
-        channel_max: int = 512,
+        channel_base: int | None = None,
+        channel_max: int | None = None,
         architecture: str = "resnet",
         group_size: int = 4,
         mapping_layers: int = 8,
@@ -95,7 +95,7 @@ class _Stage(nn.Module):
         super().__init__()
         inputs, outputs = stages.widths[stage], stages.widths[stage - 1]
         is_first = stage == len(stages.widths) - 1
-        # A residual sum has its gain; other maps wait for it.
+        # Residual sums include the activation's gain; other maps leave it to the next layer.
         gain = ACTIVATION_GAIN if is_skip or is_first else 1.0
         has_rgb = is_skip or is_first
         self.from_rgb = _from_rgb(stages.shape.channels, inputs) if has_rgb else None
@@ -124,7 +124,7 @@ class _Stage(nn.Module):
             residual = activate(self.conv2(self.blur(residual)))
             if self.skip is None:
                 return residual, self.downsample(images)
-            # sqrt(1/2) of the sum is the inverse of the gain that the residual waits for.
+            # The sum's factor sqrt(1/2) cancels the gain that the residual has left out.
             return self.skip(self.downsample(maps)).add_(residual), images
 
 

@@ -32,15 +32,15 @@ class StyleGAN2Generator(nn.Module):
     residual block (Karras et al. 2020, figure 7).
 
     `widths` is the number of channels of every stage, or a list of them from the lowest resolution
-    up; without it, a stage has `channel_base` over its resolution, up to `channel_max`. Styles have
-    `style_dim` numbers, from `mapping_layers` layers. In training, the share `style_mixing` of all
-    images has the style of another latent from a random layer on. In evaluation, noise is "random",
-    drawn as in training, "fixed", the same for all images, or "off" (`evaluation_noise`). The
-    `bfloat16_stages` of the highest resolutions compute in bfloat16 in every forward, unless the
-    weights are in float64.
+    up. Without it, stage n has `channel_base` / (4 * 2^n) channels (32768 by default), and at most
+    `channel_max` (512). Styles have `style_dim` numbers, from `mapping_layers` layers. In training,
+    the share `style_mixing` of all images has the style of another latent from a random layer on.
+    In evaluation, noise is "random", drawn as in training, "fixed", the same for all images, or
+    "off" (`evaluation_noise`). The `bfloat16_stages` of the highest resolutions compute in bfloat16
+    in every forward, unless the weights are in float64.
     """
 
-    mixes_images_in_batch_norm_only = True
+    can_concatenate_batches = True
 
     def __init__(
         self,
@@ -49,8 +49,8 @@ class StyleGAN2Generator(nn.Module):
         num_classes: int = 0,
         *,
         widths: int | list[int] | None = None,
-        channel_base: int = 32768,
-        channel_max: int = 512,
+        channel_base: int | None = None,
+        channel_max: int | None = None,
         style_dim: int = 512,
         mapping_layers: int = 8,
         architecture: str = "skip",
@@ -63,7 +63,8 @@ class StyleGAN2Generator(nn.Module):
         require_positive("stylegan2", style_dim=style_dim, mapping_layers=mapping_layers)
         require_choice("architecture", architecture, ("skip", "resnet"))
         require_choice("evaluation_noise", evaluation_noise, EVALUATION_NOISES)
-        if not isinstance(style_mixing, int | float) or not 0 <= style_mixing <= 1:
+        is_number = isinstance(style_mixing, int | float) and not isinstance(style_mixing, bool)
+        if not is_number or not 0 <= style_mixing <= 1:
             raise UserError(
                 f"style_mixing of stylegan2 must be a number from 0 to 1, not {style_mixing!r}"
             )
@@ -127,7 +128,7 @@ class _Stage(nn.Module):
         self.skip = self.to_rgb = None
         if stage > 0:
             inputs = stages.widths[stage - 1]
-            # A residual sum has its gain; other maps wait for it.
+            # Residual sums include the activation's gain; other maps leave it to the next layer.
             gain = 1.0 if is_resnet and stage > 1 else ACTIVATION_GAIN
             self.convs.append(StyledConv2d(inputs, width, layers, gain=gain, is_upsampling=True))
             if is_residual:
@@ -144,7 +145,7 @@ class _Stage(nn.Module):
     def scales(
         self, styles: Sequence[Float[Tensor, "batch style_dim"]]
     ) -> tuple[list[Scales], Tensor | None]:
-        """styles: of all layers. The image of a stage has that of the next stage's first layer."""
+        """styles: of all layers. A stage's ToRGB shares that of the next stage's first layer."""
         own = styles[self._first_style :]
         pairs = zip(self.convs, own, strict=False)
         scales = [conv.scales(style) for conv, style in pairs]  # type: ignore[operator]
@@ -163,7 +164,7 @@ class _Stage(nn.Module):
             for conv, own in zip(self.convs, of_convs, strict=True):
                 residual = conv(residual, own)
             if self.skip is not None:
-                # sqrt(1/2) of the sum is the inverse of the gain that the residual waits for.
+                # The sum's factor sqrt(1/2) cancels the gain that the residual has left out.
                 residual = self.upsample(self.skip(maps)).add_(residual)
             if images is not None:
                 images = self.upsample(images)

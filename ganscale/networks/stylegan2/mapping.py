@@ -14,8 +14,8 @@ class Mapping(nn.Module):
     """Fully connected layers, which learn at 1/100 of the learning rate (Karras et al. 2019,
     https://arxiv.org/abs/1812.04948, appendix C), always in float32 or better.
 
-    The latent has a mean square of 1; so has the learned embedding of the class, which is
-    concatenated to it. Without a latent, they map the class alone.
+    The latent and the learned embedding of the class are each normalized to a mean square of 1, and
+    concatenated. Without a latent, the class alone is mapped.
     """
 
     def __init__(self, latent_dim: int, num_classes: int, width: int, layers: int) -> None:

@@ -34,7 +34,7 @@ class LayerSettings(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """What a style makes of a layer, in float32 or better."""
+    """The factors that a style gives a layer's channels, in float32 or better."""
 
     of_inputs: Float[Tensor, "batch inputs"]
     of_outputs: Float[Tensor, "batch outputs"]
@@ -57,7 +57,7 @@ class StyledConv2d(nn.Module):
         gain: float = 1.0,
         is_upsampling: bool = False,
     ) -> None:
-        """gain: that the last layer left to this one"""
+        """gain: the one that the previous layer left out"""
         super().__init__()
         self.affine = EqualizedLinear(layers.style_dim, inputs, bias=1.0)
         channels = (inputs, outputs) if is_upsampling else (outputs, inputs)
@@ -93,7 +93,7 @@ class StyledConv2d(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """A modulated 1x1 convolution without demodulation, which makes images of maps."""
+    """A modulated 1x1 convolution without demodulation, from maps to images."""
 
     def __init__(self, inputs: int, channels: int, style_dim: int, *, gain: float = 1.0) -> None:
         super().__init__()

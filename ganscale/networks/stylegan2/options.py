@@ -26,16 +26,22 @@ class Stages:
         cls,
         sample_shape: tuple[int, ...],
         widths: int | list[int] | None,
-        channel_base: int,
-        channel_max: int,
+        channel_base: int | None,
+        channel_max: int | None,
         bfloat16_stages: int,
     ) -> "Stages":
-        """Raises UserError for sizes that cannot be."""
+        """Raises UserError for impossible sizes."""
         shape = image_shape(sample_shape, "stylegan2")
-        require_positive("stylegan2", channel_base=channel_base, channel_max=channel_max)
         if widths is None:
+            base = 32768 if channel_base is None else channel_base
+            most = 512 if channel_max is None else channel_max
+            require_positive("stylegan2", channel_base=base, channel_max=most)
             resolutions = [4 << stage for stage in range(shape.doublings + 1)]
-            widths = [max(1, min(channel_base // each, channel_max)) for each in resolutions]
+            widths = [max(1, min(base // each, most)) for each in resolutions]
+        elif channel_base is not None or channel_max is not None:
+            raise UserError(
+                "stylegan2 takes either widths or channel_base and channel_max, not both"
+            )
         widths = stage_widths("stylegan2", widths, shape)
         require_stages("stylegan2", bfloat16_stages, len(widths))
         return cls(shape, widths, bfloat16_stages)
