@@ -19,6 +19,7 @@ from ganscale.config import resolve
 from ganscale.data.images.preprocessing import to_network_range
 from ganscale.errors import UserError
 from ganscale.objectives.objective import build_objective
+from ganscale.random import drawing, normal_like
 from ganscale.randomness import normal, uniform
 from ganscale.runtime import Runtime
 from ganscale.training.state import TrainingState
@@ -37,11 +38,10 @@ class AugmentedByHand(WrittenOut):
         categories = ["blit", "geom", "color", "filter", "noise", "cutout"]
         pipeline = build_pipeline("ada", dict.fromkeys(categories, 1.0), images.shape[1])
         numbers = uniform(self.seed, purpose, slots, pipeline.columns)
-        noise = normal(self.seed, f"{purpose} noise", slots, images[0].numel())
+        with drawing(self.seed, (purpose,), slots):
+            noise = normal_like(images, "noise")
         parameters = pipeline.parameters(numbers, 0.7)
-        return pipeline(
-            images, {"parameters": parameters, "noise": noise.double().view(images.shape)}
-        )
+        return pipeline(images, {"parameters": parameters, "noise": noise})
 
     def critic_step(self, real: Tensor, latents: Tensor, slots: Tensor) -> dict[str, float]:
         with torch.no_grad():
