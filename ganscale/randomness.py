@@ -37,7 +37,8 @@ def purpose_id(purpose: str) -> int:
 
 def derived_seed(seed: int, purpose: str) -> int:
     """A 63-bit seed for torch's or Python's generators (weight initialization)."""
-    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    text = f"{seed}:{purpose}".encode("utf-8", "surrogateescape")  # a file's name need not be UTF-8
+    digest = hashlib.sha256(text).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

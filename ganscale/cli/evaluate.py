@@ -69,7 +69,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from ganscale.cli.evaluation_subjects import subjects_of
+    from ganscale.cli.evaluation_subjects import UnusableCheckpointError, subjects_of
     from ganscale.evaluation.figures import STATISTICS_SUFFIX
     from ganscale.runtime import Runtime
 
@@ -82,12 +82,24 @@ def run(arguments: argparse.Namespace) -> None:
         logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
         subjects = [*subjects_of(arguments, runtime)]
         _check_comparable(subjects)
-        results = [(subject.name, _evaluate(subject, runtime)) for subject in subjects]
-        if statistics is not None:
-            runtime.run_on_main(lambda: subjects[0].evaluator.save_reference(statistics))
-        if runtime.is_main:
-            print(as_json(results) if arguments.json else _as_table(results))
+        results, unusable = list[tuple[str, "Figures"]](), list[str]()
+        try:
+            for subject in subjects:
+                try:
+                    results.append((subject.name, _evaluate(subject, runtime)))
+                except UnusableCheckpointError as error:
+                    unusable.append(str(error))
+            if statistics is not None and results:
+                runtime.run_on_main(lambda: subjects[0].evaluator.save_reference(statistics))
+        finally:  # what was found so far may have taken hours
+            if runtime.is_main and results:
+                print(as_json(results) if arguments.json else _as_table(results))
         runtime.barrier()
+        if unusable:
+            raise UserError(
+                f"{len(unusable)} of {len(subjects)} checkpoints could not be evaluated: "
+                f"{'; '.join(unusable[:3])}"
+            )
     finally:
         runtime.close()
 

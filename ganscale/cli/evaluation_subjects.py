@@ -1,13 +1,14 @@
 """What `ganscale evaluate` judges: checkpoints of runs, exported generators, and images."""
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ganscale.checkpoints.checkpoint import checkpoint_folders
+from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage
 from ganscale.cli.checkpoint import select_checkpoint
 from ganscale.config import load_stored
 from ganscale.data.bad_samples import BadSampleError
@@ -17,6 +18,7 @@ from ganscale.data.manifest import JSON_NAME, Manifest
 from ganscale.errors import UnavailableError, UserError
 from ganscale.evaluation.evaluator import Evaluator
 from ganscale.evaluation.exported_generator import DESCRIPTION, load_generator
+from ganscale.evaluation.figures import STATISTICS_SUFFIX
 from ganscale.evaluation.images import (
     DataSetImages,
     FileImages,
@@ -25,6 +27,7 @@ from ganscale.evaluation.images import (
     are_gray,
     are_gray_files,
     chosen_samples,
+    describe_labels,
     labels_for,
 )
 from ganscale.evaluation.truncation import truncated
@@ -37,11 +40,20 @@ from ganscale.training.network_setup import load_run_generator
 if TYPE_CHECKING:
     from ganscale.runtime import Runtime
 
+logger = logging.getLogger(__name__)
+
 _ALL = "all"
 
 
+class UnusableCheckpointError(UserError):
+    """One of several checkpoints cannot be judged; the others can."""
+
+
 class Subject(NamedTuple):
-    """What is judged, under the name of its row. images: made when its turn has come"""
+    """What is judged, under the name of its row.
+
+    images: made when it is evaluated; may raise UnusableCheckpointError
+    """
 
     name: str
     evaluator: Evaluator
@@ -87,7 +99,8 @@ def _of_run(
         with suppress(UserError, UnavailableError):
             manifest = open_data(config.data).manifest
     truncation = arguments.truncation
-    evaluator = Evaluator(config.evaluation, config.data, manifest, runtime, truncation)
+    classes = describe_labels(manifest, config.training.conditional)
+    evaluator = Evaluator(config.evaluation, config.data, manifest, runtime, truncation, classes)
     if arguments.checkpoint == _ALL:
         checkpoints = checkpoint_folders(folder.checkpoints)
     else:
@@ -97,6 +110,8 @@ def _of_run(
     for checkpoint in checkpoints:
 
         def images(checkpoint: Path = checkpoint) -> Images:
+            if arguments.checkpoint == _ALL:
+                runtime.run_on_main(lambda: _check_whole(checkpoint))
             generator, latent_dim, num_classes = load_run_generator(
                 folder.path,
                 arguments.weights,
@@ -113,6 +128,12 @@ def _of_run(
         yield Subject(f"{folder.path}/{checkpoint.name}", evaluator, images)
 
 
+def _check_whole(checkpoint: Path) -> None:
+    """Raises UnusableCheckpointError for one that is damaged, or that training has removed."""
+    if (reason := find_damage(checkpoint)) is not None:
+        raise UnusableCheckpointError(f"{checkpoint} is damaged or no longer there ({reason})")
+
+
 def _of_exported(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
     generator = load_generator(path, allow_changed_code=arguments.allow_changed_code)
     channels, height, width = generator.sample_shape
@@ -120,9 +141,15 @@ def _of_exported(arguments: argparse.Namespace, path: Path, runtime: "Runtime") 
     data = DataConfig(path=arguments.reference, resolution=resolution, channels=channels)
     config = _with_options(Config(data=data), arguments)
     count, seed, latent_dim = config.evaluation.samples, arguments.seed or 0, generator.latent_dim
-    labels = labels_for(None, count, generator.num_classes)
+    manifest = None
+    if generator.num_classes and not arguments.reference.endswith(STATISTICS_SUFFIX):
+        reference = open_data(data).manifest
+        if reference is not None and reference.class_count == generator.num_classes:
+            manifest = reference
+    labels = labels_for(manifest, count, generator.num_classes)
+    classes = describe_labels(manifest, generator.num_classes > 0)
     network, truncation = generator.network.to(runtime.device), arguments.truncation
-    evaluator = Evaluator(config.evaluation, data, None, runtime, truncation)
+    evaluator = Evaluator(config.evaluation, data, None, runtime, truncation, classes)
 
     def images() -> Images:
         made_by = truncated(network, truncation, seed, latent_dim, labels)
@@ -149,6 +176,10 @@ def _of_data_set(arguments: argparse.Namespace, path: Path, runtime: "Runtime") 
 
 def _of_files(arguments: argparse.Namespace, path: Path, runtime: "Runtime") -> Subject:
     source = list_images(str(path))
+    if runtime.is_main:
+        ignored = [f"{count:,} {kind} are not used" for kind, count in source.ignored.items()]
+        for note in (*ignored, *source.notes):
+            logger.warning("%s: %s", path, note)
     file = source.images[0]
     try:
         first = decode(image_reader(source.kind, source.path)(file), None, 3)

@@ -85,8 +85,9 @@ def _refuse_other_torch() -> None:
 
 
 def _print_error(message: str) -> None:
-    rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    sys.stderr.write(f"{rank}{message}\n")  # one write: other ranks write there too
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    prefix = "" if rank is None else f"rank {rank}: "
+    sys.stderr.write(f"{prefix}{message}\n")  # one write: other ranks write there too
     sys.stderr.flush()
 
 

@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     is_single = len(runs) == 1
     default = runs[0].folder.report
     output = arguments.output or (default if is_single else Path(default.name))
-    page = render(runs, datetime.now())
+    # A shard's name need not be UTF-8.
+    page = render(runs, datetime.now()).encode("utf-8", "backslashreplace").decode()
     try:
         write_text(output, page)
     except OSError as error:

@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-from ganscale.cli.arguments import positive_int, resolution
+from ganscale.cli.arguments import finite_float, positive_int, resolution
 from ganscale.cli.data_set_summary import print_summary
 from ganscale.terminal import echo
 
@@ -74,7 +74,7 @@ def _add_write(commands) -> None:
     add("--seed", type=int, default=0, help="seed of the images' order (default: 0)")
     add(
         "--max-bad",
-        type=float,
+        type=finite_float,
         default=0.01,
         metavar="SHARE",
         help="share of bad images to leave out before it is an error (default: 0.01)",

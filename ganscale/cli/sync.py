@@ -5,6 +5,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+from ganscale.cli.arguments import finite_float
 from ganscale.errors import EXIT_DONE, GanscaleError, UserError
 from ganscale.run_folder import RunFolder, located
 from ganscale.run_identity import own_identity, visible_original
@@ -20,7 +21,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     add("--project", help="send to this project instead of the run's (log.project)")
-    add("--timeout", type=float, default=300, metavar="SECONDS", help="of uploads (default: 300)")
+    add(
+        "--timeout",
+        type=finite_float,
+        default=300,
+        metavar="SECONDS",
+        help="of uploads (default: 300)",
+    )
     parser.set_defaults(run=run)
 
 

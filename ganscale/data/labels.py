@@ -24,6 +24,10 @@ class NotJsonError(ValueError):
 _NUMBER = re.compile(r"([+-]?[0-9]+)(\.0*)?")
 
 
+CLASS_LIMIT = 1 << 31
+"""Class numbers are below."""
+
+
 def parse_label(text: bytes | None, extension: str, json_key: str = "") -> int | str | None:
     """The class in the member `text` of a sample: a number, or else a name; None without one.
 

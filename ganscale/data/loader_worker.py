@@ -28,7 +28,7 @@ from ganscale.data.bad_samples import BadSample
 from ganscale.data.dataset import DataSet
 from ganscale.data.loader import Loader
 from ganscale.data.streaming.loader import StreamLoader
-from ganscale.errors import GanscaleError
+from ganscale.errors import GanscaleError, OutOfMemoryError, is_out_of_memory
 from ganscale.processes import resume_when_parent_dies
 from ganscale.randomness import Draw, draw_together
 
@@ -156,6 +156,10 @@ class _LoaderServer:
                 )
             except (GanscaleError, OSError) as error:
                 answer = error
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                answer = OutOfMemoryError("out of memory while reading images")
             with self._send_lock:
                 self._connection.send(answer)
 

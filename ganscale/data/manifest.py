@@ -10,7 +10,6 @@ was downloaded, nothing on this machine's disks.
 
 import hashlib
 import json
-import math
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ import numpy as np
 
 from ganscale.data.missing_manifest import how_to_make_a_data_set
 from ganscale.data.remote import objects
-from ganscale.errors import UserError
+from ganscale.errors import UnavailableError, UserError
 from ganscale.files import FileLock, atomic_write, with_home, write_text
 
 VERSION = 2
@@ -258,37 +257,45 @@ def _download(source: str, folder: Path, retry_seconds: float) -> Path:
     It is named by the contents, so processes that have mapped an older version keep it.
     """
     key = hashlib.sha256(source.encode()).hexdigest()[:32]
+    seconds = retry_seconds + 2 * objects.STALL_SECONDS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{key}.lock")
+        with FileLock(folder / f"{key}.lock") as lock:
+            if not lock.acquire(seconds, poll_seconds=0.1):  # its process may have been stopped
+                raise UnavailableError(
+                    f"another process has been fetching the manifest in {objects.shown(source)} "
+                    f"for {seconds:.0f} s"
+                )
+            return _fetch(source, folder, key, retry_seconds)
     except OSError as error:
         raise UserError(f"data.cache={folder.parent} cannot be written: {error}") from error
-    with lock:
-        lock.acquire(math.inf, poll_seconds=0.1)
-        known = folder / f"{key}.json"  # which copy was made of which version
-        with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
-            identity = description.identity
-            with suppress(FileNotFoundError, ValueError):
-                record = json.loads(known.read_text())
-                copy = folder / record["folder"]
-                if identity and record["identity"] == identity and (copy / JSON_NAME).is_file():
-                    return copy
-            content = description.readall()
-        copy = folder / hashlib.sha256(content).hexdigest()[:32]
-        if not copy.exists():
-            partial = folder / f"{key}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            (partial / JSON_NAME).write_bytes(content)
-            with (
-                objects.open_stream(objects.join(source, ROWS_NAME), retry_seconds) as rows,
-                atomic_write(partial / ROWS_NAME) as file,
-            ):
-                shutil.copyfileobj(rows, file, 1 << 20)
-            _verify(Manifest._read(partial, source, BESIDE))
-            partial.rename(copy)
-        write_text(known, json.dumps({"identity": identity, "folder": copy.name}))
-        return copy
+
+
+def _fetch(source: str, folder: Path, key: str, retry_seconds: float) -> Path:
+    known = folder / f"{key}.json"  # which copy was made of which version
+    with objects.RemoteObject(objects.join(source, JSON_NAME), retry_seconds) as description:
+        identity = description.identity
+        with suppress(FileNotFoundError, ValueError):
+            record = json.loads(known.read_text())
+            copy = folder / record["folder"]
+            if identity and record["identity"] == identity and (copy / JSON_NAME).is_file():
+                return copy
+        content = description.readall()
+    copy = folder / hashlib.sha256(content).hexdigest()[:32]
+    if not copy.exists():
+        partial = folder / f"{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        (partial / JSON_NAME).write_bytes(content)
+        with (
+            objects.open_stream(objects.join(source, ROWS_NAME), retry_seconds) as rows,
+            atomic_write(partial / ROWS_NAME) as file,
+        ):
+            shutil.copyfileobj(rows, file, 1 << 20)
+        _verify(Manifest._read(partial, source, BESIDE))
+        partial.rename(copy)
+    write_text(known, json.dumps({"identity": identity, "folder": copy.name}))
+    return copy
 
 
 def _verify(manifest: Manifest) -> None:

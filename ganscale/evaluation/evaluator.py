@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -40,6 +40,8 @@ from ganscale.evaluation.quality.kernel_distance import (
     mean_kernel,
 )
 from ganscale.evaluation.quality.neighbours import (
+    DENSITY_NEIGHBOURS,
+    PRECISION_NEIGHBOURS,
     density_and_coverage,
     neighbour_distances,
     precision_and_recall,
@@ -48,12 +50,22 @@ from ganscale.evaluation.quality.statistics_files import save_statistics
 from ganscale.evaluation.reference import DataSetReference, Reference, StatisticsFile
 from ganscale.evaluation.rounds import OnRound, Rounds
 from ganscale.evaluation.work_share import WorkShare
+from ganscale.files import with_home
 from ganscale.runtime import Runtime
 from ganscale.schema import DataConfig, EvaluationConfig
 
 logger = logging.getLogger(__name__)
 
 _SUBSET_SEED = 0  # the same subsets in all runs
+_OF_NEIGHBOURS = DENSITY_NEIGHBOURS + 1  # distances to so many are computed of the reference
+_LEAST_IMAGES = {
+    "is": (SPLITS, 0),
+    "precision": (PRECISION_NEIGHBOURS + 1, _OF_NEIGHBOURS),
+    "recall": (PRECISION_NEIGHBOURS + 1, _OF_NEIGHBOURS),
+    "density": (2, _OF_NEIGHBOURS),
+    "coverage": (2, _OF_NEIGHBOURS),
+}
+"""(samples, images of the reference) that a metric needs."""
 
 
 class _Place(TypedDict):
@@ -73,16 +85,17 @@ class Evaluator:
         manifest: Manifest | None,
         runtime: Runtime,
         truncation: float = 1.0,
+        classes: str = "",
     ) -> None:
         """data, manifest: of the run's own images; without a manifest, another reference is needed.
         It is read as these settings say, too.
-        truncation: with which the images were made
+        truncation, classes: of the images, as in `Identity`
 
         Loads the network once. Raises UserError for a network that cannot be loaded, a reference
         that cannot be read, and metrics that these cannot give.
         """
         self._config, self._data, self._runtime = config, data, runtime
-        self._truncation = truncation
+        self._truncation, self._classes = truncation, classes
         name = network_name(config.network, config.options)
         self._metrics = check_metrics(config.metrics, name, config.reference)
         network = self._load_network()
@@ -98,7 +111,9 @@ class Evaluator:
                 raise UserError(
                     f"`{metric}` needs class probabilities, but {network.name} does not classify"
                 )
-        if runtime.is_main and (warning := too_few_samples(config.samples, network.dim)):
+        _check_counts(self._metrics, config.samples, self._source.images)
+        warning = too_few_samples(config.samples, network.dim)
+        if runtime.is_main and "fd" in self._metrics and warning:
             logger.warning("evaluation: %s", warning)
 
     @property
@@ -107,9 +122,10 @@ class Evaluator:
         return [figure_name(metric, self._network[0]) for metric in self._metrics]
 
     def identity(self) -> Identity:
-        """That of the figures to come."""
+        """What the next evaluation's figures will depend on."""
         reference = self._source.description, self._source.images
-        return Identity(*self._network, *reference, self._config.samples, self._truncation)
+        of_images = self._config.samples, self._truncation, self._classes
+        return Identity(*self._network, *reference, *of_images)
 
     def evaluate(
         self, images: Images, is_stopped: Callable[[], bool], on_round: OnRound
@@ -146,7 +162,7 @@ class Evaluator:
             rounds,
             config.batch_size,
             stage="samples",
-            keep=np.ones(len(images), dtype=bool) if self._needs("features") else None,
+            keep=np.ones(len(images), dtype=bool) if needs_features else None,
             class_splits=SPLITS if self._needs("classes") else 0,
         )
         if found.unusable and runtime.is_main:
@@ -242,18 +258,32 @@ def check_evaluation(
     check_feature_network(config.network, config.options, **_place(data))
     if not config.reference.endswith(STATISTICS_SUFFIX):
         reference = _open_data_set(config, data, manifest)
+        _check_counts(metrics, config.samples, reference.images)
         if config.reference:
             reference.check_colors(data, manifest)
-    elif not Path(config.reference).is_file():
+    elif not with_home(config.reference).is_file():
         raise UserError(f"evaluation.reference: there is no file {config.reference}")
     return [figure_name(metric, name) for metric in metrics]
+
+
+def _check_counts(metrics: Sequence[str], samples: int, reference_images: int) -> None:
+    """Raises UserError for metrics that need more samples, or more images of the reference."""
+    for metric in metrics:
+        least, least_real = _LEAST_IMAGES.get(metric, (2, 0))
+        if samples < least:
+            raise UserError(f"`{metric}` needs {least} samples or more, not {samples}")
+        if reference_images < least_real:
+            raise UserError(
+                f"`{metric}` needs {least_real} images of the reference or more, not "
+                f"{reference_images}"
+            )
 
 
 def _place(data: DataConfig) -> _Place:
     """What a feature network is built for and with, besides its options."""
     return {
         "sample_shape": data.sample_shape,
-        "cache": Path(data.cache).expanduser(),
+        "cache": with_home(data.cache),
         "retry_seconds": data.retry_seconds,
     }
 
@@ -265,7 +295,7 @@ def _open_reference(
     network: FeatureNetwork,
 ) -> DataSetReference | StatisticsFile:
     if config.reference.endswith(STATISTICS_SUFFIX):
-        return StatisticsFile(Path(config.reference), network)
+        return StatisticsFile(with_home(config.reference), network)
     return _open_data_set(config, data, manifest)
 
 

@@ -46,7 +46,8 @@ class Identity:
     checksum: SHA-256 of the feature network's weights
     reference: the data set's fingerprint and how it was read, or a file's checksum
     reference_images: 0 if a file of statistics does not say
-    truncation: of the generator, 1 without one; only others are shown and change the digits
+    truncation: psi of the generator; 1 means none, and is neither shown nor part of the digest
+    classes: how a conditional generator's classes were chosen; "" without classes, as above
     """
 
     network: str
@@ -56,6 +57,7 @@ class Identity:
     reference_images: int
     samples: int
     truncation: float = 1.0
+    classes: str = ""
 
     def row(self) -> dict[str, str | int | float]:
         """By the names of a row."""
@@ -67,7 +69,7 @@ class Identity:
         return hashlib.sha256(repr((*self._shown().values(),)).encode()).hexdigest()[:8]
 
     def _shown(self) -> dict[str, str | int | float]:
-        is_shown = {"truncation": self.truncation != 1}
+        is_shown = {"truncation": self.truncation != 1, "classes": self.classes != ""}
         return {name: value for name, value in asdict(self).items() if is_shown.get(name, True)}
 
     def differences(self, other: "Identity") -> list[str]:
@@ -148,7 +150,7 @@ def check_metrics(metrics: Sequence[str], network: str, reference: str) -> list[
             hint = nearest(key, METRICS) or f"; choose from {', '.join(METRICS)}"
             raise UserError(f"evaluation.metrics: there is no `{key}`{hint}")
         is_file = reference.endswith(STATISTICS_SUFFIX)
-        if is_file and METRICS[key].needs != "moments" and key != "is":
+        if is_file and METRICS[key].needs != "moments" and key not in ("is", "modes"):
             raise UserError(
                 f"`{key}` needs the images of the reference, but {reference} has only their mean "
                 "and covariance: give a data set as evaluation.reference"

@@ -1,5 +1,6 @@
 """Images to judge, by their positions: made by a generator, or read from a data set or files."""
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ from ganscale.evaluation.sampling import sample_labels, sample_latents, sampling
 from ganscale.networks.batch_groups import check_whole_groups
 from ganscale.networks.forward import in_evaluation
 from ganscale.schema import DataConfig
-from ganscale.shards.sources import Source, image_reader
+from ganscale.shards.sources import Source, SourceImage, image_reader
 
 _CLOSE_SECONDS = 5.0
 _LOOKED_AT = 8  # images of a set
@@ -46,8 +47,8 @@ class Images(Protocol):
 
 
 class GeneratedImages:
-    """The images of positions 0 to `count`, as `ganscale sample` makes them with the same seed,
-    quantised to uint8 as files would be.
+    """The images of positions 0 to `count`, from the latents of `ganscale sample` with the same
+    seed (whose classes come in turn), quantised to uint8 as files would be.
 
     labels: of all positions, None for an unconditional generator
     """
@@ -86,12 +87,14 @@ class GeneratedImages:
         return ImageChunk(to_bytes(images).permute(0, 3, 1, 2), usable)
 
 
-class DataSetImages:
-    """Samples of a data set by index, decoded as for training but never flipped."""
+Samples = range | Int64[np.ndarray, " images"]
+"""Of a data set, by index: an array of all of them could be larger than memory."""
 
-    def __init__(
-        self, manifest: Manifest, config: DataConfig, samples: Int64[np.ndarray, " images"]
-    ) -> None:
+
+class DataSetImages:
+    """Samples of a data set, decoded as for training but never flipped."""
+
+    def __init__(self, manifest: Manifest, config: DataConfig, samples: Samples) -> None:
         self._samples = samples
         self._reader = ShardReader(manifest, config)
         self._threads = DaemonThreadPool(max(1, config.workers), "reference")
@@ -101,7 +104,7 @@ class DataSetImages:
         return len(self._samples)
 
     def chunk(self, rows: range) -> ImageChunk:
-        locations = self._reader.locations(self._samples[rows.start : rows.stop])
+        locations = self._reader.locations(np.asarray(self._samples[rows.start : rows.stop]))
         images = np.zeros((len(rows), *self._shape), np.uint8)
 
         def decode(location: SampleLocation, pixels: np.ndarray) -> bool:
@@ -123,11 +126,11 @@ class DataSetImages:
         self._reader.close()
 
 
-def chosen_samples(manifest: Manifest, limit: int = 0) -> np.ndarray:
-    """All samples, or `limit` of them chosen at random, by index in ascending order, (n,) int64."""
+def chosen_samples(manifest: Manifest, limit: int = 0) -> Samples:
+    """All samples, or `limit` of them chosen at random, by index in ascending order."""
     total = len(manifest.samples)
     if limit == 0 or limit >= total:
-        return np.arange(total)
+        return range(total)
     return np.sort(_order(manifest).samples(np.arange(limit)))
 
 
@@ -135,7 +138,7 @@ def are_gray(manifest: Manifest, config: DataConfig) -> bool:
     """Whether the images of a data set are stored without colors, by the headers of a few."""
     reader = ShardReader(manifest, config)
     try:
-        places = reader.locations(chosen_samples(manifest, _LOOKED_AT))
+        places = reader.locations(np.asarray(chosen_samples(manifest, _LOOKED_AT)))
         return all(_is_gray(partial(reader.read_location, place)) for place in places)
     finally:
         reader.close()
@@ -162,11 +165,15 @@ def labels_for(
     None without classes."""
     if manifest is None or not num_classes:
         return sample_labels(0, count, num_classes)
-    order, labels = _order(manifest), np.empty(count, np.int64)
-    for first in range(0, count, order.window_length):  # windows must not be cached all at once
-        positions = np.arange(first, min(first + order.window_length, count))
-        labels[positions] = manifest.samples["label"][order.samples(positions)]
-    return torch.from_numpy(labels)
+    labels = manifest.samples["label"][_order(manifest).samples(np.arange(count))]
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def describe_labels(manifest: Manifest | None, is_conditional: bool) -> str:
+    """How `labels_for` chooses; "" without classes."""
+    if not is_conditional:
+        return ""
+    return "in turn" if manifest is None else f"as in data {manifest.fingerprint[:16]}"
 
 
 def _order(manifest: Manifest) -> Order:
@@ -181,15 +188,21 @@ def _order(manifest: Manifest) -> Order:
     )
 
 
+def _name_digest(file: SourceImage) -> bytes:
+    name = file.name.encode("utf-8", "surrogateescape")  # it need not be UTF-8
+    return hashlib.blake2b(name, digest_size=16).digest()
+
+
 class FileImages:
     """The image files of a folder, zip or tar, in the order of their names, all of one size."""
 
     def __init__(self, source: Source, shape: tuple[int, int, int], limit: int = 0) -> None:
         """shape: (channels, height, width) that they must have
-        limit: take only the first ones; 0: all
+        limit: take only so many, a random choice by name; 0: all
         """
         self._source, self._shape = source, shape
-        self._files = source.images[:limit] if limit else source.images
+        chosen = sorted(source.images, key=_name_digest)[:limit] if limit else source.images
+        self._files = sorted(chosen, key=lambda file: file.name)
         self._read = image_reader(source.kind, source.path)
 
     def __len__(self) -> int:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ganscale.checkpoints.checkpoint import save_tensors
 from ganscale.data.manifest import Manifest
-from ganscale.errors import UnavailableError, UserError
+from ganscale.errors import UnavailableError, UserError, is_out_of_memory
 from ganscale.evaluation.collection import Collected, collect
 from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 from ganscale.evaluation.images import DataSetImages, are_gray, chosen_samples
 from ganscale.evaluation.quality.frechet import GaussianStatistics
 from ganscale.evaluation.quality.statistics_files import load_statistics
 from ganscale.evaluation.rounds import Rounds
-from ganscale.files import FileLock, sha256
+from ganscale.files import FileLock, sha256, with_home
 from ganscale.runtime import Runtime
 from ganscale.schema import DataConfig
 
@@ -109,7 +109,7 @@ class DataSetReference:
         key = [_VERSION, self.description, self._manifest.fingerprint, network.name]
         key += [network.checksum, network.resize, len(self._chosen), needs_features]
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
-        folder = Path(self._config.cache).expanduser() / "references"
+        folder = with_home(self._config.cache) / "references"
         cached = folder / f"{digest}.safetensors"
         with _locked(cached, runtime, rounds):
             if (reference := _read_on_all(cached, network, runtime, rounds)) is not None:
@@ -131,7 +131,8 @@ class DataSetReference:
     ) -> Reference:
         keep = None
         if needs_features:
-            keep = np.isin(self._chosen, chosen_samples(self._manifest, MOST_FEATURES))
+            kept = np.asarray(chosen_samples(self._manifest, MOST_FEATURES))
+            keep = np.isin(np.asarray(self._chosen), kept)
         images = DataSetImages(self._manifest, self._config, self._chosen)
         try:
             device = runtime.device
@@ -191,9 +192,13 @@ def _read_on_all(
     path: Path, network: FeatureNetwork, runtime: Runtime, rounds: Rounds
 ) -> Reference | None:
     """From the cache on rank 0's machine, on every rank. Collective."""
-    mine = (_read(path, network) if runtime.is_main else None) or {}
-    described = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()}
-    known = runtime.run_on_main(lambda: described)
+    mine: dict[str, Tensor] = {}
+
+    def read() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        mine.update(_read(path, network) or {})
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in mine.items()}
+
+    known = rounds.run_on_main(read)
     if not known:
         return None
     zeros = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in known.items()}
@@ -214,7 +219,9 @@ def _read(path: Path, network: FeatureNetwork) -> dict[str, Tensor] | None:
             return tensors
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         logger.warning("%s is damaged (%s): computed again", path, error)
     return None
 

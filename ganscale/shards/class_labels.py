@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from ganscale.data.labels import LABEL_EXTENSIONS, NotJsonError, parse_label
+from ganscale.data.labels import CLASS_LIMIT, LABEL_EXTENSIONS, NotJsonError, parse_label
 
-_CLASS_LIMIT = 1 << 31
 _MAX_NAMED = 10
 
 
@@ -99,7 +98,7 @@ def number_labels(
     bad: list[tuple[str, str]] = []
     for key, label in zip(keys, labels, strict=True):
         number = number_of.get(label, -1) if isinstance(label, str) else label
-        if isinstance(number, int) and 0 <= number < _CLASS_LIMIT:
+        if isinstance(number, int) and 0 <= number < CLASS_LIMIT:
             numbers.append(number)
             continue
         numbers.append(-1)

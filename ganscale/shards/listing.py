@@ -140,8 +140,10 @@ def _common_folder(addresses: list[str]) -> str:
 def _checked(names: list[str]) -> tuple[str, ...]:
     """The names, sorted. Raises UserError for duplicates and for names outside the base."""
     for name in names:
-        if not name or name.startswith("/") or ".." in name.split("/"):
-            raise UserError(f"'{name}' is not a valid shard name: use relative names without ..")
+        if {"", ".", ".."} & {*name.split("/")}:
+            raise UserError(
+                f"'{name}' is not a valid shard name: use relative names without //, . and .."
+            )
     if len(set(names)) < len(names):
         raise UserError(f"{len(names) - len(set(names))} of these shards are given twice")
     return tuple(sorted(names))

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size
+from ganscale.data.images.decoding import MAX_PIXELS, DecodeError, image_size, may_have_exif
 from ganscale.data.labels import CONVERTED_EXTENSIONS, IMAGE_EXTENSIONS, LABEL_EXTENSIONS
 from ganscale.data.manifest import SAMPLE_ROW, Shard
 from ganscale.data.shard_reader import LARGEST_IMAGE_BYTES
@@ -255,8 +255,7 @@ _cached_size = lru_cache(maxsize=64)(_decoder_size)
 
 
 def _png_size(data: bytes) -> tuple[int, int] | None:
-    # Exif can rotate the image; older files have Exif in a text chunk.
-    if b"eXIf" in data or b"EXIF" in data or len(data) < 33:
+    if may_have_exif(data) or len(data) < 33:  # Exif can rotate the image
         return None
     if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
         return None

@@ -9,7 +9,7 @@ from ganscale.data.dataset import DataSet
 from ganscale.errors import OutOfMemoryError, UnavailableError, UserError
 from ganscale.evaluation.evaluator import Evaluator, check_evaluation
 from ganscale.evaluation.figures import IDENTITY, is_lower_better
-from ganscale.evaluation.images import GeneratedImages, labels_for
+from ganscale.evaluation.images import GeneratedImages, describe_labels, labels_for
 from ganscale.evaluation.rounds import Interrupted, OnRound
 from ganscale.runtime import Runtime
 from ganscale.schema import Config
@@ -40,7 +40,10 @@ class Evaluations:
         self._is_main = runtime.is_main
         self._evaluator: Evaluator | None = None
         if config.evaluation.every_images:
-            self._evaluator = Evaluator(config.evaluation, config.data, data.manifest, runtime)
+            classes = describe_labels(data.manifest, config.training.conditional)
+            self._evaluator = Evaluator(
+                config.evaluation, config.data, data.manifest, runtime, classes=classes
+            )
         _check_best(config, self._evaluator.names if self._evaluator is not None else [])
 
     def is_due(self, before: int, after: int) -> bool:

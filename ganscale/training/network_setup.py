@@ -98,7 +98,8 @@ def load_run_generator(
     checkpoint: a verified one to use in place of the newest
     allow_changed_code: also if the generator now computes something else than when it was saved
 
-    Raises UserError for a folder that is not a run folder or has no whole checkpoint.
+    Raises UserError for a folder that is not a run folder or has no whole checkpoint, and for
+    weights that do not fit the code.
     """
     folder = RunFolder(run_folder)
     folder.check_exists()
@@ -110,11 +111,16 @@ def load_run_generator(
     state = load_state(checkpoint)
     num_classes, latent_dim = state["num_classes"], config.generator.latent_dim
     generator = _build_generator(config, num_classes)
-    generator.load_state_dict(load_tensors(checkpoint, weights))
+    target = config.generator.target
+    try:
+        generator.load_state_dict(load_tensors(checkpoint, weights))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint}: the weights do not fit {target} ({reason})") from error
     if "fingerprints" in state and not allow_changed_code:
         stored = state["fingerprints"].get(weights)
         found = fingerprint(generator, (latent_dim,), num_classes)
-        found.check(stored, f"generator {config.generator.target}", "--allow-changed-code")
+        found.check(stored, f"generator {target}", "--allow-changed-code")
     return generator.eval(), latent_dim, num_classes
 
 

@@ -16,6 +16,15 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
+def test_an_error_needs_no_rank_where_only_a_world_size_is_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["shards", "show", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize("before", [0, 1, 2, 3])
 def test_settings_may_stand_before_and_after_options(
     config: str, capsys: pytest.CaptureFixture[str], before: int

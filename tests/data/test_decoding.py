@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ganscale.data.images import decoding
 from ganscale.data.images.decoding import (
@@ -18,6 +19,7 @@ from ganscale.data.images.decoding import (
     image_extension,
     image_size,
 )
+from ganscale.shards.shard_index import pixel_size
 from tests.helpers.images import encoded
 
 
@@ -220,6 +222,34 @@ def test_exif_orientation_is_applied_to_pixels_and_size(file_format):
     data = encoded(turned, file_format, exif=exif, **options)
     assert image_size(data) == (40, 24)
     assert difference(decode(data, None, 3), np.asarray(upright)) < 4
+
+
+def test_exif_in_an_old_text_chunk_of_a_png_turns_pixels_and_size():
+    """As ImageMagick writes it; with the size that indexing records."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes()
+    text = PngInfo()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(raw):8d}\n{raw.hex()}\n")
+    data = encoded(colours(10, 20), "PNG", pnginfo=text)
+    assert decode(data, None, 3).shape == (20, 10, 3)
+    assert image_size(data) == (20, 10)
+    assert pixel_size(data) == (20, 10)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda data: decode(data, 4, 3), image_size, decoding.is_gray]
+)
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_lack_of_memory_is_no_damage(monkeypatch, function, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(decoding, "_open", fail)
+    with pytest.raises(type(error)):
+        function(encoded(colours(4, 4), "WEBP"))
 
 
 def test_the_centre_of_a_wide_image_is_kept():

@@ -11,6 +11,7 @@ import pytest
 from ganscale.data.dataset import open_data
 from ganscale.data.manifest import SAMPLE_ROW, Manifest, check_shards, update_fingerprint
 from ganscale.errors import UnavailableError, UserError
+from ganscale.files import FileLock
 from ganscale.schema import DataConfig
 from ganscale.shards.indexing import build_manifest
 from tests.helpers.fault_server import Fault, FaultServer
@@ -92,6 +93,16 @@ def test_rows_of_another_manifest_are_refused_and_nothing_of_them_stays(server, 
             Manifest.load(f"{server.url}/set", cache=tmp_path)
     server.objects[ROWS] = rows
     assert len(Manifest.load(f"{server.url}/set", cache=tmp_path).samples) == 12
+
+
+def test_a_process_that_was_stopped_does_not_keep_others_for_ever(server, tmp_path, monkeypatch):
+    Manifest.load(f"{server.url}/set", cache=tmp_path)
+    (lock_file,) = (tmp_path / "manifests").glob("*.lock")
+    monkeypatch.setattr("ganscale.data.remote.objects.STALL_SECONDS", 0.1)
+    with FileLock(lock_file) as lock:
+        assert lock.acquire()
+        with pytest.raises(UnavailableError, match="has been fetching the manifest"):
+            Manifest.load(f"{server.url}/set", cache=tmp_path, retry_seconds=0)
 
 
 def test_missing_and_unreachable_manifests_are_named(server, tmp_path):

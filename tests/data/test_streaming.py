@@ -19,6 +19,7 @@ import torch
 
 from ganscale.data.batch import Batch
 from ganscale.data.dataset import open_data
+from ganscale.data.remote import connections
 from ganscale.data.streaming.loader import StreamLoader
 from ganscale.data.streaming.tar_stream import check_urls, is_streamed, stream_identity, stream_urls
 from ganscale.errors import UnavailableError, UserError
@@ -254,6 +255,7 @@ def test_a_cut_image_never_gets_the_next_shards_label(streams: Streams, tmp_path
     [
         ("cls", b"2\n", 2),
         ("cls", b"cat", -1),
+        ("cls", str(2**31 - 1).encode(), 2**31 - 1),
         ("json", b'{"label": 1}', 1),
         ("json", b'{"label": "2"}', 2),
         ("json", b'{"class": [3.0]}', 3),
@@ -276,6 +278,29 @@ def test_labels_beyond_the_classes_are_refused_with_the_expected_range(
     path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), ("0.cls", b"7")])
     with pytest.raises(UserError, match=r"has label 7, not one of data\.class_count=5 classes"):
         next(streams(path, class_count=5))
+
+
+@pytest.mark.parametrize("label", [2**31, 10**20, -5])
+def test_a_label_that_cannot_be_a_class_is_refused(
+    streams: Streams, tmp_path: Path, label: int
+) -> None:
+    path = write_tar(tmp_path / "a.tar", [("0.png", numbered(0)), ("0.cls", b"%d" % label)])
+    with pytest.raises(UserError, match=f"has label {label}, which is not the number of a class"):
+        next(streams(path))
+
+
+def test_shards_need_no_utf8_in_their_names(streams: Streams, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "tr\udcffain.tar", [("0.png", numbered(0))])
+    (batch,) = some(streams(path), 1)
+    assert {*numbers_in([batch])} == {0}
+
+
+def test_a_command_that_closes_its_output_and_goes_on_is_ended() -> None:
+    connection = connections.connect("pipe:echo a; exec >&-; sleep 600", 0, stall_seconds=1.0)
+    with contextlib.closing(connection):
+        assert connection.read(100) == b"a\n"
+        with pytest.raises(TimeoutError, match="did not end within 1 s"):
+            connection.read(100)
 
 
 @pytest.mark.parametrize(

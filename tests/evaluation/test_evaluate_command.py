@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ganscale.checkpoints.checkpoint import checkpoint_folders
 from ganscale.cli.evaluate import as_json
 from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
@@ -19,6 +20,7 @@ from ganscale.evaluation.quality.statistics_files import save_statistics
 from ganscale.shards.sources import image_reader, list_images
 from tests.helpers.images import encoded
 from tests.helpers.runs import Runs
+from tests.helpers.tars import truncate
 
 COUNT = 60
 NETWORK = ("--network", "tests.helpers.feature_networks:Projection")
@@ -198,6 +200,36 @@ def test_an_exported_generator_has_the_figures_of_its_run(
     one, other = json.loads(capsys.readouterr().out)
     assert one["eval/fd_Projection"] == pytest.approx(other["eval/fd_Projection"], rel=1e-9)
     assert one["eval/identity"] == other["eval/identity"]
+
+
+def test_one_damaged_checkpoint_does_not_lose_the_figures_of_the_others(
+    runs: Runs, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("training.total_images=96", "checkpoint.every_images=32", "checkpoint.keep_last=9")
+    runs.finish("run", *settings, f"data.cache={tmp_path}/cache")
+    checkpoints = checkpoint_folders(runs.folder / "run" / "checkpoints")
+    assert len(checkpoints) == 3
+    truncate(checkpoints[1] / "ema.safetensors", 100)
+    capsys.readouterr()
+    common = ["--reference", str(digits), "--samples", "50", "--json", *NETWORK]
+    assert main(["evaluate", str(runs.folder / "run"), "--checkpoint", "all", *common]) == 2
+    printed = capsys.readouterr()
+    names = [Path(row["source"]).name for row in json.loads(printed.out)]
+    assert names == [checkpoints[0].name, checkpoints[2].name]
+    assert "error: 1 of 3 checkpoints could not be evaluated: " in printed.err
+    assert f"{checkpoints[1].name} is damaged or no longer there" in printed.err
+
+
+def test_weights_that_do_not_fit_the_code_get_one_sentence(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.finish("run", "training.total_images=32")
+    config = runs.folder / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("width: 4", "width: 8"))
+    capsys.readouterr()
+    grid = str(tmp_path / "grid.png")
+    assert main(["sample", str(runs.folder / "run"), "--grid", grid]) == 2
+    assert "the weights do not fit dcgan" in capsys.readouterr().err
 
 
 def test_figures_against_other_data_do_not_share_a_table(

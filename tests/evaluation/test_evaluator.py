@@ -156,6 +156,21 @@ def test_files_of_another_size_are_refused(
         evaluator.evaluate(images, lambda: False, lambda *_: None)
 
 
+def test_some_of_many_files_are_a_random_choice_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for number in range(100):
+        file = tmp_path / f"class{number // 25}" / f"{number:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encoded(np.full((4, 4), number, np.uint8)))
+    source = list_images(str(tmp_path))
+    chosen = FileImages(source, (1, 4, 4), 40)
+    numbers = chosen.chunk(range(40)).images[:, 0, 0, 0]
+    assert numbers.tolist() == sorted({*numbers.tolist()})
+    per_class = torch.bincount(numbers.long() // 25)
+    assert per_class.min() > 3
+    fewer = FileImages(source, (1, 4, 4), 20).chunk(range(20)).images[:, 0, 0, 0]
+    assert {*fewer.tolist()} < {*numbers.tolist()}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -164,6 +179,11 @@ def test_files_of_another_size_are_refused(
         ({"metrics": []}, "evaluation.metrics is empty"),
         ({"metrics": ["kid"], "reference": "x.npz"}, "`kid` needs the images of the reference"),
         ({"reference": "missing.npz"}, "missing.npz cannot be read"),
+        ({"metrics": ["recall"], "samples": 3}, "`recall` needs 4 samples or more, not 3"),
+        (
+            {"metrics": ["density"], "reference_images": 5},
+            "`density` needs 6 images of the reference or more, not 5",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_computed(

@@ -93,6 +93,23 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
+def test_a_conditional_export_has_the_classes_and_figures_of_its_run(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exported = str(tmp_path / "exported")
+    assert main(["checkpoint", "export", str(trained), exported]) == 0
+    capsys.readouterr()
+    asked = ["--reference", str(digits), "--samples", "48", "--json", "--metrics", "fd64"]
+    asked += ["--network", "tests.helpers.feature_networks:Projection", "--seed", "3"]
+    assert main(["evaluate", str(trained), exported, *asked]) == 0
+    printed = capsys.readouterr().out  # after what is logged
+    one, other = json.loads(printed[printed.index("[\n") :])
+    assert one["eval/fd64_Projection"] == pytest.approx(other["eval/fd64_Projection"], rel=1e-9)
+    assert one["eval/classes"] == other["eval/classes"]
+    assert one["eval/classes"].startswith("as in data ")
+    assert one["eval/identity"] == other["eval/identity"]
+
+
 def test_samples_are_truncated_for_any_count_and_in_an_export_alike(
     trained: Path, tmp_path: Path
 ) -> None:

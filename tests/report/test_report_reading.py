@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ganscale.cli.main import main
 from ganscale.errors import UserError
 from ganscale.report.curves import (
     drawable,
@@ -287,6 +288,16 @@ def test_a_summary_of_any_content_is_tolerated(make_run: MakeRun, text: str) -> 
     assert run_state(run)[0] == "in progress or killed"
     assert sessions_of(run) == [Session(0)]
     assert run.images_seen == 40 * 640
+
+
+def test_a_page_is_written_whatever_a_run_stores(make_run: MakeRun) -> None:
+    folder = make_run("demo")
+    bad = {"shards": {"tr\udcffain.tar": {"no image": 1}}}
+    (folder / "summary.json").write_text(json.dumps({"bad_samples": bad, "x": "tr\udcff"}))
+    with (folder / "log.txt").open("a", encoding="utf-8", errors="surrogateescape") as log:
+        log.write("2026-11-30 12:00:00 WARNING shard tr\udcffain.tar is cut\n")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!")
 
 
 def test_only_settings_that_differ_are_compared(make_run: MakeRun) -> None:

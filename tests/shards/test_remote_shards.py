@@ -137,6 +137,16 @@ def test_shards_behind_a_command_are_indexed_but_no_manifest_names_it(shards, tm
     assert "not read, since unchanged: 3 of 3 shards" in capsys.readouterr().out
 
 
+def test_another_command_is_read_again(tmp_path, capsys):
+    for version, count in (("v1", 3), ("v2", 5)):
+        write_tar(tmp_path / version / "a.tar", labelled(count))
+        command = f"pipe:cat {tmp_path}/{version}/{{}}"
+        output = str(tmp_path / "out")
+        arguments = ["index", command, "--names", "a.tar", "--output", output, "--workers", "1"]
+        assert run(*arguments) == 0
+        assert len(Manifest.load(output).samples) == count
+
+
 def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
     urls = [{"url": f"train/{i:03d}.tar", "nsamples": 4} for i in range(3)]
     (shards / "wids.json").write_text(json.dumps({"wids_version": 1, "shardlist": urls}))
@@ -158,6 +168,8 @@ def test_a_wids_index_on_a_server_is_read_and_written(server, shards, tmp_path):
         (["pipe:cat {}"], ["a.tar", "a.tar"], "given twice"),
         (["pipe:cat {}"], ["../a.tar"], "use relative names without"),
         (["pipe:cat {}"], ["/a.tar"], "use relative names without"),
+        (["pipe:cat {}"], ["./a.tar"], "use relative names without"),
+        (["pipe:cat {}"], ["a//b.tar"], "use relative names without"),
         (["http://a/x.tar", "http://b/x.tar"], [], "have no folder in common"),
         (["http://a/s/x.tar", "s3://a/s/y.tar"], [], "have no folder in common"),
         (["http://a/x.tar", "http://a/x.tar"], [], "twice"),

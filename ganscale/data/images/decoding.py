@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from ganscale.data.bad_samples import BadSampleError
 from ganscale.data.images.orientation import orientation, turned_upright
 from ganscale.data.images.sixteen_bits import eight_bits, has_few_bits, is_16_bit_png
+from ganscale.errors import is_out_of_memory
 from ganscale.resolution import Resolution, height_and_width
 
 try:
@@ -121,6 +122,9 @@ def _decode(data: bytes, size: Size | None, channels: int, out: np.ndarray | Non
 
 
 def _decode_error(problem: str, error: Exception) -> DecodeError:
+    """Raises `error` if memory ran out: the image may be fine."""
+    if is_out_of_memory(error):
+        raise error
     if isinstance(error, UnidentifiedImageError):
         return DecodeError("cannot be decoded: unknown image format", "no image")
     return DecodeError(f"{problem}: {error}")
@@ -135,7 +139,7 @@ def image_size(data: bytes) -> tuple[int, int]:
             return height, width
         image = _open(data)
         width, height = image.size
-        is_turned = _may_have_exif(data) and orientation(image) >= 5
+        is_turned = may_have_exif(data) and orientation(image) >= 5
         return (width, height) if is_turned else (height, width)
     except DecodeError:
         raise
@@ -175,7 +179,7 @@ def _refuse_bomb(height: int, width: int) -> None:
         raise DecodeError(detail, "too large")
 
 
-def _may_have_exif(data: bytes) -> bool:
+def may_have_exif(data: bytes) -> bool:
     """Whether to ask Pillow, which decodes a whole PNG to find its Exif data."""
     if not data.startswith(_JPEG):
         return any(name in data for name in (b"eXIf", b"EXIF", b"Raw profile type exif"))
@@ -190,7 +194,7 @@ def _may_have_exif(data: bytes) -> bool:
 
 def _open_upright(data: bytes, size: Size | None, channels: int) -> Image.Image:
     image = _open(data)
-    turn = orientation(image) if _may_have_exif(data) else 1
+    turn = orientation(image) if may_have_exif(data) else 1
     if image.format == "JPEG":
         stored = (size[1], size[0]) if size and turn >= 5 else size  # some lie on their side
         scale = _jpeg_scale(image.height, image.width, stored)
@@ -206,7 +210,7 @@ def _decode_jpeg(
 ) -> np.ndarray | None:
     """(height, width, channels) uint8 of a plain JPEG, in `out` if that has this shape; None for
     one that Pillow must decode."""
-    if simplejpeg is None or _may_have_exif(data):
+    if simplejpeg is None or may_have_exif(data):
         return None
     try:
         header = simplejpeg.decode_jpeg_header(data)
@@ -249,9 +253,9 @@ def _decode_plain_png(data: bytes, out: np.ndarray | None) -> np.ndarray | None:
     _refuse_bomb(height, width)
     mode = _PNG_MODES.get(colour)
     is_plain = depth == 8 and not is_interlaced and kinds <= _PNG_PLAIN_CHUNKS
-    may_have_exif = b"tEXt" in kinds and _may_have_exif(data)
+    has_exif_text = b"tEXt" in kinds and may_have_exif(data)
     is_valid = data[12:16] == b"IHDR" and 0 not in (height, width)
-    if mode is None or not is_plain or may_have_exif or not is_valid:
+    if mode is None or not is_plain or has_exif_text or not is_valid:
         return None
     shape = height, width, len(mode)
     if png_decode is None:

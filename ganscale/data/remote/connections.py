@@ -246,7 +246,15 @@ def _run(command: str, stall_seconds: float, stopped: threading.Event) -> Connec
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"printed nothing for {stall_seconds:g} s")
         data = os.read(output, min(at_most, 1 << 20))
-        if not data and (code := process.wait()):
+        if data:
+            return data
+        # It has closed its output, but may go on.
+        while (code := process.poll()) is None:
+            if stopped.wait(_POLL_SECONDS):
+                raise ConnectionAbortedError("stopped")
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"did not end within {stall_seconds:g} s of its last output")
+        if code:
             stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 300))
             end = stderr.read().decode(errors="replace").strip()
             problem = f"the command failed with exit code {code}: {end or 'no output on stderr'}"

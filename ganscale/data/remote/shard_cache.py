@@ -100,7 +100,8 @@ class ShardCache:
             threads.close(seconds)
 
     def _path(self, url: str, shard: Shard) -> Path:
-        name = shard.sha256 or hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
+        place = f"{shard.bytes} {url}".encode("utf-8", "surrogateescape")
+        name = shard.sha256 or hashlib.sha256(place).hexdigest()
         return self.folder / f"{name}.tar"
 
     def _prefetch(self, url: str, shard: Shard, path: Path) -> None:

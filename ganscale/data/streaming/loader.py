@@ -36,7 +36,7 @@ from ganscale.data.bad_samples import (
 )  # fmt: skip
 from ganscale.data.batch import Batch, BatchAllocator, allocate_batch
 from ganscale.data.images.decoding import decode_into
-from ganscale.data.labels import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
+from ganscale.data.labels import CLASS_LIMIT, IMAGE_EXTENSIONS, LABEL_EXTENSIONS, parse_label
 from ganscale.data.remote import objects
 from ganscale.data.shard_reader import too_large
 from ganscale.data.streaming.tar_stream import StreamedTars, shard_name
@@ -208,6 +208,8 @@ class _Stream:
         if classes and not 0 <= label < classes:
             expected = f"not one of data.class_count={classes} classes"
             raise BadSampleError(f"{has}, {expected}", "no class")
+        if not -1 <= label < CLASS_LIMIT:
+            raise BadSampleError(f"{has}, which is not the number of a class", "no class")
         return label
 
     def _samples_of_shards(self, shards: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

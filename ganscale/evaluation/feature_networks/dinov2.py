@@ -28,7 +28,7 @@ from ganscale.evaluation.feature_networks.preprocessing import (
 )
 from ganscale.evaluation.feature_networks.recipe import Place
 from ganscale.evaluation.feature_networks.weights_file import FULL_DISK
-from ganscale.files import sha256
+from ganscale.files import sha256, with_home
 
 NAME = "dinov2"
 _CONFIG, _WEIGHTS = "config.json", "model*.safetensors"
@@ -87,7 +87,7 @@ class DINOv2:
         )
 
     def _folder(self, retry_seconds: float) -> Path:
-        folder = Path(self.path).expanduser()
+        folder = with_home(self.path)
         return folder if folder.is_dir() else _fetch(self.path, retry_seconds)
 
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 from ganscale.data.remote import objects
 from ganscale.data.remote.cache_files import StallTimer
 from ganscale.errors import UserError
-from ganscale.files import FileLock, atomic_write
+from ganscale.files import FileLock, atomic_write, with_home
 
 _FOLDER = "feature_networks"
 _PIECE_BYTES = 1 << 20
@@ -26,7 +26,7 @@ def read_weights(location: str, sha256: str, cache: Path, retry_seconds: float) 
     """
     if objects.is_remote(location):
         return _Copy(location, sha256, cache).read(retry_seconds)
-    path = Path(location.removeprefix("file://")).expanduser()
+    path = with_home(location.removeprefix("file://"))
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -40,7 +40,7 @@ class _Copy:
 
     def __init__(self, address: str, sha256: str, cache: Path) -> None:
         self._address, self._sha256, self._cache = address, sha256, cache
-        self._folder = cache.expanduser() / _FOLDER
+        self._folder = with_home(cache) / _FOLDER
         self._path = self._folder / sha256
 
     def read(self, retry_seconds: float) -> bytes:
