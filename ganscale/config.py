@@ -102,6 +102,8 @@ def resolve(arguments: Sequence[str], *, is_stored: bool = False) -> Resolved:
             merged = _merge(merged, layer, source, origin)
     from_command_line: dict[str, Any] = {}
     for override in overrides:
+        if any("\ud800" <= character <= "\udfff" for character in override):
+            raise UserError(f"command line: {override!r} is not UTF-8, as a config must be")
         update(from_command_line, read_override(override))
     merged = _merge(merged, from_command_line, COMMAND_LINE, origin)
     if merged.run._get_node("name")._value() in ("", MISSING):
@@ -196,6 +198,11 @@ def _merge(base: Any, layer: dict[str, Any], source: str, origin: dict[str, str]
         merged = OmegaConf.merge(base, created)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {_type_mistake(error, created)}") from None
+    except OverflowError:  # an int that no float can hold
+        large = [
+            key for key, value in given.items() if isinstance(value, int) and abs(value) > 1e308
+        ]
+        raise UserError(f"{source}: `{large[0]}` is too large") from None
     for key in given:  # a number in place of a schedule, or the other way round
         _forget(origin, key)
         origin.pop(key.rpartition(".")[0], None)

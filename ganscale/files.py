@@ -1,5 +1,6 @@
 """Atomic files and folders, flushing, checksums, and locks between processes."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -60,6 +61,17 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_MISTAKES = {
+    errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+
+
+def is_users_mistake(error: OSError) -> bool:
+    """Whether the path or its permissions are wrong, and trying again later would not help."""
+    return error.errno in _MISTAKES
 
 
 def with_home(path: Path | str) -> Path:

@@ -108,7 +108,7 @@ class Runtime:
         set_tf32(tf32)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-        world_size, promised = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+        world_size, promised = accelerator.num_processes, launcher_number("WORLD_SIZE", 1)
         if world_size != promised:
             raise UserError(
                 f"the launcher promised {promised} ranks, but this process joined a world of "
@@ -127,7 +127,7 @@ class Runtime:
     @property
     def node_share(self) -> float:
         """The share of all ranks that run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / self.world_size
+        return launcher_number("LOCAL_WORLD_SIZE", 1) / self.world_size
 
     def prepare(self, module: nn.Module, compression: str = "none") -> nn.Module:
         """Moves `module` to the device and, on several ranks, wraps it in DDP.
@@ -279,6 +279,14 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
     work = dist.all_reduce(compressed, async_op=True)
     assert work is not None
     return work.get_future().then(lambda summed: gradients.copy_(summed.value()[0]))
+
+
+def launcher_number(name: str, default: int) -> int:
+    """A number that the launcher has set in the environment. Raises UserError for anything else."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal() or (name.endswith("WORLD_SIZE") and int(text) == 0):
+        raise UserError(f"{name} is {text!r}, which is not a number that a launcher sets")
+    return int(text)
 
 
 def set_tf32(is_allowed: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_holders: list[list[Any]] = []  # not by thread: autograd's look tensors up, too
+_holders: list[list[Any]] = []  # shared by all threads: autograd's look tensors up, too
 
 
 def cached_tensors(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:

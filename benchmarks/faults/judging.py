@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.faults.inflicting import newest_whole
 from benchmarks.faults.plan import CHECKPOINT, KEEP_LAST, KEPT
 from ganscale.checkpoints.checkpoint import checkpoint_folders, find_damage, images_seen_of
+from ganscale.checkpoints.retention import first_of_multiples
 
 # These depend on the machine and the moment; every stop also makes an audit.
 _VARYING = ("perf/", "audit/passed", "eval/seconds")
@@ -83,7 +84,8 @@ def judged(
 def checkpoints_expected(total_images: int) -> list[int]:
     """The images seen of the checkpoints that are kept to the end."""
     saved = [*range(CHECKPOINT, total_images, CHECKPOINT), total_images]
-    return [images for images in saved if images % KEPT == 0 or images in saved[-KEEP_LAST:]]
+    kept = first_of_multiples(saved, KEPT) | {*saved[-KEEP_LAST:]}
+    return [images for images in saved if images in kept]
 
 
 def last(run: Path) -> Path:

@@ -1,4 +1,5 @@
-"""Which checkpoints are kept: the last k, every m-th, the best; and always an undamaged one."""
+"""Which checkpoints are kept: the last k, the first at or after each multiple of m images, the
+best; and always an undamaged one."""
 
 import math
 from collections.abc import Sequence
@@ -67,6 +68,17 @@ def best_checkpoint(
     return min(candidates, key=lambda candidate: candidate[0], default=(0.0, None))[1]
 
 
+def first_of_multiples(positions: Sequence[int], every: int) -> set[int]:
+    """Of ascending numbers of images, the first at or after each multiple of `every`; none if that
+    is 0. Checkpoints are at ends of cycles, which need not be multiples."""
+    if every == 0:
+        return set()
+    first: dict[int, int] = {}
+    for position in positions:
+        first.setdefault(position // every, position)
+    return {position for multiple, position in first.items() if multiple > 0}
+
+
 def prune(
     root: Path, config: CheckpointConfig, *, verified: Path | None = None, dry_run: bool = False
 ) -> list[CheckpointInfo]:
@@ -79,11 +91,13 @@ def prune(
     dry_run: delete nothing
     """
     undamaged = [info for info in inspect_checkpoints(root) if info.damage is None]
-    every, best = config.keep_every_images, best_checkpoint(undamaged, config)
+    best = best_checkpoint(undamaged, config)
+    positions = [info.images_seen for info in undamaged]
+    spaced = first_of_multiples(positions, config.keep_every_images)
     expired = [
         info
         for info in undamaged[: -config.keep_last]
-        if info is not best and (every == 0 or info.images_seen % every) and info.folder != verified
+        if info is not best and info.images_seen not in spaced and info.folder != verified
     ]
     if verified is None and expired:
         kept = [info for info in undamaged if info not in expired]

@@ -38,7 +38,7 @@ def batch_positions(
     """A rank's share of the global batch that starts at `position`: (positions, slots).
 
     Both (global_batch_size / world_size,) int64. Slots count from `position` and are sorted by
-    lane, so a rank's contiguous run of them has the same lanes batch after batch.
+    lane, so, if the batch is a multiple of `lanes`, a rank has the same lanes in every batch.
     """
     positions = position + np.arange(global_batch_size)
     positions = positions[np.argsort(positions % lanes, kind="stable")]

@@ -109,7 +109,7 @@ class ShardReader:
 
     def close(self) -> None:
         """Ends fetching ahead and closes files, those that a thread is reading from when it is
-        done. A later read opens them again."""
+        done. Afterwards, remote shards that are not in the cache can no longer be fetched."""
         with self._lock:
             self._open.clear()
         if self._cache is not None:

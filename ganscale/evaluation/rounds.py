@@ -134,7 +134,7 @@ def _explained(error: Exception) -> Exception | None:
     if isinstance(error, _FAILURES):
         return error
     if isinstance(error, OSError):
-        return UnavailableError(f"the images cannot be read: {error}")
+        return UnavailableError(f"the evaluation cannot read a file: {error}")
     if isinstance(error, torch.linalg.LinAlgError):
         return UserError(f"the features' covariance has no eigenvalues: {error}")
     if is_out_of_memory(error):

@@ -58,7 +58,7 @@ def sampling_draws(seed: int, positions: Tensor) -> AbstractContextManager[None]
 
 
 def interpolation_positions(rows: int, columns: int) -> Int64[Tensor, " images"]:
-    """Of what a generator draws itself: the same within a row."""
+    """The positions for a generator's own draws: the same within a row."""
     return torch.arange(rows).repeat_interleave(columns)
 
 

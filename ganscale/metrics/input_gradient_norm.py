@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ganscale.metrics.meters import SQUARE
 from ganscale.networks.batch_groups import batch_group_size, every_nth_group
 from ganscale.networks.forward import buffers_restored, run_network
 from ganscale.objectives.penalties import input_gradients, norms
@@ -42,5 +43,5 @@ def input_gradient_norm_meters(
             lengths.append(norms(gradients).double())
     length = torch.cat(lengths)
     name = "input_gradient_norm/real"
-    means = {f"{name}_mean": length.mean(), f"{name}_square": length.square().mean()}
+    means = {f"{name}_mean": length.mean(), f"{name}{SQUARE}": length.square().mean()}
     return means, {f"{name}_max": length.amax()}

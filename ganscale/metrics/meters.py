@@ -15,6 +15,9 @@ Groups = dict[tuple[str, ...], Tensor]
 
 _STEPS_HELD, _VALUES_HELD = 64, 1 << 20
 
+SQUARE = " square"
+"""Ends the name of a mean of squares; no loss or penalty can have a name with a space."""
+
 
 class Scaled(NamedTuple):
     """`factor` times a scalar."""
@@ -34,7 +37,8 @@ Meter = Tensor | float | Scaled | NormOf
 
 
 class _Layout(NamedTuple):
-    """Of a meter: `factor`, times the 2-norm of `parts` scalars if there are any."""
+    """How a meter is computed: `factor` alone without parts, times the scalar for one part, times
+    the 2-norm for several."""
 
     name: str
     parts: int
@@ -199,13 +203,13 @@ def _summarize(
         rows = torch.stack(values).double().flatten(1)
         if index < len(kind.norms):
             name = kind.norms[index][0]
-            means |= {name: rows.mean(1), f"{name}_square": rows.square().mean(1)}
+            means |= {name: rows.mean(1), f"{name}{SQUARE}": rows.square().mean(1)}
             maxima[f"{name}_max"] = rows.amax(1)
         else:
             logits[kind.logits[index - len(kind.norms)][0]] = rows
     for name, rows in logits.items():
         means[f"logits/{name}_mean"] = rows.mean(1)
-        means[f"logits/{name}_square"] = rows.square().mean(1)
+        means[f"logits/{name}{SQUARE}"] = rows.square().mean(1)
         means[f"logits/{name}_sign_rate"] = rows.sign().mean(1)
     if logits:
         means["logits/pairs_in_order"] = (logits["real"] > logits["fake"]).double().mean(1)

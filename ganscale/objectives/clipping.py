@@ -7,14 +7,23 @@ for bit, without communication. Buffers are never clipped.
 import torch
 from torch import Tensor, nn
 
+from ganscale.errors import UserError
+
 
 def clipped_parameters(critic: nn.Module, scope: str) -> list[Tensor]:
     """The critic's parameters in `scope`: "all" as in the paper's code, or "weights".
 
     "weights" have two or more dimensions. The gains of norm layers have one: clipped to +-0.01,
-    they would extinguish the signal (measured: input gradients shrink a few hundred times).
+    they would extinguish the signal (measured: input gradients shrink a few hundred times). Frozen
+    parameters stay as they are.
+
+    Raises UserError if there are none.
     """
-    return [p for p in critic.parameters() if scope == "all" or p.ndim > 1]
+    trained: list[Tensor] = [p for p in critic.parameters() if p.requires_grad]
+    found = [p for p in trained if scope == "all" or p.ndim > 1]
+    if not found:
+        raise UserError("`objective.clip`: the critic has no weights to clip in that scope")
+    return found
 
 
 @torch.no_grad()

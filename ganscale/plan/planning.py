@@ -6,6 +6,7 @@ from dataclasses import astuple, replace
 
 import numpy as np
 
+from ganscale.checkpoints.retention import first_of_multiples
 from ganscale.data.dataset import open_data
 from ganscale.data.loader import chunks_and_depth
 from ganscale.data.manifest import Manifest
@@ -126,8 +127,8 @@ def checkpoint_positions(config: Config) -> np.ndarray:
 def _checkpoints_kept(config: Config, saved_at: np.ndarray) -> int:
     """The number of checkpoints at the end of the run; the best, even if it is kept anyway."""
     keep, every = config.checkpoint, config.checkpoint.keep_every_images
-    multiples = int((saved_at[: -keep.keep_last] % every == 0).sum()) if every else 0
-    return min(len(saved_at), keep.keep_last + multiples + bool(keep.best))
+    spaced = first_of_multiples(saved_at.tolist(), every) & {*saved_at[: -keep.keep_last].tolist()}
+    return min(len(saved_at), keep.keep_last + len(spaced) + bool(keep.best))
 
 
 def _host_memory(

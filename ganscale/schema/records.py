@@ -97,7 +97,10 @@ class CheckpointConfig:
     every_images: int = setting("Interval between checkpoints.", 100_000, unit="images", at_least=1)
     keep_last: int = setting("Newest checkpoints to keep.", 3, unit="checkpoints", at_least=1)
     keep_every_images: int = setting(
-        "Also keep checkpoints at multiples of this; 0: off.", 0, unit="images", at_least=0
+        "Also keep the first checkpoint at or after each multiple of this; 0: off.",
+        0,
+        unit="images",
+        at_least=0,
     )
     best: str = setting(
         "Also keep the checkpoint with the best value of this metric, such as eval/fid.", ""

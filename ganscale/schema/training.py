@@ -94,4 +94,8 @@ class EMAConfig:
     half_life_images: IntOrSchedule = setting(
         "Half-life of past weights; with 0, nothing is averaged.", 10_000, unit="images", at_least=0
     )
-    ramp_up: float = setting("Largest half-life, as a share of the images seen.", 0.05, at_least=0)
+    ramp_up: float = setting(
+        "Largest half-life, as a share of the images seen; with 0, nothing is averaged.",
+        0.05,
+        at_least=0,
+    )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from ganscale.supervision.failure_attribution import FailureCause
@@ -49,9 +50,11 @@ def _write_last_words(
             time.sleep(0.02)  # the other ranks write first, so that our message is the last line
     is_reporter = _is_reporter(rank, links)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with suppress(OSError, ValueError):  # a full disk
+            stream.flush()
     if is_reporter:
-        os.write(STDERR, f"error: {cause.message}\n".encode())
+        with suppress(OSError):
+            os.write(STDERR, f"error: {cause.message}\n".encode(errors="backslashreplace"))
     # The main thread's collective fails as other ranks leave; its error must not follow ours.
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (STDOUT, STDERR):

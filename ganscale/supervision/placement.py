@@ -9,13 +9,14 @@ from typing import Any
 import torch.distributed as dist
 
 from ganscale.errors import UserError
+from ganscale.runtime import launcher_number
 
 _LAST_PORT = 65_535
 
 
 @dataclass
 class Placement:
-    """Which rank the launcher has made of this process, and where rank 0 can be found."""
+    """The rank that the launcher gave this process, and where rank 0 can be found."""
 
     rank: int
     world_size: int
@@ -29,14 +30,14 @@ class Placement:
     @classmethod
     def from_environment(cls) -> "Placement":
         """Raises UserError for what the launcher has left out, and for numbers that cannot be."""
-        world_size = _number("WORLD_SIZE", 1)
+        world_size = launcher_number("WORLD_SIZE", 1)
         names = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
         if missing := [name for name in names if not os.environ.get(name)]:
             raise UserError(
                 f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} is not set: start the "
                 "ranks with `accelerate launch`, torchrun or the scripts in slurm/"
             )
-        rank, port = _number("RANK", 0), _number("MASTER_PORT", 0)
+        rank, port = launcher_number("RANK", 0), launcher_number("MASTER_PORT", 0)
         if rank >= world_size:
             raise UserError(f"RANK is {rank}, but WORLD_SIZE is {world_size}: ranks count from 0")
         if port > _LAST_PORT:
@@ -44,7 +45,7 @@ class Placement:
         return cls(
             rank,
             world_size,
-            _number("LOCAL_WORLD_SIZE", 1),
+            launcher_number("LOCAL_WORLD_SIZE", 1),
             os.environ.get("MASTER_ADDR", ""),
             port,
             os.environ.get("GANSCALE_HOSTS", "").split(),
@@ -103,12 +104,9 @@ class Placement:
             does = "listen" if is_server else "connect"
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"it cannot {does} at {self.address}: {reason}") from None
-        # A rank of another job that has come here by mistake finds nothing.
-        return dist.PrefixStore(os.environ.get("SLURM_JOB_ID", "run"), self._store)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal():
-        raise UserError(f"{name} is {text!r}, which is not a whole number")
-    return int(text)
+        # A rank of another job that has come here by mistake finds nothing, nor does an attempt
+        # find what the last one left in torchrun's store.
+        job, attempt = (
+            os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "TORCHELASTIC_RESTART_COUNT")
+        )
+        return dist.PrefixStore(f"{job}/{attempt}", self._store)

@@ -7,6 +7,7 @@ and goodbyes.
 
 import json
 import socket
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -22,18 +23,21 @@ class RankLink:
         self.connection = connection
         now = time.monotonic()
         self.status = RankStatus(rank, host, now, now)
-        self.is_joined = False  # all ranks are, as rank 0 has reported
-        self.cause: FailureCause | None = None  # of the run's end, as rank 0 has judged
+        self.is_joined = False  # rank 0 has reported that all ranks joined
+        self.cause: FailureCause | None = None  # why the run ends, as judged by rank 0
         self._is_open = True
         self._received = b""
         self._unsent = b""
+        self._sending = threading.Lock()
         connection.settimeout(0.0)
 
     def send(self, **message: Any) -> None:
-        """Never blocks: what the socket does not accept now is sent with the next message."""
-        self._unsent += json.dumps(message).encode() + b"\n"
-        with suppress(OSError):
-            self._unsent = self._unsent[self.connection.send(self._unsent) :]
+        """From any thread. Never blocks: what the socket does not accept now is sent with the next
+        message."""
+        with self._sending:
+            self._unsent += json.dumps(message).encode() + b"\n"
+            with suppress(OSError):
+                self._unsent = self._unsent[self.connection.send(self._unsent) :]
 
     def receive(self) -> bool:
         """Takes what has arrived; False once nothing more can."""

@@ -184,7 +184,12 @@ class Tracker:
                 self._received += chunk
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except ValueError:  # printed by something else, such as a sitecustomize
+                continue
+            if not isinstance(message, dict):
+                continue
             self.location = message.get("location", self.location)
             self._has_started |= "mode" in message
             self._user_error = message.get("user_error", self._user_error)

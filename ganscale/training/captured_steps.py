@@ -21,7 +21,7 @@ from ganscale.tensor_cache import holding_cached_tensors
 Number = float | Tensor
 Step = Callable[[Any, Mapping[str, Number]], Any]
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-"""Of a function without arguments: (its outputs, a function that computes them again in place)."""
+"""Takes a function without arguments; returns its outputs and one that recomputes them in place."""
 
 WARM_UP = 3  # steps of a kind before it is captured: they make caches and states
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ganscale.augmentation.transformations import Drawn
 from ganscale.data.batch import Batch
 from ganscale.data.images.preprocessing import FLIP, random_flip, to_network_range
-from ganscale.errors import UserError
 from ganscale.metrics.collapse import collapse_meters
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
 from ganscale.metrics.profiling import section, stopwatch
@@ -84,8 +83,6 @@ class Cycle:
         self._clipped = []
         if objective.clip is not None:
             self._clipped = clipped_parameters(state.critic, objective.clip.scope)
-            if not self._clipped:
-                raise UserError("`objective.clip`: the critic has no weights to clip in that scope")
 
     @property
     def images(self) -> int:
@@ -317,7 +314,7 @@ class Cycle:
         numbers: Mapping[str, float],
         is_eager: bool,
     ) -> Any:
-        """Captured steps are those of no row: its step has more to measure."""
+        """Runs a step, captured if possible; in logged cycles, which measure more, eagerly."""
         if self.captured_steps is None or is_eager:
             return step(inputs, numbers)
         return self.captured_steps.run(kind, step, inputs, numbers)

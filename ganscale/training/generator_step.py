@@ -137,9 +137,10 @@ class GeneratorStep(nn.Module):
             if fake_images is None:
                 with generator_draws(self._forwards.seed, GENERATOR_STEP, slots):
                     fake_images = self._run_generator(latents, labels)
+            fake_images = fake_images.to(real_images.dtype)  # in all forwards below
             # With or without the panel, a step computes the same bits.
             if self._needs_real and self._joins_forwards and saves_launches(real_images):
-                both = torch.cat([fake_images, real_images])  # in the wider dtype of the two
+                both = torch.cat([fake_images, real_images])
                 forward = self._forwards.of(("fake", "real"), augmentation, slots)
                 logits = forward(self._run_critic, both, twice(labels))
                 fake, real = at_least_float32(logits).chunk(2)

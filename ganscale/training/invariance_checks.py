@@ -91,7 +91,7 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
                     f"the {network}'s `{name}` has no shape before its first forward (a lazy "
                     "layer): give the layer its sizes"
                 )
-            if parameter._backward_hooks:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise UserError(
                     f"the {network}'s `{name}` has a gradient hook, which would see other "
                     "gradients on several ranks and in micro-batches: remove it"
@@ -99,6 +99,11 @@ def check_layers(generator: nn.Module, critic: nn.Module) -> None:
             if parameter.is_complex():
                 raise UserError(f"the {network}'s `{name}` is complex: weights must be real")
         for name, module in layers.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                raise UserError(
+                    f"the {network}'s layer `{name}` has extra state (get_extra_state), which "
+                    "checkpoints do not hold: keep it in buffers"
+                )
             if getattr(module, "max_norm", None) is not None:
                 raise UserError(
                     f"the {network}'s layer `{name}` has a max_norm, with which a forward changes "

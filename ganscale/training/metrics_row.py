@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from ganscale.metrics.meters import SQUARE
 from ganscale.runtime import Runtime
 from ganscale.training.state import TrainingState
 
@@ -65,8 +66,8 @@ def derived_metrics(means: dict[str, float]) -> dict[str, float]:
     """
     row = dict(means)
     for name, square in means.items():
-        if name.endswith("_square"):
-            stem = name.removesuffix("_square")
+        if name.endswith(SQUARE):
+            stem = name.removesuffix(SQUARE)
             mean = means[f"{stem}_mean"] if f"{stem}_mean" in means else means[stem]
             del row[name]
             row[f"{stem}_std"] = max(square - mean * mean, 0.0) ** 0.5

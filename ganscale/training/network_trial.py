@@ -167,6 +167,11 @@ def _check_penalties(objective: Objective, images: Tensor) -> None:
             parts = [(part, average) for part in (lengths, *lengths.split(2))]
             found[name] = _values(name, each.penalty.value, parts)
     for name, (whole, *halves) in found.items():
+        if whole.ndim:
+            raise UserError(
+                f"penalty {name} has the shape {tuple(whole.shape)}: it must be a scalar, the mean "
+                "over the batch"
+            )
         if not torch.isclose(whole, torch.stack(halves).mean(), rtol=1e-4, atol=0):
             raise UserError(
                 f"penalty {name} is not the mean of a function of each image, so it would depend "

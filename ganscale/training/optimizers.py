@@ -146,7 +146,7 @@ class Adam(Optimizer):
         skip: Tensor | None = None,
     ) -> None:
         super().__init__(parameters, config, skip, ("exp_avg", "exp_avg_sq"))
-        self._steps = torch.zeros((), device=self._device)  # with those that were skipped
+        self._steps = torch.zeros((), device=self._device)  # skipped ones included
         self._counts.append(self._steps)
         self._increments.append(torch.ones((), device=self._device))
 
@@ -199,7 +199,7 @@ class RMSprop(Optimizer):
         skip: Tensor | None = None,
     ) -> None:
         super().__init__(parameters, config, skip, ("square_avg", *_momentum(config)))
-        # Of a step that far away, the bias correction is 1.
+        # After infinitely many steps, the bias correction is 1.
         self._infinite_steps = torch.full((), math.inf, device=self._device)
 
     def _update(self, gradients: list[Tensor], learning_rate: Rate, images_seen: int) -> None:

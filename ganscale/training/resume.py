@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ganscale.checkpoints.checkpoint import newest_checkpoint
 from ganscale.config import Resolved, curve_changes, load_stored
 from ganscale.errors import UnavailableError, UserError
+from ganscale.files import is_users_mistake
 from ganscale.run_folder import RunFolder
 from ganscale.run_identity import KEEP_ID, claim_identity
 from ganscale.schema import Config
@@ -51,8 +52,7 @@ def open_run(folder: RunFolder, resolved: Resolved, fingerprint: str) -> OpenedR
     except OSError as error:
         folder.close()
         # A disk that is full or away may be back when the job is queued again.
-        is_mistake = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError))
-        kind = UserError if is_mistake else UnavailableError
+        kind = UserError if is_users_mistake(error) else UnavailableError
         raise kind(f"cannot use the run folder {folder.path}: {error}") from None
     except (ValueError, KeyError) as error:
         folder.close()
@@ -69,10 +69,9 @@ def accept_settings(folder: RunFolder, resolved: Resolved, fingerprint: str) -> 
     try:
         folder.write_config(_without_allow(resolved).to_yaml())
         folder.write_identity({**folder.read_identity(), "fingerprint": fingerprint})
-    except PermissionError as error:
-        raise UserError(f"cannot write to the run folder {folder.path}: {error}") from None
     except OSError as error:  # a full disk may have room when the job is queued again
-        raise UnavailableError(f"cannot write to the run folder {folder.path}: {error}") from None
+        kind = UserError if is_users_mistake(error) else UnavailableError
+        raise kind(f"cannot write to the run folder {folder.path}: {error}") from None
 
 
 def check_settings(folder: RunFolder, config: Config, fingerprint: str) -> tuple[Config, bool]:

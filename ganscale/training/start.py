@@ -1,6 +1,5 @@
 """What a run starts with: described in a few lines, or tried without training."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -10,12 +9,15 @@ from ganscale.checkpoints.checkpoint import images_seen_of, newest_checkpoint
 from ganscale.config import Resolved
 from ganscale.data.dataset import DataSet, open_data
 from ganscale.networks.build import parameter_count
+from ganscale.objectives.clipping import clipped_parameters
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
-from ganscale.runtime import has_slow_bfloat16
+from ganscale.runtime import has_slow_bfloat16, launcher_number
 from ganscale.schema import Config
 from ganscale.secrets import without_secrets
+from ganscale.tracking.wandb_mode import resolve_mode
 from ganscale.training.augmentation import check_augmentation
+from ganscale.training.captured_steps import captures_steps
 from ganscale.training.data_flow import check_data_flow
 from ganscale.training.evaluations import check_evaluations
 from ganscale.training.invariance_checks import check_batch_divides
@@ -77,7 +79,11 @@ def _slow_precision(config: Config, device: torch.device) -> list[str]:
 def try_start(resolved: Resolved) -> list[str]:
     """Makes everything that a run needs but its folder, and returns the lines that it would start
     with. Raises UserError for what `train` would refuse."""
-    config, ranks = resolved.config, int(os.environ.get("WORLD_SIZE", "1"))
+    config, ranks = resolved.config, launcher_number("WORLD_SIZE", 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    captures_steps(config, device, ranks)
+    if config.log.wandb == "online":
+        resolve_mode("online")
     check_batch_divides(config.training, ranks)
     objective = build_objective(config.objective)
     check_augmentation(config, objective)
@@ -86,10 +92,11 @@ def try_start(resolved: Resolved) -> list[str]:
     data.check(1.0)
     num_classes = class_count(config, data)
     networks = build_networks(config, objective, num_classes, torch.device("cpu"), ranks)
+    if objective.clip is not None:
+        clipped_parameters(networks[1], objective.clip.scope)
     check_evaluations(config, data)
     folder = RunFolder(Path(config.run.folder) / config.run.name)
     check_settings(folder, config, data.fingerprint)
     checkpoint = newest_checkpoint(folder.checkpoints, set_damaged_aside=False)
     resumed_at = None if checkpoint is None else images_seen_of(checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return describe_start(config, data, *networks, device, ranks, resumed_at)

@@ -18,7 +18,7 @@ Forward = Callable[[Critic, Tensor, Tensor | None], Tensor]
 
 CRITIC_STEP, GENERATOR_STEP = "critic step", "generator step"
 
-_FEW_PIXELS = 1 << 18  # 64 images of 64 pixels; no GPU has tried another number
+_FEW_PIXELS = 1 << 18  # 64 images of 64x64 pixels; no other number was tried on a GPU
 
 
 def generator_draws(seed: int, step: str, slots: Tensor | None) -> AbstractContextManager[None]:

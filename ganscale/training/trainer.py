@@ -25,6 +25,7 @@ from ganscale.errors import (
     UserError,
 )
 from ganscale.evaluation.figures import IDENTITY, is_figure
+from ganscale.files import is_users_mistake
 from ganscale.metrics.profiling import profile_cycles, section
 from ganscale.objectives.objective import build_objective
 from ganscale.run_folder import RunFolder
@@ -91,6 +92,7 @@ class Trainer:
         mark("loading the feature network", retry_seconds)
         with self._memory_explained():
             self.evaluations = Evaluations(config, self.data, runtime, self.state)
+        self.cycle = Cycle(config, self.objective, runtime, self.state)
 
         setup_logging(self.folder.log, runtime.rank)
         mark("opening the run folder", retry_seconds)
@@ -109,7 +111,6 @@ class Trainer:
         where = config, self.data, *networks, runtime.device, ranks, self.resumed_at
         for line in describe_start(*where):
             logger.info(line)
-        self.cycle = Cycle(config, self.objective, runtime, self.state)
         self.writer = CheckpointWriter(  # used on rank 0
             self.folder.checkpoints,
             config.checkpoint,
@@ -255,7 +256,7 @@ class Trainer:
             reporter.make_samples(self._is_stopped)
         if self._lacks_evaluation():
             evaluation = self._evaluate(reporter)
-            if evaluation is not None and evaluation.is_new_best:
+            if evaluation is not None:  # its row is not made again, so neither are its best figures
                 self._save(must_succeed=False)
         self.progress.mark("data", self.config.data.retry_seconds)
         prefetcher.prefetch(self.stop.is_requested)
@@ -362,7 +363,7 @@ class Trainer:
                 self.writer.finish()
             except OSError as error:
                 message = f"no checkpoint could be written at {images_seen:,} images: {error}"
-                kind = UserError if isinstance(error, PermissionError) else UnavailableError
+                kind = UserError if is_users_mistake(error) else UnavailableError
                 raise kind(message) from error
 
         self.runtime.run_on_main(save)

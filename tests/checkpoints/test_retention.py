@@ -47,6 +47,15 @@ def test_the_newest_and_the_multiples_are_kept(tmp_path, keep_last, keep_every, 
     assert {info.images_seen for info in deleted} == {*range(100, 700, 100)} - {*kept}
 
 
+def test_between_multiples_the_next_checkpoint_is_kept_whenever_prune_runs(tmp_path):
+    """Ends of cycles rarely are multiples: those of 96 images, with 200 asked for."""
+    keep = CheckpointConfig(keep_last=1, keep_every_images=200)
+    for images_seen in range(96, 1000, 96):
+        save(tmp_path, images_seen)
+        prune(tmp_path, keep)
+    assert names(tmp_path) == [288, 480, 672, 864, 960]
+
+
 @pytest.mark.parametrize(
     ("scores", "best_is", "best"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ganscale.config import load_stored, resolve
+from ganscale.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,15 @@ def test_options_are_read_as_yaml_1_2_reads_them(folder):
         found = resolve([folder.base, *arguments]).config.critic.options["x"]
         assert found == expected
         assert [*map(type, found)] == [*map(type, expected)]
+
+
+def test_what_no_float_and_no_file_can_hold_is_refused_in_one_sentence(folder):
+    for override, sentence in (
+        (f"ema.ramp_up={'1' * 400}", "`ema.ramp_up` is too large"),
+        ("run.name=a\udcff", "is not UTF-8"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            resolve([folder.base, override])
 
 
 @pytest.mark.parametrize("number", ["nan", ".nan", "NaN", "inf", "-inf", ".inf", "1e400"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.invariance import Combination, config_of, synthetic_batch
 from ganscale.evaluation.figures import Figures, Identity, figure_name
 from ganscale.metrics.input_gradient_norm import input_gradient_norm_meters
-from ganscale.metrics.meters import MeterAccumulator
+from ganscale.metrics.meters import SQUARE, MeterAccumulator
 from ganscale.metrics.performance import PerformanceMeter
 from ganscale.objectives.objective import build_objective
 from ganscale.runtime import Runtime
@@ -266,9 +266,16 @@ def test_the_share_of_a_peak_that_is_given(runtime):
 
 def test_a_deviation_of_equal_figures_is_zero_and_no_nan():
     mean = 0.1 + 0.2
-    row = derived_metrics({"a/x_mean": mean, "a/x_square": mean**2 * (1 - 1e-16), **WITH_LOGITS})
+    row = derived_metrics({"a/x_mean": mean, f"a/x{SQUARE}": mean**2 * (1 - 1e-16), **WITH_LOGITS})
     assert row["a/x_std"] == 0
-    assert "a/x_square" not in row
+    assert f"a/x{SQUARE}" not in row
+
+
+def test_a_users_loss_may_be_named_after_squares():
+    means = {"panel/critic/my_square": 2.0, "panel/critic/hinge": 1.0, **WITH_LOGITS}
+    means["panel/critic/hinge_square"] = 3.0
+    row = derived_metrics(means)
+    assert row == {**means, "logits/wasserstein": 3.0}
 
 
 WITH_LOGITS = {"logits/real_mean": 2.0, "logits/fake_mean": -1.0}

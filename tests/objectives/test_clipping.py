@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ganscale.errors import UserError
 from ganscale.objectives.clipping import clip_weights, clipped_fraction, clipped_parameters
 
 
@@ -45,6 +46,17 @@ def test_exactly_the_parameters_of_the_scope_are_clipped_and_no_buffer(critic, s
     for name, tensor in critic.state_dict().items():
         expected = np.clip(before[name].numpy(), -0.5, 0.5) if name in clipped else before[name]
         assert np.array_equal(tensor.numpy(), expected), name
+
+
+def test_frozen_parameters_are_not_clipped(critic):
+    for parameter in critic[0].parameters():
+        parameter.requires_grad_(False)
+    clipped = {id(each) for each in clipped_parameters(critic, "all")}
+    assert not clipped & {id(each) for each in critic[0].parameters()}
+    assert clipped == {id(each) for each in critic.parameters() if each.requires_grad}
+    critic.requires_grad_(False)
+    with pytest.raises(UserError, match="has no weights to clip in that scope"):
+        clipped_parameters(critic, "weights")
 
 
 def test_clipping_again_changes_nothing_and_leaves_no_graph(critic):

@@ -47,3 +47,20 @@ def test_the_older_spectral_norm_is_refused_with_the_newer_one_named():
 def test_a_layer_without_a_shape_is_refused_by_its_name():
     with pytest.raises(UserError, match=r"the critic's `1\.0\.weight` has no shape"):
         check_layers(nn.Linear(2, 2), nested(nn.LazyLinear(2)))
+
+
+def test_hooks_on_gradients_are_refused_whenever_they_run():
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        layer = nn.Linear(2, 2)
+        getattr(layer.weight, register)(lambda gradient: None)
+        with pytest.raises(UserError, match=r"the critic's `1\.0\.weight` has a gradient hook"):
+            check_layers(nn.Linear(2, 2), nested(layer))
+
+
+def test_state_that_checkpoints_do_not_hold_is_refused():
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"forwards": 3}
+
+    with pytest.raises(UserError, match=r"the generator's layer `1\.0` has extra state"):
+        check_layers(nested(Counting(2, 2)), nn.Linear(2, 2))

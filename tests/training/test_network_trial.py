@@ -188,6 +188,18 @@ def test_the_trial_of_our_own_networks_computes_no_more_than_a_step(batch, monke
     assert max(size for size, _ in seen) == batch  # real and fake images each
 
 
+def test_a_penalty_with_a_dimension_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "long_penalties.py").write_text(
+        "from ganscale.objectives.penalties import Penalty\n"
+        "def own() -> Penalty:\n"
+        "    value = lambda g: g.flatten(1).norm(dim=1).mean(dim=0, keepdim=True)\n"
+        "    return Penalty(lambda real, fake, draws: real, value)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"long_penalties:own has the shape \(1,\): it must be a"):
+        built(penalty="long_penalties:own")
+
+
 @pytest.mark.parametrize(
     ("value", "is_mean"),
     [

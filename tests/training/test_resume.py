@@ -247,5 +247,6 @@ def test_runs_have_distinct_ids_and_folders_are_made_as_needed(tmp_path, session
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path, sessions):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot use the run folder"):
-        open_run(RunFolder(tmp_path / "file" / "run"), sessions.settings(), "digits")
+    for path in ("file/run", "n" * 300):
+        with pytest.raises(UserError, match="cannot use the run folder"):
+            open_run(RunFolder(tmp_path / path), sessions.settings(), "digits")

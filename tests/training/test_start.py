@@ -106,6 +106,8 @@ def test_bfloat16_in_software_is_recognized_by_its_speed() -> None:
         ("evaluation.metrics=[fdd]", "there is no `fdd`"),
         ("evaluation.reference=nowhere", "no data set at nowhere"),
         ("evaluation.reference=none.npz", "there is no file none.npz"),
+        ("training.cuda_graphs='true'", "is not possible, since the device is cpu"),
+        ("log.wandb=online", "API key"),
         ("evaluation.network=tests.helpers.feature_networks:Nothing", "Nothing"),
         ("checkpoint.best=eval/fid", "is not among the figures of this run's evaluations"),
         ("training.generator_real=fresh", "generator_real` must be critic: the generator's loss"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.formulas import LOSSES, cross_entropy
 from ganscale.augmentation.pipelines import build_pipeline
-from ganscale.metrics.meters import MeterAccumulator, parts_of
+from ganscale.metrics.meters import SQUARE, MeterAccumulator, parts_of
 from ganscale.objectives.objective import Objective, build_objective
 from ganscale.objectives.penalties import Draws
 from ganscale.runtime import Runtime
@@ -99,7 +99,7 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(runtime, name, wit
         total = adversarial + WEIGHT * penalty
         shown |= {"penalty/wgan_gp": penalty, "loss/penalty_wgan_gp": WEIGHT * penalty}
         shown["penalty/wgan_gp_gradient_norm"] = norms.mean()
-        shown["penalty/wgan_gp_gradient_norm_square"] = (norms**2).mean()
+        shown[f"penalty/wgan_gp_gradient_norm{SQUARE}"] = (norms**2).mean()
         shown["penalty/wgan_gp_gradient_norm_max"] = norms.max()
     total.backward()
     close(loss, total)
@@ -310,15 +310,32 @@ def test_the_size_of_a_micro_batch_does_not_decide_on_precision(monkeypatch, pen
     close(*found, rtol=1e-5)
 
 
-def test_the_size_of_a_micro_batch_does_not_round_real_images_of_the_generators_step(monkeypatch):
+class MeanSquare(nn.Module):
+    """Of operators that autocast does not cast."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("is_augmented", [True, False])
+def test_the_size_of_a_micro_batch_does_not_round_images_of_the_generators_step(
+    monkeypatch, is_augmented
+):
     monkeypatch.setattr(step_forwards, "has_cheap_launches", lambda device: False)
     pipeline = build_pipeline("diffaugment", {}, 3)
     numbers = pipeline.draw("test").at(0, torch.arange(BATCH))
     drawn = {"parameters": pipeline.parameters(numbers, 1.0)}
-    inputs: dict[str, Any] = {"augmentation": {"real": drawn, "fake": drawn}, "labels": None}
+    inputs: dict[str, Any] = {"labels": None}
     inputs |= {"latents": draw(BATCH, 5).float(), "real_images": draw(BATCH, 3, 2, 2).float()}
-    networks = SmallGenerator().float(), SmoothCritic().float()
-    step = GeneratorStep(*networks, objective("relativistic"), "bfloat16", pipeline=pipeline)
+    if is_augmented:
+        inputs["augmentation"] = {"real": drawn, "fake": drawn}
+    networks = SmallGenerator().float(), SmoothCritic().float() if is_augmented else MeanSquare()
+    step = GeneratorStep(
+        *networks,
+        objective("relativistic"),
+        "bfloat16",
+        pipeline=pipeline if is_augmented else None,
+    )
     found = []
     for few_pixels in (0, 1 << 18):
         monkeypatch.setattr(step_forwards, "_FEW_PIXELS", few_pixels)

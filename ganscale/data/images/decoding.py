@@ -325,7 +325,9 @@ def _opaque(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _fit(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """The centre of `pixels`, resized to (*size, channels)."""
+    """The centre of `pixels`, resized to (*size, channels); `pixels` itself if it has this size."""
+    if pixels.shape[:2] == size:
+        return pixels
     height, width = pixels.shape[:2]
     rows, columns = _centre(height, width, size)
     top, left = (height - rows) // 2, (width - columns) // 2

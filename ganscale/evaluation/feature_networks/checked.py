@@ -79,8 +79,8 @@ def probe_images(sample_shape: tuple[int, int, int]) -> Tensor:
 
 
 def _padded(images: Tensor) -> Tensor:
-    """For a few images there are other kernels, with other roundings: 2e-6 on a CPU. So few are
-    repeated, that an image's features do not depend on what it shares a batch with."""
+    """Kernels for small batches round differently (2e-6 on a CPU). A small batch is filled up by
+    repeating its images, so that an image's features do not depend on the rest of its batch."""
     if len(images) >= _SMALLEST_BATCH:
         return images
     return images[torch.arange(_SMALLEST_BATCH, device=images.device) % len(images)]

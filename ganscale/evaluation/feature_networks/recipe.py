@@ -1,4 +1,4 @@
-"""What a feature network is made from, before it is made."""
+"""How a feature network is checked and built: the interface of all of them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from ganscale.evaluation.feature_networks.feature_network import FeatureNetwork
 
 @dataclass(frozen=True)
 class Place:
-    """Where a feature network is needed.
+    """What building a feature network depends on besides its options.
 
     sample_shape: (channels, height, width) of the images
     cache: the folder of this machine for files that are fetched
@@ -29,7 +29,7 @@ class Recipe(Protocol):
 
     @property
     def name(self) -> str:
-        """After which its figures are named."""
+        """The network's name in the names of its figures."""
         ...
 
     def check(self, place: Place) -> None:

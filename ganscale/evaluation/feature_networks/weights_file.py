@@ -17,8 +17,8 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def read_weights(location: str, sha256: str, cache: Path, retry_seconds: float) -> bytes:
-    """The content of the file at a path or an address. What is returned was verified, not what lay
-    on a disk a moment earlier: it may be executed.
+    """The content of the file at a path or an address. The returned bytes themselves are
+    verified, not a file that could change in between, because they may be executed.
 
     cache: a file from an address is kept in the sub-folder `feature_networks`
     Raises UserError for a file that is missing or another one, and for a cache that is full or

@@ -1,4 +1,4 @@
-"""What sets of features must fulfil before they are compared."""
+"""Checks of features before they are compared."""
 
 from jaxtyping import Float
 from torch import Tensor

@@ -170,6 +170,6 @@ def too_few_samples(count: int, dim: int) -> str | None:
     if count > dim:
         return None
     return (
-        f"{count:,} samples are too few for a Frechet distance of {dim:,} features, whose "
+        f"{count:,} samples are too few for a Fréchet distance of {dim:,} features, whose "
         f"covariance is then singular: take {_SAMPLES_PER_FEATURE * dim:,}, or a kernel distance"
     )
