@@ -119,6 +119,6 @@ def test_the_command_warns_of_fewer_samples_than_features(
     assert not caplog.messages
     assert main(["evaluate", *asked(digits), "--option", "dim=60"]) == 0
     (warning,) = caplog.messages
-    assert "60 samples are too few for a Frechet distance of 60 features" in warning
+    assert "60 samples are too few for a Fréchet distance of 60 features" in warning
     printed = capsys.readouterr().out
     assert json.loads(printed[printed.rindex("[") :])[0][FD] > 0
