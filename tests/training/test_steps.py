@@ -58,9 +58,9 @@ def generator_inputs(batch: int = BATCH) -> dict[str, Any]:
 
 
 LOGIT_FIGURES = {
-    "mean": torch.mean,
-    "square": lambda logits: (logits**2).mean(),
-    "sign_rate": lambda logits: 2 * (logits > 0).double().mean() - 1,
+    "_mean": torch.mean,
+    SQUARE: lambda logits: (logits**2).mean(),
+    "_sign_rate": lambda logits: 2 * (logits > 0).double().mean() - 1,
 }
 
 
@@ -86,8 +86,8 @@ def test_the_critic_steps_loss_and_gradients_are_the_formulas(runtime, name, wit
     real, fake = by_hand(inputs["real_images"]), by_hand(inputs["fake_images"])
     terms = LOSSES[name].critic(real, fake)
     adversarial = total = sum(terms, torch.tensor(0.0))
-    shown = {f"logits/real_{name}": figure(real) for name, figure in LOGIT_FIGURES.items()}
-    shown |= {f"logits/fake_{name}": figure(fake) for name, figure in LOGIT_FIGURES.items()}
+    shown = {f"logits/real{name}": figure(real) for name, figure in LOGIT_FIGURES.items()}
+    shown |= {f"logits/fake{name}": figure(fake) for name, figure in LOGIT_FIGURES.items()}
     shown["logits/pairs_in_order"] = (
         torch.tensor([r > f for r, f in zip(real.tolist(), fake.tolist(), strict=True)])
         .double()
