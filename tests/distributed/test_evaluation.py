@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ganscale.checkpoints.checkpoint import load_state
 from tests.helpers.processes import HANG_SECONDS, REPOSITORY, end_tree, wait_until
 from tests.helpers.ranks import Ranks
 from tests.helpers.runs import Runs, checkpoint_bits, read_rows
@@ -127,6 +128,8 @@ def test_an_evaluation_that_a_stop_interrupts_is_made_after_the_resume(
     assert not figures(runs, "stopped")
     runs.finish("stopped", *settings, "evaluation.every_images=640")
     assert figures(runs, "stopped") == figures(runs, "whole")[-1:]
+    best = load_state(runs.checkpoints("stopped")[-1])["best_figures"]
+    assert best[FD] == {"value": figures(runs, "stopped")[-1][FD], "images_seen": 640}
     assert "finished already" in runs.finish("stopped", *settings, "evaluation.every_images=640")
 
 
