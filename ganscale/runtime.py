@@ -282,10 +282,13 @@ def _average_in_bfloat16(_: None, bucket: dist.GradBucket) -> torch.futures.Futu
 
 
 def launcher_number(name: str, default: int) -> int:
-    """A number that the launcher has set in the environment. Raises UserError for anything else."""
+    """A number that the launcher has set in the environment. Raises UserError for anything else,
+    and for a world without ranks."""
     text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or (name.endswith("WORLD_SIZE") and int(text) == 0):
-        raise UserError(f"{name} is {text!r}, which is not a number that a launcher sets")
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r}, which is not a whole number")
+    if name.endswith("WORLD_SIZE") and int(text) == 0:
+        raise UserError(f"{name} is 0, but there is at least one rank")
     return int(text)
 
 

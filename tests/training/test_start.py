@@ -54,6 +54,25 @@ def test_a_dry_run_says_what_would_start_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
+    ("ranks", "sentence"),
+    [
+        ("abc", "is 'abc', which is not a whole number"),
+        ("0", "is 0, but there is at least one rank"),
+    ],
+)
+def test_a_dry_run_refuses_a_launcher_that_counts_no_ranks(
+    runs: Runs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ranks: str,
+    sentence: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert main(["train", *runs.settings("new"), "--dry-run"]) == 2
+    assert f"WORLD_SIZE {sentence}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("precision", "stages", "is_slow", "says_so"),
     [
         ("bfloat16", 0, True, True),
