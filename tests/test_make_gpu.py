@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import STEPS, Step, main, measure
+from ganscale.runtime import has_slow_bfloat16
 from tests.helpers.processes import REPOSITORY
 
 ON_CPU = {
@@ -27,6 +29,9 @@ def small(name: str, *arguments: str) -> Step:
     return Step(name, (*step.arguments, *arguments))
 
 
+@pytest.mark.skipif(
+    has_slow_bfloat16(torch.device("cpu")), reason="bfloat16 in software takes too long"
+)
 def test_results_are_written_with_versions_tests_rows_and_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
