@@ -1,11 +1,13 @@
 """How good emoji of 32 pixels a recipe makes after a given time, from 3,786 images.
 
     python -m benchmarks.emoji [--quick] [--json FILE] [--recipe NAME] [--seeds N] [--minutes N]
-        [--sheets FOLDER] [--set SETTING=VALUE]
+        [--images N] [--sheets FOLDER] [--set SETTING=VALUE]
 
 Every recipe trains for the same time, as `ganscale train` does, in one process with torch's default
-number of threads (OMP_NUM_THREADS=1 for one core). At a sixth, two sixths, ... of its images, 3,786
-samples of the EMA generator are compared with all images by the features of EfficientNet-lite0:
+number of threads (OMP_NUM_THREADS=1 for one core). The time gives a number of images, by the speed
+of the recipe's cycles just before; `--images` names it instead, for a machine that does other
+things meanwhile. At a sixth, two sixths, ... of its images, 3,786 samples of the EMA generator are
+compared with all images by the features of EfficientNet-lite0:
 
 - KID, which does not depend on the number of samples: 0.007 between halves of the images
 - fd64: the Frechet distance on the 64 main components of the images' features
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.ours import CONFIGS
 from benchmarks.report import Row, argument_parser, table, write
-from benchmarks.timed_runs import train_for
+from benchmarks.timed_runs import images_within, train_for
 from ganscale.cli.main import main as ganscale
 from ganscale.evaluation.figures import figure_name
 from ganscale.run_folder import RunFolder, read_json_lines
@@ -88,7 +90,9 @@ def train(recipe: str, seed: int, folder: Path, options: argparse.Namespace) -> 
     if options.quick:
         settings += ["evaluation.samples=200", "evaluation.reference_images=200"]
         evaluations = 1
-    run = train_for(60 * options.minutes, settings, Runtime.start(), evaluations)
+    runtime = Runtime.start()
+    images = options.images or images_within(60 * options.minutes, settings, runtime)
+    run = train_for(images, settings, runtime, evaluations)
     run_folder: RunFolder = run.trainer.folder
     rows = [*read_json_lines(run_folder.record)]
     names = {metric: figure_name(metric, _NETWORK) for metric in METRICS}
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="only these")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training, each (8)")
+    parser.add_argument("--images", type=int, help="of training, each, instead of a time")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="copy sample grids there")
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     options = parser.parse_args()

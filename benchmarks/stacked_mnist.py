@@ -31,7 +31,7 @@ from benchmarks.stacked_digits import (
     train_classifier,
     write_stacked,
 )
-from benchmarks.timed_runs import train_for
+from benchmarks.timed_runs import images_within, train_for
 from ganscale.evaluation.figures import figure_name
 from ganscale.runtime import Runtime
 
@@ -109,7 +109,7 @@ def train(objective: str, folder: Path, weights: Path, size: Size, runtime: Runt
         f"evaluation.options.weights={weights}",
         f"evaluation.samples={size.samples}",
     ]
-    run = train_for(size.seconds, settings, runtime)
+    run = train_for(images_within(size.seconds, settings, runtime), settings, runtime)
     modes, divergence = (
         run.trainer.newest_metrics[figure_name(metric, NETWORK)] for metric in ("modes", "class_kl")
     )

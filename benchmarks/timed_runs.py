@@ -1,4 +1,4 @@
-"""Whole training runs of a given time, for benchmarks that compare what they learn."""
+"""Whole training runs of a given length, for benchmarks that compare what they learn."""
 
 import contextlib
 import sys
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks.ours import cycles_within
 from ganscale.config import resolve
 from ganscale.runtime import Runtime
+from ganscale.schema import Config
 from ganscale.training.trainer import Trainer
 
 
@@ -25,18 +26,22 @@ class TimedRun:
     seconds: float
 
 
-def train_for(
-    seconds: float, settings: Sequence[str], runtime: Runtime, evaluations: int = 1
-) -> TimedRun:
-    """Trains about that long, as `ganscale train` does with these settings.
-
-    The number of images follows from the speed of its cycles, measured just before, since learning
-    rates may decay over the whole run. Reports are not what is measured: there are rows, sample
-    grids and evaluations at `evaluations` equal steps only, and a checkpoint at the end.
-    """
+def images_within(seconds: float, settings: Sequence[str], runtime: Runtime) -> int:
+    """The images of a run that takes about that long, by the speed of its cycles now."""
     config = resolve([*settings, "training.total_images=1"]).config
-    cycles = cycles_within(seconds, config, runtime)
-    part = -(-cycles // evaluations) * config.objective.n_critic * config.training.global_batch_size
+    return cycles_within(seconds, config, runtime) * _images_per_cycle(config)
+
+
+def train_for(
+    images: int, settings: Sequence[str], runtime: Runtime, evaluations: int = 1
+) -> TimedRun:
+    """Trains for at least that many images, as `ganscale train` does with these settings.
+
+    Reports are not what is measured: there are rows, sample grids and evaluations at `evaluations`
+    equal steps only, and a checkpoint at the end.
+    """
+    per_cycle = _images_per_cycle(resolve([*settings, "training.total_images=1"]).config)
+    part = -(-images // (evaluations * per_cycle)) * per_cycle
     images = part * evaluations
     intervals = dict.fromkeys(("samples", "evaluation", "log"), part)
     intervals |= dict.fromkeys(("checkpoint", "audit"), images)
@@ -48,3 +53,7 @@ def train_for(
         if trainer.run() != 0:
             raise RuntimeError("the run was stopped")
     return TimedRun(trainer, images, time.perf_counter() - started)
+
+
+def _images_per_cycle(config: Config) -> int:
+    return config.objective.n_critic * config.training.global_batch_size

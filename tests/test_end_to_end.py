@@ -148,7 +148,8 @@ def test_the_complete_configs_train(tmp_path: Path, digits: Path, config: str) -
     command = ["train", str(REPOSITORY / "configs" / f"{config}.yaml"), f"run.folder={tmp_path}"]
     small = ["training.global_batch_size=4", "generator.options.width=8", "critic.options.width=8"]
     short = ["training.total_images=20", "samples.count=1", "log.wandb=disabled"]
-    assert main([*command, *small, *short, f"data.path={digits}"]) == 0
+    few = ["evaluation.samples=8", "evaluation.reference_images=64"]
+    assert main([*command, *small, *short, *few, f"data.path={digits}"]) == 0
 
 
 _MY_NETS = """

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.ranks import run_ranks
-from ganscale.plan.planning import make_plan
+from ganscale.objectives.objective import build_objective
+from ganscale.plan.communication import communication
+from ganscale.plan.networks import planned_files, planned_networks
 from ganscale.plan.sections import Communication
 from ganscale.schema import Config
 from tests.helpers.runs import TINY
@@ -62,10 +64,13 @@ def reduced_bytes(operands: list, gradient_bytes: int) -> int:
 
 
 def planned(config: Config) -> Communication:
-    """Between two nodes of one rank each."""
-    communication = make_plan(config, nodes=2, gpus_per_node=1).communication
-    assert communication is not None
-    return communication
+    """Between two ranks."""
+    networks = planned_networks(config, num_classes=0)
+    tensors = sum(map(len, planned_files(config, *networks).values()))
+    objective = build_objective(config.objective)
+    found = communication(config, objective, *networks, ranks=2, audited_tensors=tensors)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
