@@ -1,13 +1,14 @@
 """How good emoji of 32 pixels a recipe makes after a given time, from 3,786 images.
 
     python -m benchmarks.emoji [--quick] [--json FILE] [--recipe NAME] [--seeds N] [--minutes N]
-        [--images N] [--sheets FOLDER] [--set SETTING=VALUE]
+        [--images N] [--folder FOLDER] [--sheets FOLDER] [--set SETTING=VALUE]
 
 Every recipe trains for the same time, as `ganscale train` does, in one process with torch's default
 number of threads (OMP_NUM_THREADS=1 for one core). The time gives a number of images, by the speed
 of the recipe's cycles just before; `--images` names it instead, for a machine that does other
-things meanwhile. At a sixth, two sixths, ... of its images, 3,786 samples of the EMA generator are
-compared with all images by the features of EfficientNet-lite0:
+things meanwhile. With `--images` and `--folder`, a run that was stopped continues. At a sixth, two
+sixths, ... of its images, 3,786 samples of the EMA generator are compared with all images by the
+features of EfficientNet-lite0:
 
 - KID, which does not depend on the number of samples: 0.007 between halves of the images
 - fd64: the Frechet distance on the 64 main components of the images' features
@@ -130,14 +131,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each recipe (3)")
     parser.add_argument("--minutes", type=float, default=8.0, help="of training, each (8)")
     parser.add_argument("--images", type=int, help="of training, each, instead of a time")
+    parser.add_argument("--folder", type=Path, help="for the data and the runs (a temporary one)")
     parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="copy sample grids there")
     parser.add_argument("--set", action="append", default=[], metavar="SETTING=VALUE")
     options = parser.parse_args()
     if options.quick:
         options.minutes, options.seeds = 0.1, 1
     results: list[Result] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder: Path = options.folder or Path(temporary)
         if ganscale(["shards", "write", "bundled:emoji", str(folder / "data")]) != 0:
             raise RuntimeError("the emoji could not be written")
         recipes = options.recipe or ([*RECIPES][:1] if options.quick else [*RECIPES])

@@ -18,7 +18,7 @@ class TimedRun:
     """A run that has ended.
 
     images: that its critic has seen
-    seconds: of the whole run, with its start and its evaluations
+    seconds: of the whole run, with its start and its evaluations, but not from before a stop
     """
 
     trainer: Trainer
@@ -38,13 +38,13 @@ def train_for(
     """Trains for at least that many images, as `ganscale train` does with these settings.
 
     Reports are not what is measured: there are rows, sample grids and evaluations at `evaluations`
-    equal steps only, and a checkpoint at the end.
+    equal steps only, and checkpoints there. A run that was stopped continues.
     """
     per_cycle = _images_per_cycle(resolve([*settings, "training.total_images=1"]).config)
     part = -(-images // (evaluations * per_cycle)) * per_cycle
     images = part * evaluations
-    intervals = dict.fromkeys(("samples", "evaluation", "log"), part)
-    intervals |= dict.fromkeys(("checkpoint", "audit"), images)
+    intervals = dict.fromkeys(("samples", "evaluation", "log", "checkpoint"), part)
+    intervals["audit"] = images
     lengths = [f"{section}.every_images={count}" for section, count in intervals.items()]
     started = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):

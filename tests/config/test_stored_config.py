@@ -20,7 +20,7 @@ def test_text_with_interpolations_in_it_is_stored_and_loaded_as_text(folder, mon
     assert config.data.path == "token-${seed}"
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(text=st.text("\\\\${}ab:.", max_size=12))
 def test_every_text_is_stored_and_loaded_as_it_is(tmp_path_factory, stored, text):
     config = dataclasses.replace(stored, data=dataclasses.replace(stored.data, path=text))

@@ -9,10 +9,11 @@ from tests.distributed.test_promise import curve
 from tests.helpers.processes import HANG_SECONDS, REPOSITORY, Process, end_tree, wait_until
 from tests.helpers.runs import SCHEDULED, SCHEDULES, Runs, checkpoint_bits
 
+_CHECKPOINT_EVERY = 160
 _SETTINGS = (
-    "training.total_images=3200",
-    "checkpoint.every_images=320",
-    "log.every_images=160",
+    "training.total_images=1600",
+    f"checkpoint.every_images={_CHECKPOINT_EVERY}",
+    "log.every_images=80",
     *SCHEDULES,
 )
 
@@ -22,7 +23,10 @@ def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) ->
 
     def are_written() -> bool:
         written = runs.checkpoints(name)
-        return bool(written) and int(written[-1].name.removeprefix("images-")) >= count * 320
+        return (
+            bool(written)
+            and int(written[-1].name.removeprefix("images-")) >= count * _CHECKPOINT_EVERY
+        )
 
     wait_until(are_written, process=process)
 
@@ -119,8 +123,7 @@ def test_stylegan2_is_killed_and_continues_on_more_ranks_with_other_micro_batche
 ) -> None:
     """Noise, style mixing, groups, path length and the adaptive controller among them."""
     runs.networks = "stylegan2"
-    settings = (*_SETTINGS[1:3], *_STYLEGAN2, "training.precision=float64")
-    settings = ("training.total_images=1600", *settings)
+    settings = (*_SETTINGS[:3], *_STYLEGAN2, "training.precision=float64")
     runs.finish("whole", *settings)
     allowed = "resume.allow=[training.accumulate]"
     for checkpoints, ranks, accumulate in ((1, 1, 1), (3, 2, 2)):
