@@ -70,6 +70,16 @@ def test_samples_come_from_the_checkpoint_that_is_asked_for(
     assert "no checkpoint images-1; choose from images-000000160, images-000000320" in said
 
 
+@pytest.mark.parametrize("name", ["grid", "grid.xyz", "grid.psd"])  # Pillow only reads .psd
+def test_a_grid_needs_the_extension_of_a_picture(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    grid = tmp_path / "new" / name
+    assert main(["sample", str(trained), "--grid", str(grid)]) == 2
+    assert f"{grid} needs the extension of a picture" in capsys.readouterr().err
+    assert not grid.parent.exists()
+
+
 def test_every_loss_stands_in_the_panel_of_every_row(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for row in (row for row in rows if "loss/critic" in row):

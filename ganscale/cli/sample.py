@@ -45,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not (arguments.grid or arguments.folder or arguments.shards):
         raise UserError("choose an output: --grid PNG, --folder DIR or --shards DIR")
+    if arguments.grid:
+        sample_files.check_extension(arguments.grid)
     count = arguments.count
     columns = arguments.columns or max(1, round(math.sqrt(count)))
     folder = RunFolder(arguments.run_folder)
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         if path := arguments.shards:
             sample_files.write_shards(generate(), path, labels)
             print(f"{count} images in shards in {path}")
-    except (OSError, ValueError) as error:  # ValueError: Pillow does not know the file extension
+    except OSError as error:
         raise UserError(f"the images cannot be written: {error}") from error
     except Exception as error:
         if not is_out_of_memory(error):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
 from ganscale.data.images.grid import image_grid, to_pil_image
@@ -13,6 +14,12 @@ from ganscale.errors import UserError
 from ganscale.shards.indexing import build_manifest
 
 Chunks = Iterable[UInt8[Tensor, "chunk height width channels"]]
+
+
+def check_extension(path: Path) -> None:
+    """Raises UserError if Pillow writes no pictures with such a name."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UserError(f"{path} needs the extension of a picture, such as .png")
 
 
 def write_grid(chunks: Chunks, path: Path, columns: int) -> None:

@@ -103,16 +103,6 @@ class ClassSums:
         )
 
 
-def class_scores(
-    probabilities: Float[Tensor, "samples classes"], splits: int = SPLITS
-) -> ClassScores:
-    """Of samples in the order of their positions. Raises UserError as `ClassSums`."""
-    samples, classes = probabilities.shape
-    sums = ClassSums(classes, samples, splits, probabilities.device)
-    sums.add(probabilities, torch.arange(samples))
-    return sums.scores()
-
-
 def class_divergence(
     histogram: Num[Tensor, " classes"], reference: Num[Tensor, " reference_classes"]
 ) -> float:
