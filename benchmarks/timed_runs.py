@@ -43,7 +43,7 @@ def train_for(
     per_cycle = _images_per_cycle(resolve([*settings, "training.total_images=1"]).config)
     part = -(-images // (evaluations * per_cycle)) * per_cycle
     images = part * evaluations
-    intervals = dict.fromkeys(("samples", "evaluation", "log", "checkpoint"), part)
+    intervals = {"samples": part, "evaluation": part, "log": part, "checkpoint": part}
     intervals["audit"] = images
     lengths = [f"{section}.every_images={count}" for section, count in intervals.items()]
     started = time.perf_counter()

@@ -13,6 +13,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _holders: list[list[Any]] = []  # shared by all threads: autograd's look tensors up, too
+_clear: list[Callable[[], None]] = []  # of every cache
 
 
 def cached_tensors(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -20,6 +21,7 @@ def cached_tensors(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         cached = lru_cache(maxsize)(function)
+        _clear.append(cached.cache_clear)
 
         @wraps(function)
         def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -31,6 +33,12 @@ def cached_tensors(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return look_up
 
     return decorate
+
+
+def clear_cached_tensors() -> None:
+    """So that what is used next is made anew, for a count of all tensors."""
+    for clear in _clear:
+        clear()
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from benchmarks.stacked_digits import (
 from ganscale.data.images.decoding import decode
 from ganscale.data.manifest import Manifest
 from ganscale.data.shard_reader import ShardReader
-from ganscale.evaluation.quality.class_scores import ClassScores, class_divergence, class_scores
+from ganscale.evaluation.quality.class_scores import ClassScores, class_divergence
 from ganscale.schema import DataConfig
 from ganscale.shards import bundled
+from tests.helpers.class_scores import class_scores
 from tests.helpers.processes import HANG_SECONDS, REPOSITORY
 
 

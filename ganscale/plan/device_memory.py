@@ -23,6 +23,7 @@ from ganscale.plan.networks import planned_networks
 from ganscale.plan.sections import DeviceMemory, readable_bytes
 from ganscale.schedules import ends
 from ganscale.schema import Config
+from ganscale.tensor_cache import clear_cached_tensors
 from ganscale.training.cycle import Cycle, makes_fakes_together
 from ganscale.training.data_flow import batches_per_cycle, has_own_real_batch
 from ganscale.training.device_batch import draws_ahead
@@ -138,6 +139,7 @@ def peak_bytes(config: Config, objective: Objective, num_classes: int, ranks: in
     augmentation = replace(config.augmentation, probability=probability)
     config = replace(config, augmentation=augmentation)
     runtime, n_critic = MetaRuntime(ranks), config.objective.n_critic
+    clear_cached_tensors()  # those of an earlier plan would not be counted
     with LiveBytes() as live, meta_device(ranks):
         generator, critic = (n.to(META) for n in planned_networks(config, num_classes))
         state = TrainingState(config, objective, runtime, num_classes, (generator, critic))

@@ -91,7 +91,8 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     assert [row["progress/images_seen"] for row in killed] == [
         row["progress/images_seen"] for row in whole
     ]
-    moving = {name for name in whole[0] if len({row[name] for row in whole}) > 3}
+    # Lazy penalties are not in every row.
+    moving = {name for name in whole[0] if len({row.get(name) for row in whole}) > 3}
     assert moving >= scheduled
     for row_of_whole, row_of_killed in zip(whole, killed, strict=True):
         assert row_of_killed == pytest.approx(row_of_whole, rel=1e-12)

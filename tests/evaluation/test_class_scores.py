@@ -3,29 +3,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torchmetrics.image.inception import InceptionScore
 
 from ganscale.errors import UserError
-from ganscale.evaluation.quality.class_scores import (
-    SPLITS,
-    ClassScores,
-    ClassSums,
-    class_divergence,
-)
+from ganscale.evaluation.quality.class_scores import ClassSums, class_divergence
+from tests.helpers.class_scores import class_scores
 
 
 def random_logits(count, classes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(count, classes, generator=generator, dtype=torch.float64)
-
-
-def class_scores(probabilities: Tensor, splits: int = SPLITS) -> ClassScores:
-    """Of samples in the order of their positions."""
-    samples, classes = probabilities.shape
-    sums = ClassSums(classes, samples, splits)
-    sums.add(probabilities, torch.arange(samples))
-    return sums.scores()
 
 
 def published_score(probabilities, splits):

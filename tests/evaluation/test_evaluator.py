@@ -14,13 +14,14 @@ from ganscale.errors import UserError
 from ganscale.evaluation.evaluator import Evaluator
 from ganscale.evaluation.figures import METRICS, Figures
 from ganscale.evaluation.images import DataSetImages, FileImages
-from ganscale.evaluation.quality.class_scores import class_divergence, class_scores
+from ganscale.evaluation.quality.class_scores import class_divergence
 from ganscale.evaluation.quality.kernel_distance import kernel_distance
 from ganscale.evaluation.quality.neighbours import density_and_coverage, precision_and_recall
 from ganscale.evaluation.rounds import Interrupted
 from ganscale.runtime import Runtime
 from ganscale.schema import DataConfig, EvaluationConfig
 from ganscale.shards.sources import list_images
+from tests.helpers.class_scores import class_scores
 from tests.helpers.feature_networks import Projection
 from tests.helpers.images import encoded
 

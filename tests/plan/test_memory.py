@@ -25,7 +25,7 @@ from ganscale.training.cycle import Cycle
 from ganscale.training.device_prefetcher import DevicePrefetcher
 from ganscale.training.state import TrainingState
 from tests.checkpoints.helpers import save_checkpoint
-from tests.plan.conftest import config_of
+from tests.plan.conftest import config_of, config_of_mlps
 
 NETWORKS = {
     "adam": [],
@@ -99,7 +99,7 @@ def own_bytes_elsewhere(loader: object) -> int:
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_rank_holds_as_many_batches_as_planned(digits, workers):
-    config = config_of(digits, f"data.workers={workers}", "objective.n_critic=3")
+    config = config_of_mlps(digits, f"data.workers={workers}", "objective.n_critic=3")
     plan = make_plan(config, nodes=1, gpus_per_node=1).host_memory
     loader = start_loader(
         open_data(config.data),
@@ -146,7 +146,7 @@ def test_tables_of_a_rank_take_the_bytes_that_are_planned(digits, tmp_path):
     ]
     (tmp_path / "manifest.json").write_text(json.dumps(described))
     np.save(tmp_path / "manifest.npy", np.load(digits / "manifest.npy")[:3000])
-    config = config_of(tmp_path, "data.lanes=4", "data.block_samples=50", "data.workers=2")
+    config = config_of_mlps(tmp_path, "data.lanes=4", "data.block_samples=50", "data.workers=2")
     plan = make_plan(config, nodes=1, gpus_per_node=1).host_memory
     rows_file = (tmp_path / "manifest.npy").stat().st_size
     assert plan.manifest_bytes == pytest.approx(rows_file, abs=256)  # but for its header

@@ -11,7 +11,7 @@ from ganscale.cli.main import main
 from ganscale.plan.planning import make_plan
 from ganscale.shards.writing import write_shards
 from tests.helpers.runs import TINY
-from tests.plan.conftest import config_of
+from tests.plan.conftest import config_of, config_of_mlps
 
 
 def refusal(capsys, data: Path, *arguments: str) -> str:
@@ -59,14 +59,14 @@ def test_a_cache_below_the_working_set_is_refused_and_what_is_offered_instead_wi
     offered = re.findall(r"data\.\w+=[0-9.]+", said)
     assert offered
     for setting in offered:
-        assert make_plan(config_of(digits, *small, setting), 8, 1).cache is not None
+        assert make_plan(config_of_mlps(digits, *small, setting), 8, 1).cache is not None
 
 
 def test_shards_fetched_often_are_advised_to_be_read_in_larger_blocks(tmp_path):
     write_shards("bundled:mnist", tmp_path, shard_samples=100)
     room_for_20 = ["data.block_samples=5", "data.window_blocks=1", "data.cache_gib=0.004"]
     settings = [*REMOTE, *room_for_20]
-    plan = make_plan(config_of(tmp_path, *settings), 2, 1)
+    plan = make_plan(config_of_mlps(tmp_path, *settings), 2, 1)
     assert plan.cache is not None
     (remark,) = plan.remarks
     advised = re.findall(r"data\.\w+=\d+", remark)
@@ -74,7 +74,7 @@ def test_shards_fetched_often_are_advised_to_be_read_in_larger_blocks(tmp_path):
         "data.block_samples",
         "data.window_blocks",
     ]
-    better = make_plan(config_of(tmp_path, *settings, *advised), 2, 1)
+    better = make_plan(config_of_mlps(tmp_path, *settings, *advised), 2, 1)
     assert better.cache is not None
     assert better.cache.fetches_per_shard < plan.cache.fetches_per_shard / 4
     assert f"it would be {better.cache.fetches_per_shard:.1f} times" in remark
@@ -82,26 +82,26 @@ def test_shards_fetched_often_are_advised_to_be_read_in_larger_blocks(tmp_path):
 
 def test_shared_lanes_are_told_with_the_nearest_number_that_none_share(digits):
     settings = [*REMOTE, "training.global_batch_size=48", "data.lanes=10"]
-    plan = make_plan(config_of(digits, *settings), 3, 2)
+    plan = make_plan(config_of_mlps(digits, *settings), 3, 2)
     assert plan.lanes is not None
     assert plan.lanes.lanes_shared_by_nodes > 0
     (remark,) = (remark for remark in plan.remarks if "are shared by ranks" in remark)
     assert "data.lanes=6 or 12" in remark
     for lanes in (6, 12):
-        plan = make_plan(config_of(digits, *settings, f"data.lanes={lanes}"), 3, 2)
+        plan = make_plan(config_of_mlps(digits, *settings, f"data.lanes={lanes}"), 3, 2)
         assert not [remark for remark in plan.remarks if "are shared by ranks" in remark]
 
 
 def test_streamed_shards_are_planned_but_for_what_needs_a_manifest(digits):
-    plan = make_plan(config_of(digits, f"data.path={digits}/*.tar"), 2, 2)
+    plan = make_plan(config_of_mlps(digits, f"data.path={digits}/*.tar"), 2, 2)
     assert plan.epochs is plan.lanes is plan.reading is plan.cache is None
     assert "are unknown" in plan.remarks[0]
-    assert plan.networks == make_plan(config_of(digits), 2, 2).networks
+    assert plan.networks == make_plan(config_of_mlps(digits), 2, 2).networks
 
 
 def test_a_single_rank_has_no_communication(digits):
-    assert "communication" not in make_plan(config_of(digits), 1, 1).table()
-    assert "communication" in make_plan(config_of(digits), 2, 1).table()
+    assert "communication" not in make_plan(config_of_mlps(digits), 1, 1).table()
+    assert "communication" in make_plan(config_of_mlps(digits), 2, 1).table()
 
 
 def test_the_json_file_holds_the_numbers_of_the_table(capsys, tmp_path, digits):
@@ -123,7 +123,7 @@ def test_epochs_are_counted_over_all_images_that_are_read(digits):
     """Also those of the generator's own real batches."""
     settings = ("objective.loss.name=relativistic", "objective.n_critic=2")
     shared, fresh = (
-        make_plan(config_of(digits, *settings, f"training.generator_real={choice}"), 1, 1)
+        make_plan(config_of_mlps(digits, *settings, f"training.generator_real={choice}"), 1, 1)
         for choice in ("critic", "fresh")
     )
     assert shared.run == fresh.run

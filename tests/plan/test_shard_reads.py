@@ -15,7 +15,7 @@ from ganscale.plan.shard_reads import (
     expected_shards,
     ranks_of_lanes,
 )
-from tests.plan.conftest import config_of
+from tests.plan.conftest import config_of_mlps
 
 
 @settings(deadline=None, max_examples=40)
@@ -128,7 +128,7 @@ def test_the_working_set_holds_the_window_that_is_read_and_the_next_one(block, w
 
 
 def test_bytes_and_images_are_those_that_the_ranks_read(digits):
-    config = config_of(digits, "data.lanes=8", "training.global_batch_size=24")
+    config = config_of_mlps(digits, "data.lanes=8", "training.global_batch_size=24")
     plan = make_plan(config, nodes=2, gpus_per_node=2)
     manifest = Manifest.load(digits)
     order = Order(
