@@ -18,14 +18,15 @@ _SETTINGS = (
 )
 
 
-def wait_for_checkpoints(runs: Runs, name: str, count: int, process: Process) -> None:
+def wait_for_checkpoints(
+    runs: Runs, name: str, count: int, process: Process, every_images: int = 320
+) -> None:
     """Until that many checkpoints were written: the newest's name shows it, old ones are pruned."""
 
     def are_written() -> bool:
         written = runs.checkpoints(name)
         return (
-            bool(written)
-            and int(written[-1].name.removeprefix("images-")) >= count * _CHECKPOINT_EVERY
+            bool(written) and int(written[-1].name.removeprefix("images-")) >= count * every_images
         )
 
     wait_until(are_written, process=process)
@@ -75,7 +76,9 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(
     for checkpoints_before_the_kill in (2, 5):
         process = runs.start("killed", *settings, "data.workers=2", ranks=ranks)
         try:
-            wait_for_checkpoints(runs, "killed", checkpoints_before_the_kill, process)
+            wait_for_checkpoints(
+                runs, "killed", checkpoints_before_the_kill, process, _CHECKPOINT_EVERY
+            )
             assert process.poll() is None
         finally:
             end_tree(process)  # kill -9 to the launcher and to every rank
@@ -103,7 +106,7 @@ def test_a_signal_stops_at_a_step_and_the_run_continues_on_another_world_size(ru
     runs.finish("whole", *settings)
     process = runs.start("elastic", *settings)
     try:
-        wait_for_checkpoints(runs, "elastic", 2, process)
+        wait_for_checkpoints(runs, "elastic", 2, process, _CHECKPOINT_EVERY)
         os.kill(process.pid, signal.SIGUSR1)
         output, _ = process.communicate(timeout=HANG_SECONDS)
     finally:
@@ -131,7 +134,7 @@ def test_stylegan2_is_killed_and_continues_on_more_ranks_with_other_micro_batche
         changed = f"training.accumulate={accumulate}", allowed
         process = runs.start("elastic", *settings, *changed, ranks=ranks)
         try:
-            wait_for_checkpoints(runs, "elastic", checkpoints, process)
+            wait_for_checkpoints(runs, "elastic", checkpoints, process, _CHECKPOINT_EVERY)
         finally:
             end_tree(process)
             process.communicate()
