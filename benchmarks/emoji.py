@@ -5,10 +5,10 @@
 
 Every recipe trains for the same time, as `ganscale train` does, in one process with torch's default
 number of threads (OMP_NUM_THREADS=1 for one core). The time gives a number of images, by the speed
-of the recipe's cycles just before; `--images` names it instead, for a machine that does other
-things meanwhile. With `--images` and `--folder`, a run that was stopped continues. At a sixth, two
-sixths, ... of its images, 3,786 samples of the EMA generator are compared with all images by the
-features of EfficientNet-lite0:
+of the recipe's cycles just before; `--images` gives it directly, so that it does not matter what
+else the machine is doing. With `--folder` as well, a run that was stopped continues. At a sixth,
+two sixths, ... of its images, 3,786 samples of the EMA generator are compared with all images by
+the features of EfficientNet-lite0:
 
 - KID, which does not depend on the number of samples: 0.007 between halves of the images
 - fd64: the Frechet distance on the 64 main components of the images' features

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from ganscale.cli.main import main
 from ganscale.data.manifest import Manifest
+from ganscale.errors import UserError
+from ganscale.evaluation.sample_files import write_grid
 from ganscale.objectives.losses import LOSSES
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.runs import TINY, with_networks
@@ -78,6 +80,12 @@ def test_a_grid_needs_the_extension_of_a_picture(
     assert main(["sample", str(trained), "--grid", str(grid)]) == 2
     assert f"{grid} needs the extension of a picture" in capsys.readouterr().err
     assert not grid.parent.exists()
+
+
+def test_a_grid_too_large_for_its_format_is_a_mistake(tmp_path: Path) -> None:
+    chunks = [torch.zeros(1, 2, 16_384, 3, dtype=torch.uint8)]  # one pixel more than WebP has
+    with pytest.raises(UserError, match=r"grid\.webp cannot be written"):
+        write_grid(chunks, tmp_path / "grid.webp", columns=1)
 
 
 def test_every_loss_stands_in_the_panel_of_every_row(trained: Path) -> None:

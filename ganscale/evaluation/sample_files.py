@@ -23,10 +23,14 @@ def check_extension(path: Path) -> None:
 
 
 def write_grid(chunks: Chunks, path: Path, columns: int) -> None:
-    """All images in one picture, row by row; the file name's extension selects the format."""
+    """All images in one picture, row by row; the file name's extension selects the format.
+    Raises UserError for a picture that is too large for it."""
     grid = image_grid(np.concatenate([chunk.numpy() for chunk in chunks]), columns)
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil_image(grid).save(path)
+    try:
+        to_pil_image(grid).save(path)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def write_folder(chunks: Chunks, folder: Path) -> None:
